@@ -1,0 +1,35 @@
+"""gradkit: gradients bent before they are applied, round any torch optimizer."""
+
+from gradkit import tta
+from gradkit.lookahead import LookAhead
+from gradkit.optimizer import GradientOptimizer, NonFiniteError, wrap
+from gradkit.oracle import Context, Gradients, Oracle, Transform
+from gradkit.recipes import GraTa
+from gradkit.record import StepRecord
+from gradkit.sharpness import SAM
+from gradkit.step_size import CosineLR
+from gradkit.surgery import Mean, PCGrad, Sum
+from gradkit.teacher import EMA, GatedEMA
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "EMA",
+    "SAM",
+    "Context",
+    "CosineLR",
+    "GatedEMA",
+    "GraTa",
+    "GradientOptimizer",
+    "Gradients",
+    "LookAhead",
+    "Mean",
+    "NonFiniteError",
+    "Oracle",
+    "PCGrad",
+    "StepRecord",
+    "Sum",
+    "Transform",
+    "tta",
+    "wrap",
+]

@@ -1,0 +1,190 @@
+"""One attempt at a step: what it evaluates, what it applies, and how it is undone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gradkit.engines.evaluator import Evaluator, StoredGradients
+from gradkit.engines.session import Session
+from gradkit.gram import norm
+from gradkit.interrupts import deferred_interrupts
+from gradkit.objectives import LOSS, NoGradientError, Objectives
+from gradkit.oracle import Context, Gradients, Oracle, Transform
+from gradkit.random import RandomState
+from gradkit.state import link_vectors
+
+
+class Attempt:
+    """One attempt at a step.
+
+    Until `apply` has called the base optimizer, `undo` leaves no trace of it.
+    """
+
+    def __init__(
+        self,
+        base: torch.optim.Optimizer,
+        session: Session,
+        context: Context,
+        *,
+        generators: Sequence[torch.Generator | None],
+        others: Sequence[Tensor],
+        replay_rng: bool,
+        measure: bool,
+    ) -> None:
+        self.context = context
+        self.applied = False
+        self._base = base
+        self._session = session
+        self._parameters = context.layout.parameters
+        self._others = others
+        self._replay_rng = replay_rng
+        self._measure = measure
+        self._grads = [parameter.grad for parameter in self._parameters]
+        self._other_grads = [other.grad for other in others]
+        self._random = RandomState.capture(context.layout.device)
+        self._generators = [
+            (generator, generator.get_state()) for generator in generators if generator is not None
+        ]
+
+    def initialise_only(self, transforms: Sequence[Transform]) -> bool:
+        """Step without a closure where nothing can change; returns whether that was the case.
+
+        That is so if no parameter has a gradient, or if every learning rate is 0: distributed
+        checkpoints step like that to make the base optimizer's state before loading into it.
+        """
+        no_gradient = all(grad is None for grad in self._grads)
+        if not no_gradient and any(group.get("lr", 1) != 0 for group in self._base.param_groups):
+            return False
+        self._base.step()
+        link_vectors(transforms, self.context.layout, self._base)
+        return True
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Set the old gradients aside, so that closures find none."""
+        for parameter in (*self._parameters, *self._others):
+            parameter.grad = None
+        yield
+        for other, old in zip(self._others, self._other_grads, strict=True):
+            # Gradients beside the optimised ones come from closures that call backward, and add
+            # to what was there.
+            if other.grad is None:
+                other.grad = old
+            elif old is not None:
+                other.grad = old + other.grad
+
+    def evaluator(self, objectives: Objectives) -> Evaluator:
+        """The innermost oracle over these objectives."""
+        return Evaluator(
+            objectives,
+            self._session,
+            self.context,
+            replay_rng=self._replay_rng,
+            measure=self._measure,
+        )
+
+    def evaluate(
+        self, objectives: Objectives | None, transforms: Sequence[Transform]
+    ) -> tuple[Gradients, Evaluator | StoredGradients]:
+        """The gradients that the chain of transforms returns, and where they come from."""
+        if objectives is None:
+            return self._evaluate_stored(LOSS, None, transforms)
+        source = self.evaluator(objectives)
+        try:
+            return self._chain(source, transforms)(), source
+        except NoGradientError as error:
+            # A trainer may have called backward before and pass a closure that only reports.
+            names = self.context.names
+            stored = any(grad is not None for grad in self._grads)
+            if source.measured or names is None or len(names) > 1 or not stored:
+                raise
+            return self._evaluate_stored(names[0], error.loss, transforms)
+
+    def _evaluate_stored(
+        self, name: str, loss: Tensor | None, transforms: Sequence[Transform]
+    ) -> tuple[Gradients, StoredGradients]:
+        source = StoredGradients(name, self._grads, loss, self.context)
+        return self._chain(source, transforms)(), source
+
+    def _chain(self, oracle: Oracle, transforms: Sequence[Transform]) -> Oracle:
+        for transform in transforms:
+            oracle = transform.around(oracle, self.context)
+        return oracle
+
+    def direction(self, gradients: Gradients, max_norm: float | None) -> Float[Tensor, " P"]:
+        """The direction of the step, clipped."""
+        direction = gradients.direction(out=self.context.pool.take_vector)
+        if max_norm is None:
+            return direction
+        factor = (max_norm / (norm(direction) + 1e-6)).clamp(max=1).to(direction.dtype)
+        return torch.mul(direction, factor, out=self.context.pool.take_vector())
+
+    def apply(
+        self,
+        gradients: Gradients,
+        direction: Float[Tensor, " P"],
+        scale: Tensor | float | None,
+        transforms: Sequence[Transform],
+    ) -> None:
+        """Let the base optimizer step along `direction`, then commit everything else."""
+        reached = gradients.reached_by_direction() or (True,) * len(self._parameters)
+        views = self.context.layout.views(direction)
+        for parameter, view, flag in zip(self._parameters, views, reached, strict=True):
+            parameter.grad = view.to(parameter.dtype) if flag else None
+        with scaled_learning_rates(self._base, scale):
+            self._base.step()
+        self.applied = True
+        self._session.commit()
+        self.context.gradients = gradients
+        for transform in transforms:
+            self.context.commit(transform)
+            transform.after_step(self.context)
+        link_vectors(transforms, self.context.layout, self._base)
+
+    def undo(self, *, rng: bool) -> None:
+        """Put everything back as it was before the attempt; the random numbers only if `rng`."""
+        with deferred_interrupts():
+            self._session.rollback()
+            for parameter, grad in zip(self._parameters, self._grads, strict=True):
+                parameter.grad = grad
+            for other, grad in zip(self._others, self._other_grads, strict=True):
+                other.grad = grad
+            for generator, state in self._generators:
+                generator.set_state(state)
+            if rng:
+                self._random.restore()
+
+
+@contextmanager
+def scaled_learning_rates(
+    base: torch.optim.Optimizer, scale: Tensor | float | None
+) -> Iterator[None]:
+    """Multiply every group's learning rate by `scale` for the length of the block.
+
+    A learning rate that is a tensor is written to in place, since optimizers and graphs hold on
+    to the object.
+    """
+    if scale is None:
+        yield
+        return
+    old = [group["lr"] for group in base.param_groups]
+    tensors = {id(rate): (rate, rate.clone()) for rate in old if isinstance(rate, Tensor)}
+    try:
+        with torch.no_grad():
+            for rate, _ in tensors.values():  # several groups may share one tensor
+                rate.mul_(scale)
+        for group, rate in zip(base.param_groups, old, strict=True):
+            if not isinstance(rate, Tensor):
+                group["lr"] = rate * float(scale)
+        yield
+    finally:
+        with torch.no_grad():
+            for rate, value in tensors.values():
+                rate.copy_(value)
+        for group, rate in zip(base.param_groups, old, strict=True):
+            group["lr"] = rate

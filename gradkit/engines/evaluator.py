@@ -1,0 +1,302 @@
+"""The innermost oracle: the objectives' own gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gradkit.engines.session import Session
+from gradkit.objectives import (
+    LOSS,
+    NoGradientError,
+    Objectives,
+    checked_grad,
+    checked_loss,
+    micro_batches,
+)
+from gradkit.oracle import Context, Gradients
+from gradkit.random import RandomState
+
+
+class Evaluator:
+    """`oracle(at, only)` over a step's objectives, by an engine's session.
+
+    Keeps account of what a step needs to know: each objective's first loss, and the losses and
+    squared gradient norms of every evaluation.
+    """
+
+    def __init__(
+        self,
+        objectives: Objectives,
+        session: Session,
+        context: Context,
+        *,
+        replay_rng: bool,
+        measure: bool,
+    ) -> None:
+        self._closures = objectives if isinstance(objectives, Mapping) else None
+        self._joint = None if isinstance(objectives, Mapping) else objectives
+        self._session = session
+        self._context = context
+        self._draws: dict[str | None, RandomState] | None = {} if replay_rng else None
+        self._measure = measure
+        if self._closures is not None:
+            context.names = tuple(self._closures)
+        self.first_losses: dict[str, Tensor] = {}
+        self.without_loss: set[str] = set()
+        self.measured: list[tuple[tuple[str, ...], Tensor, Tensor]] = []
+
+    def __call__(
+        self, at: Float[Tensor, " P"] | None = None, only: Container[str] | None = None
+    ) -> Gradients:
+        """The gradients at the weights plus `at`, of all objectives or those in `only`."""
+        names = self._context.names
+        if isinstance(only, Collection) and names is not None:
+            unknown = [name for name in only if name not in names]
+            if unknown:
+                raise ValueError(
+                    f"there is no objective {unknown[0]!r}; there are {', '.join(map(repr, names))}"
+                )
+        with self._session.displaced(at) as leaves:
+            if self._closures is None:
+                gradients = self._evaluate_jointly(leaves, only)
+            else:
+                gradients = self._evaluate_one_by_one(leaves, only)
+        if self._measure:
+            squares = gradients.gram().diagonal()
+            self.measured.append((gradients.names, gradients.losses, squares))
+        return gradients
+
+    def _evaluate_one_by_one(
+        self, leaves: Sequence[Tensor], only: Container[str] | None
+    ) -> Gradients:
+        assert self._closures is not None
+        names = tuple(name for name in self._closures if only is None or name in only)
+        rows = _Rows(names, leaves, self._context)
+        for name in names:
+            closure = self._closures[name]
+
+            def body(name: str = name, closure: Any = closure) -> None:
+                with micro_batches(closure) as items:
+                    for item in items:
+                        if isinstance(item, Mapping):
+                            raise ValueError(
+                                f"objective {name!r} returned a mapping; pass the closure itself "
+                                "to step() if it computes several objectives"
+                            )
+                        self._back_propagate({name: item}, (name,), rows, leaves)
+
+            first = name not in self.first_losses
+            with self._random_numbers(name, first):
+                self._run(body, first)
+            self.first_losses.setdefault(name, rows.loss(name))
+        self.without_loss |= rows.without_loss()
+        return rows.gradients()
+
+    def _evaluate_jointly(self, leaves: Sequence[Tensor], only: Container[str] | None) -> Gradients:
+        closure = self._joint
+        assert closure is not None
+        rows: _Rows | None = None
+
+        def body() -> None:
+            nonlocal rows
+            with micro_batches(closure) as items:
+                for item in items:
+                    losses = item if isinstance(item, Mapping) else {LOSS: item}
+                    names = self._agree_on(tuple(losses))
+                    wanted = tuple(name for name in names if only is None or name in only)
+                    if rows is None:
+                        rows = _Rows(wanted, leaves, self._context, also=names)
+                    self._back_propagate(losses, wanted, rows, leaves)
+
+        first = not self.first_losses
+        with self._random_numbers(None, first):
+            self._run(body, first)
+        if rows is None:
+            raise NoGradientError("the closure produced no gradient: its generator yielded nothing")
+        for name in self._context.names or ():
+            self.first_losses.setdefault(name, rows.loss(name))
+        self.without_loss |= rows.without_loss()
+        return rows.gradients()
+
+    def _run(self, body: Callable[[], None], first: bool) -> None:
+        with torch.enable_grad():
+            self._session.run(body, keep_buffers=first)
+
+    def _agree_on(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """The objectives' names, which must not change within a step."""
+        if not names:
+            raise ValueError("the closure returned an empty mapping of losses")
+        known = self._context.names
+        if known is None:
+            self._context.names = known = names
+        elif set(known) != set(names):
+            raise ValueError(
+                f"the closure returned the losses {', '.join(map(repr, names))} after "
+                f"{', '.join(map(repr, known))} in the same step; return the same ones each time"
+            )
+        return known
+
+    def _back_propagate(
+        self,
+        losses: Mapping[str, object],
+        wanted: tuple[str, ...],
+        rows: _Rows,
+        leaves: Sequence[Tensor],
+    ) -> None:
+        checked = {name: checked_loss(loss, name) for name, loss in losses.items()}
+        for name, loss in checked.items():
+            rows.add_loss(name, loss)
+        own = self._session.collect(leaves)
+        if own is not None:
+            if len(checked) > 1:
+                raise RuntimeError(
+                    "the closure called backward and returned several losses, whose gradients "
+                    "can then no longer be told apart; return the losses only"
+                )
+            rows.add(next(iter(checked)), own)
+            return
+        pending = [name for name in wanted if name in checked]
+        for name in pending:
+            loss = checked[name]
+            if loss is None or not loss.requires_grad:
+                raise NoGradientError(_no_gradient(name), loss)
+            grads = self._session.differentiate(loss, leaves, retain_graph=name != pending[-1])
+            rows.add(name, grads)
+
+    @contextmanager
+    def _random_numbers(self, key: str | None, first: bool) -> Iterator[None]:
+        """Replay the draws of the objective's first evaluation, if that was asked for."""
+        if self._draws is None:
+            yield
+            return
+        if first:
+            self._draws[key] = RandomState.capture(self._context.layout.device)
+            yield
+            return
+        now = RandomState.capture(self._context.layout.device)
+        self._draws[key].restore()
+        try:
+            yield
+        finally:
+            now.restore()
+
+
+class _Rows:
+    """The rows and losses of one evaluation, while micro-batches add to them."""
+
+    def __init__(
+        self,
+        names: tuple[str, ...],
+        leaves: Sequence[Tensor],
+        context: Context,
+        also: tuple[str, ...] = (),
+    ) -> None:
+        self._names = names
+        self._leaves = leaves
+        self._layout = context.layout
+        self._rows, self._views = context.pool.take(len(names))
+        self._reached = {name: [False] * len(leaves) for name in names}
+        self._written: set[str] = set()
+        self._losses: dict[str, Tensor | None] = dict.fromkeys((*names, *also))
+        wide = context.layout.dtype == torch.float64
+        self._dtype = torch.float64 if wide else torch.float32
+
+    def add_loss(self, name: str, loss: Tensor | None) -> None:
+        if loss is not None:
+            before = self._losses.get(name)
+            loss = loss.detach().to(self._layout.device, self._dtype)
+            self._losses[name] = loss if before is None else before + loss
+
+    def loss(self, name: str) -> Tensor:
+        """The summed loss; NaN if the closure returned None."""
+        loss = self._losses[name]
+        if loss is None:
+            return torch.tensor(torch.nan, dtype=self._dtype, device=self._layout.device)
+        return loss
+
+    def without_loss(self) -> set[str]:
+        """The objectives whose closure called backward and returned None."""
+        return {name for name, loss in self._losses.items() if loss is None}
+
+    @torch.no_grad()
+    def add(self, name: str, grads: Sequence[Tensor | None]) -> None:
+        if name not in self._reached:
+            return
+        views = self._views[self._names.index(name)]
+        reached = self._reached[name]
+        if all(grad is None for grad in grads) and not any(reached):
+            raise NoGradientError(_no_gradient(name))
+        for grad, parameter in zip(grads, self._layout.parameters, strict=True):
+            checked_grad(grad, name, parameter)
+        new = [t for t, grad in enumerate(grads) if grad is not None and not reached[t]]
+        more = [t for t, grad in enumerate(grads) if grad is not None and reached[t]]
+        if new:
+            torch._foreach_copy_([views[t] for t in new], _chosen(grads, new))
+        if more:
+            torch._foreach_add_([views[t] for t in more], _chosen(grads, more))
+        for t in new:
+            reached[t] = True
+
+    def gradients(self) -> Gradients:
+        with torch.no_grad():
+            for name, views in zip(self._names, self._views, strict=True):
+                unreached = [
+                    view for view, flag in zip(views, self._reached[name], strict=True) if not flag
+                ]
+                if unreached:
+                    torch._foreach_zero_(unreached)
+        losses = [self.loss(name) for name in self._names]
+        none = torch.zeros(0, dtype=self._dtype, device=self._layout.device)
+        return Gradients(
+            self._names,
+            torch.stack(losses) if losses else none,
+            self._rows,
+            layout=self._layout,
+            reached=tuple(tuple(self._reached[name]) for name in self._names),
+        )
+
+
+def _chosen(grads: Sequence[Tensor | None], indices: Sequence[int]) -> list[Tensor]:
+    return [grad for grad in (grads[t] for t in indices) if grad is not None]
+
+
+def _no_gradient(name: str) -> str:
+    what = "the closure" if name == LOSS else f"the closure of objective {name!r}"
+    return (
+        f"{what} produced no gradient: its loss does not depend on any optimised parameter "
+        "(was it computed under no_grad, detached, or from frozen parameters only?)"
+    )
+
+
+class StoredGradients:
+    """`oracle(at, only)` over the gradients that `.grad` held before a step without a closure."""
+
+    def __init__(
+        self, name: str, grads: Sequence[Tensor | None], loss: Tensor | None, context: Context
+    ) -> None:
+        context.names = (name,)
+        rows = _Rows((name,), context.layout.parameters, context)
+        rows.add_loss(name, loss)
+        rows.add(name, grads)
+        self._gradients = rows.gradients()
+        self.first_losses = {name: rows.loss(name)}
+        self.without_loss = rows.without_loss()
+        squares = self._gradients.gram().diagonal()
+        self.measured = [((name,), self._gradients.losses, squares)]
+
+    def __call__(
+        self, at: Float[Tensor, " P"] | None = None, only: Container[str] | None = None
+    ) -> Gradients:
+        """The stored gradients; there are none at other weights."""
+        if at is not None:
+            raise RuntimeError(
+                "a transform of this optimizer evaluates the loss at other weights too: "
+                "pass step() a closure that returns the loss"
+            )
+        return self._gradients

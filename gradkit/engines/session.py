@@ -1,0 +1,41 @@
+"""What an engine offers for the length of one step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol, TypeVar, runtime_checkable
+
+from jaxtyping import Float
+from torch import Tensor
+
+Result = TypeVar("Result")
+
+
+@runtime_checkable
+class Session(Protocol):
+    """One engine during one step.
+
+    The weights and buffers may differ from the live ones inside `displaced` and `run`; after
+    either, whatever happened, the weights are as before.
+    """
+
+    def displaced(self, at: Float[Tensor, " P"] | None) -> AbstractContextManager[Sequence[Tensor]]:
+        """The leaves to differentiate with respect to, at the weights plus `at`."""
+
+    def run(self, body: Callable[[], Result], *, keep_buffers: bool) -> Result:
+        """Run `body` inside `displaced`; its changes to buffers count if `keep_buffers`."""
+
+    def differentiate(
+        self, loss: Tensor, leaves: Sequence[Tensor], *, retain_graph: bool
+    ) -> list[Tensor | None]:
+        """The loss's gradients with respect to the leaves; None for one it does not reach."""
+
+    def collect(self, leaves: Sequence[Tensor]) -> list[Tensor | None] | None:
+        """Take the gradients that a closure's own backward left; None if it ran none."""
+
+    def commit(self) -> None:
+        """Make the kept changes to buffers the model's."""
+
+    def rollback(self) -> None:
+        """Put weights and buffers back as they were when the session began."""

@@ -1,0 +1,236 @@
+"""Parameters as one flat vector θ ∈ R^P, and memory for vectors of that length.
+
+A `Layout` says where each trainable parameter lies in the flat vector; a `Pool` hands out
+`[K, P]` buffers again once nothing outside holds their memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Shaped
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+Scope = Literal["global", "group", "tensor"]
+SCOPES: tuple[Scope, ...] = ("global", "group", "tensor")
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Where each trainable parameter of an optimizer lies in the flat vector.
+
+    Parameters keep the order of the optimizer's groups; those that do not require a gradient
+    have no place in the vector. The vector has the widest dtype among its parameters, so that
+    bfloat16 beside float32 loses nothing.
+
+    Attributes:
+        parameters: The T parameters, each once.
+        groups: The index of each one's parameter group.
+        offsets: T + 1 numbers; parameter t takes `offsets[t]:offsets[t + 1]`.
+        dtype: The vector's dtype.
+        device: The one device that all parameters are on.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.zeros(2, 3))
+        >>> bias = torch.nn.Parameter(torch.zeros(2))
+        >>> layout = Layout.of([{"params": [weight]}, {"params": [bias]}])
+        >>> layout.numel, layout.segments("group")
+        (8, ((0, 6), (6, 8)))
+        >>> [view.shape for view in layout.views(torch.arange(8.0))]
+        [torch.Size([2, 3]), torch.Size([2])]
+    """
+
+    parameters: tuple[Tensor, ...]
+    groups: tuple[int, ...]
+    offsets: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, param_groups: Sequence[Mapping[str, Any]]) -> Layout:
+        """The layout of an optimizer's parameter groups, as they are now.
+
+        Raises:
+            ValueError: If no parameter requires a gradient, if one is complex, on the meta
+                device or not yet initialised, or if they are on more than one device.
+        """
+        parameters: list[Tensor] = []
+        groups: list[int] = []
+        offsets = [0]
+        for index, group in enumerate(param_groups):
+            for position, parameter in enumerate(group["params"]):
+                if not parameter.requires_grad:
+                    continue
+                _check(parameter, f"parameter {position} of group {index}")
+                parameters.append(parameter)
+                groups.append(index)
+                offsets.append(offsets[-1] + parameter.numel())
+        if not parameters:
+            raise ValueError(
+                "no parameter of the optimizer requires a gradient; "
+                "unfreeze one with requires_grad_(True)"
+            )
+        devices = {parameter.device for parameter in parameters}
+        if len(devices) > 1:
+            names = ", ".join(sorted(map(str, devices)))
+            raise ValueError(
+                f"the optimizer's parameters are on several devices ({names}); "
+                "a flat vector needs them on one"
+            )
+        dtype = parameters[0].dtype
+        for other in {parameter.dtype for parameter in parameters}:
+            dtype = torch.promote_types(dtype, other)
+        return cls(tuple(parameters), tuple(groups), tuple(offsets), dtype, devices.pop())
+
+    @property
+    def numel(self) -> int:
+        """P, the length of the flat vector."""
+        return self.offsets[-1]
+
+    def same_as(self, other: Layout) -> bool:
+        """Whether both lay out the very same parameter objects in the same way."""
+        return (
+            len(self.parameters) == len(other.parameters)
+            and all(a is b for a, b in zip(self.parameters, other.parameters, strict=True))
+            and self.offsets == other.offsets
+            and self.groups == other.groups
+            and self.dtype == other.dtype
+            and self.device == other.device
+        )
+
+    def views(self, vector: Shaped[Tensor, " P"]) -> list[Tensor]:
+        """The vector's parts, each shaped as its parameter (and in its memory format)."""
+        return [
+            _shaped_like(vector[start:stop], parameter)
+            for parameter, start, stop in zip(
+                self.parameters, self.offsets[:-1], self.offsets[1:], strict=True
+            )
+        ]
+
+    def segments(self, scope: Scope) -> tuple[tuple[int, int], ...]:
+        """The half-open ranges of the flat vector that `scope` treats one by one.
+
+        Raises:
+            ValueError: If `scope` is not "global", "group" or "tensor".
+        """
+        if scope == "global":
+            return ((0, self.numel),)
+        if scope == "tensor":
+            return tuple(pairwise(self.offsets))
+        if scope == "group":
+            ends = dict(zip(self.groups, self.offsets[1:], strict=True))
+            return tuple(pairwise([0, *ends.values()]))
+        raise ValueError(f"scope is {scope!r}; choose one of {', '.join(SCOPES)}")
+
+    def flatten(self, tensors: Iterable[Tensor]) -> Shaped[Tensor, " P"]:
+        """One new flat vector from tensors shaped as the parameters."""
+        vector = torch.empty(self.numel, dtype=self.dtype, device=self.device)
+        torch._foreach_copy_(self.views(vector), list(tensors))
+        return vector
+
+    def carry_over(self, vector: Tensor, old: Layout) -> Shaped[Tensor, " P"]:
+        """A vector of the layout `old` in this one: zero where a parameter is new."""
+        parts = {
+            id(parameter): part
+            for parameter, part in zip(old.parameters, old.views(vector), strict=True)
+        }
+        moved = torch.zeros(self.numel, dtype=self.dtype, device=self.device)
+        for parameter, view in zip(self.parameters, self.views(moved), strict=True):
+            if id(parameter) in parts:
+                view.copy_(parts[id(parameter)])
+        return moved
+
+
+def _check(parameter: Tensor, what: str) -> None:
+    if is_lazy(parameter):
+        raise ValueError(
+            f"{what} is not initialised yet; run one forward of the lazy module before wrapping"
+        )
+    if parameter.is_meta:
+        raise ValueError(f"{what} is on the meta device; give it memory with to_empty() first")
+    if parameter.is_complex():
+        raise ValueError(
+            f"{what} is complex ({parameter.dtype}); inner products are defined on real vectors: "
+            "keep it as torch.view_as_real(...) and build the complex number in forward"
+        )
+
+
+def _shaped_like(flat: Tensor, parameter: Tensor) -> Tensor:
+    # A channels-last gradient beside a channels-last weight keeps the optimizers' fused and
+    # foreach kernels on their fast path.
+    if not parameter.is_contiguous() and (
+        (parameter.dim() == 4 and parameter.is_contiguous(memory_format=torch.channels_last))
+        or (parameter.dim() == 5 and parameter.is_contiguous(memory_format=torch.channels_last_3d))
+    ):
+        return flat.as_strided(parameter.shape, parameter.stride())
+    return flat.view(parameter.shape)
+
+
+class Pool:
+    """Buffers of K flat vectors, reused from step to step.
+
+    Fresh allocations of millions of numbers cost page faults, so a buffer is kept; it is handed
+    out again only when no gradient, view or Python variable outside shares its memory. Whoever
+    holds on to old gradients therefore never sees them change.
+
+    Example:
+        >>> layout = Layout.of([{"params": [torch.nn.Parameter(torch.zeros(3))]}])
+        >>> pool = Pool(layout)
+        >>> first, _ = pool.take(2)
+        >>> second, _ = pool.take(2)
+        >>> first.data_ptr() == second.data_ptr()
+        False
+        >>> address = first.data_ptr()
+        >>> del first
+        >>> pool.take(2)[0].data_ptr() == address
+        True
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self._buffers: dict[int, list[_Buffer]] = {}
+
+    def take(self, count: int) -> tuple[Shaped[Tensor, "K P"], list[list[Tensor]]]:
+        """A `[count, P]` tensor of undefined content, and each row's parameter-shaped views.
+
+        The memory stays taken for as long as the tensor, or any view of it made outside, lives.
+        """
+        buffers = self._buffers.setdefault(count, [])
+        for buffer in buffers:
+            if buffer.is_free():
+                break
+        else:
+            buffer = _Buffer(self.layout, count)
+            buffers.append(buffer)
+        return buffer.rows.view_as(buffer.rows), buffer.views
+
+    def take_vector(self) -> Shaped[Tensor, " P"]:
+        """One flat vector of undefined content."""
+        return self.take(1)[0][0]
+
+    def keep(self, counts: Iterable[int]) -> None:
+        """Let go of the buffers whose number of rows is not among `counts`."""
+        wanted = set(counts)
+        self._buffers = {count: kept for count, kept in self._buffers.items() if count in wanted}
+
+
+class _Buffer:
+    """A `[K, P]` tensor with its rows cut into parameter-shaped views."""
+
+    def __init__(self, layout: Layout, count: int) -> None:
+        self.rows = torch.empty(count, layout.numel, dtype=layout.dtype, device=layout.device)
+        self.views = [layout.views(row) for row in self.rows]
+        self._own_uses = _uses(self.rows)
+
+    def is_free(self) -> bool:
+        return _uses(self.rows) == self._own_uses
+
+
+def _uses(tensor: Tensor) -> int:
+    """How many tensors share the storage of `tensor`."""
+    return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))

@@ -1,0 +1,76 @@
+"""Look-ahead gradients: one objective's gradient where another's would lead."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+from gradkit.oracle import Context, Gradients, Oracle, Selection, Transform, join
+
+
+@dataclass(eq=False)
+class LookAhead(Transform):
+    """Take one objective's gradient one gradient step ahead along another (GraTa, AAAI 2025).
+
+    From [Gradient Alignment Improves Test-Time Adaptation for Medical Image
+    Segmentation](https://arxiv.org/abs/2408.07343), Algorithm 1, lines 1–3:
+
+        g_a = ∇L_auxiliary(θ)
+        θ'  = θ − s·g_a
+        g   = ∇L_pseudo(θ')
+
+    To first order g is the gradient of L_pseudo − s·⟨∇L_pseudo, ∇L_auxiliary⟩, less the half of
+    the product rule that holds the auxiliary Hessian: it seeks weights where the two gradients
+    agree. The step s is no learning rate; the paper and its code take 1.
+
+    Objectives other than the two are evaluated at θ and keep their weights. The auxiliary row is
+    an observer (weight 0).
+
+    Cost: one gradient of each objective. Memory: one flat vector for the point and one more set
+    of rows. State: none.
+
+    Args:
+        along: The objective whose gradient is stepped along.
+        update: The objective whose gradient is taken there.
+        step_size: s, the step's length in units of the gradient.
+
+    Example:
+        >>> import torch, gradkit as gk
+        >>> w = torch.nn.Parameter(torch.tensor([1.0]))
+        >>> optimizer = gk.wrap(torch.optim.SGD([w], lr=0.5), gk.LookAhead())
+        >>> _ = optimizer.step(
+        ...     {"pseudo": lambda: (w**2 / 2).sum(), "auxiliary": lambda: (w / 4).sum()}
+        ... )
+        >>> w.data  # 1 - 0.5 * (1 - 1/4)
+        tensor([0.6250])
+    """
+
+    along: str = "auxiliary"
+    update: str = "pseudo"
+    step_size: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.along == self.update:
+            raise ValueError(
+                f"along and update are both {self.along!r}; "
+                "looking ahead along an objective's own gradient is SAM with rho < 0"
+            )
+
+    def around(self, inner: Oracle, context: Context) -> Oracle:  # noqa: D102 # see the class
+        def oracle(
+            at: Float[Tensor, " P"] | None = None, only: Container[str] | None = None
+        ) -> Gradients:
+            context.require(self, self.along, self.update)
+            here = inner(at, Selection(only, include=(self.along,), exclude=(self.update,)))
+            context.require(self, self.along, self.update)
+            here = here.observe(self.along)
+            if only is not None and self.update not in only:
+                return here
+            step = here.rows[here.index(self.along)] * -self.step_size
+            there = inner(step if at is None else step.add_(at), (self.update,))
+            return join([here, there], context)
+
+        return oracle

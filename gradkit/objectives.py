@@ -1,0 +1,102 @@
+"""The forms in which a step's objectives may be given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Closure = Callable[[], Any]
+Objectives = Closure | Mapping[str, Closure]
+
+LOSS = "loss"
+"""The name of a single, unnamed objective."""
+
+
+class NoGradientError(RuntimeError):
+    """A closure produced no gradient; `loss` is what it returned."""
+
+    def __init__(self, message: str, loss: Tensor | None = None) -> None:
+        super().__init__(message)
+        self.loss = loss
+
+
+def check_objectives(objectives: object) -> None:
+    """Check what was passed to `step`.
+
+    Raises:
+        TypeError: If it is neither a callable nor a mapping from names to callables.
+        ValueError: If it is an empty mapping.
+    """
+    if isinstance(objectives, Mapping):
+        if not objectives:
+            raise ValueError("the mapping of objectives is empty; give it one closure per name")
+        for name, closure in objectives.items():
+            if not isinstance(name, str):
+                raise TypeError(f"the name of an objective is {name!r}; names are strings")
+            if not callable(closure):
+                raise TypeError(
+                    f"objective {name!r} is a {type(closure).__name__}, not a closure; "
+                    f'write {{"{name}": lambda: loss}}, so that it can be evaluated again'
+                )
+    elif not callable(objectives):
+        raise TypeError(
+            f"step() takes a closure or a mapping of closures, not a "
+            f"{type(objectives).__name__}; write step(lambda: loss)"
+        )
+
+
+@contextmanager
+def micro_batches(closure: Closure) -> Iterator[Iterator[Any]]:
+    """What a closure returns, or, if it is a generator, yields: one item per micro-batch."""
+    returned = closure()
+    if isinstance(returned, Generator):
+        try:
+            yield returned
+        finally:
+            returned.close()
+    else:
+        yield iter((returned,))
+
+
+def checked_loss(loss: object, name: str) -> Tensor | None:
+    """The loss as a 0-d tensor; None stays None.
+
+    Raises:
+        TypeError: If it is no tensor.
+        ValueError: If it is no real scalar.
+    """
+    if loss is None:
+        return None
+    if not isinstance(loss, Tensor):
+        raise TypeError(
+            f"objective {name!r} returned a {type(loss).__name__}; return the loss as a tensor"
+        )
+    if loss.numel() != 1:
+        raise ValueError(
+            f"objective {name!r} returned a tensor of shape {tuple(loss.shape)}; "
+            "a loss is one number: take its mean() or sum()"
+        )
+    if not loss.is_floating_point():
+        raise ValueError(
+            f"objective {name!r} returned a loss of dtype {loss.dtype}; it must be a real "
+            "floating-point number"
+        )
+    return loss.reshape(())
+
+
+def checked_grad(grad: Tensor | None, name: str, parameter: Tensor) -> Tensor | None:
+    """The gradient, if inner products can be taken of it.
+
+    Raises:
+        ValueError: If it is sparse.
+    """
+    if grad is not None and grad.layout != torch.strided:
+        raise ValueError(
+            f"objective {name!r} has a sparse gradient for a parameter of shape "
+            f"{tuple(parameter.shape)}; make the embedding with sparse=False"
+        )
+    return grad

@@ -1,0 +1,184 @@
+"""What transforms remember, inside the base optimizer's own state dict.
+
+Checkpoint formats agree on little more than the base optimizer's own keys, so nothing is added
+beside them. Small state of all transforms is one JSON string in the first parameter group; flat
+vectors are cut by parameter and lie in each one's state, under names that begin with "gradkit.".
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradkit.flat import Layout
+from gradkit.oracle import Transform
+
+KEY = "gradkit"
+PREFIX = "gradkit."
+_VERSION = 1
+
+
+def encode(transforms: Sequence[Transform]) -> str:
+    """The transforms' names, small state and generators as JSON, bit for bit."""
+    chain = [
+        {
+            "name": type(transform).__name__,
+            "state": {name: _packed(value) for name, value in transform.state.items()},
+            "generator": (
+                None if transform.generator is None else _packed(transform.generator.get_state())
+            ),
+        }
+        for transform in transforms
+    ]
+    return json.dumps({"version": _VERSION, "transforms": chain})
+
+
+def check(text: str, transforms: Sequence[Transform]) -> None:
+    """Check that saved state belongs to transforms like these.
+
+    Raises:
+        ValueError: If it belongs to a different chain or format.
+    """
+    saved = json.loads(text)
+    if saved.get("version") != _VERSION:
+        raise ValueError(
+            f"the saved state has format {saved.get('version')!r}, and this version of gradkit "
+            f"reads format {_VERSION}; load it with the version that wrote it"
+        )
+    here = [type(transform).__name__ for transform in transforms]
+    there = [entry["name"] for entry in saved["transforms"]]
+    if here != there:
+        raise ValueError(
+            f"the saved state is of the transforms ({', '.join(there) or 'none'}), but this "
+            f"optimizer has ({', '.join(here) or 'none'}); wrap the same ones in the same order"
+        )
+
+
+def decode(text: str, transforms: Sequence[Transform]) -> None:
+    """Give transforms the state that `encode` wrote; see `check` first."""
+    for transform, entry in zip(transforms, json.loads(text)["transforms"], strict=True):
+        transform.state.clear()
+        transform.state.update({name: _unpacked(value) for name, value in entry["state"].items()})
+        if transform.generator is not None and entry["generator"] is not None:
+            transform.generator.set_state(_unpacked(entry["generator"]))
+
+
+def _packed(value: Any) -> Any:
+    """A JSON value that keeps every bit."""
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return {"float": value.hex()}
+    if isinstance(value, (list, tuple)):
+        return [_packed(item) for item in value]
+    if isinstance(value, Tensor):
+        data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        return {
+            "tensor": base64.b64encode(data.numpy().tobytes()).decode("ascii"),
+            "dtype": str(value.dtype).removeprefix("torch."),
+            "shape": list(value.shape),
+        }
+    raise TypeError(
+        f"a transform's state holds a {type(value).__name__}; it may hold numbers, strings, "
+        "lists and tensors"
+    )
+
+
+def _unpacked(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_unpacked(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if "float" in value:
+        return float.fromhex(value["float"])
+    data = bytearray(base64.b64decode(value["tensor"]))
+    dtype = getattr(torch, value["dtype"])
+    flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+    return flat.reshape(value["shape"]).clone()
+
+
+def link_vectors(
+    transforms: Sequence[Transform], layout: Layout, base: torch.optim.Optimizer
+) -> None:
+    """Show the transforms' flat vectors in the state of each parameter that the base has stepped.
+
+    They are views, so they need linking only once. A parameter that the base has not stepped yet
+    is left alone: many optimizers take an empty state as the sign to make their own.
+    """
+    for number, transform in enumerate(transforms):
+        for name, vector in transform.vectors.items():
+            key = f"{PREFIX}{number}.{name}"
+            for parameter, view in zip(layout.parameters, layout.views(vector), strict=True):
+                if parameter.grad is not None and key not in base.state[parameter]:
+                    base.state[parameter][key] = view
+
+
+def unlink_vectors(base: torch.optim.Optimizer) -> None:
+    """Take the flat vectors out of the parameters' state again."""
+    for state in base.state.values():
+        for key in [key for key in state if isinstance(key, str) and key.startswith(PREFIX)]:
+            del state[key]
+
+
+def split(state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], str | None, dict[Any, Any]]:
+    """Divide a state dict into the base optimizer's, the JSON text, and vectors by parameter id."""
+    groups = [dict(group) for group in state_dict["param_groups"]]
+    text = groups[0].pop(KEY, None) if groups else None
+    own: dict[Any, Any] = {}
+    theirs: dict[Any, Any] = {}
+    for identity, state in state_dict["state"].items():
+        if not isinstance(state, Mapping):
+            theirs[identity] = state
+            continue
+        own[identity] = {key: state[key] for key in state if str(key).startswith(PREFIX)}
+        rest = {key: value for key, value in state.items() if not str(key).startswith(PREFIX)}
+        theirs[identity] = rest
+    return {"state": theirs, "param_groups": groups}, text, own
+
+
+def check_vectors(
+    param_groups: Sequence[Mapping[str, Any]],
+    own: Mapping[Any, Mapping[str, Tensor]],
+    saved_groups: Sequence[Mapping[str, Any]],
+) -> None:
+    """Check that saved vectors are shaped as the parameters in the same places.
+
+    Raises:
+        ValueError: If one is not. Groups of other sizes are the base optimizer's to refuse.
+    """
+    for group, saved in zip(param_groups, saved_groups, strict=False):
+        for parameter, identity in zip(group["params"], saved["params"], strict=False):
+            for key, value in own.get(identity, {}).items():
+                if value.shape != parameter.shape:
+                    raise ValueError(
+                        f"the saved {key!r} has shape {tuple(value.shape)} where the parameter "
+                        f"has {tuple(parameter.shape)}; the state is of another model"
+                    )
+
+
+def load_vectors(
+    transforms: Sequence[Transform],
+    layout: Layout,
+    param_groups: Sequence[Mapping[str, Any]],
+    own: Mapping[Any, Mapping[str, Tensor]],
+    saved_groups: Sequence[Mapping[str, Any]],
+) -> None:
+    """Fill the transforms' flat vectors from saved ones, matched by position in the groups."""
+    saved_of = {
+        id(parameter): own.get(identity, {})
+        for group, saved in zip(param_groups, saved_groups, strict=True)
+        for parameter, identity in zip(group["params"], saved["params"], strict=True)
+    }
+    with torch.no_grad():
+        for number, transform in enumerate(transforms):
+            for name, vector in transform.vectors.items():
+                key = f"{PREFIX}{number}.{name}"
+                for parameter, view in zip(layout.parameters, layout.views(vector), strict=True):
+                    saved_part = saved_of.get(id(parameter), {})
+                    if key in saved_part:
+                        view.copy_(saved_part[key])

@@ -1,0 +1,47 @@
+"""Rules whose weights do not depend on the gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from gradkit.surgery.rule import Rule
+
+
+@dataclass(eq=False)
+class Sum(Rule):
+    """The sum of the gradients: what stepping on the sum of the losses does.
+
+    Homogeneous of degree 1. Cost: none beyond the gradients. State: none.
+
+    Example:
+        >>> import torch, gradkit as gk
+        >>> gk.Sum()(torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]]))
+        tensor([2., 2., 2.])
+    """
+
+    def weigh(  # noqa: D102 # inherited
+        self, gram: Float[Tensor, "*batch K K"], draws: Any
+    ) -> Float[Tensor, "*batch K"]:
+        return gram.new_ones(gram.shape[:-1])
+
+
+@dataclass(eq=False)
+class Mean(Rule):
+    """The mean of the gradients.
+
+    Homogeneous of degree 1. Cost: none beyond the gradients. State: none.
+
+    Example:
+        >>> import torch, gradkit as gk
+        >>> gk.Mean()(torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]]))
+        tensor([1., 1., 1.])
+    """
+
+    def weigh(  # noqa: D102 # inherited
+        self, gram: Float[Tensor, "*batch K K"], draws: Any
+    ) -> Float[Tensor, "*batch K"]:
+        return gram.new_full(gram.shape[:-1], 1 / gram.shape[-1])
