@@ -1,6 +1,6 @@
 """gradkit: gradients bent before they are applied, round any torch optimizer."""
 
-from gradkit import tta
+from gradkit import testing, tta
 from gradkit.lookahead import LookAhead
 from gradkit.optimizer import GradientOptimizer, NonFiniteError, wrap
 from gradkit.oracle import Context, Gradients, Oracle, Transform
@@ -30,6 +30,7 @@ __all__ = [
     "StepRecord",
     "Sum",
     "Transform",
+    "testing",
     "tta",
     "wrap",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -12,11 +12,10 @@ from torch import Tensor
 from gradkit.engines.evaluator import Evaluator, StoredGradients
 from gradkit.engines.session import Session
 from gradkit.gram import norm
-from gradkit.interrupts import deferred_interrupts
 from gradkit.objectives import LOSS, NoGradientError, Objectives
 from gradkit.oracle import Context, Gradients, Oracle, Transform
 from gradkit.random import RandomState
-from gradkit.state import link_vectors
+from gradkit.state import link_stepped
 
 
 class Attempt:
@@ -33,17 +32,24 @@ class Attempt:
         *,
         generators: Sequence[torch.Generator | None],
         others: Sequence[Tensor],
-        replay_rng: bool,
-        measure: bool,
+        make_evaluator: Callable[..., Evaluator],
     ) -> None:
         self.context = context
         self.applied = False
+        self.source: Evaluator | StoredGradients
         self._base = base
         self._session = session
         self._parameters = context.layout.parameters
         self._others = others
-        self._replay_rng = replay_rng
-        self._measure = measure
+        self._make_evaluator = make_evaluator
+        placed = set(self._parameters)
+        # Frozen since a step left them a gradient, which the base would go on stepping on.
+        self._stale = [
+            (parameter, parameter.grad)
+            for group in base.param_groups
+            for parameter in group["params"]
+            if parameter not in placed and _is_ours(parameter.grad)
+        ]
         self._grads = [parameter.grad for parameter in self._parameters]
         self._other_grads = [other.grad for other in others]
         self._random = RandomState.capture(context.layout.device)
@@ -54,14 +60,15 @@ class Attempt:
     def initialise_only(self, transforms: Sequence[Transform]) -> bool:
         """Step without a closure where nothing can change; returns whether that was the case.
 
-        That is so if no parameter has a gradient, or if every learning rate is 0: distributed
-        checkpoints step like that to make the base optimizer's state before loading into it.
+        That is so if no parameter has a gradient, or if gradients and learning rates are all 0:
+        distributed checkpoints step like that to make the base optimizer's state before loading.
         """
-        no_gradient = all(grad is None for grad in self._grads)
-        if not no_gradient and any(group.get("lr", 1) != 0 for group in self._base.param_groups):
+        grads = [grad for grad in self._grads if grad is not None]
+        still = all(group.get("lr", 1) == 0 for group in self._base.param_groups)
+        if grads and not (still and not any(bool(grad.any()) for grad in grads)):
             return False
         self._base.step()
-        link_vectors(transforms, self.context.layout, self._base)
+        link_stepped(transforms, self.context.layout, self._base)
         return True
 
     @contextmanager
@@ -80,38 +87,32 @@ class Attempt:
 
     def evaluator(self, objectives: Objectives) -> Evaluator:
         """The innermost oracle over these objectives."""
-        return Evaluator(
-            objectives,
-            self._session,
-            self.context,
-            replay_rng=self._replay_rng,
-            measure=self._measure,
-        )
+        return self._make_evaluator(objectives, self._session, self.context)
 
-    def evaluate(
-        self, objectives: Objectives | None, transforms: Sequence[Transform]
-    ) -> tuple[Gradients, Evaluator | StoredGradients]:
-        """The gradients that the chain of transforms returns, and where they come from."""
+    def evaluate(self, objectives: Objectives | None, transforms: Sequence[Transform]) -> Gradients:
+        """The gradients that the chain of transforms returns; `source` says where they are from."""
         if objectives is None:
             return self._evaluate_stored(LOSS, None, transforms)
-        source = self.evaluator(objectives)
+        self.source = self.evaluator(objectives)
         try:
-            return self._chain(source, transforms)(), source
+            return self._chain(transforms)()
         except NoGradientError as error:
-            # A trainer may have called backward before and pass a closure that only reports.
+            # A trainer may have called backward before and pass a closure that only reports. What
+            # an earlier step left in `.grad` is no such gradient.
             names = self.context.names
-            stored = any(grad is not None for grad in self._grads)
-            if source.measured or names is None or len(names) > 1 or not stored:
+            stored = any(grad is not None and not _is_ours(grad) for grad in self._grads)
+            if self.source.measured or names is None or len(names) > 1 or not stored:
                 raise
             return self._evaluate_stored(names[0], error.loss, transforms)
 
     def _evaluate_stored(
         self, name: str, loss: Tensor | None, transforms: Sequence[Transform]
-    ) -> tuple[Gradients, StoredGradients]:
-        source = StoredGradients(name, self._grads, loss, self.context)
-        return self._chain(source, transforms)(), source
+    ) -> Gradients:
+        self.source = StoredGradients(name, self._grads, loss, self.context)
+        return self._chain(transforms)()
 
-    def _chain(self, oracle: Oracle, transforms: Sequence[Transform]) -> Oracle:
+    def _chain(self, transforms: Sequence[Transform]) -> Oracle:
+        oracle: Oracle = self.source.evaluate
         for transform in transforms:
             oracle = transform.around(oracle, self.context)
         return oracle
@@ -129,13 +130,16 @@ class Attempt:
         gradients: Gradients,
         direction: Float[Tensor, " P"],
         scale: Tensor | float | None,
+        weights: Sequence[float] | None,
         transforms: Sequence[Transform],
     ) -> None:
         """Let the base optimizer step along `direction`, then commit everything else."""
-        reached = gradients.reached_by_direction() or (True,) * len(self._parameters)
+        reached = gradients.reached_by_direction(weights) or (True,) * len(self._parameters)
         views = self.context.layout.views(direction)
         for parameter, view, flag in zip(self._parameters, views, reached, strict=True):
-            parameter.grad = view.to(parameter.dtype) if flag else None
+            parameter.grad = _marked(view.to(parameter.dtype)) if flag else None
+        for parameter, _ in self._stale:
+            parameter.grad = None
         with scaled_learning_rates(self._base, scale):
             self._base.step()
         self.applied = True
@@ -144,20 +148,34 @@ class Attempt:
         for transform in transforms:
             self.context.commit(transform)
             transform.after_step(self.context)
-        link_vectors(transforms, self.context.layout, self._base)
+        link_stepped(transforms, self.context.layout, self._base)
 
     def undo(self, *, rng: bool) -> None:
         """Put everything back as it was before the attempt; the random numbers only if `rng`."""
-        with deferred_interrupts():
-            self._session.rollback()
-            for parameter, grad in zip(self._parameters, self._grads, strict=True):
-                parameter.grad = grad
-            for other, grad in zip(self._others, self._other_grads, strict=True):
-                other.grad = grad
-            for generator, state in self._generators:
-                generator.set_state(state)
-            if rng:
-                self._random.restore()
+        self._session.rollback()
+        for parameter, grad in zip(self._parameters, self._grads, strict=True):
+            parameter.grad = grad
+        for other, grad in zip(self._others, self._other_grads, strict=True):
+            other.grad = grad
+        for parameter, grad in self._stale:
+            parameter.grad = grad
+        for generator, state in self._generators:
+            generator.set_state(state)
+        if rng:
+            self._random.restore()
+
+
+_MARK = "_gradkit_version"
+
+
+def _marked(grad: Tensor) -> Tensor:
+    """The gradient, recognisable as one that a step has left, until something adds to it."""
+    setattr(grad, _MARK, grad._version)
+    return grad
+
+
+def _is_ours(grad: Tensor | None) -> bool:
+    return grad is not None and getattr(grad, _MARK, None) == grad._version
 
 
 @contextmanager

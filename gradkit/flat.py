@@ -32,6 +32,8 @@ class Layout:
         parameters: The T parameters, each once.
         groups: The index of each one's parameter group.
         offsets: T + 1 numbers; parameter t takes `offsets[t]:offsets[t + 1]`.
+        shapes: Each one's shape.
+        strides: Each one's strides where it is channels-last, else None (contiguous).
         dtype: The vector's dtype.
         device: The one device that all parameters are on.
 
@@ -48,6 +50,8 @@ class Layout:
     parameters: tuple[Tensor, ...]
     groups: tuple[int, ...]
     offsets: tuple[int, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    strides: tuple[tuple[int, ...] | None, ...]
     dtype: torch.dtype
     device: torch.device
 
@@ -85,7 +89,15 @@ class Layout:
         dtype = parameters[0].dtype
         for other in {parameter.dtype for parameter in parameters}:
             dtype = torch.promote_types(dtype, other)
-        return cls(tuple(parameters), tuple(groups), tuple(offsets), dtype, devices.pop())
+        return cls(
+            parameters=tuple(parameters),
+            groups=tuple(groups),
+            offsets=tuple(offsets),
+            shapes=tuple(tuple(parameter.shape) for parameter in parameters),
+            strides=tuple(_channels_last_strides(parameter) for parameter in parameters),
+            dtype=dtype,
+            device=devices.pop(),
+        )
 
     @property
     def numel(self) -> int:
@@ -97,7 +109,8 @@ class Layout:
         return (
             len(self.parameters) == len(other.parameters)
             and all(a is b for a, b in zip(self.parameters, other.parameters, strict=True))
-            and self.offsets == other.offsets
+            and self.shapes == other.shapes
+            and self.strides == other.strides
             and self.groups == other.groups
             and self.dtype == other.dtype
             and self.device == other.device
@@ -106,9 +119,11 @@ class Layout:
     def views(self, vector: Shaped[Tensor, " P"]) -> list[Tensor]:
         """The vector's parts, each shaped as its parameter (and in its memory format)."""
         return [
-            _shaped_like(vector[start:stop], parameter)
-            for parameter, start, stop in zip(
-                self.parameters, self.offsets[:-1], self.offsets[1:], strict=True
+            vector[start:stop].view(shape)
+            if strides is None
+            else vector[start:stop].as_strided(shape, strides)
+            for (start, stop), shape, strides in zip(
+                self.segments("tensor"), self.shapes, self.strides, strict=True
             )
         ]
 
@@ -133,18 +148,6 @@ class Layout:
         torch._foreach_copy_(self.views(vector), list(tensors))
         return vector
 
-    def carry_over(self, vector: Tensor, old: Layout) -> Shaped[Tensor, " P"]:
-        """A vector of the layout `old` in this one: zero where a parameter is new."""
-        parts = {
-            id(parameter): part
-            for parameter, part in zip(old.parameters, old.views(vector), strict=True)
-        }
-        moved = torch.zeros(self.numel, dtype=self.dtype, device=self.device)
-        for parameter, view in zip(self.parameters, self.views(moved), strict=True):
-            if id(parameter) in parts:
-                view.copy_(parts[id(parameter)])
-        return moved
-
 
 def _check(parameter: Tensor, what: str) -> None:
     if is_lazy(parameter):
@@ -160,15 +163,15 @@ def _check(parameter: Tensor, what: str) -> None:
         )
 
 
-def _shaped_like(flat: Tensor, parameter: Tensor) -> Tensor:
+def _channels_last_strides(parameter: Tensor) -> tuple[int, ...] | None:
     # A channels-last gradient beside a channels-last weight keeps the optimizers' fused and
     # foreach kernels on their fast path.
     if not parameter.is_contiguous() and (
         (parameter.dim() == 4 and parameter.is_contiguous(memory_format=torch.channels_last))
         or (parameter.dim() == 5 and parameter.is_contiguous(memory_format=torch.channels_last_3d))
     ):
-        return flat.as_strided(parameter.shape, parameter.stride())
-    return flat.view(parameter.shape)
+        return tuple(parameter.stride())
+    return None
 
 
 class Pool:
@@ -207,16 +210,24 @@ class Pool:
         else:
             buffer = _Buffer(self.layout, count)
             buffers.append(buffer)
+        buffer.was_taken = True
         return buffer.rows.view_as(buffer.rows), buffer.views
 
     def take_vector(self) -> Shaped[Tensor, " P"]:
         """One flat vector of undefined content."""
         return self.take(1)[0][0]
 
-    def keep(self, counts: Iterable[int]) -> None:
-        """Let go of the buffers whose number of rows is not among `counts`."""
-        wanted = set(counts)
-        self._buffers = {count: kept for count, kept in self._buffers.items() if count in wanted}
+    def trim(self) -> None:
+        """Let go of what the last step had no use for, or what would lie idle in the next.
+
+        Called between steps. Whoever keeps the last step's gradients holds one buffer; a free one
+        of the same size beside it would be a second.
+        """
+        for count, buffers in self._buffers.items():
+            unused = all(buffer.is_free() for buffer in buffers)
+            self._buffers[count] = [b for b in buffers if b.was_taken] if unused else []
+            for buffer in buffers:
+                buffer.was_taken = False
 
 
 class _Buffer:
@@ -226,6 +237,7 @@ class _Buffer:
         self.rows = torch.empty(count, layout.numel, dtype=layout.dtype, device=layout.device)
         self.views = [layout.views(row) for row in self.rows]
         self._own_uses = _uses(self.rows)
+        self.was_taken = False
 
     def is_free(self) -> bool:
         return _uses(self.rows) == self._own_uses

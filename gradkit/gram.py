@@ -1,8 +1,8 @@
 """Inner products of flat vectors: Gram matrices, norms, cosines.
 
 Every inner product of the library goes through one blocked reduction. A plain float32 product
-of vectors of tens of millions of numbers is wrong in the third digit on a CPU; products of
-blocks of 2^15 numbers, added up in float64, are right to about 1e-7 and several times faster.
+of vectors of tens of millions of numbers is wrong in the third digit on a CPU. Here float32
+products of short blocks are added up in float64, which is right to 1e-6 and several times faster.
 """
 
 from __future__ import annotations
@@ -15,62 +15,106 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-BLOCK = 1 << 15
-# Blocks that are converted at a time where a copy is needed (half precision, signs).
-_CONVERTED_BLOCKS = 64
+BLOCK = 1 << 9
+# Columns that are converted at a time where a copy is needed.
+_CONVERTED_COLUMNS = 1 << 18
+# Squares beyond these may have overflowed in float32, or lost digits to underflow.
+_TRUSTED = (1e-28, 1e36)
 
 
 def inner_products(
     a: Float[Tensor, "K P"], b: Float[Tensor, "L P"], *, signs: bool = False
 ) -> Float[Tensor, "K L"]:
-    """All inner products of the rows of `a` with the rows of `b`.
+    """All inner products of the rows of `a` with the rows of `b`, in float64.
+
+    On Apple's devices, which have no float64, they are in float32.
 
     Args:
         a: K flat vectors.
         b: L flat vectors.
         signs: Whether to take each number's sign first.
 
-    Returns:
-        The products, in float64 for float64 rows and in float32 for any narrower dtype.
-
     Example:
         >>> a = torch.tensor([[1.0, 2.0], [0.0, -3.0]])
         >>> inner_products(a, a)
         tensor([[ 5., -6.],
-                [-6.,  9.]])
+                [-6.,  9.]], dtype=torch.float64)
         >>> inner_products(a, a, signs=True)
         tensor([[ 2., -1.],
-                [-1.,  1.]])
+                [-1.,  1.]], dtype=torch.float64)
     """
-    result = torch.float64 if a.dtype == torch.float64 else torch.float32
+    products = _products(a, b, signs, None)
+    if a.device.type != "cpu" or signs or a.dtype == torch.float64:
+        return products
+    # On the CPU it costs nothing to look at the result.
+    if _in_range(products.diagonal() if b is a else products.flatten()):
+        return products
+    scales = (_magnitudes(a), _magnitudes(b))
+    scaled = _products(a, b, signs, scales)
+    return scaled * scales[0][:, None].double() * scales[1].double()
+
+
+def accumulator(device: torch.device) -> torch.dtype:
+    """The dtype in which inner products and all that follows from them are held."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _in_range(products: Tensor) -> bool:
+    """Whether all are far from where float32 overflows or loses digits."""
+    least, most = _TRUSTED
+    return bool(((products.abs() > least) & (products.abs() < most)).all())
+
+
+def _products(
+    a: Tensor, b: Tensor, signs: bool, scales: tuple[Tensor, Tensor] | None
+) -> Float[Tensor, "K L"]:
+    wide = accumulator(a.device)
+    # Float64 is slow on a CPU and no concern on an accelerator, where memory is the limit.
+    inside = torch.float32 if a.device.type == "cpu" and a.dtype != torch.float64 else wide
+    copies = signs or scales is not None or a.dtype != inside
     length = a.shape[-1]
     whole = length - length % BLOCK
-    step = BLOCK * _CONVERTED_BLOCKS if signs or a.dtype != result else max(whole, 1)
-    partial: list[Tensor] = []
+    step = _CONVERTED_COLUMNS if copies else max(whole, 1)
+
+    def converted(rows: Tensor, start: int, stop: int, side: int) -> Tensor:
+        columns = rows[:, start:stop]
+        if signs:
+            columns = columns.sign()
+        columns = columns.to(inside)
+        return columns if scales is None else columns / scales[side][:, None]
+
+    total = torch.zeros(len(a), len(b), dtype=wide, device=a.device)
     with exact_products(a.device):
         for start in range(0, whole, step):
             stop = min(start + step, whole)
-            left = _blocks(a[:, start:stop], result, signs)
-            right = left if b is a else _blocks(b[:, start:stop], result, signs)
-            partial.append(torch.bmm(left, right.transpose(1, 2)))
-        if whole < length or not partial:
-            left = _converted(a[:, whole:], result, signs)
-            right = left if b is a else _converted(b[:, whole:], result, signs)
-            partial.append((left @ right.T)[None])
-    if len(partial) == 1 and len(partial[0]) == 1:
-        return partial[0][0]
-    # Apple's devices have no float64; everywhere else the sum over blocks is exact enough.
-    wide = torch.float32 if a.device.type == "mps" else torch.float64
-    return torch.cat(partial).sum(0, dtype=wide).to(result)
+            left = _blocks(converted(a, start, stop, 0))
+            right = left if b is a else _blocks(converted(b, start, stop, 1))
+            total += torch.bmm(left, right.transpose(1, 2)).sum(0, dtype=wide)
+        if whole < length:
+            left = converted(a, whole, length, 0)
+            right = left if b is a else converted(b, whole, length, 1)
+            total += left @ right.T
+    return total
+
+
+def _magnitudes(rows: Float[Tensor, "K P"]) -> Float[Tensor, " K"]:
+    """A power of two near the largest number of each row; 1 for a row of zeros."""
+    largest = torch.stack([torch.linalg.vector_norm(row, torch.inf) for row in rows]).float()
+    usable = (largest > 0) & largest.isfinite()
+    return torch.where(usable, largest, torch.ones_like(largest)).log2().floor().exp2()
+
+
+def _blocks(columns: Float[Tensor, "K n"]) -> Float[Tensor, "blocks K block"]:
+    return columns.reshape(len(columns), -1, BLOCK).transpose(0, 1)
 
 
 def gram(rows: Float[Tensor, "K P"], *, signs: bool = False) -> Float[Tensor, "K K"]:
-    """The Gram matrix G = J·Jᵀ of the rows, right to about 1e-7 of its diagonal.
+    """The Gram matrix G = J·Jᵀ of the rows, right to 1e-6 of its diagonal.
 
     Example:
         >>> gram(torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]]))
         tensor([[ 18., -22.],
-                [-22.,  38.]])
+                [-22.,  38.]], dtype=torch.float64)
     """
     return inner_products(rows, rows, signs=signs)
 
@@ -84,7 +128,7 @@ def block_grams(
         >>> block_grams(torch.tensor([[1.0, 2.0, 3.0]]), [(0, 2), (2, 3)])
         tensor([[[5.]],
         <BLANKLINE>
-                [[9.]]])
+                [[9.]]], dtype=torch.float64)
     """
     return torch.stack([gram(rows[:, start:stop], signs=signs) for start, stop in segments])
 
@@ -94,9 +138,9 @@ def norm(vector: Float[Tensor, " P"]) -> Float[Tensor, ""]:
 
     Example:
         >>> norm(torch.tensor([3.0, 4.0]))
-        tensor(5.)
+        tensor(5., dtype=torch.float64)
     """
-    return inner_products(vector[None], vector[None])[0, 0].sqrt()
+    return gram(vector[None])[0, 0].sqrt()
 
 
 def cosines(gram: Float[Tensor, "*batch K K"]) -> Float[Tensor, "*batch K K"]:
@@ -113,17 +157,6 @@ def cosines(gram: Float[Tensor, "*batch K K"]) -> Float[Tensor, "*batch K K"]:
     # The denominator is made 1 where it is 0, so that no NaN arises and NaNs that come in stay.
     ratio = gram / torch.where(products == 0, torch.ones_like(products), products)
     return torch.where(products == 0, torch.zeros_like(ratio), ratio).clamp(-1, 1)
-
-
-def _blocks(columns: Tensor, dtype: torch.dtype, signs: bool) -> Tensor:
-    """[K, n·BLOCK] as [n, K, BLOCK]."""
-    converted = _converted(columns, dtype, signs)
-    return converted.reshape(len(columns), -1, BLOCK).transpose(0, 1)
-
-
-def _converted(columns: Tensor, dtype: torch.dtype, signs: bool) -> Tensor:
-    columns = columns.sign() if signs else columns
-    return columns.to(dtype)
 
 
 @contextmanager

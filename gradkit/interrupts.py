@@ -4,26 +4,56 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 
-@contextmanager
-def deferred_interrupts() -> Iterator[None]:
-    """Hold back Ctrl-C (SIGINT) until the block has ended, then let it act.
+class Interrupts:
+    """Lets Ctrl-C (SIGINT) act only where a step can be abandoned.
 
+    Between `begin` and `end` a signal is held back, except inside `allowed`, where the user's
+    closures run. One that was held back acts on the next entry to `allowed`, or at the end.
     Outside the main thread, where Python delivers no signals, nothing needs to be done.
     """
-    handler = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
-        yield
-        return
-    received: list[tuple[int, FrameType | None]] = []
-    signal.signal(signal.SIGINT, lambda number, frame: received.append((number, frame)))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-        if received:
-            handler(*received[-1])
+
+    def __init__(self) -> None:
+        self._handler: Callable[[int, FrameType | None], Any] | None = None
+        self._held: list[tuple[int, FrameType | None]] = []
+        self._open = False
+
+    def begin(self) -> None:
+        """From here on hold signals back."""
+        handler = signal.getsignal(signal.SIGINT)
+        if threading.current_thread() is threading.main_thread() and callable(handler):
+            self._handler = handler
+            signal.signal(signal.SIGINT, self._receive)
+
+    def end(self) -> None:
+        """Hold nothing back any more, and let a signal act that was."""
+        if self._handler is not None:
+            signal.signal(signal.SIGINT, self._handler)
+            self._act()
+
+    @contextmanager
+    def allowed(self) -> Iterator[None]:
+        """A block in which a signal acts at once."""
+        self._open = True
+        try:
+            self._act()
+            yield
+        finally:
+            self._open = False
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self._held.append((number, frame))
+        if self._open:
+            self._open = False
+            self._act()
+
+    def _act(self) -> None:
+        if self._held and self._handler is not None:
+            number, frame = self._held.pop()
+            self._held.clear()
+            self._handler(number, frame)

@@ -88,6 +88,30 @@ def checked_loss(loss: object, name: str) -> Tensor | None:
     return loss.reshape(())
 
 
+def refuse_reentrant_checkpoints(loss: Tensor, name: str) -> None:
+    """Check that no reentrant checkpoint hides parameters from autograd.
+
+    It calls backward inside its own backward, and is passed over where only gradients with
+    respect to given tensors are asked for: the parameters in it would silently not be trained.
+
+    Raises:
+        RuntimeError: If there is one.
+    """
+    seen = set()
+    nodes = [loss.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if "CheckpointFunction" in node.name():
+            raise RuntimeError(
+                f"objective {name!r} uses torch.utils.checkpoint with use_reentrant=True, which "
+                "hides parameters from the gradient; pass use_reentrant=False"
+            )
+        nodes.extend(following for following, _ in node.next_functions)
+
+
 def checked_grad(grad: Tensor | None, name: str, parameter: Tensor) -> Tensor | None:
     """The gradient, if inner products can be taken of it.
 

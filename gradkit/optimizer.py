@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -18,15 +19,16 @@ from gradkit.attempt import Attempt
 from gradkit.engines.choice import (
     ENGINES,
     EngineName,
-    ParameterNames,
+    ParameterPlaces,
     choose_engine,
     refuse_processes,
 )
-from gradkit.engines.evaluator import Evaluator, StoredGradients
+from gradkit.engines.evaluator import Evaluator, StoredGradients, stacked
 from gradkit.engines.functional import FunctionalSession
 from gradkit.engines.inplace import InplaceSession
 from gradkit.flat import Layout, Pool
-from gradkit.interrupts import deferred_interrupts
+from gradkit.gram import accumulator, cosines, norm
+from gradkit.interrupts import Interrupts
 from gradkit.objectives import Objectives, check_objectives
 from gradkit.oracle import Context, Gradients, Transform
 from gradkit.record import StepRecord
@@ -106,6 +108,11 @@ def wrap(
         raise ValueError(f"nonfinite is {nonfinite!r}; choose one of {', '.join(NONFINITE)}")
     if max_norm is not None and not max_norm > 0:
         raise ValueError(f"max_norm is {max_norm}; it must be positive, or None for no clipping")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(
+            "model is a scripted module, whose parameters and buffers cannot be exchanged; pass "
+            "the module it was made from, or leave model= out"
+        )
     _check_chain(transforms)
     return GradientOptimizer(
         base,
@@ -134,14 +141,13 @@ def _check_chain(transforms: Sequence[Transform]) -> None:
             raise ValueError(
                 f"{transform!r} is passed twice; make two objects, since each keeps its own state"
             )
-        if isinstance(transform, Rule):
-            if last is not None:
-                raise ValueError(
-                    f"{transform!r} cannot follow {last!r}, whose result is no weighted sum of "
-                    "whole gradients; put it first"
-                )
-            if transform.sets_update:
-                last = transform
+        if isinstance(transform, Rule) and last is not None:
+            raise ValueError(
+                f"{transform!r} cannot follow {last!r}, whose result is no weighted sum of "
+                "whole gradients; put it first"
+            )
+        if transform.sets_update:
+            last = transform
 
 
 class GradientOptimizer(Optimizer):
@@ -186,15 +192,18 @@ class GradientOptimizer(Optimizer):
         # Whoever looks at the groups finds the key from the start: some checkpoint formats save
         # only the keys that a freshly made optimizer shows.
         self.base.param_groups[0][saved_state.KEY] = saved_state.encode(self.transforms)
+        for transform in transforms:
+            transform.belong_to(self)
         if engine == "functional":
             layout = Layout.of(base.param_groups)
-            names = None if model is None else ParameterNames(model, layout)
-            choose_engine(engine, model, names, layout)
+            places = None if model is None else ParameterPlaces(model, layout)
+            choose_engine(engine, model, places, layout)
 
     def _prepare_scratch(self) -> None:
         """Make what is neither copied nor saved."""
         self._pool: Pool | None = None
-        self._names: ParameterNames | None = None
+        self._places: ParameterPlaces | None = None
+        self._searched: set[str] = set()
         self._stepping = False
         self._session: FunctionalSession | InplaceSession | None = None
         self._optimizer_step_pre_hooks: OrderedDict[int, Any] = OrderedDict()
@@ -246,7 +255,9 @@ class GradientOptimizer(Optimizer):
             self.base.zero_grad(set_to_none=set_to_none)
 
     def __repr__(self) -> str:
-        parts = [repr(self.base), *map(repr, self.transforms)]
+        key = f"    {saved_state.KEY}: "
+        lines = [line for line in repr(self.base).split("\n") if not line.startswith(key)]
+        parts = ["\n".join(lines), *map(repr, self.transforms)]
         inside = ",\n".join(part.replace("\n", "\n  ") for part in parts)
         return f"{type(self).__name__}(\n  {inside}\n)".replace(",\n", ",\n  ")
 
@@ -260,6 +271,9 @@ class GradientOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._prepare_scratch()
+        # Pickle copies each tensor by itself, so that views are no longer views.
+        if self._vector_layout is not None:
+            saved_state.relink(self.transforms, self._vector_layout, self.base)
 
     # The step.
 
@@ -276,19 +290,22 @@ class GradientOptimizer(Optimizer):
         Raises:
             RuntimeError: If a closure produced no gradient, if a transform needs a closure and
                 there is none, or if `step` is called from inside a closure.
-            NonFiniteError: If a loss or gradient is not finite and `nonfinite` is "raise".
+            NonFiniteError: If a loss, gradient or weight is not finite and `nonfinite` is
+                "raise".
             ValueError: If the objectives do not fit the transforms.
 
-        Whatever is raised, by a closure too, weights, buffers, gradients, states, learning rates
-        and random number generators are left as they were.
+        Whatever is raised before the base optimizer steps, by a closure too, weights, buffers,
+        gradients, states, learning rates and random number generators are left as they were.
+        Ctrl-C acts while closures run, or else once the step is done.
         """
-        for hook in list(self._optimizer_step_pre_hooks.values()):
-            changed = hook(self, (closure,), {})
+        for before in list(self._optimizer_step_pre_hooks.values()):
+            changed = before(self, (self, closure), {})
             if changed is not None:
-                (closure,), _ = changed
+                arguments, named = changed
+                closure = named["closure"] if "closure" in named else arguments[1]
         loss = self._step(closure)
-        for hook in list(self._optimizer_step_post_hooks.values()):
-            hook(self, (closure,), {})
+        for after in list(self._optimizer_step_post_hooks.values()):
+            after(self, (self, closure), {})
         return loss
 
     def gradients(
@@ -318,7 +335,7 @@ class GradientOptimizer(Optimizer):
         with self._attempt() as attempt:
             try:
                 with attempt.evaluating():
-                    return attempt.evaluator(objectives)(at, only)
+                    return attempt.evaluator(objectives).evaluate(at, only)
             finally:
                 attempt.undo(rng=False)
 
@@ -330,22 +347,47 @@ class GradientOptimizer(Optimizer):
                 return None
             try:
                 with attempt.evaluating():
-                    gradients, source = attempt.evaluate(closure, self.transforms)
-                    finite, scale = self._verdict(gradients, source)
-                    direction = attempt.direction(gradients, self.max_norm) if finite else None
-                with deferred_interrupts():
-                    if direction is None:
-                        attempt.undo(rng=False)
-                    else:
-                        attempt.apply(gradients, direction, scale, self.transforms)
-                    self._record(attempt.context, gradients, source, applied=finite)
+                    gradients, source = self._evaluate(attempt, closure)
+                    verdict = self._verdict(gradients, source)
+                    if verdict.culprit is None:
+                        direction = attempt.direction(gradients, self.max_norm)
+                if verdict.culprit is None:
+                    attempt.apply(
+                        gradients, direction, verdict.scale, verdict.weights, self.transforms
+                    )
+                else:
+                    attempt.undo(rng=False)
             except BaseException:
                 if not attempt.applied:
                     attempt.undo(rng=True)
                 raise
+            self._record(attempt, gradients, source)
             if closure is None:
                 return None
-            return torch.stack([*source.first_losses.values()]).sum()
+            return stacked([*source.first_losses.values()], attempt.context.layout.device).sum()
+
+    def _evaluate(
+        self, attempt: Attempt, closure: Objectives | None
+    ) -> tuple[Gradients, Evaluator | StoredGradients]:
+        """What the transforms make of the gradients; the source's own where that fails on NaNs.
+
+        Code that meets NaNs, at weights displaced along a gradient that is not finite, may raise
+        anything. That is then a step that is not finite.
+        """
+        try:
+            return attempt.evaluate(closure, self.transforms), attempt.source
+        except Exception as error:
+            source = attempt.source
+            if self.nonfinite == "ignore" or not source.measured:
+                raise
+            last = source.measured[-1]
+            try:
+                culprit = self._verdict(last, source).culprit
+            except NonFiniteError as found:
+                raise found from error
+            if culprit is None:
+                raise
+            return last, source
 
     @contextmanager
     def _attempt(self) -> Iterator[Attempt]:
@@ -360,78 +402,95 @@ class GradientOptimizer(Optimizer):
                 "or use torch.no_grad()"
             )
         refuse_processes()
-        layout = self._layout()
-        if self._names is not None:
-            self._names.check_current()
-        self._stepping = True
+        interrupts = Interrupts()
+        interrupts.begin()
         try:
+            layout = self._layout()
+            if self._places is not None:
+                self._places.check_current()
+            self._stepping = True
             with torch.no_grad():
-                yield self._make_attempt(layout)
+                yield self._make_attempt(layout, interrupts)
         finally:
             self._stepping = False
             self._session = None
+            interrupts.end()
 
-    def _make_attempt(self, layout: Layout) -> Attempt:
+    def _make_attempt(self, layout: Layout, interrupts: Interrupts) -> Attempt:
         assert self._pool is not None  # made by _layout()
-        engine = choose_engine(self.engine, self.model, self._names, layout)
-        if engine == "functional" and self.model is not None and self._names is not None:
-            self._session = FunctionalSession(layout, self._pool, self.model, self._names.names)
+        self._pool.trim()
+        model, places = self.model, self._places
+        engine = choose_engine(self.engine, model, places, layout)
+        if engine == "functional" and model is not None and places is not None:
+            self._session = FunctionalSession(layout, self._pool, model, places)
         else:
-            self._session = InplaceSession(layout, self._pool, self.model)
+            writes = places is not None and places.writes_weights
+            self._session = InplaceSession(layout, self._pool, model, writes_weights=writes)
         return Attempt(
             self.base,
             self._session,
             Context(layout, self._pool, self.base),
             generators=[transform.generator for transform in self.transforms],
-            others=[] if self._names is None else self._names.others,
-            replay_rng=self.replay_rng,
-            measure=self.nonfinite != "ignore",
+            others=[] if places is None else places.others,
+            make_evaluator=functools.partial(
+                Evaluator,
+                replay_rng=self.replay_rng,
+                measure=self.nonfinite != "ignore",
+                interrupts=interrupts,
+                searched=self._searched,
+            ),
         )
 
-    def _verdict(
-        self, gradients: Gradients, source: Evaluator | StoredGradients
-    ) -> tuple[bool, Tensor | float | None]:
-        """Whether all is finite, and the factor of the learning rate; one copy to the host."""
+    def _verdict(self, gradients: Gradients, source: Evaluator | StoredGradients) -> _Verdict:
+        """Whether all is finite, and what the host needs to know; one copy from the device."""
         scale = gradients.lr_scale if gradients.scales_lr else None
         float_lr = scale is not None and any(
             not isinstance(group.get("lr"), Tensor) for group in self.base.param_groups
         )
         if self.nonfinite == "ignore":
-            return True, float(scale) if scale is not None and float_lr else scale
-        parts = [part for _, losses, squares in source.measured for part in (losses, squares)]
+            return _Verdict(None, float(scale) if scale is not None and float_lr else scale, None)
+        wide = accumulator(gradients.rows.device)
+        parts = [gradients.weights]
         if scale is not None:
-            parts.append(scale[None].to(parts[0].dtype))
-        values = torch.cat(parts).tolist()
-        culprit = _culprit(source, values)
-        if culprit is None and scale is not None and not math.isfinite(values[-1]):
-            culprit = f"the learning rate's factor is {values[-1]}"
-        if culprit is not None:
-            if self.nonfinite == "raise":
-                raise NonFiniteError(
-                    f"{culprit}; nothing was changed. Look at that objective's data or lower the "
-                    "learning rate, or pass nonfinite='skip' to gk.wrap() to pass over such steps"
-                )
-            return False, None
-        return True, values[-1] if scale is not None and float_lr else scale
+            parts.append(scale[None])
+        if gradients.update is not None:
+            parts.append(norm(gradients.update)[None])
+        for one in source.measured:
+            parts += [one.losses, one.gram().diagonal()]
+        values = torch.cat([part.to(wide) for part in parts]).tolist()
+        count = len(gradients.names)
+        weights, rest = values[:count], values[count:]
+        factor = rest.pop(0) if scale is not None else None
+        update = rest.pop(0) if gradients.update is not None else 0.0
+        culprit = _culprit(source, rest)
+        if culprit is None and factor is not None and not math.isfinite(factor):
+            culprit = f"the learning rate's factor is {factor}"
+        if culprit is None and not all(map(math.isfinite, (*weights, update))):
+            culprit = f"the transforms' result is not finite (weights {weights})"
+        if culprit is not None and self.nonfinite == "raise":
+            raise NonFiniteError(
+                f"{culprit}; nothing was changed. Look at that objective's data or lower the "
+                "learning rate, or pass nonfinite='skip' to gk.wrap() to pass over such steps"
+            )
+        return _Verdict(culprit, factor if float_lr else scale, weights)
 
     def _record(
-        self,
-        context: Context,
-        gradients: Gradients,
-        source: Evaluator | StoredGradients,
-        *,
-        applied: bool,
+        self, attempt: Attempt, gradients: Gradients, source: Evaluator | StoredGradients
     ) -> None:
+        device = attempt.context.layout.device
         firsts = source.first_losses
+        losses = stacked([firsts[name] for name in gradients.names], device)
+        gram, context = gradients.gram(), attempt.context
         self.last_step = StepRecord(
             names=gradients.names,
-            losses=torch.stack([firsts[name] for name in gradients.names]),
-            gram=gradients.gram(),
-            weights=gradients.weights,
-            lr_scale=gradients.lr_scale,
-            gate=context.gate,
-            decay=context.decay,
-            applied=applied,
+            losses=losses,
+            gram=gram.to(losses.dtype),
+            weights=gradients.weights.to(losses.dtype),
+            lr_scale=gradients.lr_scale.to(losses.dtype),
+            gate=None if context.gate is None else context.gate.to(losses.dtype),
+            decay=None if context.decay is None else context.decay.to(losses.dtype),
+            applied=attempt.applied,
+            _cosines=cosines(gram).to(losses.dtype),
         )
 
     def _layout(self) -> Layout:
@@ -439,28 +498,12 @@ class GradientOptimizer(Optimizer):
         layout = Layout.of(self.base.param_groups)
         if self._pool is None or not self._pool.layout.same_as(layout):
             self._pool = Pool(layout)
-            self._names = None if self.model is None else ParameterNames(self.model, layout)
+            self._places = None if self.model is None else ParameterPlaces(self.model, layout)
         layout = self._pool.layout
         if self._vector_layout is None or not self._vector_layout.same_as(layout):
-            self._make_vectors(layout)
+            saved_state.lay_out_vectors(self.transforms, self._vector_layout, layout, self.base)
+            self._vector_layout = layout
         return layout
-
-    def _make_vectors(self, layout: Layout) -> None:
-        for transform in self.transforms:
-            fresh = transform.initial_vectors(layout)
-            for name, vector in transform.vectors.items():
-                if self._vector_layout is not None:
-                    fresh[name] = layout.carry_over(vector, self._vector_layout)
-            transform.vectors.clear()
-            transform.vectors.update(fresh)
-        saved_state.unlink_vectors(self.base)
-        self._vector_layout = layout
-        for number, transform in enumerate(self.transforms):
-            for name, vector in transform.vectors.items():
-                key = f"{saved_state.PREFIX}{number}.{name}"
-                for parameter, view in zip(layout.parameters, layout.views(vector), strict=True):
-                    if self.base.state.get(parameter):
-                        self.base.state[parameter][key] = view
 
     # Saving and loading.
 
@@ -474,6 +517,10 @@ class GradientOptimizer(Optimizer):
             pre(self)
         self.base.param_groups[0][saved_state.KEY] = saved_state.encode(self.transforms)
         state: dict[str, Any] = self.base.state_dict()
+        if self._vector_layout is not None:
+            saved_state.add_unlinked_vectors(
+                state, self.transforms, self._vector_layout, self.base.param_groups
+            )
         for post in list(self._optimizer_state_dict_post_hooks.values()):
             changed = post(self, state)
             if changed is not None:
@@ -499,33 +546,44 @@ class GradientOptimizer(Optimizer):
         if text is not None:
             saved_state.decode(text, self.transforms)
         self.base.param_groups[0][saved_state.KEY] = saved_state.encode(self.transforms)
-        self._pool = None
-        self._vector_layout = None
         for transform in self.transforms:
             transform.vectors.clear()
-        layout = self._layout()
-        saved_state.load_vectors(
-            self.transforms, layout, self.base.param_groups, own, theirs["param_groups"]
+        self._pool = None
+        self._vector_layout = None
+        loaded = saved_state.store_vectors(
+            self.base.param_groups, own, theirs["param_groups"], self.base
         )
+        if loaded:
+            layout = self._layout()
+            saved_state.lay_out_vectors(self.transforms, layout, layout, self.base, loaded)
         for post in list(self._optimizer_load_state_dict_post_hooks.values()):
             post(self)
+
+
+class _Verdict(NamedTuple):
+    """What the host learns of a step's numbers."""
+
+    culprit: str | None
+    scale: Tensor | float | None
+    weights: list[float] | None
 
 
 def _culprit(source: Evaluator | StoredGradients, values: Sequence[float]) -> str | None:
     """What is not finite first, in words; None if everything is finite."""
     position = 0
-    for number, (names, _, _) in enumerate(source.measured):
-        losses = values[position : position + len(names)]
-        squares = values[position + len(names) : position + 2 * len(names)]
-        position += 2 * len(names)
+    for number, one in enumerate(source.measured):
+        count = len(one.names)
+        losses = values[position : position + count]
+        squares = values[position + count : position + 2 * count]
+        position += 2 * count
         where = "" if number == 0 else f" (evaluation {number + 1} of the step)"
         bad = [
             f"the loss of objective {name!r} is {loss}{where}"
-            for name, loss in zip(names, losses, strict=True)
+            for name, loss in zip(one.names, losses, strict=True)
             if not math.isfinite(loss) and name not in source.without_loss
         ] + [
             f"the gradient of objective {name!r} is not finite{where}"
-            for name, square in zip(names, squares, strict=True)
+            for name, square in zip(one.names, squares, strict=True)
             if not math.isfinite(square)
         ]
         if bad:

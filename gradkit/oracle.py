@@ -7,6 +7,7 @@ objectives' *gradients* at a displaced point. A *transform* turns one oracle int
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gradkit.flat import Layout, Pool, Scope
-from gradkit.gram import block_grams, cosines, exact_products, gram, norm
+from gradkit.gram import accumulator, block_grams, cosines, exact_products, gram, norm
 
 Oracle = Callable[..., "Gradients"]
 """`oracle(at=None, only=None) -> Gradients`.
@@ -71,7 +72,7 @@ class Gradients:
     _products: dict[tuple[str, bool], Tensor] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        dtype = torch.float64 if self.rows.dtype == torch.float64 else torch.float32
+        dtype = accumulator(self.rows.device)
         if self.weights is None:
             weights = torch.ones(len(self.names), dtype=dtype, device=self.rows.device)
             object.__setattr__(self, "weights", weights)
@@ -98,6 +99,11 @@ class Gradients:
             observers=self.observers | set(names),
             _made_weights=(weights, weights._version) if known else None,
         )
+
+    def without_rows(self) -> Gradients:
+        """A copy that knows the rows' Gram matrix but does not keep their memory."""
+        products = {("global", False): self.gram()}
+        return self.replace(rows=self.rows.new_empty(len(self.names), 0), _products=products)
 
     def index(self, name: str) -> int:
         """The row of the objective `name`.
@@ -132,7 +138,7 @@ class Gradients:
         return self._made_scale is not self.lr_scale or self.lr_scale._version != 0
 
     def gram(self, scope: Scope = "global", *, signs: bool = False) -> Float[Tensor, ...]:
-        """The rows' Gram matrix [K, K]; [S, K, K], one for each block, with another scope.
+        """The rows' Gram matrix [K, K] in float64; [S, K, K], one a block, with another scope.
 
         Args:
             scope: "global", or "group" or "tensor" for one matrix per parameter group or tensor.
@@ -194,14 +200,20 @@ class Gradients:
         # wᵀGw would cancel where gradients conflict.
         return norm(self.direction() if direction is None else direction)
 
-    def reached_by_direction(self) -> tuple[bool, ...] | None:
-        """For each of T parameters, whether the graph of a row that is no observer reached it."""
+    def reached_by_direction(
+        self, weights: Sequence[float] | None = None
+    ) -> tuple[bool, ...] | None:
+        """For each of T parameters, whether the graph of a row of nonzero weight reached it.
+
+        Args:
+            weights: The weights, if the host has them; otherwise only observers have weight 0.
+        """
         if self.reached is None:
             return None
         rows = [
             flags
-            for name, flags in zip(self.names, self.reached, strict=True)
-            if name not in self.observers
+            for k, (name, flags) in enumerate(zip(self.names, self.reached, strict=True))
+            if name not in self.observers and (weights is None or weights[k] != 0)
         ]
         if not rows:
             return tuple(False for _ in self.reached[0])
@@ -255,9 +267,12 @@ def join(parts: Sequence[Gradients], context: Context) -> Gradients:
     for row, name in zip(rows, names, strict=True):
         part, k = source[name]
         row.copy_(part.rows[k])
+    dtype = parts[0].losses.dtype
+    for part in parts:
+        dtype = torch.promote_types(dtype, part.losses.dtype)
     joined = Gradients(
         names,
-        torch.stack([source[name][0].losses[source[name][1]] for name in names]),
+        torch.stack([source[name][0].losses[source[name][1]].to(dtype) for name in names]),
         rows,
         layout=context.layout,
         reached=_joined_flags([source[name] for name in names]),
@@ -399,6 +414,23 @@ class Transform:
     def sets_update(self) -> bool:
         """Whether the result is no weighted sum of the rows, so that no rule can follow."""
         return False
+
+    def belong_to(self, optimizer: object) -> None:
+        """Note the optimizer that keeps this transform's state.
+
+        Raises:
+            ValueError: If another one, still in use, does.
+        """
+        owner = self.__dict__.get("_owner", lambda: None)()
+        shares = bool(self.state or self.vectors or self.generator is not None)
+        if owner is not None and owner is not optimizer and shares:
+            raise ValueError(
+                f"{self!r} belongs to another optimizer, which saves its state; make a new one"
+            )
+        self.__dict__["_owner"] = weakref.ref(optimizer)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_owner"}
 
     def initial_vectors(self, layout: Layout) -> dict[str, Tensor]:
         """The flat vectors this transform keeps, as they are before the first step."""

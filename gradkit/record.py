@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from jaxtyping import Float
 from torch import Tensor
-
-from gradkit.gram import cosines
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +40,7 @@ class StepRecord:
     gate: Float[Tensor, ""] | None
     decay: Float[Tensor, ""] | None
     applied: bool
+    _cosines: Float[Tensor, "K K"] = field(repr=False)
 
     def cosine(self, a: str, b: str) -> Float[Tensor, ""]:
         """The cosine of two objectives' gradients; 0 if one of them is zero.
@@ -54,4 +53,4 @@ class StepRecord:
                 raise ValueError(
                     f"the step had no objective {name!r}; it had {', '.join(map(repr, self.names))}"
                 )
-        return cosines(self.gram)[self.names.index(a), self.names.index(b)]
+        return self._cosines[self.names.index(a), self.names.index(b)]

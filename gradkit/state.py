@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ from gradkit.oracle import Transform
 
 KEY = "gradkit"
 PREFIX = "gradkit."
+# Marks, in a state dict only, the vector of a parameter that the base has not stepped yet.
+_UNSTEPPED = "unstepped."
 _VERSION = 1
 
 
@@ -103,41 +105,110 @@ def _unpacked(value: Any) -> Any:
 
 
 def link_vectors(
-    transforms: Sequence[Transform], layout: Layout, base: torch.optim.Optimizer
+    transforms: Sequence[Transform],
+    layout: Layout,
+    base: torch.optim.Optimizer,
+    where: Callable[[Tensor, str], bool],
 ) -> None:
-    """Show the transforms' flat vectors in the state of each parameter that the base has stepped.
+    """Show the transforms' flat vectors in the state of each parameter for which `where` holds.
 
     They are views, so they need linking only once. A parameter that the base has not stepped yet
-    is left alone: many optimizers take an empty state as the sign to make their own.
+    must be left alone: many optimizers take an empty state as the sign to make their own.
+    """
+    for key, vector in _keyed(transforms):
+        for parameter, view in zip(layout.parameters, layout.views(vector), strict=True):
+            if where(parameter, key):
+                base.state[parameter][key] = view
+
+
+def link_stepped(
+    transforms: Sequence[Transform], layout: Layout, base: torch.optim.Optimizer
+) -> None:
+    """Link the vectors of parameters that the base has just stepped."""
+    if any(transform.vectors for transform in transforms):
+        link_vectors(
+            transforms,
+            layout,
+            base,
+            lambda parameter, key: parameter.grad is not None and key not in base.state[parameter],
+        )
+
+
+def relink(transforms: Sequence[Transform], layout: Layout, base: torch.optim.Optimizer) -> None:
+    """Renew the views where there were some, after vectors have moved."""
+    link_vectors(
+        transforms, layout, base, lambda parameter, key: key in base.state.get(parameter, {})
+    )
+
+
+def lay_out_vectors(
+    transforms: Sequence[Transform],
+    old: Layout | None,
+    new: Layout,
+    base: torch.optim.Optimizer,
+    loaded: Mapping[Tensor, Mapping[str, Tensor]] | None = None,
+) -> None:
+    """Make the transforms' flat vectors for a new layout.
+
+    Each parameter's part is what was loaded for it, or what it was in the old layout, or what its
+    state has kept from before it was frozen, or else as `initial_vectors` has it.
     """
     for number, transform in enumerate(transforms):
-        for name, vector in transform.vectors.items():
+        fresh = transform.initial_vectors(new)
+        for name, vector in fresh.items():
             key = f"{PREFIX}{number}.{name}"
-            for parameter, view in zip(layout.parameters, layout.views(vector), strict=True):
-                if parameter.grad is not None and key not in base.state[parameter]:
-                    base.state[parameter][key] = view
+            before: dict[Tensor, Tensor] = {}
+            if old is not None and name in transform.vectors:
+                parts = old.views(transform.vectors[name])
+                before = dict(zip(old.parameters, parts, strict=True))
+            with torch.no_grad():
+                for parameter, view in zip(new.parameters, new.views(vector), strict=True):
+                    sources = (
+                        (loaded or {}).get(parameter, {}).get(key),
+                        before.get(parameter),
+                        base.state.get(parameter, {}).get(key),
+                    )
+                    for source in sources:
+                        if source is not None:
+                            view.copy_(source)
+                            break
+        transform.vectors.clear()
+        transform.vectors.update(fresh)
+    relink(transforms, new, base)
 
 
-def unlink_vectors(base: torch.optim.Optimizer) -> None:
-    """Take the flat vectors out of the parameters' state again."""
-    for state in base.state.values():
-        for key in [key for key in state if isinstance(key, str) and key.startswith(PREFIX)]:
-            del state[key]
+def add_unlinked_vectors(
+    state_dict: dict[str, Any],
+    transforms: Sequence[Transform],
+    layout: Layout,
+    param_groups: Sequence[Mapping[str, Any]],
+) -> None:
+    """Add to a state dict the vectors of parameters that the base has not stepped yet."""
+    identities = {
+        parameter: identity
+        for group, saved in zip(param_groups, state_dict["param_groups"], strict=True)
+        for parameter, identity in zip(group["params"], saved["params"], strict=True)
+    }
+    for key, vector in _keyed(transforms):
+        for parameter, view in zip(layout.parameters, layout.views(vector), strict=True):
+            state = state_dict["state"].get(identities[parameter], {})
+            if key not in state:
+                state_dict["state"][identities[parameter]] = {**state, _UNSTEPPED + key: view}
 
 
-def split(state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], str | None, dict[Any, Any]]:
+def split(
+    state_dict: Mapping[str, Any],
+) -> tuple[dict[str, Any], str | None, dict[Any, dict[str, Tensor]]]:
     """Divide a state dict into the base optimizer's, the JSON text, and vectors by parameter id."""
     groups = [dict(group) for group in state_dict["param_groups"]]
     text = groups[0].pop(KEY, None) if groups else None
-    own: dict[Any, Any] = {}
+    own: dict[Any, dict[str, Tensor]] = {}
     theirs: dict[Any, Any] = {}
     for identity, state in state_dict["state"].items():
-        if not isinstance(state, Mapping):
-            theirs[identity] = state
-            continue
-        own[identity] = {key: state[key] for key in state if str(key).startswith(PREFIX)}
-        rest = {key: value for key, value in state.items() if not str(key).startswith(PREFIX)}
-        theirs[identity] = rest
+        kept = dict(state)
+        own[identity] = {key: kept.pop(key) for key in state if _is_own(key)}
+        if kept or not own[identity]:
+            theirs[identity] = kept
     return {"state": theirs, "param_groups": groups}, text, own
 
 
@@ -161,24 +232,28 @@ def check_vectors(
                     )
 
 
-def load_vectors(
-    transforms: Sequence[Transform],
-    layout: Layout,
+def store_vectors(
     param_groups: Sequence[Mapping[str, Any]],
     own: Mapping[Any, Mapping[str, Tensor]],
     saved_groups: Sequence[Mapping[str, Any]],
-) -> None:
-    """Fill the transforms' flat vectors from saved ones, matched by position in the groups."""
-    saved_of = {
-        id(parameter): own.get(identity, {})
-        for group, saved in zip(param_groups, saved_groups, strict=True)
-        for parameter, identity in zip(group["params"], saved["params"], strict=True)
-    }
-    with torch.no_grad():
-        for number, transform in enumerate(transforms):
-            for name, vector in transform.vectors.items():
-                key = f"{PREFIX}{number}.{name}"
-                for parameter, view in zip(layout.parameters, layout.views(vector), strict=True):
-                    saved_part = saved_of.get(id(parameter), {})
-                    if key in saved_part:
-                        view.copy_(saved_part[key])
+    base: torch.optim.Optimizer,
+) -> dict[Tensor, dict[str, Tensor]]:
+    """Saved vectors by parameter; those of stepped parameters go into their state, too."""
+    loaded: dict[Tensor, dict[str, Tensor]] = {}
+    for group, saved in zip(param_groups, saved_groups, strict=True):
+        for parameter, identity in zip(group["params"], saved["params"], strict=True):
+            for key, value in own.get(identity, {}).items():
+                loaded.setdefault(parameter, {})[key.removeprefix(_UNSTEPPED)] = value
+                if not key.startswith(_UNSTEPPED):
+                    base.state[parameter][key] = value
+    return loaded
+
+
+def _keyed(transforms: Sequence[Transform]) -> Iterator[tuple[str, Tensor]]:
+    for number, transform in enumerate(transforms):
+        for name, vector in transform.vectors.items():
+            yield f"{PREFIX}{number}.{name}", vector
+
+
+def _is_own(key: object) -> bool:
+    return str(key).startswith((PREFIX, _UNSTEPPED + PREFIX))

@@ -170,6 +170,7 @@ class GatedEMA(Transform):
 def follow(teacher: nn.Module, student: nn.Module, decay: Float[Tensor, ""]) -> None:
     """Move the teacher's weights to decay·teacher + (1 − decay)·student, and copy the buffers.
 
+    Weights are matched by name; one that the student got after the teacher was made is left out.
     A decay of 1 leaves the teacher's weights, and its buffers, as they are.
 
     Example:
@@ -179,13 +180,13 @@ def follow(teacher: nn.Module, student: nn.Module, decay: Float[Tensor, ""]) -> 
         >>> torch.equal(teacher.weight, student.weight)
         True
     """
-    own = [parameter.detach() for parameter in teacher.parameters()]
-    new = [parameter.detach() for parameter in student.parameters()]
     share = 1 - decay
-    for mine, theirs in zip(own, new, strict=True):
-        mine.lerp_(theirs.to(mine.dtype), share.to(mine.dtype))
-    for mine, theirs in zip(teacher.buffers(), student.buffers(), strict=True):
-        mine.copy_(torch.where(decay < 1, theirs, mine))
+    weights = dict(student.named_parameters())
+    for name, mine in teacher.named_parameters():
+        mine.lerp_(weights[name].to(mine.dtype), share.to(mine.dtype))
+    buffers = dict(student.named_buffers())
+    for name, buffer in teacher.named_buffers():
+        buffer.copy_(torch.where(decay < 1, buffers[name], buffer))
 
 
 def _make_teacher(student: nn.Module, teacher: nn.Module | None) -> nn.Module:

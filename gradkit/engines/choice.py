@@ -13,20 +13,20 @@ EngineName = Literal["auto", "functional", "inplace"]
 ENGINES: tuple[EngineName, ...] = ("auto", "functional", "inplace")
 
 
-class ParameterNames:
-    """The model's names for the parameters of a layout, looked up once per layout."""
+class ParameterPlaces:
+    """Where the parameters of a layout are in the model, looked up once per layout."""
 
     def __init__(self, model: nn.Module, layout: Layout) -> None:
-        places = {
-            id(parameter): (f"{prefix}.{name}" if prefix else name, module, name)
-            for prefix, module in model.named_modules()
-            for name, parameter in module._parameters.items()
-            if parameter is not None
-        }
-        found = [places.get(id(parameter)) for parameter in layout.parameters]
-        self.missing = [index for index, place in enumerate(found) if place is None]
-        self._places = [place for place in found if place is not None]
-        self.names = [name for name, _, _ in self._places]
+        # A module that is registered at several places is visited once; a parameter that several
+        # modules share has one place in each of them.
+        places: dict[int, list[tuple[str, nn.Module, str]]] = {}
+        for prefix, module in model.named_modules():
+            for key, parameter in module._parameters.items():
+                if parameter is not None:
+                    name = f"{prefix}.{key}" if prefix else key
+                    places.setdefault(id(parameter), []).append((name, module, key))
+        self._places = [places.get(id(parameter), []) for parameter in layout.parameters]
+        self.missing = [index for index, found in enumerate(self._places) if not found]
         self.layout = layout
         own = set(map(id, layout.parameters))
         self.others = [
@@ -34,6 +34,14 @@ class ParameterNames:
             for parameter in model.parameters()
             if parameter.requires_grad and id(parameter) not in own
         ]
+        self.writes_weights = any(
+            getattr(module, "max_norm", None) is not None for module in model.modules()
+        )
+        """Whether an embedding with `max_norm` changes its weight in forward."""
+
+    def name(self, index: int) -> str:
+        """The model's first name for a parameter."""
+        return self._places[index][0][0]
 
     def check_current(self) -> None:
         """Check that the model still holds these very parameters.
@@ -41,20 +49,18 @@ class ParameterNames:
         Raises:
             RuntimeError: If one has been replaced since.
         """
-        parameters = self.layout.parameters
-        if self.missing:
-            return
-        for (name, owner, key), parameter in zip(self._places, parameters, strict=True):
-            if owner._parameters.get(key) is not parameter:
-                raise RuntimeError(
-                    f"the model's parameter {name!r} is no longer the one that the optimizer "
-                    "holds, so stepping would not change the model; make a new optimizer and "
-                    "wrap that"
-                )
+        for places, parameter in zip(self._places, self.layout.parameters, strict=True):
+            for name, owner, key in places:
+                if owner._parameters.get(key) is not parameter:
+                    raise RuntimeError(
+                        f"the model's parameter {name!r} is no longer the one that the optimizer "
+                        "holds, so stepping would not change the model; make a new optimizer and "
+                        "wrap that"
+                    )
 
 
 def choose_engine(
-    wanted: EngineName, model: nn.Module | None, names: ParameterNames | None, layout: Layout
+    wanted: EngineName, model: nn.Module | None, places: ParameterPlaces | None, layout: Layout
 ) -> Literal["functional", "inplace"]:
     """The engine to use: the wanted one, or the functional one where its needs are met.
 
@@ -63,7 +69,7 @@ def choose_engine(
     """
     if wanted == "inplace":
         return "inplace"
-    problem = _functional_problem(model, names, layout)
+    problem = _functional_problem(model, places, layout)
     if problem is None:
         return "functional"
     if wanted == "functional":
@@ -72,12 +78,12 @@ def choose_engine(
 
 
 def _functional_problem(
-    model: nn.Module | None, names: ParameterNames | None, layout: Layout
+    model: nn.Module | None, places: ParameterPlaces | None, layout: Layout
 ) -> str | None:
-    if model is None or names is None:
+    if model is None or places is None:
         return "runs closures on a copy of the model's parameters: pass model= to gk.wrap()"
-    if names.missing:
-        index = names.missing[0]
+    if places.missing:
+        index = places.missing[0]
         shape = tuple(layout.parameters[index].shape)
         return (
             f"needs every optimised parameter to be the model's, but parameter {index} of the "
@@ -86,8 +92,11 @@ def _functional_problem(
         )
     if any(hasattr(module, "_orig_mod") for module in model.modules()):
         return "cannot replace the parameters of a compiled module: pass the original as model="
-    for name, parameter in zip(names.names, layout.parameters, strict=True):
+    if places.writes_weights:
+        return "would lose what an embedding with max_norm= writes to its weight in forward"
+    for index, parameter in enumerate(layout.parameters):
         if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+            name = places.name(index)
             return f"would not run the hooks registered on the parameter {name!r}: remove them"
     return None
 

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gradkit.engines.session import Session
+from gradkit.interrupts import Interrupts
 from gradkit.objectives import (
     LOSS,
     NoGradientError,
@@ -18,6 +19,7 @@ from gradkit.objectives import (
     checked_grad,
     checked_loss,
     micro_batches,
+    refuse_reentrant_checkpoints,
 )
 from gradkit.oracle import Context, Gradients
 from gradkit.random import RandomState
@@ -27,7 +29,7 @@ class Evaluator:
     """`oracle(at, only)` over a step's objectives, by an engine's session.
 
     Keeps account of what a step needs to know: each objective's first loss, and the losses and
-    squared gradient norms of every evaluation.
+    inner products of every evaluation.
     """
 
     def __init__(
@@ -38,6 +40,8 @@ class Evaluator:
         *,
         replay_rng: bool,
         measure: bool,
+        interrupts: Interrupts,
+        searched: set[str],
     ) -> None:
         self._closures = objectives if isinstance(objectives, Mapping) else None
         self._joint = None if isinstance(objectives, Mapping) else objectives
@@ -45,13 +49,16 @@ class Evaluator:
         self._context = context
         self._draws: dict[str | None, RandomState] | None = {} if replay_rng else None
         self._measure = measure
+        self._interrupts = interrupts
+        self._searched = searched
         if self._closures is not None:
             context.names = tuple(self._closures)
         self.first_losses: dict[str, Tensor] = {}
         self.without_loss: set[str] = set()
-        self.measured: list[tuple[tuple[str, ...], Tensor, Tensor]] = []
+        self.measured: list[Gradients] = []
 
-    def __call__(
+    # A method, not `__call__`: calling an instance keeps the arguments alive until it returns.
+    def evaluate(
         self, at: Float[Tensor, " P"] | None = None, only: Container[str] | None = None
     ) -> Gradients:
         """The gradients at the weights plus `at`, of all objectives or those in `only`."""
@@ -62,14 +69,15 @@ class Evaluator:
                 raise ValueError(
                     f"there is no objective {unknown[0]!r}; there are {', '.join(map(repr, names))}"
                 )
-        with self._session.displaced(at) as leaves:
+        place = self._session.displaced(at)
+        del at  # a point is not needed once the weights are there
+        with place as leaves:
             if self._closures is None:
                 gradients = self._evaluate_jointly(leaves, only)
             else:
                 gradients = self._evaluate_one_by_one(leaves, only)
         if self._measure:
-            squares = gradients.gram().diagonal()
-            self.measured.append((gradients.names, gradients.losses, squares))
+            self.measured.append(gradients.without_rows())
         return gradients
 
     def _evaluate_one_by_one(
@@ -125,8 +133,11 @@ class Evaluator:
         return rows.gradients()
 
     def _run(self, body: Callable[[], None], first: bool) -> None:
-        with torch.enable_grad():
-            self._session.run(body, keep_buffers=first)
+        def interruptible() -> None:
+            with torch.enable_grad(), self._interrupts.allowed():
+                body()
+
+        self._session.run(interruptible, keep_buffers=first)
 
     def _agree_on(self, names: tuple[str, ...]) -> tuple[str, ...]:
         """The objectives' names, which must not change within a step."""
@@ -167,6 +178,9 @@ class Evaluator:
             if loss is None or not loss.requires_grad:
                 raise NoGradientError(_no_gradient(name), loss)
             grads = self._session.differentiate(loss, leaves, retain_graph=name != pending[-1])
+            if name not in self._searched and any(grad is None for grad in grads):
+                refuse_reentrant_checkpoints(loss, name)
+                self._searched.add(name)
             rows.add(name, grads)
 
     @contextmanager
@@ -204,20 +218,19 @@ class _Rows:
         self._reached = {name: [False] * len(leaves) for name in names}
         self._written: set[str] = set()
         self._losses: dict[str, Tensor | None] = dict.fromkeys((*names, *also))
-        wide = context.layout.dtype == torch.float64
-        self._dtype = torch.float64 if wide else torch.float32
 
     def add_loss(self, name: str, loss: Tensor | None) -> None:
         if loss is not None:
             before = self._losses.get(name)
-            loss = loss.detach().to(self._layout.device, self._dtype)
+            loss = loss.detach().to(self._layout.device)
+            loss = loss.to(torch.promote_types(loss.dtype, torch.float32))
             self._losses[name] = loss if before is None else before + loss
 
     def loss(self, name: str) -> Tensor:
         """The summed loss; NaN if the closure returned None."""
         loss = self._losses[name]
         if loss is None:
-            return torch.tensor(torch.nan, dtype=self._dtype, device=self._layout.device)
+            return torch.tensor(torch.nan, dtype=torch.float32, device=self._layout.device)
         return loss
 
     def without_loss(self) -> set[str]:
@@ -251,15 +264,23 @@ class _Rows:
                 ]
                 if unreached:
                     torch._foreach_zero_(unreached)
-        losses = [self.loss(name) for name in self._names]
-        none = torch.zeros(0, dtype=self._dtype, device=self._layout.device)
         return Gradients(
             self._names,
-            torch.stack(losses) if losses else none,
+            stacked([self.loss(name) for name in self._names], self._layout.device),
             self._rows,
             layout=self._layout,
             reached=tuple(tuple(self._reached[name]) for name in self._names),
         )
+
+
+def stacked(losses: Sequence[Tensor], device: torch.device) -> Float[Tensor, " K"]:
+    """Losses as one vector, in the widest dtype among them."""
+    dtype = torch.float32
+    for loss in losses:
+        dtype = torch.promote_types(dtype, loss.dtype)
+    if not losses:
+        return torch.zeros(0, dtype=dtype, device=device)
+    return torch.stack([loss.to(dtype) for loss in losses])
 
 
 def _chosen(grads: Sequence[Tensor | None], indices: Sequence[int]) -> list[Tensor]:
@@ -287,10 +308,9 @@ class StoredGradients:
         self._gradients = rows.gradients()
         self.first_losses = {name: rows.loss(name)}
         self.without_loss = rows.without_loss()
-        squares = self._gradients.gram().diagonal()
-        self.measured = [((name,), self._gradients.losses, squares)]
+        self.measured = [self._gradients.without_rows()]
 
-    def __call__(
+    def evaluate(
         self, at: Float[Tensor, " P"] | None = None, only: Container[str] | None = None
     ) -> Gradients:
         """The stored gradients; there are none at other weights."""

@@ -8,28 +8,43 @@ from contextlib import contextmanager
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from gradkit.engines.session import Result
+from gradkit.engines.choice import ParameterPlaces
+from gradkit.engines.session import Result, is_expanded
 from gradkit.flat import Layout, Pool
+
+Buffers = list[dict[str, Tensor | None]]
 
 
 class FunctionalSession:
-    """Closures and their gradients inside one `torch.func.functional_call`.
+    """Closures and their gradients on leaves and clones put in the model's place.
 
-    The model's parameters are replaced by leaves at the wanted point and its buffers by clones.
-    Every gradient is taken before the call returns: non-reentrant checkpointing runs the forward
-    again during the backward pass, and must find the same weights then.
+    While a closure runs, the model's parameters are leaves at the wanted point and its buffers
+    clones. Every gradient is taken before the originals return: non-reentrant checkpointing runs
+    the forward again during the backward pass, and must find the same weights then.
+
+    This is what `torch.func.functional_call` does, for any code that uses the model, with two
+    differences: a module that is registered under two names gets its own parameters back, and
+    `rollback` can put them back if anything got in between.
     """
 
-    def __init__(self, layout: Layout, pool: Pool, model: nn.Module, names: Sequence[str]) -> None:
+    def __init__(
+        self, layout: Layout, pool: Pool, model: nn.Module, places: ParameterPlaces
+    ) -> None:
+        self._places = places
         self._layout = layout
         self._pool = pool
-        self._runner = _Runner(model)
-        self._names = [f"model.{name}" for name in names]
-        self._live_buffers = dict(self._runner.named_buffers())
-        self._kept_buffers: dict[str, Tensor] | None = None
-        self._leaves: list[Tensor] = []
+        self._modules = list(model.modules())
+        self._live_buffers: Buffers = [dict(module._buffers) for module in self._modules]
+        self._kept_buffers: Buffers | None = None
+        index = {id(parameter): t for t, parameter in enumerate(layout.parameters)}
+        self._slots = [
+            (module._parameters, key, parameter, index[id(parameter)])
+            for module in self._modules
+            for key, parameter in module._parameters.items()
+            if id(parameter) in index
+        ]
+        self._leaves: list[nn.Parameter] = []
 
     @contextmanager
     def displaced(self, at: Float[Tensor, " P"] | None) -> Iterator[Sequence[Tensor]]:  # noqa: D102
@@ -41,11 +56,12 @@ class FunctionalSession:
                 values = self._layout.views(self._pool.take_vector())
                 torch._foreach_copy_(values, list(parameters))
                 torch._foreach_add_(values, self._layout.views(at))
+                del at  # it is not needed any more, and may be the last reference
                 points = [
                     value if value.dtype == parameter.dtype else value.to(parameter.dtype)
                     for value, parameter in zip(values, parameters, strict=True)
                 ]
-        self._leaves = [point.requires_grad_() for point in points]
+        self._leaves = [nn.Parameter(point) for point in points]
         torch.clear_autocast_cache()
         try:
             yield self._leaves
@@ -54,16 +70,30 @@ class FunctionalSession:
 
     def run(self, body: Callable[[], Result], *, keep_buffers: bool) -> Result:  # noqa: D102
         if keep_buffers and self._kept_buffers is not None:
-            buffers = dict(self._kept_buffers)
+            buffers = self._kept_buffers
         else:
-            start = self._live_buffers if self._kept_buffers is None else self._kept_buffers
-            buffers = {name: buffer.detach().clone() for name, buffer in start.items()}
-        call: dict[str, Tensor] = {**buffers, **dict(zip(self._names, self._leaves, strict=True))}
-        result: Result = functional_call(self._runner, call, (body,))
-        if keep_buffers:
-            # functional_call writes buffers that the model has replaced back to `call`.
-            self._kept_buffers = {name: call[name] for name in buffers}
-        return result
+            buffers = _cloned(self._kept_buffers or self._live_buffers)
+        try:
+            for held, key, _, t in self._slots:
+                held[key] = self._leaves[t]
+            self._put_buffers(buffers)
+            result = body()
+            if keep_buffers:
+                self._kept_buffers = [dict(module._buffers) for module in self._modules]
+            return result
+        finally:
+            self._put_back()
+
+    def _put_buffers(self, buffers: Buffers) -> None:
+        for module, values in zip(self._modules, buffers, strict=True):
+            if values or module._buffers:
+                module._buffers.clear()
+                module._buffers.update(values)
+
+    def _put_back(self) -> None:
+        for held, key, parameter, _ in self._slots:
+            held[key] = parameter
+        self._put_buffers(self._live_buffers)
 
     def differentiate(  # noqa: D102
         self, loss: Tensor, leaves: Sequence[Tensor], *, retain_graph: bool
@@ -92,43 +122,50 @@ class FunctionalSession:
             leaf.grad = None
 
     def _refuse_live(self, grads: Sequence[Tensor | None]) -> None:
-        for name, grad in zip(self._names, grads, strict=True):
+        for t, grad in enumerate(grads):
             if grad is not None:
-                name = name.removeprefix("model.")
                 raise RuntimeError(
-                    f"the loss depends on the parameter {name!r} by way of a reference made "
-                    "outside the closure (a cached parameter list, say), which does not see "
-                    "displaced weights; look the parameter up in the model inside the closure, "
-                    "or pass engine='inplace' to gk.wrap()"
+                    f"the loss depends on the parameter {self._places.name(t)!r} by way of a "
+                    "reference made outside the closure (a cached parameter list, say), which "
+                    "does not see displaced weights; look the parameter up in the model inside "
+                    "the closure, or pass engine='inplace' to gk.wrap()"
                 )
 
     def commit(self) -> None:  # noqa: D102
-        if not self._kept_buffers:
+        if self._kept_buffers is None:
             return
-        # All are copied: BatchNorm's kernel writes its statistics without leaving a trace in the
-        # tensors' version counters.
-        same = {
-            name: buffer
-            for name, buffer in self._kept_buffers.items()
-            if (buffer.shape, buffer.dtype)
-            == (self._live_buffers[name].shape, self._live_buffers[name].dtype)
-        }
-        with torch.no_grad():
-            torch._foreach_copy_([self._live_buffers[name] for name in same], [*same.values()])
-        for name in self._kept_buffers.keys() - same.keys():
-            owner, _, key = name.rpartition(".")
-            self._runner.get_submodule(owner)._buffers[key] = self._kept_buffers[name].detach()
+        old: list[Tensor] = []
+        new: list[Tensor] = []
+        for module, live, kept in zip(
+            self._modules, self._live_buffers, self._kept_buffers, strict=True
+        ):
+            for key in live.keys() - kept.keys():
+                del module._buffers[key]
+            for key, value in kept.items():
+                before = live.get(key)
+                if before is not None and value is not None and _can_be_written(before, value):
+                    old.append(before)
+                    new.append(value)
+                else:
+                    module._buffers[key] = value
+        if old:
+            with torch.no_grad():
+                torch._foreach_copy_(old, new)
 
-    def rollback(self) -> None:
-        """Nothing to do: weights and buffers were never written."""
+    def rollback(self) -> None:  # noqa: D102
+        self._put_back()
 
 
-class _Runner(nn.Module):
-    """Holds the model, so that `functional_call` puts its tensors in place, and runs anything."""
+def _cloned(buffers: Buffers) -> Buffers:
+    # A buffer that several modules share stays one.
+    clones: dict[int, Tensor | None] = {id(None): None}
+    for held in buffers:
+        for buffer in held.values():
+            if buffer is not None and id(buffer) not in clones:
+                clones[id(buffer)] = buffer.detach().clone()
+    return [{key: clones[id(buffer)] for key, buffer in held.items()} for held in buffers]
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
 
-    def forward(self, body: Callable[[], Result]) -> Result:
-        return body()
+def _can_be_written(live: Tensor, value: Tensor) -> bool:
+    """Whether the new value fits into the live tensor, which must not be an expanded one."""
+    return live.shape == value.shape and live.dtype == value.dtype and not is_expanded(live)

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gradkit.engines.session import Result
+from gradkit.engines.session import Result, is_expanded
 from gradkit.flat import Layout, Pool
 
 
@@ -23,11 +23,16 @@ class InplaceSession:
     their last bit, hence the copy.
     """
 
-    def __init__(self, layout: Layout, pool: Pool, model: nn.Module | None) -> None:
+    def __init__(
+        self, layout: Layout, pool: Pool, model: nn.Module | None, *, writes_weights: bool
+    ) -> None:
+        """Begin a step; `writes_weights` says that the model's forward changes its weights."""
         self._layout = layout
         self._pool = pool
         self._saved: Float[Tensor, " P"] | None = None
-        self._buffers = [] if model is None else _Buffer.of(model)
+        self._at_start = layout.flatten(layout.parameters) if writes_weights else None
+        self._modules = [] if model is None else list(model.modules())
+        self._buffers = _BufferValues(self._modules)
 
     @contextmanager
     def displaced(self, at: Float[Tensor, " P"] | None) -> Iterator[Sequence[Tensor]]:  # noqa: D102
@@ -39,32 +44,31 @@ class InplaceSession:
         try:
             with torch.no_grad():
                 torch._foreach_copy_(self._layout.views(saved), list(parameters))
-                # From here on the weights can be put back, wherever an interrupt strikes.
                 self._saved = saved
                 for parameter, part in zip(parameters, self._layout.views(at), strict=True):
                     parameter.copy_(parameter + part)
+                del at, part  # not needed any more, and maybe the last references
             # Autocast keeps the weights it has cast, and would go on using the old ones.
             torch.clear_autocast_cache()
             yield parameters
         finally:
-            self._restore_weights()
-
-    def _restore_weights(self) -> None:
-        if self._saved is not None:
-            with torch.no_grad():
-                torch._foreach_copy_(list(self._layout.parameters), self._layout.views(self._saved))
+            self._restore_weights(self._saved)
             self._saved = None
+
+    def _restore_weights(self, saved: Float[Tensor, " P"] | None) -> None:
+        if saved is not None:
+            with torch.no_grad():
+                torch._foreach_copy_(list(self._layout.parameters), self._layout.views(saved))
             torch.clear_autocast_cache()
 
     def run(self, body: Callable[[], Result], *, keep_buffers: bool) -> Result:  # noqa: D102
         if keep_buffers:
             return body()
-        before = [buffer.snapshot() for buffer in self._buffers]
+        before = _BufferValues(self._modules)
         try:
             return body()
         finally:
-            for buffer in before:
-                buffer.restore()
+            before.restore()
 
     def differentiate(  # noqa: D102
         self, loss: Tensor, leaves: Sequence[Tensor], *, retain_graph: bool
@@ -81,34 +85,33 @@ class InplaceSession:
         """Nothing to do: kept changes were made to the live buffers."""
 
     def rollback(self) -> None:  # noqa: D102
-        self._restore_weights()
-        for buffer in self._buffers:
-            buffer.restore()
+        self._restore_weights(self._at_start if self._at_start is not None else self._saved)
+        self._saved = None
+        self._buffers.restore()
 
 
-class _Buffer:
-    """One buffer of a module, as an object and by value."""
+class _BufferValues:
+    """The buffers of some modules, as objects and by value."""
 
-    def __init__(self, owner: nn.Module, name: str) -> None:
-        self._owner = owner
-        self._name = name
-        self._object = owner._buffers[name]
-        self._value = None if self._object is None else self._object.detach().clone()
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._held = [(module._buffers, dict(module._buffers)) for module in modules]
+        self._values = [
+            (buffer, buffer.detach().clone())
+            for _, objects in self._held
+            for buffer in objects.values()
+            if buffer is not None and not is_expanded(buffer)
+        ]
 
-    @classmethod
-    def of(cls, model: nn.Module) -> list[_Buffer]:
-        return [cls(module, name) for module in model.modules() for name in module._buffers]
-
-    def snapshot(self) -> _Buffer:
-        return _Buffer(self._owner, self._name)
-
+    @torch.no_grad()
     def restore(self) -> None:
-        self._owner._buffers[self._name] = self._object
-        if self._object is not None and self._value is not None:
-            with torch.no_grad():
-                if self._object.shape != self._value.shape:
-                    self._object.resize_(self._value.shape)
-                self._object.copy_(self._value)
+        for held, objects in self._held:
+            if [*held] != [*objects] or any(held[key] is not objects[key] for key in objects):
+                held.clear()
+                held.update(objects)
+        for buffer, value in self._values:
+            if buffer.shape != value.shape:
+                buffer.resize_(value.shape)
+            buffer.copy_(value)
 
 
 def _take_grads(leaves: Sequence[Tensor]) -> list[Tensor | None]:

@@ -22,8 +22,8 @@ class SAM(Transform):
     Around other transforms d is their direction, and so is the gradient at θ + ε: after PCGrad,
     both are surgically combined. BatchNorm statistics are those of the first pass.
 
-    Cost: two gradients of each objective. Memory: one flat vector, ε, beside the engine's own
-    copy of the weights. State: none.
+    Cost: two gradients of each objective. Memory: one flat vector (ε, then the weights it
+    displaces). State: none.
 
     Args:
         rho: The ascent radius ρ ≥ 0. 0.05 is the authors' default for image classification.
@@ -47,10 +47,15 @@ class SAM(Transform):
         def oracle(
             at: Float[Tensor, " P"] | None = None, only: Container[str] | None = None
         ) -> Gradients:
-            here = inner(at, only)
-            d = here.direction()
-            epsilon = d * (self.rho / (here.direction_norm(d) + 1e-12)).to(d.dtype)
-            del here, d  # their memory serves the second evaluation
-            return inner(epsilon if at is None else epsilon.add_(at), only)
+            # No name holds on to the first evaluation or to the point of the second, so that their
+            # memory is free as soon as it is no longer needed.
+            return inner(self._ascended(inner(at, only), at), only)
 
         return oracle
+
+    def _ascended(
+        self, gradients: Gradients, at: Float[Tensor, " P"] | None
+    ) -> Float[Tensor, " P"]:
+        d = gradients.direction()
+        epsilon = d * (self.rho / (gradients.direction_norm(d) + 1e-12))
+        return epsilon if at is None else epsilon.add_(at)

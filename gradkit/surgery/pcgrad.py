@@ -56,7 +56,7 @@ class PCGrad(Rule):
         """For each objective, the order in which the others are visited."""
         if count <= 2:
             return None
-        return torch.rand(count, count, generator=self.generator).argsort(dim=1)
+        return torch.rand(count, count, generator=self.generator, device="cpu").argsort(dim=1)
 
     def weigh(  # noqa: D102 # inherited
         self, gram: Float[Tensor, "*batch K K"], draws: Int[Tensor, "K K"] | None

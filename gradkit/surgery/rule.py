@@ -68,6 +68,11 @@ class Rule(Transform, ABC):
             at: Float[Tensor, " P"] | None = None, only: Container[str] | None = None
         ) -> Gradients:
             gradients = inner(at, only)
+            if gradients.update is not None:
+                raise ValueError(
+                    f"{self!r} cannot follow a transform that has set the update, which is no "
+                    "weighted sum of whole gradients; put it first in wrap()"
+                )
             active = list(gradients.active)
             if not active:
                 return gradients

@@ -1,0 +1,145 @@
+"""The optimizer contract over every transform, several bases and both engines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+import gradkit as gk
+
+BASES: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
+    "sgd-momentum": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01),
+    "adam-tensor-lr": lambda p: torch.optim.Adam(p, lr=torch.tensor(0.01), amsgrad=True),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01, centered=True),
+    "adafactor": lambda p: torch.optim.Adafactor(p, lr=0.01),
+}
+
+
+class Momentum(gk.Transform):
+    """A transform with everything a transform may keep: a vector, a number, random numbers."""
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(5)
+        self.state["steps"] = 0
+        self.state["share"] = 0.1
+
+    def initial_vectors(self, layout):
+        return {"mean": torch.zeros(layout.numel, dtype=layout.dtype)}
+
+    def around(self, inner, context):
+        noise = torch.rand((), generator=self.generator)
+
+        def oracle(at=None, only=None):
+            gradients = inner(at, only)
+            mean = self.vectors["mean"].lerp(gradients.direction(), 0.5 + noise / 2)
+            context.propose(
+                self, mean=mean, steps=self.state["steps"] + 1, share=self.state["share"] / 3
+            )
+            return gradients.replace(update=mean.clone())
+
+        return oracle
+
+
+CHAINS: dict[str, tuple[Callable[[nn.Module], tuple[gk.Transform, ...]], tuple[str, ...]]] = {
+    "none": (lambda m: (), ("loss",)),
+    "none-two": (lambda m: (), ("a", "b")),
+    "pcgrad": (lambda m: (gk.PCGrad(),), ("a", "b", "c")),
+    "pcgrad-tensor": (lambda m: (gk.PCGrad(scope="tensor"),), ("a", "b")),
+    "sum": (lambda m: (gk.Sum(),), ("a", "b")),
+    "mean": (lambda m: (gk.Mean(),), ("a", "b")),
+    "sam": (lambda m: (gk.SAM(rho=0.1),), ("loss",)),
+    "look-ahead": (lambda m: (gk.LookAhead(),), ("pseudo", "auxiliary")),
+    "cosine-lr": (lambda m: (gk.CosineLR("a", "b"),), ("a", "b")),
+    "ema": (lambda m: (gk.EMA(m, decay=0.9, warmup=True),), ("loss",)),
+    "gated-ema": (lambda m: (gk.GatedEMA(m),), ("source", "target")),
+    "grata": (
+        lambda m: (gk.LookAhead(), gk.CosineLR(activation="linear")),
+        ("pseudo", "auxiliary"),
+    ),
+    "pcgrad-sam-ema": (
+        lambda m: (gk.PCGrad(), gk.SAM(), gk.EMA(m, decay=0.99)),
+        ("a", "b", "c"),
+    ),
+    "own": (lambda m: (Momentum(),), ("a", "b")),
+}
+
+
+@pytest.mark.parametrize("engine", ["functional", "inplace"])
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("chain", CHAINS)
+def test_contract(chain: str, base: str, engine: str) -> None:
+    transforms, objectives = CHAINS[chain]
+    gk.testing.check_optimizer_contract(
+        lambda model: gk.wrap(
+            BASES[base](list(model.parameters())),
+            *transforms(model),
+            model=model,
+            engine=engine,
+        ),
+        objectives,
+    )
+
+
+BROKEN = {
+    "keeps the learning rate": (
+        "leaves the learning rate changed",
+        lambda optimizer: optimizer.register_step_post_hook(
+            lambda o, *_: o.param_groups[0].update(lr=0.5)
+        ),
+    ),
+    "counts a batch twice": (
+        "BatchNorm counted",
+        lambda optimizer: optimizer.register_step_post_hook(
+            lambda o, *_: o.model.norm.num_batches_tracked.add_(1)
+        ),
+    ),
+    "writes a weight before closures run": (
+        "weights and buffers differ after KeyError",
+        lambda optimizer: optimizer.register_step_pre_hook(
+            lambda o, *_: print(o.model.last.bias.data.add_(1.0))
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_contract_finds_faults(fault: str) -> None:
+    message, break_it = BROKEN[fault]
+
+    def make(model: nn.Module) -> gk.GradientOptimizer:
+        optimizer = gk.wrap(torch.optim.SGD(model.parameters(), lr=0.1), model=model)
+        break_it(optimizer)
+        return optimizer
+
+    with pytest.raises(AssertionError, match=message):
+        gk.testing.check_optimizer_contract(make)
+
+
+class Forgetful(gk.Transform):
+    """Keeps a number beside `state`, so that it is lost on resume."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def around(self, inner, context):
+        def oracle(at=None, only=None):
+            gradients = inner(at, only)
+            return gradients.replace(weights=gradients.weights / (1 + self.steps))
+
+        return oracle
+
+    def after_step(self, context):
+        self.steps += 1
+
+
+def test_contract_finds_state_that_is_not_saved() -> None:
+    with pytest.raises(AssertionError, match="saved after 0 and resumed"):
+        gk.testing.check_optimizer_contract(
+            lambda model: gk.wrap(
+                torch.optim.SGD(model.parameters(), lr=0.1), Forgetful(), model=model
+            )
+        )
