@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections import OrderedDict
@@ -194,10 +195,10 @@ class GradientOptimizer(Optimizer):
         self.base.param_groups[0][saved_state.KEY] = saved_state.encode(self.transforms)
         for transform in transforms:
             transform.belong_to(self)
+        with contextlib.suppress(ValueError):  # parameters may still change before the first step
+            self._layout()
         if engine == "functional":
-            layout = Layout.of(base.param_groups)
-            places = None if model is None else ParameterPlaces(model, layout)
-            choose_engine(engine, model, places, layout)
+            choose_engine(engine, model, self._places, Layout.of(base.param_groups))
 
     def _prepare_scratch(self) -> None:
         """Make what is neither copied nor saved."""

@@ -422,8 +422,9 @@ class Transform:
             ValueError: If another one, still in use, does.
         """
         owner = self.__dict__.get("_owner", lambda: None)()
-        shares = bool(self.state or self.vectors or self.generator is not None)
-        if owner is not None and owner is not optimizer and shares:
+        keeps = bool(self.state) or self.generator is not None
+        keeps |= type(self).initial_vectors is not Transform.initial_vectors
+        if keeps and owner is not None and owner is not optimizer:
             raise ValueError(
                 f"{self!r} belongs to another optimizer, which saves its state; make a new one"
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -43,7 +43,7 @@ class PCGrad(Rule):
 
     reduction: Literal["sum", "mean"] = "sum"
     scope: Scope = "global"
-    generator: torch.Generator | None = None
+    generator: torch.Generator | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         check_scope(self.scope)

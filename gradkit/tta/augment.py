@@ -1,0 +1,271 @@
+"""Strong augmentation of images: brightness, contrast, gamma, noise and blur.
+
+Everything runs in batch, on the device of the image, and leaves its input alone. Random numbers
+come from a `torch.Generator`, which may live on the CPU or on a device: its numbers are drawn
+where it lives and moved to the image, so a CPU generator gives the same augmentation everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Images = Float[Tensor, "batch channels height width"]
+PerSample = Float[Tensor, " batch"]
+PerChannel = Float[Tensor, "batch channels"]
+Range = tuple[float, float]
+
+
+def minmax(image: Images) -> Images:
+    """Each image stretched to [0, 1], jointly over its channels; a constant one becomes zeros.
+
+    Example:
+        >>> minmax(torch.tensor([[[[2.0, 4.0]], [[6.0, 4.0]]]])).flatten().tolist()
+        [0.0, 0.5, 1.0, 0.5]
+    """
+    low = image.amin(dim=(1, 2, 3), keepdim=True)
+    extent = image.amax(dim=(1, 2, 3), keepdim=True) - low
+    return (image - low) / torch.where(extent > 0, extent, 1.0)
+
+
+def adjust_brightness(image: Images, factor: PerChannel) -> Images:
+    """Each channel multiplied by its factor.
+
+    Example:
+        >>> adjust_brightness(torch.ones(1, 2, 1, 1), torch.tensor([[0.5, 2.0]])).flatten()
+        tensor([0.5000, 2.0000])
+    """
+    return image * factor[..., None, None]
+
+
+def adjust_contrast(image: Images, factor: PerChannel) -> Images:
+    """Each channel scaled about its mean by its factor, then clipped to the range it had.
+
+    Example:
+        >>> adjust_contrast(torch.tensor([[[[0.0, 1.0]]]]), torch.tensor([[0.5]])).flatten()
+        tensor([0.2500, 0.7500])
+    """
+    mean = image.mean(dim=(2, 3), keepdim=True)
+    stretched = (image - mean) * factor[..., None, None] + mean
+    low, high = image.amin(dim=(2, 3), keepdim=True), image.amax(dim=(2, 3), keepdim=True)
+    return stretched.clamp(low, high)
+
+
+def adjust_gamma(image: Images, exponent: PerChannel, invert: bool = False) -> Images:
+    """Each channel raised to its exponent within its own range, whose ends stay where they are.
+
+    With `invert`, the negated image is: x ↦ max − (max − min)·((max − x)/(max − min))^γ, so that
+    γ > 1 brightens. Mean and standard deviation change (batchgenerators calls restoring them
+    `retain_stats`; GraTa's description does not ask for it).
+
+    Example:
+        >>> image, exponent = torch.tensor([[[[0.0, 0.5, 1.0]]]]), torch.tensor([[2.0]])
+        >>> adjust_gamma(image, exponent).flatten()
+        tensor([0.0000, 0.2500, 1.0000])
+        >>> adjust_gamma(image, exponent, invert=True).flatten()
+        tensor([0.0000, 0.7500, 1.0000])
+    """
+    low, high = image.amin(dim=(2, 3), keepdim=True), image.amax(dim=(2, 3), keepdim=True)
+    extent = high - low
+    rise = (high - image if invert else image - low) / torch.where(extent > 0, extent, 1.0)
+    bent = extent * rise ** exponent[..., None, None]
+    return high - bent if invert else low + bent
+
+
+def add_noise(image: Images, sigma: PerSample, generator: torch.Generator) -> Images:
+    """White Gaussian noise added, of standard deviation `sigma` for all channels of an image.
+
+    Example:
+        >>> noisy = add_noise(torch.zeros(1, 1, 64, 64), torch.tensor([0.1]), torch.Generator())
+        >>> round(noisy.std().item(), 2)
+        0.1
+    """
+    noise = torch.randn(
+        image.shape, generator=generator, device=generator.device, dtype=torch.float32
+    )
+    return image + sigma[:, None, None, None] * noise.to(image)
+
+
+def gaussian_blur(image: Images, sigma: PerChannel, radius: int | None = None) -> Images:
+    """Each channel convolved with a Gaussian of its own standard deviation, in pixels.
+
+    The kernel is cut off at 4 σ (radius ⌊4σ + ½⌋) and the image continued by reflection about its
+    edges (d c b a | a b c d | d c b a), however small it is: `scipy.ndimage.gaussian_filter`'s
+    defaults, which batchgenerators uses. σ = 0 leaves a channel exactly as it is.
+
+    The sum over taps is written out rather than left to a convolution, which would run in reduced
+    precision under autocast and, on GPUs, in TF32.
+
+    Args:
+        image: [N, C, H, W].
+        sigma: [N, C], at least 0.
+        radius: The largest kernel radius; a larger σ is cut off there. By default that of the
+            largest σ, which the host must then wait for.
+
+    Example:
+        >>> gaussian_blur(torch.eye(3)[None, None], torch.tensor([[0.5]]))[0, 0, 1]
+        tensor([0.1793, 0.6415, 0.1793])
+    """
+    if radius is None:
+        radius = _kernel_radius(float(sigma.max()))
+    offset = torch.arange(-radius, radius + 1, device=image.device, dtype=sigma.dtype)
+    width = sigma.clamp_min(torch.finfo(sigma.dtype).tiny)[..., None]  # 0/0 at σ = 0 otherwise
+    inside = offset.abs() <= torch.floor(4 * sigma[..., None] + 0.5)
+    kernel = torch.where(inside, torch.exp(-0.5 * (offset / width).square()), 0.0)
+    kernel = kernel / kernel.sum(dim=-1, keepdim=True)
+
+    for dim in (2, 3):
+        size = image.shape[dim]
+        padded = image.index_select(dim, _reflected(size, radius, image.device))
+        image = torch.zeros_like(image)
+        for tap in range(2 * radius + 1):
+            image = image + kernel[..., tap, None, None] * padded.narrow(dim, tap, size)
+    return image
+
+
+@dataclass(frozen=True)
+class StrongAugmentation:
+    """GraTa's strong augmentation of images in [0, 1] (https://arxiv.org/abs/2408.07343).
+
+    In this order: brightness, contrast, gamma of the negated image, noise, blur. Each happens to
+    an image with its own probability, independently of the other images; its strength is drawn for
+    each channel (for noise: each image). Half of the contrast and gamma strengths weaken
+    (range's low end to 1), half strengthen (1 to its high end). A blurred image has each of its
+    channels blurred with `blur_channel_probability`. The result is not clipped to [0, 1].
+
+    The paper applies all five always; these probabilities are the released code's. How many random
+    numbers are drawn depends only on the image's shape.
+
+    Args:
+        brightness_probability: Chance of `adjust_brightness` for an image.
+        brightness_range: Its factor.
+        contrast_probability: Chance of `adjust_contrast`.
+        contrast_range: Its factor; contains 1.
+        gamma_probability: Chance of `adjust_gamma`.
+        gamma_range: Its exponent; contains 1.
+        noise_probability: Chance of `add_noise`.
+        noise_range: Its standard deviation.
+        blur_probability: Chance of `gaussian_blur`.
+        blur_channel_probability: Chance that a channel of an image to be blurred is.
+        blur_range: Its standard deviation, in pixels.
+
+    Raises:
+        ValueError: If a probability is outside [0, 1], a range is negative or reversed, or a range
+            that must contain 1 does not.
+
+    Example:
+        >>> image = torch.rand(2, 3, 16, 16)
+        >>> strong = StrongAugmentation()(image, torch.Generator().manual_seed(0))
+        >>> strong.shape, torch.equal(strong, image)
+        (torch.Size([2, 3, 16, 16]), False)
+    """
+
+    brightness_probability: float = 0.75
+    brightness_range: Range = (0.5, 1.5)
+    contrast_probability: float = 0.75
+    contrast_range: Range = (0.5, 1.5)
+    gamma_probability: float = 0.75
+    gamma_range: Range = (0.5, 2.0)
+    noise_probability: float = 0.5
+    noise_range: Range = (0.0, 0.05)
+    blur_probability: float = 0.5
+    blur_channel_probability: float = 0.5
+    blur_range: Range = (0.5, 1.5)
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name.endswith("_probability"):
+                if not 0.0 <= value <= 1.0:
+                    raise ValueError(f"{field.name} must lie in [0, 1], but is {value}.")
+                continue
+            low, high = value
+            if not 0.0 <= low <= high < math.inf:
+                raise ValueError(f"{field.name} must be (low, high), 0 ≤ low ≤ high, not {value}.")
+            if field.name in ("contrast_range", "gamma_range") and not low <= 1.0 <= high:
+                raise ValueError(f"{field.name} must contain 1, but is {value}.")
+
+    def __call__(self, image: Images, generator: torch.Generator) -> Images:
+        """Augment [N, C, H, W], drawing from `generator`.
+
+        Raises:
+            ValueError: If the image is not a batch of floating-point images.
+        """
+        if image.dim() != 4 or not image.is_floating_point():
+            raise ValueError(
+                "the augmentation needs floating-point images [N, C, H, W] in [0, 1], but got "
+                f"{image.dtype} of shape {list(image.shape)}."
+            )
+        samples, channels = image.shape[:1], image.shape[:2]
+        draw = _Draw(generator, image)
+
+        happens = draw.chosen(samples, self.brightness_probability)
+        factor = draw.uniform(channels, self.brightness_range)
+        image = _replace(image, happens, adjust_brightness(image, factor))
+
+        happens = draw.chosen(samples, self.contrast_probability)
+        factor = draw.around_one(channels, self.contrast_range)
+        image = _replace(image, happens, adjust_contrast(image, factor))
+
+        happens = draw.chosen(samples, self.gamma_probability)
+        exponent = draw.around_one(channels, self.gamma_range)
+        image = _replace(image, happens, adjust_gamma(image, exponent, invert=True))
+
+        happens = draw.chosen(samples, self.noise_probability)
+        sigma = draw.uniform(samples, self.noise_range)
+        image = _replace(image, happens, add_noise(image, sigma, generator))
+
+        happens = draw.chosen(samples, self.blur_probability)
+        hit = draw.chosen(channels, self.blur_channel_probability)
+        sigma = torch.where(hit, draw.uniform(channels, self.blur_range), 0.0)
+        radius = _kernel_radius(self.blur_range[1])
+        return _replace(image, happens, gaussian_blur(image, sigma, radius))
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """Random numbers drawn where `generator` lives and delivered as `like` is kept."""
+
+    generator: torch.Generator
+    like: Tensor
+
+    def chosen(self, shape: torch.Size, probability: float) -> Tensor:
+        """Booleans, true with `probability`."""
+        return (self._unit(shape) < probability).to(self.like.device)
+
+    def uniform(self, shape: torch.Size, bounds: Range) -> Tensor:
+        """Uniform between the bounds."""
+        low, high = bounds
+        return (low + (high - low) * self._unit(shape)).to(self.like)
+
+    def around_one(self, shape: torch.Size, bounds: Range) -> Tensor:
+        """With equal chances uniform between the low bound and 1, or 1 and the high bound."""
+        low, high = bounds
+        weaker = self.chosen(shape, 0.5)
+        return torch.where(
+            weaker, self.uniform(shape, (low, 1.0)), self.uniform(shape, (1.0, high))
+        )
+
+    def _unit(self, shape: torch.Size) -> Tensor:
+        # always float32, so that a seed means the same whatever the precision of the image
+        device = self.generator.device
+        return torch.rand(shape, generator=self.generator, device=device, dtype=torch.float32)
+
+
+def _replace(image: Tensor, happens: Tensor, changed: Tensor) -> Tensor:
+    """`changed` for the samples to which it `happens` [N], `image` bit for bit for the others."""
+    return torch.where(happens[:, None, None, None], changed, image)
+
+
+def _kernel_radius(sigma: float) -> int:
+    return math.floor(4 * sigma + 0.5)
+
+
+def _reflected(size: int, radius: int, device: torch.device) -> Tensor:
+    """Indices that continue 0 … size − 1 by `radius` on both sides, mirrored about the edges."""
+    index = torch.arange(-radius, size + radius, device=device) % (2 * size)
+    return torch.where(index < size, index, 2 * size - 1 - index)

@@ -1,0 +1,404 @@
+"""Where BatchNorm takes mean and variance from when a trained model meets a new domain.
+
+A BatchNorm layer computes y = γ·(x − μ)/√(v + ε) + β per channel. After training, μ and v are the
+source domain's running statistics; on data of another domain they are wrong, and where to take
+them from instead is one of the choices that test-time adaptation consists of. Here that choice is
+an object, a `Statistics`, and `install_statistics` makes every BatchNorm of a model ask it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
+
+Activations = Float[Tensor, "batch channels *spatial"]
+PerChannel = Float[Tensor, " channels"]
+
+
+def batch_moments(x: Activations) -> tuple[PerChannel, PerChannel]:
+    """Mean and biased variance of each channel over the batch and all positions.
+
+    Half-precision activations are reduced in float32, as BatchNorm does. Gradients flow.
+
+    Example:
+        >>> mean, var = batch_moments(torch.tensor([[[1.0, 3.0]], [[5.0, 7.0]]]))
+        >>> mean.item(), var.item()
+        (4.0, 5.0)
+    """
+    dims = [0, *range(2, x.dim())]
+    var, mean = torch.var_mean(_at_least_float32(x), dim=dims, correction=0)
+    return mean, var
+
+
+def normalise_with(
+    x: Activations,
+    mean: PerChannel,
+    var: PerChannel,
+    weight: PerChannel | None = None,
+    bias: PerChannel | None = None,
+    eps: float = 1e-5,
+) -> Activations:
+    """γ·(x − μ)/√(v + ε) + β, differentiable in every argument, μ and v included.
+
+    BatchNorm's own kernel treats given statistics as constants, so this is for statistics that
+    depend on the input. The layer is folded into one scale and one shift a channel and so passes
+    over `x` once. Computed in the widest dtype of the arguments; the result has that of `x`.
+
+    Example:
+        >>> x = torch.tensor([[[1.0, 3.0]]])
+        >>> normalise_with(x, torch.tensor([2.0]), torch.tensor([4.0]), eps=0.0)
+        tensor([[[-0.5000,  0.5000]]])
+    """
+    scale = torch.rsqrt(var + eps)
+    if weight is not None:
+        scale = scale * weight
+    shift = -mean * scale
+    if bias is not None:
+        shift = shift + bias
+    shape = (1, -1) + (1,) * (x.dim() - 2)
+    return torch.addcmul(shift.view(shape), x, scale.view(shape)).to(x.dtype)
+
+
+def source_moments(layer: AdaptedBatchNorm) -> tuple[PerChannel, PerChannel]:
+    """The running mean and variance that the layer brought from training.
+
+    Raises:
+        ValueError: If the layer was built with `track_running_stats=False` and has none.
+
+    Example:
+        >>> layer = install_statistics(nn.BatchNorm1d(2), "source")
+        >>> source_moments(layer)
+        (tensor([0., 0.]), tensor([1., 1.]))
+    """
+    if layer.running_mean is None or layer.running_var is None:
+        raise ValueError(
+            f"BatchNorm layer {layer.name!r} has no running statistics (it was built with "
+            f'track_running_stats=False), so there is nothing to take from the source: use "test".'
+        )
+    return _at_least_float32(layer.running_mean), _at_least_float32(layer.running_var)
+
+
+class Statistics:
+    """A source of mean and variance for BatchNorm layers; subclass it to bring another.
+
+    One object serves every layer of a model, which identifies itself by `layer.name` (its
+    qualified name in the model) where statistics are kept per layer. A stateless choice defines
+    `moments` only. `normalise` is there to be overridden where a fused kernel, or another
+    gradient, is wanted. A stateful choice also defines `reset`, `state_dict` and
+    `load_state_dict`, with tensors and plain values only so that `torch.load(...,
+    weights_only=True)` reads them.
+
+    Attributes:
+        uses_source: Whether running statistics are needed, so that a layer without any is
+            refused when the statistics are installed rather than at the first image.
+
+    Example:
+        The median instead of the mean, as MedBN has it (https://arxiv.org/abs/2403.19326):
+
+        >>> class Median(Statistics):
+        ...     def moments(self, layer, x):
+        ...         median = x.transpose(0, 1).flatten(1).median(dim=1).values
+        ...         shape = (1, -1) + (1,) * (x.dim() - 2)
+        ...         return median, batch_moments((x - median.view(shape)).square())[0]
+        >>> model = install_statistics(nn.Sequential(nn.BatchNorm1d(1)), Median())
+        >>> model(torch.tensor([[[0.0, 1.0, 5.0]]])).median().item()
+        0.0
+    """
+
+    uses_source: ClassVar[bool] = False
+
+    def moments(self, layer: AdaptedBatchNorm, x: Activations) -> tuple[PerChannel, PerChannel]:
+        """Mean and variance with which `layer` is to normalise `x`, each [channels]."""
+        raise NotImplementedError(f"{type(self).__name__} must define moments(layer, x)")
+
+    def normalise(self, layer: AdaptedBatchNorm, x: Activations) -> Activations:
+        """The layer's output: `x` normalised by `moments`, then γ and β."""
+        mean, var = self.moments(layer, x)
+        return normalise_with(x, mean, var, layer.weight, layer.bias, layer.eps)
+
+    def reset(self) -> None:
+        """Forget everything seen; nothing to forget unless a subclass keeps state."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` needs to go on; empty unless a subclass keeps state."""
+        return {}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restore `state_dict()`.
+
+        Raises:
+            ValueError: If there are entries, but these statistics keep no state.
+        """
+        if state_dict:
+            raise ValueError(
+                f"{type(self).__name__} keeps no state, but the state to load has "
+                f"{sorted(state_dict)}: it was saved from other statistics."
+            )
+
+
+@dataclass(frozen=True)
+class SourceStatistics(Statistics):
+    """The running statistics, as in evaluation mode: bit for bit, and at the same cost.
+
+    Example:
+        >>> bn = nn.BatchNorm1d(2).eval()
+        >>> x = torch.randn(3, 2)
+        >>> torch.equal(install_statistics(nn.BatchNorm1d(2), SourceStatistics())(x), bn(x))
+        True
+    """
+
+    uses_source: ClassVar[bool] = True
+
+    def moments(self, layer: AdaptedBatchNorm, x: Activations) -> tuple[PerChannel, PerChannel]:
+        """The layer's running mean and variance, whatever `x` is."""
+        return source_moments(layer)
+
+    def normalise(self, layer: AdaptedBatchNorm, x: Activations) -> Activations:
+        """BatchNorm's evaluation kernel."""
+        mean, var = layer.running_mean, layer.running_var
+        return F.batch_norm(x, mean, var, layer.weight, layer.bias, eps=layer.eps)
+
+
+@dataclass(frozen=True)
+class BatchStatistics(Statistics):
+    """The current batch's mean and biased variance, running statistics neither read nor written.
+
+    What TENT (https://arxiv.org/abs/2006.10726) and prediction-time BatchNorm
+    (https://arxiv.org/abs/2006.10963) do. Runs on BatchNorm's training kernel and costs the same.
+    Under data parallelism the statistics are each process's own.
+
+    Example:
+        >>> layer = install_statistics(nn.BatchNorm1d(1), BatchStatistics())
+        >>> layer(torch.tensor([[1.0], [3.0]])).detach().flatten()
+        tensor([-1.0000,  1.0000])
+    """
+
+    def moments(self, layer: AdaptedBatchNorm, x: Activations) -> tuple[PerChannel, PerChannel]:
+        """Mean and biased variance of `x`."""
+        return batch_moments(x)
+
+    def normalise(self, layer: AdaptedBatchNorm, x: Activations) -> Activations:
+        """BatchNorm's training kernel.
+
+        Raises:
+            ValueError: If a channel has fewer than two values, so that its variance means nothing.
+        """
+        if x.numel() < 2 * x.shape[1]:
+            raise ValueError(
+                f"BatchNorm layer {layer.name!r} got an input of shape {list(x.shape)}: the test "
+                "batch's statistics need at least 2 values a channel. Use a larger batch or image, "
+                'or "source" or Mixed statistics.'
+            )
+        return F.batch_norm(
+            x, None, None, layer.weight, layer.bias, training=True, momentum=0.0, eps=layer.eps
+        )
+
+
+@dataclass(frozen=True)
+class Mixed(Statistics):
+    """A fixed blend of source and test statistics, as in DIGA.
+
+    "Dynamically Instance-Guided Adaptation" (CVPR 2023,
+    https://doi.org/10.1109/CVPR52729.2023.02307): μ = a·μs + (1 − a)·μt and
+    v = a·vs + (1 − a)·vt with the biased vt of the current batch.
+    Gradients flow through μt and vt, as they do through `"test"` statistics. A single value a
+    channel is allowed (vt = 0).
+
+    Args:
+        share: a, the source's share, in [0, 1]. 0.8 is DIGA's.
+
+    Raises:
+        ValueError: If `share` is outside [0, 1].
+
+    Example:
+        >>> layer = install_statistics(nn.BatchNorm1d(1), Mixed(0.8))
+        >>> mean, var = layer.statistics.moments(layer, torch.tensor([[10.0], [20.0]]))
+        >>> round(mean.item(), 4), round(var.item(), 4)  # source: 0 and 1; batch: 15 and 25
+        (3.0, 5.8)
+    """
+
+    share: float = 0.8
+    uses_source: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.share <= 1.0:
+            raise ValueError(f"the source's share must lie in [0, 1], but is {self.share}.")
+
+    def moments(self, layer: AdaptedBatchNorm, x: Activations) -> tuple[PerChannel, PerChannel]:
+        """The blend of `source_moments(layer)` and `batch_moments(x)`."""
+        source_mean, source_var = source_moments(layer)
+        mean, var = batch_moments(x)
+        a = self.share
+        return a * source_mean + (1 - a) * mean, a * source_var + (1 - a) * var
+
+
+class AdaptedBatchNorm(_BatchNorm):
+    """A BatchNorm that asks `statistics` for its mean and variance; see `install_statistics`.
+
+    It takes over everything its predecessor held (parameters, buffers, hooks), so state-dict names
+    and `Parameter` objects stay. It behaves alike in training and in evaluation mode and never
+    writes the running statistics itself.
+
+    Attributes:
+        name: Qualified name in the model, "" where the layer is the whole model. A layer used at
+            several places has its first name.
+        statistics: Where mean and variance come from.
+        predecessor_type: The BatchNorm class it stands for.
+    """
+
+    name: str
+    statistics: Statistics
+    predecessor_type: type[_BatchNorm]
+
+    def __init__(self, predecessor: _BatchNorm, name: str, statistics: Statistics) -> None:
+        super().__init__(predecessor.num_features, affine=False, track_running_stats=False)
+        # Not by attribute: statistics that are a module too would become every layer's child.
+        self.__dict__.update(
+            predecessor.__dict__,
+            name=name,
+            statistics=statistics,
+            predecessor_type=_batch_norm_type(predecessor),
+        )
+
+    def forward(self, x: Activations) -> Activations:
+        """Normalise [batch, channels, ...] by the chosen statistics."""
+        self.predecessor_type._check_input_dim(self, x)  # type: ignore[no-untyped-call]  # torch's
+        return self.statistics.normalise(self, x)
+
+    def extra_repr(self) -> str:
+        """BatchNorm's own line, with the statistics."""
+        line = super().extra_repr()  # type: ignore[no-untyped-call]  # torch's
+        return f"{line}, statistics={self.statistics}"
+
+
+def resolve_statistics(statistics: str | Statistics) -> Statistics:
+    """The `Statistics` that is meant by "source", by "test", or by a `Statistics` itself.
+
+    Raises:
+        ValueError: If it is none of these.
+
+    Example:
+        >>> resolve_statistics("test"), resolve_statistics(Mixed(0.5))
+        (BatchStatistics(), Mixed(share=0.5))
+    """
+    if isinstance(statistics, Statistics):
+        return statistics
+    if statistics == "source":
+        return SourceStatistics()
+    if statistics == "test":
+        return BatchStatistics()
+    raise ValueError(
+        f'statistics must be "source", "test" or a Statistics such as Mixed(0.8), '
+        f"but are {statistics!r}."
+    )
+
+
+def install_statistics(model: nn.Module, statistics: str | Statistics) -> nn.Module:
+    """Make every BatchNorm in `model` take mean and variance from `statistics`, in place.
+
+    Each BatchNorm (1d, 2d, 3d and synchronised) becomes an `AdaptedBatchNorm`; parameters,
+    buffers, their names, hooks and the tying of layers stay. Installing again replaces the
+    statistics. Other layers, dropout included, still follow `model.training`.
+
+    Returns:
+        The model; another object than was passed only where that was itself a BatchNorm.
+
+    Raises:
+        ValueError: If the model has no BatchNorm and `statistics` are not the source's; if a
+            BatchNorm has no running statistics but they are needed; if one has not yet seen its
+            first batch (lazy) or computes something else than BatchNorm (a subclass with its own
+            `forward`, a parametrised layer), which would be lost. The model is then unchanged.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
+        >>> model = install_statistics(model, "test")
+        >>> model[1].name, list(model.state_dict())[2:]
+        ('1', ['1.weight', '1.bias', '1.running_mean', '1.running_var', '1.num_batches_tracked'])
+    """
+    resolved = resolve_statistics(statistics)
+    places = [
+        (name, layer)
+        for name, layer in model.named_modules(remove_duplicate=False)
+        if isinstance(layer, _BatchNorm)
+    ]
+    if not places and not isinstance(resolved, SourceStatistics):
+        raise ValueError(
+            f"{type(model).__name__} has no BatchNorm layer, so {resolved} would change nothing: "
+            'use statistics="source". (Scripted or exported models hide their layers.)'
+        )
+
+    adapted: dict[int, AdaptedBatchNorm] = {}
+    for name, layer in places:
+        if id(layer) not in adapted:
+            adapted[id(layer)] = _adapt(layer, name, resolved)
+
+    for name, layer in places:
+        if name == "":
+            return adapted[id(layer)]
+        model.set_submodule(name, adapted[id(layer)])
+    return model
+
+
+def _adapt(layer: _BatchNorm, name: str, statistics: Statistics) -> AdaptedBatchNorm:
+    """The successor of one layer, or the reason why it cannot have one."""
+    kind = _batch_norm_type(layer)
+    if any(is_lazy(p) for p in layer.parameters(recurse=False)):
+        raise ValueError(
+            f"BatchNorm layer {name!r} is lazy and not yet initialised: run the model on one batch "
+            "first."
+        )
+    if (
+        kind.forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+        or "forward" in vars(layer)
+        or is_parametrized(layer)
+    ):
+        raise ValueError(
+            f"BatchNorm layer {name!r} is a {kind.__name__} that computes more than BatchNorm (it "
+            "has its own forward, or is parametrised), which replacing it would lose: exchange it "
+            "for a plain BatchNorm and the rest for a layer of its own."
+        )
+    successor = AdaptedBatchNorm(layer, name, statistics)
+    if statistics.uses_source:
+        source_moments(successor)
+    return successor
+
+
+def _batch_norm_type(layer: _BatchNorm) -> type[_BatchNorm]:
+    """The class of a layer, or that which an adapted one stands for."""
+    return layer.predecessor_type if isinstance(layer, AdaptedBatchNorm) else type(layer)
+
+
+def norm_affine_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Scales and shifts (weight, bias) of all normalisation layers, by their names in the model.
+
+    Batch, instance, layer, group and RMS normalisation count, where affine; a parameter that is
+    used at several places counts once, under the name `model.named_parameters()` gives it. Empty
+    if there are none.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.GroupNorm(1, 2))
+        >>> list(norm_affine_parameters(model))
+        ['1.weight', '1.bias', '2.weight', '2.bias']
+    """
+    kinds = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+    chosen = {
+        id(parameter)
+        for layer in model.modules()
+        if isinstance(layer, kinds)
+        for name, parameter in layer.named_parameters(recurse=False)
+        if name in ("weight", "bias")
+    }
+    return {name: p for name, p in model.named_parameters() if id(p) in chosen}
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,0 +1,92 @@
+"""Weak views: flips and quarter turns of an image, each with the way back.
+
+A prediction made on a view is mapped back by the view's inverse, so that predictions of several
+views can be compared or averaged pixel by pixel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from jaxtyping import Shaped
+from torch import Tensor
+
+Image = Shaped[Tensor, "*leading height width"]
+
+
+def identity(image: Image) -> Image:
+    """The image itself.
+
+    Example:
+        >>> identity(torch.tensor([[1, 2]]))
+        tensor([[1, 2]])
+    """
+    return image
+
+
+def flip_horizontal(image: Image) -> Image:
+    """Left and right exchanged; its own inverse.
+
+    Example:
+        >>> flip_horizontal(torch.tensor([[1, 2], [3, 4]]))
+        tensor([[2, 1],
+                [4, 3]])
+    """
+    return image.flip(-1)
+
+
+def flip_vertical(image: Image) -> Image:
+    """Top and bottom exchanged; its own inverse.
+
+    Example:
+        >>> flip_vertical(torch.tensor([[1, 2], [3, 4]]))
+        tensor([[3, 4],
+                [1, 2]])
+    """
+    return image.flip(-2)
+
+
+def rotate(image: Image, quarter_turns: int) -> Shaped[Tensor, "*leading rows columns"]:
+    """The image turned counter-clockwise by `quarter_turns` times 90°; negative turns clockwise.
+
+    An odd number of turns makes [..., H, W] into [..., W, H].
+
+    Example:
+        >>> rotate(torch.tensor([[1, 2, 3]]), 1)
+        tensor([[3],
+                [2],
+                [1]])
+    """
+    return torch.rot90(image, quarter_turns, (-2, -1))
+
+
+@dataclass(frozen=True)
+class View:
+    """A change of an image [..., H, W] that can be undone on anything aligned with it.
+
+    `forward` and `inverse` must be functions of a module (or `functools.partial` of one) where the
+    view is to be pickled.
+
+    Example:
+        >>> mirror = View("mirror", flip_horizontal, flip_horizontal)
+        >>> mirror.inverse(mirror.forward(torch.tensor([[1, 2, 3]])))
+        tensor([[1, 2, 3]])
+    """
+
+    name: str
+    forward: Callable[[Tensor], Tensor]
+    inverse: Callable[[Tensor], Tensor]
+
+
+WEAK_VIEWS: tuple[View, ...] = (
+    View("identity", identity, identity),
+    View("flip_horizontal", flip_horizontal, flip_horizontal),
+    View("flip_vertical", flip_vertical, flip_vertical),
+    View("rotate_90", partial(rotate, quarter_turns=1), partial(rotate, quarter_turns=-1)),
+    View("rotate_180", partial(rotate, quarter_turns=2), partial(rotate, quarter_turns=-2)),
+    View("rotate_270", partial(rotate, quarter_turns=3), partial(rotate, quarter_turns=-3)),
+)
+"""The six weak augmentations of GraTa (https://arxiv.org/abs/2408.07343), in its order."""
