@@ -1,0 +1,1 @@
+"""Example trainers: gradkit on medical images."""

@@ -1,0 +1,44 @@
+"""Command line of the fundus example: `python -m examples.fundus train|adapt|compare|export`."""
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+from tyro.conf import subcommand
+
+from examples.common.checkpoint import CheckpointError
+from examples.common.command_line import parse, run
+from examples.fundus.commands import Adapt, Export, Train
+from examples.fundus.comparison import Compare
+from examples.fundus.data import DataError
+from examples.fundus.training_state import TrainingError
+from examples.fundus.validation import UsageError
+
+COMMANDS = (
+    Annotated[Compare, subcommand("compare")]
+    | Annotated[Train, subcommand("train")]
+    | Annotated[Adapt, subcommand("adapt")]
+    | Annotated[Export, subcommand("export")]
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        arguments: the words after the program's name; None takes the process's.
+
+    Returns:
+        The exit status: 0, or 2 for bad input, which is explained in one line on standard error.
+    """
+    command = parse(
+        COMMANDS,
+        arguments,
+        prog="python -m examples.fundus",
+        description="Segment optic disc and cup at one centre, then adapt to others at test time.",
+    )
+    return run(command.run, UsageError, DataError, CheckpointError, TrainingError)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,163 @@
+"""Online test-time adaptation over one target centre, by the protocol of GraTa.
+
+Chen et al., https://arxiv.org/abs/2408.07343: images come one at a time in list order; the model
+adapts by one step on each and then predicts it; whatever it learnt stays until the target ends.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from examples.common.datasets import length
+from examples.fundus.data import Sample
+from examples.fundus.metrics import dice, mean, segment
+from gradkit import tta
+
+METHODS = ("none", "ptbn", "tent", "grata")
+LEARNING_METHODS = ("tent", "grata")  # those with a learning rate and a choice of statistics
+
+
+def parse_statistics(text: str) -> str | tta.Mixed:
+    """Where normalisation layers take mean and variance, from the words of a command line.
+
+    Args:
+        text: `source`, `test` or `mixed:SHARE`, with the share of the source in [0, 1].
+
+    Raises:
+        ValueError: the text is none of these.
+
+    Example:
+        >>> parse_statistics("test")
+        'test'
+    """
+    if text == "source" or text == "test":
+        return text
+    kind, _, share = text.partition(":")
+    try:
+        if kind == "mixed":
+            return tta.Mixed(float(share))
+    except ValueError:  # no number, or not a share
+        pass
+    raise ValueError(
+        f"statistics are {text!r}; choose source, test, or mixed:SHARE with the source's share "
+        f"between 0 and 1, such as mixed:0.8"
+    )
+
+
+def statistics_of(method: str, chosen: str) -> str:
+    """The statistics that a method really uses: only those that learn leave a choice.
+
+    Example:
+        >>> statistics_of("ptbn", "mixed:0.8")
+        'test'
+    """
+    return {"none": "source", "ptbn": "test"}.get(method, chosen)
+
+
+def build_adapter(
+    method: str, model: nn.Module, statistics: str = "test", lr: float = 1e-4, seed: int = 0
+) -> tta.Adapter:
+    """A fresh adapter of a copy of the source model.
+
+    Args:
+        method: one of `METHODS`.
+        model: the source model, which is not changed.
+        statistics: see `parse_statistics`; for `LEARNING_METHODS`.
+        lr: learning rate of Adam; for `LEARNING_METHODS`.
+        seed: of GraTa's strong augmentation.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+    if method == "none":
+        return tta.NoAdapt(model)
+    if method == "ptbn":
+        return tta.PTBN(model)
+    if method == "tent":
+        return tta.TENT(model, lr=lr, statistics=parse_statistics(statistics))
+    if method == "grata":
+        generator = torch.Generator().manual_seed(seed)
+        return tta.GraTa(model, lr=lr, statistics=parse_statistics(statistics), generator=generator)
+    raise ValueError(f"there is no method {method!r}; choose one of {', '.join(METHODS)}")
+
+
+@dataclass(frozen=True)
+class ImageScore:
+    """Dice (%) of one image."""
+
+    image: str
+    disc: float
+    cup: float
+
+    @property
+    def mean(self) -> float:
+        """Mean of disc and cup, %."""
+        return (self.disc + self.cup) / 2
+
+
+@dataclass
+class Stream:
+    """What adapting over one target came to.
+
+    Attributes:
+        scores: one per image, in the order of the stream.
+        predictions: of the images asked for, by their index; [2, S, S], disc and cup.
+        cosines: of the pseudo and the auxiliary gradient, one per image; GraTa only.
+        lr_scales: factor that this cosine puts on the learning rate, one per image; GraTa only.
+    """
+
+    scores: list[ImageScore] = field(default_factory=list)
+    predictions: dict[int, Bool[Tensor, "2 h w"]] = field(default_factory=dict)
+    cosines: list[float] = field(default_factory=list)
+    lr_scales: list[float] = field(default_factory=list)
+
+    @property
+    def disc(self) -> float:
+        """Mean Dice of the disc over images, %."""
+        return mean([score.disc for score in self.scores])
+
+    @property
+    def cup(self) -> float:
+        """Mean Dice of the cup over images, %."""
+        return mean([score.cup for score in self.scores])
+
+
+def adapt_online(
+    adapter: tta.Adapter,
+    samples: Dataset[Sample],
+    device: torch.device,
+    keep: Collection[int] = (),
+    description: str | None = None,
+) -> Stream:
+    """Adapts to one image after another, in order, and scores the prediction of each.
+
+    Masks are used for nothing but the score.
+
+    Args:
+        adapter: fresh, or as an earlier stream left it.
+        samples: the target, train list then test list.
+        device: where the adapter's model is.
+        keep: indices of the images whose predictions to return.
+        description: of the progress bar on standard error; None shows none.
+    """
+    stream = Stream()
+    for index in tqdm(
+        range(length(samples)), description, unit="image", disable=description is None
+    ):
+        sample = samples[index]
+        logits = adapter(sample.image.unsqueeze(0).to(device))
+        prediction = segment(logits[0].float().cpu())
+        disc, cup = dice(prediction, sample.target).tolist()
+        stream.scores.append(ImageScore(sample.name, disc, cup))
+        if index in keep:
+            stream.predictions[index] = prediction
+        step = adapter.last_step
+        if step is not None and {"pseudo", "auxiliary"} <= set(step.names):
+            stream.cosines.append(float(step.cosine("pseudo", "auxiliary")))
+            stream.lr_scales.append(float(step.lr_scale))
+    return stream

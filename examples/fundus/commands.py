@@ -1,0 +1,193 @@
+"""The four commands of the fundus example, as typed options and what they do.
+
+Each command checks everything it was given before it computes or writes anything.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from examples.common.datasets import length
+from examples.fundus.adaptation import METHODS, adapt_online, build_adapter
+from examples.fundus.data import available_domains, check, encode_target, open_domain
+from examples.fundus.data import export as export_domains
+from examples.fundus.network import ResUNet34
+from examples.fundus.results import make_result, markdown_table, write_json
+from examples.fundus.source_model import Architecture, load_source_model, save_source_model
+from examples.fundus.training import train_source
+from examples.fundus.training_state import TrainingSettings
+from examples.fundus.validation import (
+    UsageError,
+    check_adaptation,
+    check_counts,
+    check_training,
+    check_writable,
+    open_device,
+    open_source,
+    require,
+    split_names,
+)
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a source model and keep its best epoch at OUT/SOURCE.pt."""
+
+    data_root: str = "synthetic"
+    """Folder of the lists and images, or "synthetic" for generated photographs."""
+    source: str = "centre_a"
+    """Centre to train on."""
+    size: int = 128
+    """Side of the square images, pixels; a multiple of 32, at least 64."""
+    width: int = 16
+    """Channels of the network's first stage; 64 is the published network."""
+    epochs: int = 20
+    """Passes over the training images."""
+    batch_size: int = 8
+    """Images per training step."""
+    learning_rate: float = TrainingSettings.learning_rate
+    """Learning rate of the first training epoch."""
+    train_images: int | None = None
+    """Images of the source's train list to use; default all (synthetic: 100)."""
+    seed: int = 0
+    """Seed of synthetic data, weights and training."""
+    device: str = "auto"
+    """Where to compute: auto (GPU if there is one), cpu, cuda, cuda:1, …"""
+    threads: int = 1
+    """Threads of a CPU; more pay off for large images on an idle machine."""
+    out: Path = Path("runs/fundus")
+    """Folder of the results; made if missing."""
+    resume: bool = False
+    """Continue an interrupted training that is in OUT/training."""
+
+    def run(self) -> None:
+        """Trains, and prints where the checkpoint is."""
+        check_training(self.size, self.width, self.epochs, self.batch_size, self.learning_rate)
+        check_counts(seed=self.seed, threads=self.threads, train_images=self.train_images)
+        split_names("--source", self.source, available_domains(self.data_root), single=True)
+        check(self.data_root, [self.source])
+        open_source(self.data_root, self.source, self.size, self.seed, self.train_images)
+        open_device(self.device, self.threads)
+        check_writable(self.out)
+        self.fit()
+        print(f"source model: {self.out / self.source}.pt")
+
+    def fit(self) -> ResUNet34:
+        """Trains without further checks, keeps the best epoch and returns it."""
+        samples, _ = open_source(
+            self.data_root, self.source, self.size, self.seed, self.train_images
+        )
+        settings = TrainingSettings(self.epochs, self.seed, self.batch_size, self.learning_rate)
+        best = train_source(
+            samples,
+            Architecture(self.width, self.size, self.source),
+            settings,
+            self.out / "training",
+            open_device(self.device, self.threads),
+            self.resume,
+        )
+        model, architecture = load_source_model(best)
+        save_source_model(self.out / f"{self.source}.pt", architecture, model.state_dict())
+        return model
+
+
+@dataclass(frozen=True)
+class Adapt:
+    """Adapt a source model to one target centre by one method, and keep the predicted masks.
+
+    Writes OUT/results.json and, for each image, OUT/masks/IMAGE.png at the network's resolution:
+    255 background, 128 rim, 0 cup.
+    """
+
+    checkpoint: Path
+    """Source model, as `train` writes it."""
+    target: str = "centre_b"
+    """Centre to adapt to."""
+    method: str = "grata"
+    """Method: none, ptbn, tent or grata."""
+    data_root: str = "synthetic"
+    """Folder of the lists and images, or "synthetic" for generated photographs."""
+    statistics: str = "test"
+    """Where tent and grata take batch normalisation's statistics: source, test, mixed:SHARE."""
+    lr: float = 1e-4
+    """Learning rate of tent and grata."""
+    source: str | None = None
+    """Centre of the source model; default: as the checkpoint tells."""
+    size: int | None = None
+    """Side of the square images, pixels; default: as the checkpoint tells."""
+    target_images: int | None = None
+    """Images of the target to use, from the start; default all (synthetic: 100)."""
+    seed: int = 0
+    """Seed of synthetic data and augmentation."""
+    device: str = "auto"
+    """Where to compute: auto (GPU if there is one), cpu, cuda, cuda:1, …"""
+    threads: int = 1
+    """Threads of a CPU; more pay off for large images on an idle machine."""
+    out: Path = Path("runs/fundus-adapt")
+    """Folder of the results; made if missing."""
+
+    def run(self) -> None:
+        """Adapts, and prints the table."""
+        split_names("--target", self.target, available_domains(self.data_root), single=True)
+        split_names("--method", self.method, METHODS, single=True)
+        check_adaptation(self.statistics, self.lr)
+        check_counts(seed=self.seed, threads=self.threads, target_images=self.target_images)
+        model, architecture = load_source_model(self.checkpoint, size=self.size, source=self.source)
+        size, source = architecture.size, architecture.source
+        if size is None or source is None:
+            unknown = "size" if size is None else "source"
+            raise UsageError(f"{self.checkpoint} does not tell its {unknown}; pass --{unknown}")
+        require(source != self.target, f"--target is {source}, the checkpoint's own source")
+        check_training(size=size)
+        check(self.data_root, [self.target])
+        device = open_device(self.device, self.threads)
+        check_writable(self.out)
+
+        samples = open_domain(
+            self.data_root, self.target, "all", size, self.seed, self.target_images
+        )
+        adapter = build_adapter(self.method, model.to(device), self.statistics, self.lr, self.seed)
+        stream = adapt_online(
+            adapter, samples, device, range(length(samples)), f"{self.target}, {self.method}"
+        )
+        for index, score in enumerate(stream.scores):
+            path = (self.out / "masks" / score.image).with_suffix(".png")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            mask = encode_target(stream.predictions[index].float())
+            Image.fromarray(mask.numpy()).save(path)
+        result = make_result(
+            source, self.target, self.method, self.statistics, self.lr, self.seed, stream
+        )
+        write_json([result], self.out / "results.json")
+        print(markdown_table([result], self.seed))
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write synthetic photographs and masks in the layout of GraTa's release."""
+
+    out: Path = Path("runs/fundus-synthetic")
+    """New or empty folder."""
+    domains: str = "centre_a,centre_b,centre_c,centre_d,centre_e"
+    """Synthetic centres, separated by commas."""
+    count: int = 100
+    """Photographs of each centre; half in its train list, half in its test list."""
+    size: int = 256
+    """Side of the square images, pixels."""
+    seed: int = 0
+    """Seed of the generator."""
+
+    def run(self) -> None:
+        """Writes the files, and prints where."""
+        domains = split_names("--domains", self.domains, available_domains("synthetic"))
+        require(self.count >= 2, f"--count is {self.count}; choose at least 2")
+        require(self.size >= 16, f"--size is {self.size}; choose at least 16 pixels")
+        check_counts(seed=self.seed)
+        require(
+            not self.out.is_dir() or not any(self.out.iterdir()),
+            f"{self.out} is not empty; choose a new folder for --out",
+        )
+        check_writable(self.out)
+        export_domains(self.out, domains, self.count, self.size, self.seed)
+        print(f"{len(domains)} centres of {self.count} photographs: {self.out}")

@@ -1,0 +1,174 @@
+"""The command that compares methods of test-time adaptation, the example's main one."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch.utils.data import Dataset
+
+from examples.common.datasets import length
+from examples.fundus.adaptation import METHODS, Stream, adapt_online, build_adapter
+from examples.fundus.commands import Train
+from examples.fundus.data import Sample, available_domains, check, open_domain
+from examples.fundus.figures import save_alignment, save_predictions, spread
+from examples.fundus.results import Result, make_result, markdown_table, write_json
+from examples.fundus.source_model import load_source_model, save_source_model
+from examples.fundus.training import evaluate
+from examples.fundus.validation import (
+    check_adaptation,
+    check_counts,
+    check_training,
+    check_writable,
+    open_device,
+    open_source,
+    split_names,
+)
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Train or load a source model, adapt it to target centres by several methods, and compare.
+
+    Writes OUT/results.json, OUT/table.md, OUT/figure.png, OUT/alignment.png (where GraTa is
+    among the methods) and the source model OUT/SOURCE.pt.
+    """
+
+    data_root: str = "synthetic"
+    """Folder of the lists and images, or "synthetic" for generated photographs."""
+    source: str = "centre_a"
+    """Centre of the source model."""
+    targets: str = "centre_b,centre_d,centre_e"
+    """Centres to adapt to, separated by commas."""
+    methods: str = ",".join(METHODS)
+    """Methods, separated by commas."""
+    statistics: str = "test"
+    """Where tent and grata take batch normalisation's statistics: source, test, mixed:SHARE."""
+    lr: float = 1e-4
+    """Learning rate of tent and grata."""
+    checkpoint: Path | None = None
+    """Source model to use instead of training one."""
+    size: int = 128
+    """Side of the square images, pixels; a multiple of 32, at least 64."""
+    width: int = 16
+    """Channels of the network's first stage; 64 is the published network."""
+    epochs: int = 20
+    """Passes over the training images."""
+    train_images: int | None = None
+    """Images of the source's train list to use; default all (synthetic: 100)."""
+    target_images: int | None = None
+    """Images of each target, and of the source's test list, to use, from the start; default all
+    (synthetic: 100 and 50)."""
+    seed: int = 0
+    """Seed of synthetic data, training, augmentation and bootstrap."""
+    device: str = "auto"
+    """Where to compute: auto (GPU if there is one), cpu, cuda, cuda:1, …"""
+    threads: int = 1
+    """Threads of a CPU; more pay off for large images on an idle machine."""
+    out: Path = Path("runs/fundus")
+    """Folder of the results; made if missing."""
+    resume: bool = False
+    """Continue an interrupted training that is in OUT/training."""
+
+    def run(self) -> None:
+        """Compares, and prints the table."""
+        domains = available_domains(self.data_root)
+        split_names("--source", self.source, domains, single=True)
+        others = [domain for domain in domains if domain != self.source]
+        targets = split_names("--targets", self.targets, others, source=self.source)
+        methods = split_names("--methods", self.methods, METHODS)
+        training = Train(
+            self.data_root,
+            self.source,
+            self.size,
+            self.width,
+            self.epochs,
+            train_images=self.train_images,
+            seed=self.seed,
+            device=self.device,
+            threads=self.threads,
+            out=self.out,
+            resume=self.resume,
+        )
+        check_training(
+            self.size, self.width, self.epochs, training.batch_size, training.learning_rate
+        )
+        check_adaptation(self.statistics, self.lr)
+        check_counts(self.seed, self.threads, self.train_images, self.target_images)
+        check(self.data_root, [self.source, *targets])
+        _, unseen = open_source(
+            self.data_root,
+            self.source,
+            self.size,
+            self.seed,
+            self.train_images,
+            self.target_images,
+        )
+        device = open_device(self.device, self.threads)
+        model = None
+        if self.checkpoint is not None:
+            model, architecture = load_source_model(
+                self.checkpoint, self.width, self.size, self.source
+            )
+        check_writable(self.out)
+
+        if model is None:
+            model = training.fit()
+        else:
+            save_source_model(self.out / f"{self.source}.pt", architecture, model.state_dict())
+        model.to(device)
+        in_domain = None
+        if unseen is not None:
+            in_domain = (self.source, length(unseen), *evaluate(model, unseen, device))
+        data = {
+            target: open_domain(
+                self.data_root, target, "all", self.size, self.seed, self.target_images
+            )
+            for target in targets
+        }
+        shown = {
+            target: spread(2 if len(targets) < 4 else 1, length(samples))
+            for target, samples in data.items()
+        }
+        results = []
+        for target, samples in data.items():
+            for method in methods:
+                adapter = build_adapter(method, model, self.statistics, self.lr, self.seed)
+                stream = adapt_online(
+                    adapter, samples, device, shown[target], f"{target}, {method}"
+                )
+                results.append(
+                    make_result(
+                        self.source, target, method, self.statistics, self.lr, self.seed, stream
+                    )
+                )
+        table = markdown_table(results, self.seed, in_domain)
+        write_json(results, self.out / "results.json")
+        (self.out / "table.md").write_text(table)
+        _save_figures(self.out, results, data, shown)
+        print(table)
+
+
+def _save_figures(
+    out: Path,
+    results: list[Result],
+    data: dict[str, Dataset[Sample]],
+    shown: dict[str, list[int]],
+) -> None:
+    streams = {(result.target, result.method): result.stream for result in results}
+    methods = list(dict.fromkeys(result.method for result in results))
+    rows = []
+    for target, indices in shown.items():
+        for index in indices:
+            predictions = {
+                method: (
+                    streams[target, method].predictions[index],
+                    streams[target, method].scores[index],
+                )
+                for method in methods
+            }
+            rows.append((target, data[target][index], predictions))
+    save_predictions(out / "figure.png", rows)
+    aligned: dict[str, Stream] = {
+        target: stream for (target, _), stream in streams.items() if stream.cosines
+    }
+    if aligned:
+        save_alignment(out / "alignment.png", aligned)

@@ -1,0 +1,486 @@
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+
+from examples.common.bootstrap import bootstrap_interval
+from examples.common.checkpoint import load
+from examples.common.command_line import shorten
+from examples.fundus import commands, comparison
+from examples.fundus.__main__ import main
+from examples.fundus.adaptation import METHODS, adapt_online, build_adapter, parse_statistics
+from examples.fundus.data import Sample, open_domain
+from examples.fundus.figures import draw_contours, spread
+from examples.fundus.network import ResUNet34
+from gradkit import tta
+
+TINY = ["--size", "64", "--width", "2", "--epochs", "1", "--train-images", "4"]
+FEW = ["--target-images", "2"]
+CPU = torch.device("cpu")
+
+
+def run(*words):
+    return main([str(word) for word in words])
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """One comparison of all methods on synthetic data, trained from scratch."""
+    out = tmp_path_factory.mktemp("compared")
+    words = ["compare", *TINY, *FEW, "--targets", "centre_b,centre_e", "--lr", "0.01"]
+    assert run(*words, "--seed", 5, "--out", out) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def checkpoint(compared):
+    return compared / "centre_a.pt"
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    root = tmp_path_factory.mktemp("exported") / "data"
+    words = ["--domains", "centre_a,centre_c", "--count", 6, "--size", 64, "--out", root]
+    assert run("export", *words) == 0
+    return root
+
+
+def read(out):
+    return json.loads((out / "results.json").read_text())
+
+
+# What the commands write
+
+
+def test_results_follow_the_schema(compared):
+    results = read(compared)
+    assert [(r["target"], r["method"]) for r in results] == [
+        (target, method) for target in ("centre_b", "centre_e") for method in METHODS
+    ]
+    for result in results:
+        assert list(result) == [
+            "source", "target", "method", "statistics", "lr", "seed",
+            "n", "disc", "cup", "mean", "images",
+        ]  # fmt: skip
+        assert result["source"] == "centre_a"
+        assert result["statistics"] == ("source" if result["method"] == "none" else "test")
+        assert result["lr"] == (0.01 if result["method"] in ("tent", "grata") else None)
+        assert result["seed"] == 5
+        assert result["n"] == len(result["images"]) == 2
+        for image in result["images"]:
+            assert list(image) == ["image", "disc", "cup"]
+        for name in ("disc", "cup"):
+            scores = [image[name] for image in result["images"]]
+            assert all(0 <= score <= 100 for score in scores)
+            assert result[name] == pytest.approx(sum(scores) / 2, rel=1e-12)
+        assert result["mean"] == pytest.approx((result["disc"] + result["cup"]) / 2, rel=1e-12)
+
+
+def test_images_come_in_list_order(compared):
+    names = [image["image"] for image in read(compared)[0]["images"]]
+    assert names == [
+        open_domain("synthetic", "centre_b", "all", 64, 5, 2)[i].name for i in range(2)
+    ]
+
+
+def test_table_has_a_row_for_each_pair_and_method(compared, capsys):
+    table = (compared / "table.md").read_text()
+    for result in read(compared):
+        means = [(image["disc"] + image["cup"]) / 2 for image in result["images"]]
+        low, high = bootstrap_interval(means, seed=5)
+        row = f"| {result['target']} | {result['method']} | {result['statistics']} |"
+        (line,) = [line for line in table.splitlines() if row in line]
+        assert f"{result['mean']:.2f} [{low:.2f}, {high:.2f}] |" in line
+    assert sum("average over targets" in line for line in table.splitlines()) == len(METHODS)
+    assert "| centre_a | centre_a (in domain) | none | source | - | 2 |" in table
+
+
+def test_average_row_is_the_mean_over_targets(compared):
+    results = [r for r in read(compared) if r["method"] == "grata"]
+    mean = sum(r["mean"] for r in results) / 2
+    table = (compared / "table.md").read_text()
+    (line,) = [x for x in table.splitlines() if "average" in x and "grata" in x]
+    assert line.endswith(f"| {mean:.2f} |")
+
+
+def test_figures_are_pictures(compared):
+    for name in ("figure.png", "alignment.png"):
+        with Image.open(compared / name) as picture:
+            assert min(picture.size) > 300
+            colours = picture.convert("RGB").resize((64, 64)).getcolors(64 * 64)
+        assert len(colours) > 50
+
+
+def test_a_given_checkpoint_repeats_the_comparison(compared, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(commands, "train_source", None)  # nothing is trained
+    words = ["compare", *TINY, *FEW, "--targets", "centre_e", "--lr", "0.01", "--seed", 5]
+    assert run(*words, "--checkpoint", checkpoint, "--out", tmp_path) == 0
+    assert read(tmp_path) == read(compared)[len(METHODS) :]
+    again, first = load(tmp_path / "centre_a.pt")["model"], load(checkpoint)["model"]
+    assert all(torch.equal(again[name], first[name]) for name in first)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_adapt_gives_the_scores_of_compare_and_the_masks(compared, checkpoint, tmp_path, method):
+    words = ["adapt", "--checkpoint", checkpoint, "--target", "centre_b", "--method", method]
+    assert run(*words, *FEW, "--lr", 0.01, "--seed", 5, "--out", tmp_path) == 0
+    assert read(tmp_path) == [read(compared)[METHODS.index(method)]]
+    dataset = open_domain("synthetic", "centre_b", "all", 64, 5, 2)
+    for index, scores in enumerate(read(tmp_path)[0]["images"]):
+        with Image.open(tmp_path / "masks" / scores["image"]) as picture:
+            assert picture.mode == "L"
+            mask = np.array(picture)
+        assert set(np.unique(mask)) <= {0, 128, 255}
+        truth = dataset[index].target[1].numpy() > 0
+        overlap = 200 * ((mask == 0) & truth).sum() / max(1, (mask == 0).sum() + truth.sum())
+        assert overlap == pytest.approx(scores["cup"], abs=1e-3)
+
+
+def test_statistics_reach_the_methods_that_learn(checkpoint, tmp_path):
+    def scores(method, statistics):
+        words = ["adapt", "--checkpoint", checkpoint, "--method", method, *FEW, "--lr", 0]
+        assert run(*words, "--statistics", statistics, "--out", tmp_path) == 0
+        (result,) = read(tmp_path)
+        return result["statistics"], result["images"]
+
+    # with a learning rate of 0 nothing but the statistics is left
+    _, source = scores("none", "test")
+    _, test = scores("ptbn", "source")
+    assert source != test
+    for method in ("tent", "grata"):
+        assert scores(method, "source") == ("source", source)
+        assert scores(method, "test") == ("test", test)
+        name, mixed = scores(method, "mixed:0.5")
+        assert name == "mixed:0.5"
+        assert mixed not in (source, test)
+    assert scores("none", "mixed:0.5")[0] == "source"
+    assert scores("ptbn", "mixed:0.5")[0] == "test"
+
+
+def test_train_keeps_the_best_epoch_and_resumes(tmp_path, capsys):
+    words = ["train", *TINY, "--out", tmp_path]
+    assert run(*words) == 0
+    assert str(tmp_path / "centre_a.pt") in capsys.readouterr().out
+    content = load(tmp_path / "centre_a.pt")
+    assert content["architecture"] == {
+        "width": 2, "size": 64, "source": "centre_a", "auxiliary_heads": False,
+    }  # fmt: skip
+    best = load(tmp_path / "training" / "best.pt")["model"]
+    assert all(torch.equal(content["model"][name], best[name]) for name in best)
+    assert run(*words, "--resume") == 0
+    assert run(*words, "--resume", "--seed", 1) == 2
+    assert "seed 0, not 1" in capsys.readouterr().err
+
+
+def test_real_layout_is_read_and_an_undivided_source_is_trained_on(exported, tmp_path):
+    root = tmp_path / "data"
+    root.symlink_to(exported)
+    words = ["compare", "--data-root", root, "--targets", "centre_c", "--methods", "ptbn"]
+    assert run(*words, *TINY, "--out", tmp_path / "a") == 0
+    assert [r["n"] for r in read(tmp_path / "a")] == [6]
+    assert "in domain" in (tmp_path / "a" / "table.md").read_text()
+    root.unlink()
+    root.mkdir()
+    for name in ("centre_a", "centre_c", "centre_c_train.csv", "centre_c_test.csv"):
+        (root / name).symlink_to(exported / name)
+    (root / "centre_a.csv").write_text((exported / "centre_a_train.csv").read_text())
+    assert run(*words, *TINY, "--out", tmp_path / "b") == 0
+    assert "in domain" not in (tmp_path / "b" / "table.md").read_text()
+
+
+# The protocol
+
+
+class Recorder(tta.Adapter):
+    """Remembers what it was called on."""
+
+    def __init__(self, model):
+        super().__init__(model)
+        self.seen = []
+
+    def __call__(self, images):
+        self.seen.append(images)
+        return super().__call__(images)
+
+
+def test_one_image_at_a_time_in_order_and_no_label_is_read():
+    torch.manual_seed(0)
+    model = ResUNet34(2).eval()
+    samples = [
+        Sample(f"{i}.png", torch.rand(3, 64, 64), (torch.rand(2, 64, 64) > 0.5).float())
+        for i in range(4)
+    ]
+    recorder = Recorder(model)
+    stream = adapt_online(recorder, samples, CPU, keep=[1, 3])
+    assert [image.shape for image in recorder.seen] == 4 * [(1, 3, 64, 64)]
+    for image, sample in zip(recorder.seen, samples, strict=True):
+        assert torch.equal(image[0], sample.image)
+    assert [score.image for score in stream.scores] == ["0.png", "1.png", "2.png", "3.png"]
+    assert set(stream.predictions) == {1, 3}
+
+    unlabelled = [Sample(s.name, s.image, torch.zeros_like(s.target)) for s in samples]
+    for method in METHODS:
+        adapted = [
+            adapt_online(build_adapter(method, model, lr=0.01), data, CPU, keep=range(4))
+            for data in (samples, unlabelled)
+        ]
+        for index in range(4):
+            assert torch.equal(*[one.predictions[index] for one in adapted])
+
+
+def test_the_source_model_is_never_changed_and_learning_persists():
+    torch.manual_seed(0)
+    model = ResUNet34(2).eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    samples = 2 * [Sample("a.png", torch.rand(3, 64, 64), torch.zeros(2, 64, 64))]
+    for method in ("tent", "grata"):
+        adapter = build_adapter(method, model, lr=0.1)
+        logits = [adapter(sample.image[None]) for sample in samples]
+        assert not torch.equal(*logits)
+    assert all(torch.equal(model.state_dict()[name], before[name]) for name in before)
+
+
+def test_grata_records_cosines_and_scales_and_others_do_not():
+    torch.manual_seed(0)
+    model = ResUNet34(2).eval()
+    samples = 3 * [Sample("a.png", torch.rand(3, 64, 64), torch.zeros(2, 64, 64))]
+    stream = adapt_online(build_adapter("grata", model, seed=1), samples, CPU)
+    assert len(stream.cosines) == len(stream.lr_scales) == 3
+    for cosine, scale in zip(stream.cosines, stream.lr_scales, strict=True):
+        assert scale == pytest.approx((1 + cosine) ** 2 / 4, abs=1e-6)
+    again = adapt_online(build_adapter("grata", model, seed=1), samples, CPU)
+    other = adapt_online(build_adapter("grata", model, seed=2), samples, CPU)
+    assert again.cosines == stream.cosines != other.cosines
+    assert adapt_online(build_adapter("tent", model), samples, CPU).cosines == []
+
+
+@pytest.mark.parametrize(
+    "text", ["mixed", "mixed:", "mixed:1.1", "mixed:-0.1", "mixed:nan", "Test"]
+)
+def test_impossible_statistics_are_refused(text):
+    with pytest.raises(ValueError, match=r"choose source, test, or mixed:SHARE"):
+        parse_statistics(text)
+
+
+def test_an_empty_prediction_has_no_contour():
+    sample = open_domain("synthetic", "centre_a", "test", 64, 0, 1)[0]
+    axes = Figure().subplots()
+    draw_contours(axes, sample, torch.zeros(2, 64, 64))  # matplotlib would warn of no contour
+    assert len(axes.collections) == 0
+    draw_contours(axes, sample, sample.target)
+    assert len(axes.collections) == 2
+
+
+def test_shown_images_are_spread_over_the_stream():
+    assert spread(2, 100) == [25, 75]
+    assert spread(1, 7) == [3]
+    assert spread(4, 2) == [0, 1]
+
+
+# Bad input: status 2, one line on standard error, nothing computed
+
+
+@pytest.fixture
+def nothing_is_computed(monkeypatch):
+    def refuse(*arguments, **options):
+        raise AssertionError("computed before everything was checked")
+
+    for name in ("train_source", "adapt_online", "export_domains"):
+        monkeypatch.setattr(commands, name, refuse)
+    for name in ("adapt_online", "evaluate"):
+        monkeypatch.setattr(comparison, name, refuse)
+
+
+def complaint(capsys, *words):
+    """The one line that a call with bad input leaves."""
+    capsys.readouterr()
+    try:
+        status = run(*words)
+    except SystemExit as stop:
+        status = stop.code
+    output = capsys.readouterr()
+    assert status == 2, output.err
+    assert output.out == ""
+    assert output.err.startswith("error: ")
+    assert output.err.endswith("\n")
+    assert output.err.count("\n") == 1
+    return output.err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("compare --epochs 0", "--epochs is 0; choose at least 1"),
+        ("compare --size 100", "--size is 100; choose a multiple of 32"),
+        ("compare --size 32", "--size is 32; choose a multiple of 32 pixels, at least 64"),
+        ("compare --width 3", "--width is 3; choose a positive even number"),
+        ("compare --lr -1e-4", "--lr is -0.0001; choose a number of at least 0"),
+        ("compare --lr nan", "--lr is nan"),
+        ("compare --seed -1", "--seed is -1"),
+        ("compare --threads 0", "--threads is 0; choose at least 1"),
+        ("compare --train-images 1", "--train-images is 1; choose at least 2"),
+        ("compare --target-images 0", "--target-images is 0; choose at least 1"),
+        ("compare --statistics mixed:2", "mixed:SHARE with the source's share between 0 and 1"),
+        ("compare --methods none,cotta", "'cotta'; choose from none, ptbn, tent, grata"),
+        ("compare --methods none,none", "--methods contains 'none' twice"),
+        ("compare --targets centre_b,centre_a", "the source 'centre_a'; choose from centre_b"),
+        ("compare --targets centre_b,centre_b", "--targets contains 'centre_b' twice"),
+        ("compare --targets centre_z", "'centre_z'; choose from centre_b, centre_c, centre_d"),
+        ("compare --targets centre_b,", "--targets contains the unknown name ''"),
+        ("compare --source centre_z", "choose from centre_a, centre_b, centre_c"),
+        ("compare --source centre_a,centre_b", "more than one name"),
+        ("compare --data-root /nowhere/at/all", "/nowhere/at/all is not a folder"),
+        ("compare --checkpoint /no/such.pt", "/no/such.pt: there is no such checkpoint"),
+        ("compare --device abacus", "--device: device 'abacus' is not available"),
+        ("compare --epochs many", "'many' (see python -m examples.fundus --help)"),
+        ("compare --epoch 3", "--epoch"),
+        ("adapt", "--checkpoint"),
+        ("adapt --checkpoint /no/such.pt", "/no/such.pt: there is no such checkpoint"),
+        ("train --learning-rate 0", "--learning-rate is 0.0; choose a positive number"),
+        ("train --batch-size 0", "--batch-size is 0"),
+        ("train --source nowhere", "'nowhere'; choose from centre_a"),
+        ("export --count 1", "--count is 1; choose at least 2"),
+        ("export --size 8", "--size is 8; choose at least 16"),
+        ("export --domains centre_a,moon", "'moon'; choose from centre_a"),
+        ("evaluate", "evaluate"),
+    ],
+)
+def test_bad_options(capsys, tmp_path, nothing_is_computed, words, message):
+    out = tmp_path / "out"
+    command, *options = words.split()
+    assert message in complaint(capsys, command, *options, "--out", out)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("command", ["train", "compare", "adapt", "export"])
+def test_unwritable_output(capsys, tmp_path, checkpoint, nothing_is_computed, command):
+    blocked = tmp_path / "file"
+    blocked.write_text("in the way")
+    words = ["--checkpoint", checkpoint] if command == "adapt" else []
+    message = complaint(capsys, command, *words, "--out", blocked / "out")
+    assert f"{blocked / 'out'} cannot be written to" in message
+    assert "choose another --out" in message
+
+
+def test_other_checkpoints(capsys, tmp_path, checkpoint, nothing_is_computed):
+    words = ["compare", "--out", tmp_path / "out", "--checkpoint"]
+    wider = complaint(capsys, *words, checkpoint, "--width", 4, "--size", 64)
+    assert f"{checkpoint}: trained with width 2, not 4; pass --width 2" in wider
+    larger = complaint(capsys, *words, checkpoint, "--width", 2, "--size", 128)
+    assert "trained with size 64, not 128" in larger
+    elsewhere = complaint(
+        capsys, *words, checkpoint, "--width", 2, "--size", 64,
+        "--source", "centre_b", "--targets", "centre_c",
+    )  # fmt: skip
+    assert "trained with source centre_a, not centre_b" in elsewhere
+    damaged = tmp_path / "damaged.pt"
+    damaged.write_bytes(checkpoint.read_bytes()[:5000])
+    assert f"{damaged}: not a readable checkpoint" in complaint(capsys, *words, damaged)
+    words = ["adapt", "--out", tmp_path / "out", "--checkpoint"]
+    home = complaint(capsys, *words, checkpoint, "--target", "centre_a")
+    assert "--target is centre_a, the checkpoint's own source" in home
+    bare = tmp_path / "bare.pt"
+    torch.save(load(checkpoint)["model"], bare)
+    assert "does not tell its size; pass --size" in complaint(capsys, *words, bare)
+    assert "does not tell its source" in complaint(capsys, *words, bare, "--size", 64)
+    assert not (tmp_path / "out").exists()
+
+
+def copy_tree(source, destination):
+    for path in sorted(source.rglob("*")):
+        copy = destination / path.relative_to(source)
+        if path.is_file():
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(path.read_bytes())
+    return destination
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["no image", "no mask", "truncated", "column", "empty", "escape", "colour mask", "sizes"],
+)
+def test_bad_data(capsys, tmp_path, exported, nothing_is_computed, kind):
+    root = copy_tree(exported, tmp_path / "data")
+    table = root / "centre_c_test.csv"
+    rows = list(csv.reader(table.read_text().splitlines()))
+    image, mask = root / rows[-1][0], root / rows[-1][1]
+    named = {"no image": image, "truncated": image, "escape": table}.get(kind, mask)
+    if kind == "no image":
+        image.unlink()
+    elif kind == "no mask":
+        mask.unlink()
+    elif kind == "truncated":
+        image.write_bytes(image.read_bytes()[:500])
+    elif kind == "colour mask":
+        Image.open(mask).convert("RGB").save(mask)
+    elif kind == "sizes":
+        Image.open(mask).resize((32, 32), Image.Resampling.NEAREST).save(mask)
+    else:
+        named = table
+        rows = {
+            "column": [["image", "label"], *rows[1:]],
+            "empty": rows[:1],
+            "escape": [rows[0], ["../../secret.png", rows[1][1]]],
+        }[kind]
+        table.write_text("\n".join(",".join(row) for row in rows))
+    words = ["compare", "--data-root", root, "--targets", "centre_c", "--out", tmp_path / "out"]
+    assert str(named) in complaint(capsys, *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_source_of_one_image(capsys, tmp_path, exported):
+    root = copy_tree(exported, tmp_path / "data")
+    table = root / "centre_a_train.csv"
+    table.write_text("\n".join(table.read_text().splitlines()[:2]))
+    for command in (["train"], ["compare", "--targets", "centre_c"]):
+        words = [*command, "--data-root", root, "--out", tmp_path / "out"]
+        assert "centre_a has 1 image to train on" in complaint(capsys, *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_export_refuses_a_folder_with_content(capsys, tmp_path, nothing_is_computed):
+    (tmp_path / "precious.txt").write_text("")
+    message = complaint(capsys, "export", "--out", tmp_path)
+    assert f"{tmp_path} is not empty" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
+
+
+def test_divergence_is_one_line(capsys, tmp_path):
+    capsys.readouterr()
+    words = ["train", *TINY, "--epochs", 2, "--learning-rate", "1e30", "--out", tmp_path]
+    assert run(*words) == 2
+    *_, last = capsys.readouterr().err.splitlines()  # after the progress bar
+    assert last.startswith("error: the loss is nan in epoch 2; lower the training's learning rate")
+
+
+def test_module_is_a_program(tmp_path):
+    words = [sys.executable, "-m", "examples.fundus", "compare", "--epochs", "0", "--out", tmp_path]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(words, cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == "error: --epochs is 0; choose at least 1\n"
+
+
+@pytest.mark.parametrize("command", ["train", "adapt", "compare", "export"])
+def test_help_shows_defaults_and_units(capsys, command):
+    with pytest.raises(SystemExit) as stop:
+        run(command, "--help")
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert "pixels" in text
+    assert "(default: 0)" in text
+
+
+def test_frames_are_shortened():
+    framed = "╭─ Bad ──╮\n│ no such │\n│ option │\n│ ────── │\n│ hints │\n╰───────╯"
+    assert shorten(framed) == "no such option"
+    assert shorten("plain words") == "plain words"
+    assert shorten("") == ""

@@ -1,0 +1,409 @@
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from examples.common.bootstrap import bootstrap_interval
+from examples.common.checkpoint import CheckpointError, load, save_atomically
+from examples.common.device import choose_device
+from examples.fundus.augmentation import AugmentedDataset
+from examples.fundus.data import Sample
+from examples.fundus.metrics import dice, segment
+from examples.fundus.network import ResUNet34
+from examples.fundus.source_model import Architecture, load_source_model, save_source_model
+from examples.fundus.training import evaluate, split_held_out, train_source
+from examples.fundus.training_state import (
+    TrainingError,
+    TrainingSettings,
+    polynomial_learning_rate,
+    segmentation_loss,
+)
+
+CPU = torch.device("cpu")
+TINY = Architecture(width=2, size=64, source="here")
+SETTINGS = TrainingSettings(epochs=3, seed=3, batch_size=3)
+
+
+class Discs(Dataset):
+    """Bright discs with brighter cups on a dark ground, at places that depend on the index."""
+
+    def __init__(self, count, size=64):
+        self.count, self.size = count, size
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        y, x = torch.meshgrid(*2 * [torch.linspace(-1, 1, self.size)], indexing="ij")
+        distance = (y - 0.1 * math.sin(index)).hypot(x - 0.1 * math.cos(index))
+        disc, cup = (distance < 0.6).float(), (distance < 0.3).float()
+        colours = torch.tensor([0.9, 0.6, 0.3]).reshape(3, 1, 1)
+        image = colours * (0.2 + 0.4 * disc + 0.4 * cup) / 0.9
+        return Sample(f"here/{index}.png", image, torch.stack([disc, cup]))
+
+
+# Scores
+
+
+def test_dice_in_closed_form():
+    target = torch.zeros(1, 4, 4, 4)
+    target[0, :3, :2] = 1  # half of the image; the last channel is empty
+    prediction = torch.zeros(1, 4, 4, 4, dtype=torch.bool)
+    prediction[0, 0, :2] = True  # all of it
+    prediction[0, 1, 1:3] = True  # half of it, and as much outside
+    expected = [100.0, 100 * (8 + 1e-6) / (16 + 1e-6), 100 * 1e-6 / (8 + 1e-6), 100.0]
+    torch.testing.assert_close(
+        dice(prediction, target)[0], torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=0
+    )
+
+
+def test_dice_does_not_broadcast():
+    with pytest.raises(ValueError, match="same shape"):
+        dice(torch.ones(2, 4, 4, dtype=torch.bool), torch.ones(1, 4, 4))
+
+
+def test_a_probability_of_one_half_is_foreground():
+    assert segment(torch.tensor([0.0, -1e-3])).tolist() == [True, False]
+
+
+def test_bootstrap_interval_is_that_of_the_normal_law_for_many_cases():
+    values = torch.randn(400, generator=torch.Generator().manual_seed(0)).double()
+    low, high = bootstrap_interval(values.tolist(), seed=1, resamples=4000)
+    half = 1.96 * values.std().item() / math.sqrt(400)
+    assert low == pytest.approx(values.mean().item() - half, abs=0.01)
+    assert high == pytest.approx(values.mean().item() + half, abs=0.01)
+    assert (low, high) == bootstrap_interval(values.tolist(), seed=1, resamples=4000)
+    assert (low, high) != bootstrap_interval(values.tolist(), seed=2, resamples=4000)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"values": []}, {"confidence": 1.0}, {"confidence": 0.0}, {"resamples": 0}]
+)
+def test_bootstrap_refuses(arguments):
+    with pytest.raises(ValueError, match=r"give|choose"):
+        bootstrap_interval(**{"values": [1.0], "seed": 0, **arguments})
+
+
+# Loss, schedule, split
+
+
+def test_loss_in_closed_form():
+    target = torch.zeros(2, 2, 4, 4)
+    target[:, :, :2] = 1
+    # p = 1/2 everywhere: BCE log 2, Dice (2·16·0.5·1 + 1) / (32 + 32 + 1) over 64 pixels
+    expected = math.log(2) + 1 - (2 * 16 + 1) / (32 + 32 + 1)
+    assert segmentation_loss(torch.zeros(2, 2, 4, 4), target).item() == pytest.approx(expected)
+
+
+def test_soft_dice_is_over_the_batch_not_per_image():
+    logits = torch.tensor([20.0, -20.0]).reshape(2, 1, 1, 1).expand(2, 2, 4, 4)
+    target = torch.ones(2, 2, 4, 4)
+    bce = 20 / 2
+    expected = bce + 1 - (2 * 32 + 1) / (32 + 64 + 1)
+    assert segmentation_loss(logits, target).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_loss_of_half_precision_logits_does_not_overflow():
+    logits = torch.full((8, 2, 128, 128), 20.0, dtype=torch.float16)  # they sum to more than 65504
+    assert segmentation_loss(logits, torch.ones(logits.shape)).item() == pytest.approx(0, abs=1e-4)
+
+
+def test_learning_rate_falls_to_a_tenth_of_an_epoch():
+    assert polynomial_learning_rate(1e-3, 0, 200) == 1e-3
+    assert polynomial_learning_rate(1e-3, 100, 200) == pytest.approx(1e-3 * 0.5**0.9)
+    assert polynomial_learning_rate(1e-3, 199, 200) == pytest.approx(1e-3 * 0.005**0.9)
+
+
+@pytest.mark.parametrize("count", [2, 3, 10, 51])
+def test_split_is_a_partition_that_depends_on_the_seed(count):
+    training, held_out = split_held_out(count, seed=0)
+    assert sorted(training + held_out) == list(range(count))
+    assert held_out
+    assert training
+    assert (training, held_out) == split_held_out(count, seed=0)
+    if count > 10:
+        assert held_out != split_held_out(count, seed=1)[1]
+
+
+def test_one_image_cannot_be_split():
+    with pytest.raises(ValueError, match="at least 2"):
+        split_held_out(1, seed=0)
+
+
+# Augmentation
+
+
+class Coded(Dataset):
+    """Images that repeat their mask, far from symmetric: what moves one must move the other."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        y, x = torch.meshgrid(*2 * [torch.linspace(-1, 1, 64)], indexing="ij")
+        distance = (y - 0.35 * (-1) ** index).hypot(x - 0.35 * (-1) ** (index // 2))
+        disc, cup = (distance < 0.5).float(), (distance < 0.25).float()
+        return Sample(
+            str(index), torch.stack([disc, cup, torch.zeros_like(disc)]), torch.stack([disc, cup])
+        )
+
+
+def test_mask_follows_the_image():
+    augmented, coded = AugmentedDataset(Coded(), seed=0), Coded()
+    moved = 0
+    for epoch in range(25):
+        augmented.epoch = epoch
+        for index in range(4):
+            image, target = augmented[index]
+            assert image.shape == (3, 64, 64)
+            assert set(target.unique().tolist()) == {0.0, 1.0}
+            assert (target[1] <= target[0]).all()
+            for channel, mask in zip(image, target, strict=False):
+                pair = torch.stack([channel.flatten(), mask.flatten()])
+                assert torch.corrcoef(pair)[0, 1] > 0.8
+            before = torch.stack([coded[index].target[0].flatten(), target[0].flatten()])
+            moved += int(torch.corrcoef(before)[0, 1] < 0.5)
+    assert moved > 50
+
+
+def test_variants_depend_on_seed_epoch_and_index_alone():
+    first, second = AugmentedDataset(Discs(4), seed=5), AugmentedDataset(Discs(4), seed=5)
+    forwards = [first[index] for index in range(4)]
+    backwards = [second[index] for index in reversed(range(4))][::-1]
+    for (a, b), (c, d) in zip(forwards, backwards, strict=True):
+        assert torch.equal(a, c)
+        assert torch.equal(b, d)
+    first.epoch = 1
+    assert not torch.equal(first[0][0], forwards[0][0])
+    assert not torch.equal(AugmentedDataset(Discs(4), seed=6)[0][0], forwards[0][0])
+
+
+def test_originals_survive_augmentation():
+    samples = [Discs(4)[index] for index in range(4)]
+    before = [(sample.image.clone(), sample.target.clone()) for sample in samples]
+    augmented = AugmentedDataset(samples, seed=0)
+    for epoch in range(5):
+        augmented.epoch = epoch
+        for index in range(4):
+            image = augmented[index][0]
+            assert image.min() == 0
+            assert image.max() == 1
+    for sample, (image, target) in zip(samples, before, strict=True):
+        assert torch.equal(sample.image, image)
+        assert torch.equal(sample.target, target)
+
+
+# Training
+
+
+def assert_equal_content(a, b):
+    assert type(a) is type(b)
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_equal_content(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_equal_content(x, y)
+    else:
+        assert a == b
+
+
+def fit(directory, settings=SETTINGS, **options):
+    return train_source(Discs(6), TINY, settings, directory, CPU, progress=False, **options)
+
+
+@pytest.mark.parametrize("interrupted_after", [1, 2])
+def test_resumed_training_ends_with_the_same_bits(tmp_path, interrupted_after):
+    fit(tmp_path / "whole")
+
+    def interrupt(report):
+        if report.epoch == interrupted_after:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "parts", on_epoch=interrupt)
+    epochs = []
+    torch.manual_seed(99)  # whatever the state of the global generator
+    fit(tmp_path / "parts", resume=True, on_epoch=lambda report: epochs.append(report.epoch))
+    assert epochs == list(range(interrupted_after + 1, 4))
+    for name in ("last.pt", "best.pt"):
+        assert_equal_content(load(tmp_path / "parts" / name), load(tmp_path / "whole" / name))
+
+
+def test_training_leaves_the_global_generator_alone(tmp_path):
+    torch.manual_seed(12345)
+    state = torch.get_rng_state()
+    fit(tmp_path, replace(SETTINGS, epochs=1))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_without_resume_training_starts_anew(tmp_path):
+    fit(tmp_path)
+    first, epochs = load(tmp_path / "last.pt"), []
+    fit(tmp_path, on_epoch=lambda report: epochs.append(report.epoch))
+    assert epochs == [1, 2, 3]
+    assert_equal_content(load(tmp_path / "last.pt"), first)
+
+
+def test_the_best_epoch_is_kept(tmp_path):
+    reports = []
+    best = fit(tmp_path, replace(SETTINGS, epochs=5), on_epoch=reports.append)
+    scores = [report.score for report in reports]
+    model, architecture = load_source_model(best)
+    assert architecture == TINY
+    held_out = torch.utils.data.Subset(Discs(6), split_held_out(6, SETTINGS.seed)[1])
+    disc, cup = evaluate(model, held_out, CPU)
+    assert (disc + cup) / 2 == max(scores)
+    assert len(load(best)["history"]) == 1 + scores.index(max(scores))
+
+
+def test_training_learns(tmp_path):
+    settings = TrainingSettings(epochs=15, seed=0, batch_size=2, learning_rate=0.2)
+    architecture = replace(TINY, width=4)
+    best = train_source(Discs(10), architecture, settings, tmp_path, CPU, progress=False)
+    disc, cup = evaluate(load_source_model(best)[0], Discs(10), CPU)
+    assert disc > 90
+    assert cup > 80
+
+
+def test_half_precision_trains_and_resumes(tmp_path):
+    settings = replace(SETTINGS, epochs=2, amp=True)
+    fit(tmp_path / "whole", settings)
+    scaler = load(tmp_path / "whole" / "last.pt")["scaler"]
+    assert scaler["scale"] > 0
+
+    def interrupt(report):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "parts", settings, on_epoch=interrupt)
+    fit(tmp_path / "parts", settings, resume=True)
+    assert_equal_content(load(tmp_path / "parts" / "last.pt"), load(tmp_path / "whole" / "last.pt"))
+    single = fit(tmp_path / "single", replace(settings, amp=False))
+    weights = [
+        load(path)["model"]["seg_head.weight"] for path in (single, tmp_path / "whole/best.pt")
+    ]
+    assert not torch.equal(*weights)
+
+
+def test_resuming_another_training_is_refused(tmp_path):
+    fit(tmp_path, replace(SETTINGS, epochs=1))
+    with pytest.raises(CheckpointError, match=r"last\.pt: .* epochs 1, not 2; .*--resume"):
+        fit(tmp_path, replace(SETTINGS, epochs=2), resume=True)
+    with pytest.raises(CheckpointError, match="seed 3, not 4"):
+        fit(tmp_path, replace(SETTINGS, epochs=1, seed=4), resume=True)
+
+
+def test_divergence_is_reported(tmp_path):
+    with pytest.raises(TrainingError, match="lower the training's learning rate"):
+        fit(tmp_path, replace(SETTINGS, learning_rate=1e30))
+
+
+# Checkpoints
+
+
+@pytest.mark.parametrize(
+    ("expected", "message"),
+    [
+        ({"width": 4}, r"m\.pt: trained with width 2, not 4; pass --width 2"),
+        ({"size": 128}, "size 64, not 128; pass --size 64"),
+        ({"source": "there"}, "source here, not there; pass --source here"),
+    ],
+)
+def test_another_architecture_is_refused(tmp_path, expected, message):
+    path = tmp_path / "m.pt"
+    save_source_model(path, TINY, TINY.build().state_dict())
+    assert load_source_model(path, 2, 64, "here")[1] == TINY
+    with pytest.raises(CheckpointError, match=message):
+        load_source_model(path, **expected)
+
+
+def test_loaded_model_predicts_the_same_and_leaves_the_generator_alone(tmp_path):
+    model = TINY.build().eval()
+    save_source_model(tmp_path / "m.pt", TINY, model.state_dict())
+    state = torch.get_rng_state()
+    loaded, _ = load_source_model(tmp_path / "m.pt")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not loaded.training
+    image = torch.rand(1, 3, 64, 64)
+    assert torch.equal(loaded(image), model(image))
+
+
+@pytest.mark.parametrize("auxiliary_heads", [False, True])
+def test_a_bare_state_dict_is_recognised(tmp_path, auxiliary_heads):
+    weights = ResUNet34(4, auxiliary_heads).state_dict()
+    torch.save(weights, tmp_path / "released.pth")
+    model, architecture = load_source_model(tmp_path / "released.pth", source="here", size=64)
+    assert architecture == Architecture(4, 64, "here", auxiliary_heads)
+    assert torch.equal(model.up5.weight, weights["up5.weight"])
+    with pytest.raises(CheckpointError, match="width 4, not 64"):
+        load_source_model(tmp_path / "released.pth", width=64)
+
+
+class Payload:
+    def __reduce__(self):
+        return (print, ("this code ran",))
+
+
+def test_unusable_checkpoints_are_refused_and_run_no_code(tmp_path, capsys):
+    path = tmp_path / "m.pt"
+    with pytest.raises(CheckpointError, match=r"m\.pt: there is no such checkpoint"):
+        load_source_model(path)
+    torch.save({"model": Payload()}, path)
+    with pytest.raises(CheckpointError, match=r"m\.pt: not a readable checkpoint"):
+        load_source_model(path)
+    assert capsys.readouterr().out == ""
+    path.write_bytes(b"not a checkpoint")
+    with pytest.raises(CheckpointError, match="not a readable checkpoint"):
+        load_source_model(path)
+    torch.save([1, 2], path)
+    with pytest.raises(CheckpointError, match="holds a list"):
+        load_source_model(path)
+    torch.save({"weight": torch.zeros(3)}, path)
+    with pytest.raises(CheckpointError, match=r"examples\.fundus train"):
+        load_source_model(path)
+    save_source_model(path, TINY, {"seg_head.weight": torch.zeros(1)})
+    with pytest.raises(CheckpointError, match=r"its tensors are not those of a ResUNet-34"):
+        load_source_model(path)
+    save_source_model(path, TINY, TINY.build().state_dict())
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(CheckpointError, match="not a readable checkpoint"):
+        load_source_model(path)
+
+
+def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "m.pt"
+    save_atomically({"value": 1}, path)
+
+    def fail(content, file):
+        file.write(b"half of it")
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match="disk is full"):
+        save_atomically({"value": 2}, path)
+    monkeypatch.undo()
+    assert load(path) == {"value": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_checkpoint_is_replaced_not_overwritten(tmp_path):
+    path, old = tmp_path / "m.pt", tmp_path / "old.pt"
+    save_atomically({"value": 1}, path)
+    old.hardlink_to(path)
+    save_atomically({"value": 2}, path)
+    assert load(path) == {"value": 2}
+    assert load(old) == {"value": 1}
+
+
+def test_devices():
+    assert choose_device("cpu") == CPU
+    assert choose_device("auto").type in ("cpu", "cuda")
+    with pytest.raises(ValueError, match="'abacus' is not available; pass auto, cpu or cuda"):
+        choose_device("abacus")
