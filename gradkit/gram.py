@@ -99,6 +99,8 @@ def _products(
 
 def _magnitudes(rows: Float[Tensor, "K P"]) -> Float[Tensor, " K"]:
     """A power of two near the largest number of each row; 1 for a row of zeros."""
+    if rows.shape[1] == 0:
+        return torch.ones(len(rows), device=rows.device)
     largest = torch.stack([torch.linalg.vector_norm(row, torch.inf) for row in rows]).float()
     usable = (largest > 0) & largest.isfinite()
     return torch.where(usable, largest, torch.ones_like(largest)).log2().floor().exp2()

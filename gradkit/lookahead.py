@@ -71,6 +71,8 @@ class LookAhead(Transform):
                 return here
             step = here.rows[here.index(self.along)] * -self.step_size
             there = inner(step if at is None else step.add_(at), (self.update,))
-            return join([here, there], context)
+            # Transforms inside may have asked for further rows at either point.
+            joined = join({**dict.fromkeys(here.names, here), self.update: there}, context)
+            return joined.replace(lr_scale=there.lr_scale) if there.scales_lr else joined
 
         return oracle

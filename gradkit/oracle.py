@@ -7,8 +7,9 @@ objectives' *gradients* at a displaced point. A *transform* turns one oracle int
 from __future__ import annotations
 
 import dataclasses
+import functools
 import weakref
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -247,44 +248,39 @@ def combine(
     return out if runs else out.zero_()
 
 
-def join(parts: Sequence[Gradients], context: Context) -> Gradients:
+def join(sources: Mapping[str, Gradients], context: Context) -> Gradients:
     """Gradients whose rows come from several evaluations, in the objectives' order.
 
-    A name that several parts hold is taken from the last of them, and so is `lr_scale`.
+    Args:
+        sources: For each objective, the evaluation its row is taken from.
+        context: The step's context, whose pool gives the memory.
 
     Raises:
-        ValueError: If one of the parts has an `update`, which belongs to one point only.
+        ValueError: If one of them has an `update`, which belongs to one point only.
     """
-    if any(part.update is not None for part in parts):
+    if any(part.update is not None for part in sources.values()):
         raise ValueError(
             "gradients of different points cannot be joined after a rule has set the update; "
             "put the transform that displaces before that rule in wrap()"
         )
-    source = {name: (part, k) for part in parts for k, name in enumerate(part.names)}
-    order = context.names or tuple(source)
-    names = tuple(name for name in order if name in source)
+    names = tuple(name for name in context.names or sources if name in sources)
+    taken = [(sources[name], sources[name].index(name)) for name in names]
     rows, _ = context.pool.take(len(names))
-    for row, name in zip(rows, names, strict=True):
-        part, k = source[name]
+    for row, (part, k) in zip(rows, taken, strict=True):
         row.copy_(part.rows[k])
-    dtype = parts[0].losses.dtype
-    for part in parts:
-        dtype = torch.promote_types(dtype, part.losses.dtype)
+    dtype = functools.reduce(torch.promote_types, (part.losses.dtype for part, _ in taken))
     joined = Gradients(
         names,
-        torch.stack([source[name][0].losses[source[name][1]].to(dtype) for name in names]),
+        torch.stack([part.losses[k].to(dtype) for part, k in taken]),
         rows,
         layout=context.layout,
-        reached=_joined_flags([source[name] for name in names]),
+        reached=_joined_flags(taken),
     )
-    observers = [name for name in names if name in source[name][0].observers]
-    if all(part._weights_are_made for part in parts):
-        joined = joined.observe(*observers) if observers else joined
-    else:
-        weights = torch.stack([source[name][0].weights[source[name][1]] for name in names])
-        joined = joined.replace(weights=weights, observers=frozenset(observers))
-    last = parts[-1]
-    return joined.replace(lr_scale=last.lr_scale) if last.scales_lr else joined
+    observers = [name for name in names if name in sources[name].observers]
+    if all(part._weights_are_made for part, _ in taken):
+        return joined.observe(*observers) if observers else joined
+    weights = torch.stack([part.weights[k] for part, k in taken])
+    return joined.replace(weights=weights, observers=frozenset(observers))
 
 
 def _joined_flags(rows: Sequence[tuple[Gradients, int]]) -> tuple[tuple[bool, ...], ...] | None:

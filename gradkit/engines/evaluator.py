@@ -98,6 +98,7 @@ class Evaluator:
                                 "to step() if it computes several objectives"
                             )
                         self._back_propagate({name: item}, (name,), rows, leaves)
+                        del item  # and its graph, before the next micro-batch is computed
 
             first = name not in self.first_losses
             with self._random_numbers(name, first):
@@ -121,6 +122,7 @@ class Evaluator:
                     if rows is None:
                         rows = _Rows(wanted, leaves, self._context, also=names)
                     self._back_propagate(losses, wanted, rows, leaves)
+                    del item, losses  # and their graphs, before the next micro-batch is computed
 
         first = not self.first_losses
         with self._random_numbers(None, first):
@@ -230,7 +232,8 @@ class _Rows:
         """The summed loss; NaN if the closure returned None."""
         loss = self._losses[name]
         if loss is None:
-            return torch.tensor(torch.nan, dtype=torch.float32, device=self._layout.device)
+            dtype = torch.promote_types(self._layout.dtype, torch.float32)
+            return torch.tensor(torch.nan, dtype=dtype, device=self._layout.device)
         return loss
 
     def without_loss(self) -> set[str]:
