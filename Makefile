@@ -5,14 +5,17 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 OUT ?= runs/demo
+# One test process a core, each with one thread: the tests' tensors are small.
+WORKERS ?= auto
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses $(WORKERS)
 
-.PHONY: demo test lint coverage clean
+.PHONY: demo test lint coverage docs clean
 
 demo: $(VENV)/.installed
 	$(RUN) -m examples.fundus compare --out $(OUT)
 
 test: $(VENV)/.installed
-	$(RUN) -m pytest
+	$(PYTEST)
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
@@ -20,7 +23,11 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/mypy
 
 coverage: $(VENV)/.installed
-	$(RUN) -m pytest --cov --cov-report=term-missing --cov-fail-under=95
+	$(PYTEST) --cov --cov-report=term-missing --cov-fail-under=95
+
+docs: $(VENV)/.installed
+	$(RUN) -m pip install --quiet --constraint constraints.txt '.[docs]'
+	$(VENV)/bin/mkdocs build --strict --site-dir build/site
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -1,9 +1,11 @@
 """gradkit: gradients bent before they are applied, round any torch optimizer."""
 
 from gradkit import testing, tta
+from gradkit.gradients import Gradients
 from gradkit.lookahead import LookAhead
-from gradkit.optimizer import GradientOptimizer, NonFiniteError, wrap
-from gradkit.oracle import Context, Gradients, Oracle, Transform
+from gradkit.nonfinite import NonFiniteError
+from gradkit.optimizer import GradientOptimizer, wrap
+from gradkit.oracle import Context, Oracle, Transform
 from gradkit.recipes import GraTa
 from gradkit.record import StepRecord
 from gradkit.sharpness import SAM

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from gradkit.engines.evaluator import Evaluator, StoredGradients
 from gradkit.engines.session import Session
+from gradkit.gradients import Gradients
 from gradkit.gram import norm
 from gradkit.objectives import LOSS, NoGradientError, Objectives
-from gradkit.oracle import Context, Gradients, Oracle, Transform
+from gradkit.oracle import Context, Oracle, Transform
 from gradkit.random import RandomState
 from gradkit.state import link_stepped
 

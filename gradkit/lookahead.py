@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from gradkit.oracle import Context, Gradients, Oracle, Selection, Transform, join
+from gradkit.gradients import Gradients
+from gradkit.oracle import Context, Oracle, Selection, Transform, join
 
 
 @dataclass(eq=False)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -28,18 +27,13 @@ from gradkit.engines.evaluator import Evaluator, StoredGradients, stacked
 from gradkit.engines.functional import FunctionalSession
 from gradkit.engines.inplace import InplaceSession
 from gradkit.flat import Layout, Pool
-from gradkit.gram import accumulator, cosines, norm
+from gradkit.gradients import Gradients
+from gradkit.gram import cosines
 from gradkit.interrupts import Interrupts
+from gradkit.nonfinite import NONFINITE, Nonfinite, NonFiniteError, judge
 from gradkit.objectives import Objectives, check_objectives
-from gradkit.oracle import Context, Gradients, Transform
+from gradkit.oracle import Context, Transform
 from gradkit.record import StepRecord
-
-Nonfinite = Literal["raise", "skip", "ignore"]
-NONFINITE: tuple[Nonfinite, ...] = ("raise", "skip", "ignore")
-
-
-class NonFiniteError(FloatingPointError, RuntimeError):
-    """A loss or a gradient is NaN or infinite."""
 
 
 def wrap(
@@ -349,7 +343,7 @@ class GradientOptimizer(Optimizer):
             try:
                 with attempt.evaluating():
                     gradients, source = self._evaluate(attempt, closure)
-                    verdict = self._verdict(gradients, source)
+                    verdict = judge(gradients, source, self.nonfinite, self.base)
                     if verdict.culprit is None:
                         direction = attempt.direction(gradients, self.max_norm)
                 if verdict.culprit is None:
@@ -383,7 +377,7 @@ class GradientOptimizer(Optimizer):
                 raise
             last = source.measured[-1]
             try:
-                culprit = self._verdict(last, source).culprit
+                culprit = judge(last, source, self.nonfinite, self.base).culprit
             except NonFiniteError as found:
                 raise found from error
             if culprit is None:
@@ -441,39 +435,6 @@ class GradientOptimizer(Optimizer):
                 searched=self._searched,
             ),
         )
-
-    def _verdict(self, gradients: Gradients, source: Evaluator | StoredGradients) -> _Verdict:
-        """Whether all is finite, and what the host needs to know; one copy from the device."""
-        scale = gradients.lr_scale if gradients.scales_lr else None
-        float_lr = scale is not None and any(
-            not isinstance(group.get("lr"), Tensor) for group in self.base.param_groups
-        )
-        if self.nonfinite == "ignore":
-            return _Verdict(None, float(scale) if scale is not None and float_lr else scale, None)
-        wide = accumulator(gradients.rows.device)
-        parts = [gradients.weights]
-        if scale is not None:
-            parts.append(scale[None])
-        if gradients.update is not None:
-            parts.append(norm(gradients.update)[None])
-        for one in source.measured:
-            parts += [one.losses, one.gram().diagonal()]
-        values = torch.cat([part.to(wide) for part in parts]).tolist()
-        count = len(gradients.names)
-        weights, rest = values[:count], values[count:]
-        factor = rest.pop(0) if scale is not None else None
-        update = rest.pop(0) if gradients.update is not None else 0.0
-        culprit = _culprit(source, rest)
-        if culprit is None and factor is not None and not math.isfinite(factor):
-            culprit = f"the learning rate's factor is {factor}"
-        if culprit is None and not all(map(math.isfinite, (*weights, update))):
-            culprit = f"the transforms' result is not finite (weights {weights})"
-        if culprit is not None and self.nonfinite == "raise":
-            raise NonFiniteError(
-                f"{culprit}; nothing was changed. Look at that objective's data or lower the "
-                "learning rate, or pass nonfinite='skip' to gk.wrap() to pass over such steps"
-            )
-        return _Verdict(culprit, factor if float_lr else scale, weights)
 
     def _record(
         self, attempt: Attempt, gradients: Gradients, source: Evaluator | StoredGradients
@@ -559,34 +520,3 @@ class GradientOptimizer(Optimizer):
             saved_state.lay_out_vectors(self.transforms, layout, layout, self.base, loaded)
         for post in list(self._optimizer_load_state_dict_post_hooks.values()):
             post(self)
-
-
-class _Verdict(NamedTuple):
-    """What the host learns of a step's numbers."""
-
-    culprit: str | None
-    scale: Tensor | float | None
-    weights: list[float] | None
-
-
-def _culprit(source: Evaluator | StoredGradients, values: Sequence[float]) -> str | None:
-    """What is not finite first, in words; None if everything is finite."""
-    position = 0
-    for number, one in enumerate(source.measured):
-        count = len(one.names)
-        losses = values[position : position + count]
-        squares = values[position + count : position + 2 * count]
-        position += 2 * count
-        where = "" if number == 0 else f" (evaluation {number + 1} of the step)"
-        bad = [
-            f"the loss of objective {name!r} is {loss}{where}"
-            for name, loss in zip(one.names, losses, strict=True)
-            if not math.isfinite(loss) and name not in source.without_loss
-        ] + [
-            f"the gradient of objective {name!r} is not finite{where}"
-            for name, square in zip(one.names, squares, strict=True)
-            if not math.isfinite(square)
-        ]
-        if bad:
-            return ", ".join(bad)
-    return None

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from gradkit.oracle import Context, Gradients, Oracle, Selection, Transform
+from gradkit.gradients import Gradients
+from gradkit.oracle import Context, Oracle, Selection, Transform
 
 Activation = Callable[[Tensor], Tensor]
 

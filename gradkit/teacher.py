@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gradkit.oracle import Context, Gradients, Oracle, Selection, Transform
+from gradkit.gradients import Gradients
+from gradkit.oracle import Context, Oracle, Selection, Transform
 
 Measure = Literal["sign_cosine", "cosine"]
 

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradkit.optimizer import GradientOptimizer, NonFiniteError
+from gradkit.nonfinite import NonFiniteError
+from gradkit.optimizer import GradientOptimizer
 
 MakeOptimizer = Callable[[nn.Module], GradientOptimizer]
 Closures = dict[str, Callable[[], Tensor]]

@@ -8,8 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradkit as gk
 from gradkit.flat import Layout
+from gradkit.gradients import Gradients
 from gradkit.gram import BLOCK, block_grams, cosines, exact_products, gram, inner_products, norm
-from gradkit.oracle import Gradients
 
 LARGE = 24_000_000
 CHUNK = 1 << 20

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gradkit.engines.session import Session
+from gradkit.gradients import Gradients
 from gradkit.interrupts import Interrupts
 from gradkit.objectives import (
     LOSS,
@@ -21,7 +22,7 @@ from gradkit.objectives import (
     micro_batches,
     refuse_reentrant_checkpoints,
 )
-from gradkit.oracle import Context, Gradients
+from gradkit.oracle import Context
 from gradkit.random import RandomState
 
 

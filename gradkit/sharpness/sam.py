@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from gradkit.oracle import Context, Gradients, Oracle, Transform
+from gradkit.gradients import Gradients
+from gradkit.oracle import Context, Oracle, Transform
 
 
 @dataclass(eq=False)

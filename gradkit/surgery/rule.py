@@ -11,8 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gradkit.flat import SCOPES, Scope
+from gradkit.gradients import Gradients, combine
 from gradkit.gram import gram as gram_matrix
-from gradkit.oracle import Context, Gradients, Oracle, Transform, combine
+from gradkit.oracle import Context, Oracle, Transform
 
 
 class Rule(Transform, ABC):

@@ -1,0 +1,1 @@
+"""Benchmarks: strategies compared side by side, with machine and versions."""

@@ -1,0 +1,35 @@
+"""Command line of the benchmarks: `python -m benchmarks fundus`."""
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+from tyro.conf import subcommand
+
+from benchmarks.fundus import Fundus
+from benchmarks.speed import Speed
+from examples.common.checkpoint import CheckpointError
+from examples.common.command_line import parse, run
+from examples.fundus.data import DataError
+from examples.fundus.validation import UsageError
+
+COMMANDS = Annotated[Fundus, subcommand("fundus")] | Annotated[Speed, subcommand("speed")]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one benchmark.
+
+    Returns:
+        The exit status: 0, or 2 for bad input, which is explained in one line on standard error.
+    """
+    command = parse(
+        COMMANDS,
+        arguments,
+        prog="python -m benchmarks",
+        description="Compare strategies and measure what they cost.",
+    )
+    return run(command.run, UsageError, DataError, CheckpointError)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

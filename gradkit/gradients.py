@@ -1,0 +1,235 @@
+"""Gradients of several objectives at one point, and what is to be made of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gradkit.flat import Layout, Scope
+from gradkit.gram import accumulator, block_grams, cosines, exact_products, gram, norm
+
+
+@dataclass(frozen=True, eq=False)
+class Gradients:
+    """Gradients of K objectives at one point, and what is to be made of them.
+
+    The step is `lr_scale` times the base optimizer's, on `direction()`: `weights @ rows`, or
+    `update` where a transform has set it. A row of weight 0 is an observer: it serves cosines
+    and gates and takes no part in the direction.
+
+    Attributes:
+        names: The objectives' names.
+        losses: Their losses [K], detached.
+        rows: Their gradients [K, P].
+        weights: One weight each [K]; all 1 at first.
+        lr_scale: What the learning rate is multiplied by [].
+        update: The direction [P] where it is no weighted sum of the rows (elementwise rules,
+            rules by parameter tensor), else None.
+        layout: Where each parameter lies in the flat vector; needed for scopes only.
+        observers: Names whose weight is 0 by declaration; see `observe`.
+        reached: K × T flags, which parameters each objective's graph reached; None: all.
+
+    Example:
+        >>> rows = torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
+        >>> gradients = Gradients(("a", "b"), torch.zeros(2), rows)
+        >>> gradients.direction()
+        tensor([2., 2., 2.])
+        >>> round(float(gradients.cosine("a", "b")), 4)
+        -0.8412
+    """
+
+    names: tuple[str, ...]
+    losses: Float[Tensor, " K"]
+    rows: Float[Tensor, "K P"]
+    weights: Float[Tensor, " K"] = None  # type: ignore[assignment]  # filled in below
+    lr_scale: Float[Tensor, ""] = None  # type: ignore[assignment]  # filled in below
+    update: Float[Tensor, " P"] | None = None
+    layout: Layout | None = None
+    observers: frozenset[str] = frozenset()
+    reached: tuple[tuple[bool, ...], ...] | None = None
+    # The tensors as they were made here. While they are still the same ones, unwritten, the host
+    # knows what they hold and nothing has to be copied from the device.
+    _made_weights: tuple[Tensor, int] | None = field(default=None, repr=False)
+    _made_scale: Tensor | None = field(default=None, repr=False)
+    _products: dict[tuple[str, bool], Tensor] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        dtype = accumulator(self.rows.device)
+        if self.weights is None:
+            weights = torch.ones(len(self.names), dtype=dtype, device=self.rows.device)
+            object.__setattr__(self, "weights", weights)
+            object.__setattr__(self, "_made_weights", (weights, weights._version))
+        if self.lr_scale is None:
+            scale = torch.ones((), dtype=dtype, device=self.rows.device)
+            object.__setattr__(self, "lr_scale", scale)
+            object.__setattr__(self, "_made_scale", scale)
+
+    def replace(self, **changes: Any) -> Gradients:
+        """A copy with some attributes changed; inner products are kept unless `rows` changes."""
+        if "rows" in changes:
+            changes.setdefault("_products", {})
+        return dataclasses.replace(self, **changes)
+
+    def observe(self, *names: str) -> Gradients:
+        """A copy in which the named rows have weight 0."""
+        indices = [self.index(name) for name in names]
+        known = self._weights_are_made
+        weights = self.weights.clone()
+        weights[indices] = 0
+        return self.replace(
+            weights=weights,
+            observers=self.observers | set(names),
+            _made_weights=(weights, weights._version) if known else None,
+        )
+
+    def without_rows(self) -> Gradients:
+        """A copy that knows the rows' Gram matrix but does not keep their memory."""
+        products = {("global", False): self.gram()}
+        return self.replace(rows=self.rows.new_empty(len(self.names), 0), _products=products)
+
+    def index(self, name: str) -> int:
+        """The row of the objective `name`.
+
+        Raises:
+            ValueError: If there is none of that name.
+        """
+        if name not in self.names:
+            raise ValueError(
+                f"there is no objective {name!r} here; there are {', '.join(map(repr, self.names))}"
+            )
+        return self.names.index(name)
+
+    @property
+    def active(self) -> tuple[int, ...]:
+        """The rows of nonzero weight.
+
+        Reads the weights from the device, unless they are as `observe` or the oracle made them.
+        """
+        if self._weights_are_made:
+            return tuple(k for k, name in enumerate(self.names) if name not in self.observers)
+        return tuple(k for k, weight in enumerate(self.weights.tolist()) if weight != 0)
+
+    @property
+    def _weights_are_made(self) -> bool:
+        made = self._made_weights
+        return made is not None and made[0] is self.weights and made[1] == self.weights._version
+
+    @property
+    def scales_lr(self) -> bool:
+        """Whether a transform has set `lr_scale`."""
+        return self._made_scale is not self.lr_scale or self.lr_scale._version != 0
+
+    def gram(self, scope: Scope = "global", *, signs: bool = False) -> Float[Tensor, ...]:
+        """The rows' Gram matrix [K, K] in float64; [S, K, K], one a block, with another scope.
+
+        Args:
+            scope: "global", or "group" or "tensor" for one matrix per parameter group or tensor.
+            signs: Whether to take each number's sign first.
+        """
+        key = (scope, signs)
+        if key not in self._products:
+            if scope == "global":
+                self._products[key] = gram(self.rows, signs=signs)
+            else:
+                segments = self.segments(scope)
+                self._products[key] = block_grams(self.rows, segments, signs=signs)
+        return self._products[key]
+
+    def segments(self, scope: Scope) -> tuple[tuple[int, int], ...]:
+        """The column ranges that `scope` treats one by one.
+
+        Raises:
+            ValueError: If the gradients have no layout and `scope` is not "global".
+        """
+        if self.layout is None:
+            if scope == "global":
+                return ((0, self.rows.shape[1]),)
+            raise ValueError(
+                f"scope {scope!r} needs to know where the parameters lie; "
+                "a bare matrix has only the scope 'global'"
+            )
+        return self.layout.segments(scope)
+
+    def cosine(self, a: str, b: str, *, signs: bool = False) -> Float[Tensor, ""]:
+        """The cosine of two objectives' gradients; 0 if one of them is zero."""
+        i, j = self.index(a), self.index(b)
+        pair = self.gram(signs=signs)[[[i, i], [j, j]], [[i, j], [i, j]]]
+        return cosines(pair)[0, 1]
+
+    def direction(
+        self, out: Callable[[], Float[Tensor, " P"]] | None = None
+    ) -> Float[Tensor, " P"]:
+        """The direction of the step: `update`, or `weights @ rows`.
+
+        The result may share the memory of `rows` or `update`: read it, do not write to it.
+
+        Args:
+            out: Returns memory for the result where some is needed.
+        """
+        if self.update is not None:
+            return self.update
+        declared = [k for k, name in enumerate(self.names) if name not in self.observers]
+        if len(declared) == 1 and self._weights_are_made:
+            return self.rows[declared[0]]
+        result = out() if out is not None else torch.empty_like(self.rows[0])
+        return combine(self.rows, self.weights, declared, result)
+
+    def direction_norm(self, direction: Float[Tensor, " P"] | None = None) -> Float[Tensor, ""]:
+        """The Euclidean norm of `direction()`, which may be passed in if it is there already."""
+        declared = [name for name in self.names if name not in self.observers]
+        if self.update is None and len(declared) == 1 and self._weights_are_made:
+            return self.gram()[self.index(declared[0]), self.index(declared[0])].sqrt()
+        # wᵀGw would cancel where gradients conflict.
+        return norm(self.direction() if direction is None else direction)
+
+    def reached_by_direction(
+        self, weights: Sequence[float] | None = None
+    ) -> tuple[bool, ...] | None:
+        """For each of T parameters, whether the graph of a row of nonzero weight reached it.
+
+        Args:
+            weights: The weights, if the host has them; otherwise only observers have weight 0.
+        """
+        if self.reached is None:
+            return None
+        rows = [
+            flags
+            for k, (name, flags) in enumerate(zip(self.names, self.reached, strict=True))
+            if name not in self.observers and (weights is None or weights[k] != 0)
+        ]
+        if not rows:
+            return tuple(False for _ in self.reached[0])
+        return tuple(any(flags) for flags in zip(*rows, strict=True))
+
+
+def combine(
+    rows: Float[Tensor, "K P"],
+    weights: Float[Tensor, " K"],
+    indices: Sequence[int],
+    out: Float[Tensor, " P"],
+) -> Float[Tensor, " P"]:
+    """Write the weighted sum of the rows `indices` to `out`.
+
+    The other rows are left out rather than multiplied by 0: theirs may be infinite.
+    """
+    runs: list[tuple[int, int]] = []
+    for index in indices:
+        if runs and runs[-1][1] == index:
+            runs[-1] = (runs[-1][0], index + 1)
+        else:
+            runs.append((index, index + 1))
+    weights = weights.to(rows.dtype)
+    with exact_products(out.device):
+        for position, (start, stop) in enumerate(runs):
+            matrix = rows[start:stop].T
+            if position == 0:
+                torch.mv(matrix, weights[start:stop], out=out)
+            else:
+                torch.addmv(out, matrix, weights[start:stop], out=out)
+    return out if runs else out.zero_()

@@ -1,0 +1,98 @@
+"""Looking for NaNs and infinities, with one copy from the device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from gradkit.gradients import Gradients
+from gradkit.gram import accumulator, norm
+
+Nonfinite = Literal["raise", "skip", "ignore"]
+NONFINITE: tuple[Nonfinite, ...] = ("raise", "skip", "ignore")
+
+
+class NonFiniteError(FloatingPointError, RuntimeError):
+    """A loss or a gradient is NaN or infinite."""
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Where a step's gradients come from, as far as it matters here."""
+
+    measured: list[Gradients]
+    without_loss: set[str]
+
+
+class Verdict(NamedTuple):
+    """What the host learns of a step's numbers."""
+
+    culprit: str | None
+    scale: Tensor | float | None
+    weights: list[float] | None
+
+
+def judge(
+    gradients: Gradients,
+    source: Source,
+    nonfinite: Nonfinite,
+    base: torch.optim.Optimizer,
+) -> Verdict:
+    """Whether all is finite, and what the host needs to know; one copy from the device."""
+    scale = gradients.lr_scale if gradients.scales_lr else None
+    float_lr = scale is not None and any(
+        not isinstance(group.get("lr"), Tensor) for group in base.param_groups
+    )
+    if nonfinite == "ignore":
+        return Verdict(None, float(scale) if scale is not None and float_lr else scale, None)
+    wide = accumulator(gradients.rows.device)
+    parts = [gradients.weights]
+    if scale is not None:
+        parts.append(scale[None])
+    if gradients.update is not None:
+        parts.append(norm(gradients.update)[None])
+    for one in source.measured:
+        parts += [one.losses, one.gram().diagonal()]
+    values = torch.cat([part.to(wide) for part in parts]).tolist()
+    count = len(gradients.names)
+    weights, rest = values[:count], values[count:]
+    factor = rest.pop(0) if scale is not None else None
+    update = rest.pop(0) if gradients.update is not None else 0.0
+    culprit = _culprit(source, rest)
+    if culprit is None and factor is not None and not math.isfinite(factor):
+        culprit = f"the learning rate's factor is {factor}"
+    if culprit is None and not all(map(math.isfinite, (*weights, update))):
+        culprit = f"the transforms' result is not finite (weights {weights})"
+    if culprit is not None and nonfinite == "raise":
+        raise NonFiniteError(
+            f"{culprit}; nothing was changed. Look at that objective's data or lower the "
+            "learning rate, or pass nonfinite='skip' to gk.wrap() to pass over such steps"
+        )
+    return Verdict(culprit, factor if float_lr else scale, weights)
+
+
+def _culprit(source: Source, values: Sequence[float]) -> str | None:
+    """What is not finite first, in words; None if everything is finite."""
+    position = 0
+    for number, one in enumerate(source.measured):
+        count = len(one.names)
+        losses = values[position : position + count]
+        squares = values[position + count : position + 2 * count]
+        position += 2 * count
+        where = "" if number == 0 else f" (evaluation {number + 1} of the step)"
+        bad = [
+            f"the loss of objective {name!r} is {loss}{where}"
+            for name, loss in zip(one.names, losses, strict=True)
+            if not math.isfinite(loss) and name not in source.without_loss
+        ] + [
+            f"the gradient of objective {name!r} is not finite{where}"
+            for name, square in zip(one.names, squares, strict=True)
+            if not math.isfinite(square)
+        ]
+        if bad:
+            return ", ".join(bad)
+    return None
