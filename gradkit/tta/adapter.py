@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -10,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradkit.engines import EngineName
 from gradkit.optimizer import GradientOptimizer, wrap
 from gradkit.oracle import Transform
 from gradkit.record import StepRecord
@@ -31,29 +31,32 @@ class Adapter:
     Called on a batch of images, it takes one step of its optimizer on its objectives, then
     forwards the same images again with the updated weights and returns those logits. Everything
     happens on a copy: the model passed in is never changed. The copy is in evaluation mode;
-    normalisation layers take mean and variance from `statistics`, and only `parameters` are
-    trained.
+    BatchNorm layers take mean and variance from `statistics`, and only `parameters` are trained.
 
     Args:
         model: The source model, from images [N, C, H, W] to logits.
-        statistics: Where normalisation layers take mean and variance: "source" (running
-            statistics), "test" (the current images), `Mixed(share)` or another `Statistics`.
+        statistics: Where BatchNorm layers take mean and variance: "source" (running statistics),
+            "test" (the current images), `Mixed(share)` or another `Statistics`.
         objectives: Functions `(model, images) -> loss` by name; none adapts the statistics only.
-        transforms: gradkit's transforms between the objectives' gradients and the optimizer.
+            Those with a state (a generator) are copied, so that adapters share nothing.
+        transforms: gradkit's transforms between the objectives' gradients and the optimizer, or a
+            function that makes them for the model's copy (a teacher needs it).
         optimizer: Makes the base optimizer from the list of trained parameters, for example
             `lambda parameters: torch.optim.Adam(parameters, lr=1e-4)`.
-        episodic: Whether to start from the source model for each batch.
+        episodic: Whether to start anew for each batch: from the source model, and with the same
+            random numbers.
         parameters: Chooses the trained parameters of the model's copy; by default the scales and
             shifts of all normalisation layers.
-        engine: See `gradkit.wrap`.
+        **options: Further arguments of `gradkit.wrap`, `nonfinite="skip"` for example.
 
     Attributes:
         model: The adapted copy.
         optimizer: The wrapped optimizer; None without objectives.
 
     Raises:
-        ValueError: If there are objectives but no optimizer or nothing to train, or the
-            statistics do not fit the model.
+        TypeError: If objectives are no mapping of functions.
+        ValueError: If there are objectives but no optimizer or nothing to train, if parameters or
+            a teacher's student are not the copy's, or if the statistics do not fit the model.
 
     Example:
         >>> import torch, gradkit as gk
@@ -75,75 +78,106 @@ class Adapter:
         *,
         statistics: str | Statistics = "source",
         objectives: Mapping[str, Objective] | None = None,
-        transforms: Sequence[Transform] = (),
+        transforms: Sequence[Transform] | Callable[[nn.Module], Sequence[Transform]] = (),
         optimizer: OptimizerFactory | None = None,
         episodic: bool = False,
         parameters: Callable[[nn.Module], Iterable[nn.Parameter]] | None = None,
-        engine: EngineName = "auto",
+        **options: Any,
     ) -> None:
         # Statistics may have state of their own, which must not be shared between adapters.
         self.statistics = copy.deepcopy(resolve_statistics(statistics))
         self.model = install_statistics(copy.deepcopy(model).eval(), self.statistics)
-        self.objectives = dict(objectives or {})
+        self.objectives = _own(objectives or {})
         self.episodic = episodic
         self.optimizer: GradientOptimizer | None = None
         self.model.requires_grad_(False)
         if self.objectives:
-            self.optimizer = self._make_optimizer(optimizer, transforms, parameters, engine)
+            trained = self._choose(parameters or _norm_affine)
+            self.optimizer = self._make_optimizer(optimizer, trained, transforms, options)
         elif transforms or optimizer is not None:
             raise ValueError(
                 "there are no objectives for the optimizer and the transforms to work on; pass "
                 "objectives={name: function of (model, images)}"
             )
-        self._start = copy.deepcopy(self.state_dict())
+        self._start = self.state_dict()
+
+    def _choose(
+        self, parameters: Callable[[nn.Module], Iterable[nn.Parameter]]
+    ) -> list[nn.Parameter]:
+        chosen = list(dict.fromkeys(parameters(self.model)))
+        if not chosen:
+            raise ValueError(
+                f"{type(self.model).__name__} has no normalisation layer with scale and shift to "
+                "train; choose others with parameters=lambda model: model.parameters()"
+            )
+        own = set(self.model.parameters())
+        for parameter in chosen:
+            if parameter not in own:
+                raise ValueError(
+                    "parameters= chose a parameter that is not the adapted copy's (the source "
+                    "model's, perhaps); choose from the model it is called with, as in "
+                    "parameters=lambda model: model.parameters()"
+                )
+        for parameter in chosen:
+            parameter.requires_grad_(True)
+        return chosen
 
     def _make_optimizer(
         self,
         optimizer: OptimizerFactory | None,
-        transforms: Sequence[Transform],
-        parameters: Callable[[nn.Module], Iterable[nn.Parameter]] | None,
-        engine: EngineName,
+        trained: list[nn.Parameter],
+        transforms: Sequence[Transform] | Callable[[nn.Module], Sequence[Transform]],
+        options: dict[str, Any],
     ) -> GradientOptimizer:
         if optimizer is None:
             raise ValueError(
                 "there are objectives but no optimizer; pass "
                 "optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-4)"
             )
-        if parameters is None:
-            trained = list(norm_affine_parameters(self.model).values())
-        else:
-            trained = list(parameters(self.model))
-        if not trained:
-            raise ValueError(
-                f"{type(self.model).__name__} has no normalisation layer with scale and shift to "
-                "train; choose others with parameters=lambda model: model.parameters()"
-            )
-        for parameter in trained:
-            parameter.requires_grad_(True)
-        return wrap(optimizer(trained), *transforms, model=self.model, engine=engine)
+        chain = tuple(transforms(self.model) if callable(transforms) else transforms)
+        modules = set(self.model.modules())
+        for transform in chain:
+            student = getattr(transform, "student", None)
+            if isinstance(student, nn.Module) and student not in modules:
+                raise ValueError(
+                    f"{transform!r} follows a module that is not adapted: adaptation works on a "
+                    "copy; pass transforms=lambda model: (...), which is called with the copy"
+                )
+        return wrap(optimizer(trained), *chain, model=self.model, **options)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Adapt to a batch of images, then predict: logits, detached.
 
         If an objective raises, the adapter is left as it was.
         """
-        if self.episodic:
-            self.reset()
         if self.optimizer is not None:
-            before = {name: objective.state_dict() for name, objective in self._stateful().items()}
-            try:
-                self.optimizer.step(
-                    {
-                        name: lambda objective=objective: objective(self.model, images)  # type: ignore[misc]  # binds now
-                        for name, objective in self.objectives.items()
-                    }
-                )
-            except BaseException:
-                self._load_objectives(before)
-                raise
+            self._adapt(images, self.optimizer)
+        elif self.episodic:
+            self.reset()
         with torch.no_grad():
             logits: Tensor = self.model(images)
         return logits
+
+    def _adapt(self, images: Tensor, optimizer: GradientOptimizer) -> None:
+        # The optimizer undoes its own step; what it does not know of is put back here.
+        before = self.state_dict() if self.episodic else self._beside_optimizer()
+        last = optimizer.last_step
+        try:
+            if self.episodic:
+                self.reset()
+            start = optimizer.last_step
+            optimizer.step(
+                {
+                    name: functools.partial(objective, self.model, images)
+                    for name, objective in self.objectives.items()
+                }
+            )
+        except BaseException:
+            # An interrupt that was held back comes after a step that was applied.
+            if optimizer.last_step is start:
+                self._load(before)
+                optimizer.last_step = last
+            raise
 
     @property
     def last_step(self) -> StepRecord | None:
@@ -151,74 +185,128 @@ class Adapter:
         return None if self.optimizer is None else self.optimizer.last_step
 
     def reset(self) -> None:
-        """Go back to the source model, bit for bit: weights, optimizer, objectives, statistics."""
+        """Go back to the start, bit for bit: weights, optimizer, objectives, statistics."""
         self.statistics.reset()
-        self.load_state_dict(self._start)
+        self._load(self._start)
         if self.optimizer is not None:
             self.optimizer.last_step = None
 
     def state_dict(self) -> dict[str, Any]:
-        """All that adaptation changes: trained parameters, buffers, and the states of the rest.
+        """All that adaptation changes, copied: trained parameters, buffers, what the rest keeps.
 
         It belongs to an adapter of the same source model, which it does not contain.
         """
-        return {
-            "model": {name: tensor.detach().clone() for name, tensor in self._changing().items()},
+        state = {
+            "model": dict(self._changing()),
             "optimizer": None if self.optimizer is None else self.optimizer.state_dict(),
-            "objectives": {
-                name: objective.state_dict() for name, objective in self._stateful().items()
-            },
-            "statistics": self.statistics.state_dict(),
+            "teachers": [teacher.state_dict() for teacher in self._teachers()],
+            **self._beside_optimizer(),
         }
+        return copy.deepcopy(state)
+
+    def _beside_optimizer(self) -> dict[str, Any]:
+        return copy.deepcopy(
+            {
+                "objectives": {
+                    name: objective.state_dict() for name, objective in self._stateful().items()
+                },
+                "statistics": self.statistics.state_dict(),
+            }
+        )
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue where `state_dict` was taken.
 
         Raises:
-            ValueError: If the state is of an adapter of other parameters, objectives or
-                transforms.
+            ValueError: If the state is of an adapter of other parameters, objectives, statistics
+                or transforms.
         """
-        changing = self._changing()
-        saved = state_dict["model"]
-        for name in sorted(changing.keys() | saved.keys()):
-            here = tuple(changing[name].shape) if name in changing else None
-            there = tuple(saved[name].shape) if name in saved else None
+        start = self._start
+        if state_dict.keys() != start.keys():
+            raise ValueError(
+                f"the state has the entries {', '.join(map(repr, state_dict)) or 'none'}; an "
+                f"adapter's has {', '.join(map(repr, start))}"
+            )
+        for part in ("model", "objectives", "statistics"):
+            here, there = _outline(start[part]), _outline(state_dict[part])
             if here != there:
+                name = sorted(
+                    key for key in here.keys() | there.keys() if here.get(key) != there.get(key)
+                )[0]
                 raise ValueError(
-                    f"the state is of another adapter: {name!r} has shape {there} in it and "
-                    f"{here} here"
+                    f"the state is of another adapter: in {part!r}, {name!r} is "
+                    f"{there.get(name, 'absent')} in it and {here.get(name, 'absent')} here"
                 )
+        if len(start["teachers"]) != len(state_dict["teachers"]):
+            raise ValueError("the state is of an adapter with other teachers")
         if (self.optimizer is None) != (state_dict["optimizer"] is None):
             raise ValueError("the state is of an adapter with other objectives")
-        if self.optimizer is not None:
-            self.optimizer.load_state_dict(copy.deepcopy(state_dict["optimizer"]))
+        self._load(state_dict)
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        """Load those parts that `state` has."""
+        state = copy.deepcopy(dict(state))
+        if self.optimizer is not None and "optimizer" in state:
+            self.optimizer.load_state_dict(state["optimizer"])
         with torch.no_grad():
-            for name, tensor in changing.items():
-                tensor.copy_(saved[name])
-        self._load_objectives(state_dict["objectives"])
-        self.statistics.load_state_dict(state_dict["statistics"])
+            changing = self._changing()
+            for name, tensor in state.get("model", {}).items():
+                changing[name].copy_(tensor)
+        for teacher, values in zip(self._teachers(), state.get("teachers", ()), strict=False):
+            teacher.load_state_dict(values)
+        for name, objective in self._stateful().items():
+            objective.load_state_dict(state["objectives"][name])
+        self.statistics.load_state_dict(state["statistics"])
 
     def _changing(self) -> dict[str, Tensor]:
         trained = {
-            name: parameter
+            name: parameter.detach()
             for name, parameter in self.model.named_parameters()
             if parameter.requires_grad
         }
         return {**trained, **dict(self.model.named_buffers())}
 
-    def _load_objectives(self, states: Mapping[str, Any]) -> None:
-        for name, objective in self._stateful().items():
-            objective.load_state_dict(states[name])
-
     def _stateful(self) -> dict[str, Stateful]:
         found: dict[str, Any] = {**self.objectives}
         return {name: item for name, item in found.items() if isinstance(item, Stateful)}
+
+    def _teachers(self) -> list[nn.Module]:
+        chain = () if self.optimizer is None else self.optimizer.transforms
+        found = [getattr(transform, "teacher", None) for transform in chain]
+        return [teacher for teacher in found if isinstance(teacher, nn.Module)]
 
     def __repr__(self) -> str:
         parts = [f"statistics={self.statistics!r}", f"objectives={list(self.objectives)!r}"]
         if self.optimizer is not None:
             parts.append(f"transforms={list(self.optimizer.transforms)!r}")
         return f"{type(self).__name__}({', '.join(parts)})"
+
+
+def _own(objectives: Mapping[str, Objective]) -> dict[str, Objective]:
+    """The objectives, those with a state copied."""
+    if not isinstance(objectives, Mapping):
+        raise TypeError(
+            f"objectives is a {type(objectives).__name__}; pass a mapping from names to functions "
+            "of (model, images)"
+        )
+    return {
+        name: copy.deepcopy(objective) if isinstance(objective, Stateful) else objective
+        for name, objective in objectives.items()
+    }
+
+
+def _norm_affine(model: nn.Module) -> list[nn.Parameter]:
+    return list(norm_affine_parameters(model).values())
+
+
+def _outline(part: Mapping[str, Any]) -> dict[str, str]:
+    """What each entry of a state is, in words."""
+    return {
+        name: f"of shape {tuple(value.shape)}"
+        if isinstance(value, Tensor)
+        else f"a {type(value).__name__}"
+        for name, value in part.items()
+    }
 
 
 @runtime_checkable

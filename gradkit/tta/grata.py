@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -23,6 +25,7 @@ def GraTa(  # noqa: N802 # the method's name
     auxiliary: Objective = entropy,
     optimizer: OptimizerFactory | None = None,
     episodic: bool = False,
+    **options: Any,
 ) -> Adapter:
     """Gradient alignment-based test-time adaptation (GraTa, AAAI 2025).
 
@@ -55,7 +58,8 @@ def GraTa(  # noqa: N802 # the method's name
         pseudo: Replaces the consistency objective, a function `(model, images) -> loss`.
         auxiliary: The objective that is looked ahead along.
         optimizer: Makes another base optimizer than Adam with `lr`.
-        episodic: Whether to start from the source model for each batch.
+        episodic: Whether to start anew for each batch.
+        **options: Further arguments of `Adapter`.
 
     Raises:
         ValueError: If both `pseudo` and `generator` are given.
@@ -87,4 +91,5 @@ def GraTa(  # noqa: N802 # the method's name
         ),
         optimizer=optimizer or (lambda parameters: torch.optim.Adam(parameters, lr=lr)),
         episodic=episodic,
+        **options,
     )

@@ -123,7 +123,8 @@ class Consistency:
         q = mean over views of view⁻¹(sigmoid(model(view(x))))         a constant
         loss = BCE(sigmoid(model(minmax(strong(x)))), q)               mean over everything
 
-    Costs one forward pass a view and one with gradients. Every call draws a new augmentation from
+    Costs one forward pass a view and one with gradients. Every call, one at displaced weights in
+    the same step too, draws a new augmentation from
     `generator`, which is the only state; restore it by `load_state_dict` to see the same again.
 
     Args:

@@ -79,19 +79,18 @@ def source_moments(layer: AdaptedBatchNorm) -> tuple[PerChannel, PerChannel]:
         >>> source_moments(layer)
         (tensor([0., 0.]), tensor([1., 1.]))
     """
-    if layer.running_mean is None or layer.running_var is None:
-        raise ValueError(
-            f"BatchNorm layer {layer.name!r} has no running statistics (it was built with "
-            f'track_running_stats=False), so there is nothing to take from the source: use "test".'
-        )
-    return _at_least_float32(layer.running_mean), _at_least_float32(layer.running_var)
+    mean, var = layer.running_mean, layer.running_var
+    if mean is None or var is None:
+        raise ValueError(_no_source(layer.name))
+    return _at_least_float32(mean), _at_least_float32(var)
 
 
 class Statistics:
     """A source of mean and variance for BatchNorm layers; subclass it to bring another.
 
     One object serves every layer of a model, which identifies itself by `layer.name` (its
-    qualified name in the model) where statistics are kept per layer. A stateless choice defines
+    qualified name in the model) where statistics are kept per layer. It is asked in every forward
+    pass: those of augmented images and at displaced weights too. A stateless choice defines
     `moments` only. `normalise` is there to be overridden where a fused kernel, or another
     gradient, is wanted. A stateful choice also defines `reset`, `state_dict` and
     `load_state_dict`, with tensors and plain values only so that `torch.load(...,
@@ -244,30 +243,20 @@ class Mixed(Statistics):
 class AdaptedBatchNorm(_BatchNorm):
     """A BatchNorm that asks `statistics` for its mean and variance; see `install_statistics`.
 
-    It takes over everything its predecessor held (parameters, buffers, hooks), so state-dict names
-    and `Parameter` objects stay. It behaves alike in training and in evaluation mode and never
-    writes the running statistics itself.
+    It is the layer that was there, of another class: parameters, buffers, hooks and state-dict
+    names stay, and whoever holds the layer holds the adapted one. It behaves alike in training and
+    in evaluation mode and never writes the running statistics itself.
 
     Attributes:
         name: Qualified name in the model, "" where the layer is the whole model. A layer used at
             several places has its first name.
         statistics: Where mean and variance come from.
-        predecessor_type: The BatchNorm class it stands for.
+        predecessor_type: The BatchNorm class it was.
     """
 
     name: str
     statistics: Statistics
     predecessor_type: type[_BatchNorm]
-
-    def __init__(self, predecessor: _BatchNorm, name: str, statistics: Statistics) -> None:
-        super().__init__(predecessor.num_features, affine=False, track_running_stats=False)
-        # Not by attribute: statistics that are a module too would become every layer's child.
-        self.__dict__.update(
-            predecessor.__dict__,
-            name=name,
-            statistics=statistics,
-            predecessor_type=_batch_norm_type(predecessor),
-        )
 
     def forward(self, x: Activations) -> Activations:
         """Normalise [batch, channels, ...] by the chosen statistics."""
@@ -307,10 +296,10 @@ def install_statistics(model: nn.Module, statistics: str | Statistics) -> nn.Mod
 
     Each BatchNorm (1d, 2d, 3d and synchronised) becomes an `AdaptedBatchNorm`; parameters,
     buffers, their names, hooks and the tying of layers stay. Installing again replaces the
-    statistics. Other layers, dropout included, still follow `model.training`.
+    statistics. Other layers, dropout and InstanceNorm included, still follow `model.training`.
 
     Returns:
-        The model; another object than was passed only where that was itself a BatchNorm.
+        The model.
 
     Raises:
         ValueError: If the model has no BatchNorm and `statistics` are not the source's; if a
@@ -325,31 +314,29 @@ def install_statistics(model: nn.Module, statistics: str | Statistics) -> nn.Mod
         ('1', ['1.weight', '1.bias', '1.running_mean', '1.running_var', '1.num_batches_tracked'])
     """
     resolved = resolve_statistics(statistics)
-    places = [
-        (name, layer)
-        for name, layer in model.named_modules(remove_duplicate=False)
-        if isinstance(layer, _BatchNorm)
+    layers = [
+        (name, layer) for name, layer in model.named_modules() if isinstance(layer, _BatchNorm)
     ]
-    if not places and not isinstance(resolved, SourceStatistics):
+    if not layers and not isinstance(resolved, SourceStatistics):
         raise ValueError(
             f"{type(model).__name__} has no BatchNorm layer, so {resolved} would change nothing: "
             'use statistics="source". (Scripted or exported models hide their layers.)'
         )
-
-    adapted: dict[int, AdaptedBatchNorm] = {}
-    for name, layer in places:
-        if id(layer) not in adapted:
-            adapted[id(layer)] = _adapt(layer, name, resolved)
-
-    for name, layer in places:
-        if name == "":
-            return adapted[id(layer)]
-        model.set_submodule(name, adapted[id(layer)])
+    for name, layer in layers:
+        _check_adaptable(layer, name, resolved)
+    for name, layer in layers:
+        # Not by attribute: statistics that are a module too would become every layer's child.
+        layer.__dict__.update(
+            name=name, statistics=resolved, predecessor_type=_batch_norm_type(layer)
+        )
+        # The layer itself changes, since forward may reach it by a list or attribute that torch
+        # does not know of.
+        layer.__class__ = AdaptedBatchNorm
     return model
 
 
-def _adapt(layer: _BatchNorm, name: str, statistics: Statistics) -> AdaptedBatchNorm:
-    """The successor of one layer, or the reason why it cannot have one."""
+def _check_adaptable(layer: _BatchNorm, name: str, statistics: Statistics) -> None:
+    """Raise ValueError if `layer` cannot be adapted."""
     kind = _batch_norm_type(layer)
     if any(is_lazy(p) for p in layer.parameters(recurse=False)):
         raise ValueError(
@@ -363,13 +350,18 @@ def _adapt(layer: _BatchNorm, name: str, statistics: Statistics) -> AdaptedBatch
     ):
         raise ValueError(
             f"BatchNorm layer {name!r} is a {kind.__name__} that computes more than BatchNorm (it "
-            "has its own forward, or is parametrised), which replacing it would lose: exchange it "
+            "has its own forward, or is parametrised), which changing it would lose: exchange it "
             "for a plain BatchNorm and the rest for a layer of its own."
         )
-    successor = AdaptedBatchNorm(layer, name, statistics)
-    if statistics.uses_source:
-        source_moments(successor)
-    return successor
+    if statistics.uses_source and layer.running_mean is None:
+        raise ValueError(_no_source(name))
+
+
+def _no_source(name: str) -> str:
+    return (
+        f"BatchNorm layer {name!r} has no running statistics (it was built with "
+        f'track_running_stats=False), so there is nothing to take from the source: use "test".'
+    )
 
 
 def _batch_norm_type(layer: _BatchNorm) -> type[_BatchNorm]:

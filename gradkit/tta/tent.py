@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -17,6 +19,7 @@ def TENT(  # noqa: N802 # the method's name
     objective: Objective = entropy,
     optimizer: OptimizerFactory | None = None,
     episodic: bool = False,
+    **options: Any,
 ) -> Adapter:
     """Test entropy minimisation ([Wang et al., ICLR 2021](https://arxiv.org/abs/2006.10726)).
 
@@ -34,7 +37,8 @@ def TENT(  # noqa: N802 # the method's name
         statistics: Where mean and variance come from; see `Adapter`.
         objective: What is minimised, a function `(model, images) -> loss`.
         optimizer: Makes another base optimizer than Adam with `lr`.
-        episodic: Whether to start from the source model for each batch.
+        episodic: Whether to start anew for each batch.
+        **options: Further arguments of `Adapter`.
 
     Example:
         >>> import torch, gradkit as gk
@@ -49,4 +53,5 @@ def TENT(  # noqa: N802 # the method's name
         objectives={"loss": objective},
         optimizer=optimizer or (lambda parameters: torch.optim.Adam(parameters, lr=lr)),
         episodic=episodic,
+        **options,
     )

@@ -1,0 +1,502 @@
+"""Adapters: what they compute, what they keep, and what they leave alone."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import pickle
+import signal
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import gradkit as gk
+from gradkit.testing import _plain as plain
+
+
+def network(dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.Conv2d(4, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Conv2d(4, 2, 1),
+    ).to(dtype)
+    for layer in (model[1], model[5]):
+        nn.init.uniform_(layer.weight, 0.5, 1.5)
+        nn.init.normal_(layer.bias)
+        layer.running_mean.normal_()
+        layer.running_var.uniform_(0.5, 2.0)
+    return model
+
+
+def images(count: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.rand(1, 3, 12, 16, generator=generator, dtype=dtype) for _ in range(count)]
+
+
+METHODS = {
+    "none": gk.tta.NoAdapt,
+    "ptbn": gk.tta.PTBN,
+    "tent": lambda model, **options: gk.tta.TENT(model, lr=1e-2, **options),
+    "grata": lambda model, **options: gk.tta.GraTa(model, lr=1e-2, **options),
+    "chain": lambda model, **options: gk.tta.Adapter(
+        model,
+        objectives={"pseudo": gk.tta.Consistency(), "auxiliary": gk.tta.binary_entropy},
+        transforms=lambda adapted: (
+            gk.PCGrad(),
+            gk.SAM(),
+            gk.EMA(adapted, decay=0.9, warmup=True),
+        ),
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-2),
+        **options,
+    ),
+}
+
+
+# An independent GraTa: explicit weights, no gradkit, BatchNorm by its formula.
+
+
+def reference_forward(weights: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    def normalised(x: torch.Tensor, layer: str) -> torch.Tensor:
+        mean = x.mean(dim=(0, 2, 3), keepdim=True)
+        var = ((x - mean) ** 2).mean(dim=(0, 2, 3), keepdim=True)
+        scale, shift = (weights[f"{layer}.{name}"].view(1, -1, 1, 1) for name in ("weight", "bias"))
+        return (x - mean) / (var + 1e-5).sqrt() * scale + shift
+
+    x = F.conv2d(x, weights["0.weight"], weights["0.bias"], padding=1)
+    x = normalised(x, "1").relu()
+    x = F.conv2d(x, weights["4.weight"], weights["4.bias"], padding=1)
+    x = normalised(x, "5").relu()
+    return F.conv2d(x, weights["7.weight"], weights["7.bias"])
+
+
+def reference_entropy(logits: torch.Tensor) -> torch.Tensor:
+    p = 1 / (1 + (-logits).exp())
+    return -(p * (p + 1e-6).log()).sum(dim=1).mean()
+
+
+class ReferenceAdam:
+    def __init__(self) -> None:
+        self.t = 0
+        self.m: dict[str, torch.Tensor] = {}
+        self.v: dict[str, torch.Tensor] = {}
+
+    def step(self, weights, grads, lr: float) -> None:
+        self.t += 1
+        for name, grad in grads.items():
+            self.m[name] = 0.9 * self.m.get(name, 0) + 0.1 * grad
+            self.v[name] = 0.999 * self.v.get(name, 0) + 0.001 * grad**2
+            m, v = self.m[name] / (1 - 0.9**self.t), self.v[name] / (1 - 0.999**self.t)
+            weights[name] = (weights[name] - lr * m / (v.sqrt() + 1e-8)).detach()
+
+
+def gradients(weights, names, loss_of) -> dict[str, torch.Tensor]:
+    leaves = {name: weights[name].detach().requires_grad_() for name in names}
+    grads = torch.autograd.grad(loss_of({**weights, **leaves}), [leaves[name] for name in names])
+    return dict(zip(names, grads, strict=True))
+
+
+def reference_views(x: torch.Tensor) -> list[tuple[torch.Tensor, object]]:
+    views = [
+        (x, lambda y: y),
+        (x.flip(-1), lambda y: y.flip(-1)),
+        (x.flip(-2), lambda y: y.flip(-2)),
+    ]
+    views += [
+        (x.rot90(turns, (-2, -1)), lambda y, k=turns: y.rot90(-k, (-2, -1))) for turns in (1, 2, 3)
+    ]
+    return views
+
+
+def test_grata_equals_an_independent_reference() -> None:
+    model = network()
+    adapter = gk.tta.GraTa(model, lr=1e-2, generator=torch.Generator().manual_seed(3))
+    weights = {name: value.clone() for name, value in model.named_parameters()}
+    weights = {name: value.detach() for name, value in weights.items()}
+    names = [f"{layer}.{part}" for layer in (1, 5) for part in ("weight", "bias")]
+    adam, generator = ReferenceAdam(), torch.Generator().manual_seed(3)
+    augment = gk.tta.StrongAugmentation()
+    for x in images(8):
+        original = x.clone()
+        logits = adapter(x)
+        assert torch.equal(x, original)
+
+        auxiliary = gradients(weights, names, lambda w: reference_entropy(reference_forward(w, x)))
+        ahead = {name: weights[name] - auxiliary.get(name, 0) for name in weights}
+        q = (
+            sum(
+                back(torch.sigmoid(reference_forward(ahead, view)))
+                for view, back in reference_views(x)
+            )
+            / 6
+        )
+        strong = augment(x, generator)
+        strong = (strong - strong.min()) / (strong.max() - strong.min())
+        pseudo = gradients(
+            ahead,
+            names,
+            lambda w: F.binary_cross_entropy(torch.sigmoid(reference_forward(w, strong)), q),
+        )
+        dot = sum((pseudo[name] * auxiliary[name]).sum() for name in names)
+        lengths = [
+            math.sqrt(sum(float((g[name] ** 2).sum()) for name in names))
+            for g in (pseudo, auxiliary)
+        ]
+        cosine = float(dot) / (lengths[0] * lengths[1])
+        adam.step(weights, pseudo, 1e-2 * (1 + cosine) ** 2 / 4)
+
+        assert adapter.last_step.cosine("pseudo", "auxiliary").item() == pytest.approx(cosine)
+        torch.testing.assert_close(logits, reference_forward(weights, x), rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(weights["1.weight"], model[1].weight)
+
+
+def test_tent_equals_an_independent_reference() -> None:
+    model = network()
+    adapter = gk.tta.TENT(model, lr=1e-2)
+    weights = {name: value.detach() for name, value in copy.deepcopy(model).named_parameters()}
+    names = [f"{layer}.{part}" for layer in (1, 5) for part in ("weight", "bias")]
+    adam = ReferenceAdam()
+    for x in images(8):
+        grads = gradients(weights, names, lambda w, x=x: reference_entropy(reference_forward(w, x)))
+        adam.step(weights, grads, 1e-2)
+        torch.testing.assert_close(adapter(x), reference_forward(weights, x), rtol=1e-10, atol=0)
+
+
+def test_baselines() -> None:
+    model = network()
+    x = images(1)[0]
+    assert torch.equal(gk.tta.NoAdapt(model)(x), copy.deepcopy(model).eval()(x))
+    torch.testing.assert_close(
+        gk.tta.PTBN(model)(x), reference_forward(dict(model.named_parameters()), x)
+    )
+
+
+@pytest.mark.parametrize("engine", ["functional", "inplace"])
+def test_grata_costs_nine_forwards_and_two_backwards(engine: str) -> None:
+    adapter = gk.tta.GraTa(network(), engine=engine)
+    forwards, backwards = 0, 0
+
+    def forward(*_):
+        nonlocal forwards
+        forwards += 1
+
+    def backward(*_):
+        nonlocal backwards
+        backwards += 1
+
+    adapter.model[0].register_forward_hook(forward)
+    adapter.model[7].register_full_backward_hook(backward)
+    adapter(images(1)[0])
+    assert (forwards, backwards) == (9, 2)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_source_model_is_never_changed(method: str) -> None:
+    model = network()
+    model.train()
+    model[0].weight.requires_grad_(False)
+    before = plain(model.state_dict())
+    random = torch.get_rng_state()
+    adapter = METHODS[method](model)
+    for x in images(2):
+        adapter(x)
+    adapter.reset()
+    assert plain(model.state_dict()) == before
+    assert model.training
+    assert [p.requires_grad for p in model.parameters()].count(False) == 1
+    assert all(p.grad is None for p in model.parameters())
+    assert type(model[1]) is nn.BatchNorm2d
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_reset_is_bit_exact(method: str) -> None:
+    adapter = METHODS[method](network())
+    start = plain(adapter.state_dict())
+    first = [adapter(x) for x in images(4)]
+    if method in ("tent", "grata", "chain"):
+        assert plain(adapter.state_dict()) != start
+    adapter.reset()
+    assert plain(adapter.state_dict()) == start
+    assert adapter.last_step is None
+    assert plain([adapter(x) for x in images(4)]) == plain(first)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_state_is_a_snapshot_that_survives_a_file(method: str) -> None:
+    stream = images(5)
+    adapter = METHODS[method](network())
+    for x in stream[:3]:
+        adapter(x)
+    state = adapter.state_dict()
+    before = plain(state)
+    rest = [adapter(x) for x in stream[3:]]
+    assert plain(state) == before  # what comes later does not reach it
+    adapter.load_state_dict(state)
+    assert plain([adapter(x) for x in stream[3:]]) == plain(rest)
+
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    fresh = METHODS[method](network())
+    fresh.load_state_dict(torch.load(file, weights_only=True))
+    assert plain([fresh(x) for x in stream[3:]]) == plain(rest)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda a: pickle.loads(pickle.dumps(a))])
+def test_copies_go_on_alike(duplicate) -> None:
+    adapter = gk.tta.TENT(network(), lr=1e-2, optimizer=make_adam)
+    adapter(images(1)[0])
+    twin = duplicate(adapter)
+    assert plain([adapter(x) for x in images(3)]) == plain([twin(x) for x in images(3)])
+    assert plain(adapter.state_dict()) == plain(twin.state_dict())
+
+
+def make_adam(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameters, lr=1e-2)
+
+
+def test_episodic_starts_anew_for_each_batch() -> None:
+    stream = images(3)
+    adapter = gk.tta.GraTa(network(), lr=1e-2, episodic=True)
+    alone = [gk.tta.GraTa(network(), lr=1e-2)(x) for x in stream]
+    assert plain([adapter(x) for x in stream]) == plain(alone)
+
+
+class Counting(gk.tta.Statistics):
+    """Test statistics that count the forward passes."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def moments(self, layer, x):
+        self.count += 1
+        mean = x.mean(dim=(0, 2, 3))
+        return mean, (x - mean.view(1, -1, 1, 1)).square().mean(dim=(0, 2, 3))
+
+    def reset(self):
+        self.count = 0
+
+    def state_dict(self):
+        return {"count": self.count}
+
+    def load_state_dict(self, state_dict):
+        self.count = state_dict["count"]
+
+
+class Failing:
+    def __init__(self, error: BaseException) -> None:
+        self.error, self.armed = error, False
+
+    def __call__(self, model, x):
+        loss = gk.tta.entropy(model, x)
+        if self.armed:
+            raise self.error
+        return loss
+
+
+@pytest.mark.parametrize("episodic", [False, True])
+@pytest.mark.parametrize("error", [KeyError("mine"), KeyboardInterrupt()])
+@pytest.mark.parametrize("where", ["pseudo", "auxiliary"])
+def test_an_objective_that_raises_leaves_no_trace(where: str, error, episodic: bool) -> None:
+    failing = Failing(error)
+    objectives = {"pseudo": gk.tta.Consistency(), "auxiliary": gk.tta.entropy, "extra": failing}
+    if where == "pseudo":
+        objectives = {"extra": failing, **objectives}
+    adapter = gk.tta.Adapter(
+        network(),
+        statistics=Counting(),
+        objectives=objectives,
+        transforms=(gk.PCGrad(), gk.LookAhead()),
+        optimizer=make_adam,
+        episodic=episodic,
+    )
+    for x in images(2):
+        adapter(x)
+    before, last = plain(adapter.state_dict()), adapter.last_step
+    failing.armed = True
+    with pytest.raises(type(error)):
+        adapter(images(3)[2])
+    assert plain(adapter.state_dict()) == before
+    assert adapter.last_step is last
+
+
+def test_an_interrupt_after_the_step_rewinds_nothing() -> None:
+    class Interrupted(torch.optim.Adam):
+        armed = False
+
+        def step(self, closure=None):
+            if self.armed:
+                signal.raise_signal(signal.SIGINT)
+            return super().step(closure)
+
+    adapter = gk.tta.GraTa(network(), optimizer=lambda p: Interrupted(p, lr=1e-2))
+    twin = gk.tta.GraTa(network(), optimizer=make_adam)
+    stream = images(3)
+    for each in (adapter, twin):
+        each(stream[0])
+    adapter.optimizer.base.armed = True
+    with pytest.raises(KeyboardInterrupt):
+        adapter(stream[1])
+    twin(stream[1])
+    adapter.optimizer.base.armed = False
+    assert plain(adapter(stream[2])) == plain(twin(stream[2]))
+
+
+class Listed(nn.Module):
+    """Reaches its layers by a list that torch does not know of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2)
+        self.layers = [self.first, self.norm]
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_layers_that_are_reached_by_a_list() -> None:
+    model, x = Listed().eval(), torch.rand(1, 3, 8, 8)
+    adapted = gk.tta.PTBN(model)(x)
+    assert torch.allclose(adapted.mean(dim=(0, 2, 3)), torch.zeros(2), atol=1e-6)
+    assert not torch.equal(adapted, gk.tta.NoAdapt(model)(x))
+
+
+def test_adapters_share_nothing() -> None:
+    consistency = gk.tta.Consistency()
+    model = network()
+
+    def make() -> gk.tta.Adapter:
+        return gk.tta.GraTa(model, lr=1e-2, pseudo=consistency)
+
+    first, second = make(), make()
+    alone = [make()(x) for x in images(1)]
+    first(images(1)[0])
+    assert plain([second(x) for x in images(1)]) == plain(alone)
+    assert torch.equal(
+        consistency.generator.get_state(), torch.Generator().manual_seed(0).get_state()
+    )
+
+
+def test_a_teacher_follows_the_copy() -> None:
+    model = network()
+    with pytest.raises(ValueError, match="pass transforms=lambda model"):
+        gk.tta.Adapter(
+            model,
+            objectives={"loss": gk.tta.entropy},
+            transforms=(gk.EMA(model, decay=0.5),),
+            optimizer=make_adam,
+        )
+    adapter = METHODS["chain"](model)
+    before = plain(adapter.optimizer.transforms[2].teacher.state_dict())
+    adapter(images(1)[0])
+    assert plain(adapter.optimizer.transforms[2].teacher.state_dict()) != before
+    adapter.reset()
+    assert plain(adapter.optimizer.transforms[2].teacher.state_dict()) == before
+
+
+def test_options_reach_the_optimizer() -> None:
+    adapter = gk.tta.TENT(network(), nonfinite="skip", max_norm=1.0, engine="inplace")
+    before = plain(adapter.state_dict())
+    adapter(torch.full((1, 3, 8, 8), torch.nan, dtype=torch.float64))
+    assert not adapter.last_step.applied
+    assert plain(adapter.state_dict()) == before
+
+
+def test_other_parameters_can_be_chosen() -> None:
+    adapter = gk.tta.Adapter(
+        network(),
+        objectives={"loss": gk.tta.entropy},
+        optimizer=make_adam,
+        parameters=lambda model: model[7].parameters(),
+    )
+    adapter(images(1)[0])
+    assert set(adapter.state_dict()["model"]) >= {"7.weight", "7.bias"}
+    assert torch.equal(adapter.model[1].weight, network()[1].weight)
+    assert not torch.equal(adapter.model[7].weight, network()[7].weight)
+
+
+def bad(call):
+    return pytest.param(*call[1:], id=call[0])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        bad(case)
+        for case in (
+            (
+                "no optimizer",
+                lambda m: gk.tta.Adapter(m, objectives={"loss": gk.tta.entropy}),
+                "no optimizer",
+            ),
+            ("no objectives", lambda m: gk.tta.Adapter(m, optimizer=make_adam), "no objectives"),
+            ("statistics", lambda m: gk.tta.PTBN(m, statistics="batch"), "'batch'"),
+            ("no norm", lambda m: gk.tta.PTBN(nn.Conv2d(3, 2, 1)), "no BatchNorm"),
+            (
+                "nothing to train",
+                lambda m: gk.tta.TENT(nn.Conv2d(3, 2, 1), statistics="source"),
+                "parameters=lambda model",
+            ),
+            (
+                "the source's parameters",
+                lambda m: gk.tta.Adapter(
+                    m,
+                    objectives={"loss": gk.tta.entropy},
+                    optimizer=make_adam,
+                    parameters=lambda _: m.parameters(),
+                ),
+                "not the adapted copy's",
+            ),
+            (
+                "generator beside pseudo",
+                lambda m: gk.tta.GraTa(m, pseudo=gk.tta.entropy, generator=torch.Generator()),
+                "which pseudo replaces",
+            ),
+        )
+    ],
+)
+def test_bad_arguments(make, message: str) -> None:
+    model = network().requires_grad_(False)
+    with pytest.raises(ValueError, match=message):
+        make(model)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_state_of_another_adapter_is_refused_and_changes_nothing() -> None:
+    tent = gk.tta.TENT(network(), lr=1e-2)
+    tent(images(1)[0])
+    before = plain(tent.state_dict())
+    whole = tent.state_dict()
+    without = {name: value for name, value in whole.items() if name != "statistics"}
+    other = nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2)).double()
+    for state, message in (
+        ({}, "entries none"),
+        (without, "the entries"),
+        (gk.tta.GraTa(network()).state_dict(), "'objectives'"),
+        (gk.tta.TENT(other).state_dict(), "'model'"),
+        (gk.tta.PTBN(network()).state_dict(), "'model'"),
+        ({**whole, "optimizer": None}, "other objectives"),
+        ({**whole, "teachers": [{}]}, "other teachers"),
+        ({**whole, "statistics": {"seen": 3}}, "'statistics'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tent.load_state_dict(state)
+        assert plain(tent.state_dict()) == before
+
+
+def test_repr_names_the_choices() -> None:
+    text = repr(gk.tta.GraTa(network(), statistics=gk.tta.Mixed(0.7)))
+    assert "Mixed(share=0.7)" in text
+    assert "'pseudo', 'auxiliary'" in text
+    assert "LookAhead" in text
