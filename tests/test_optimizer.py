@@ -442,3 +442,45 @@ def test_repr_shows_the_chain() -> None:
     optimizer = gk.wrap(torch.optim.SGD([weight], lr=0.1), gk.PCGrad(), gk.SAM(rho=0.1))
     text = repr(optimizer)
     assert text.index("SGD") < text.index("PCGrad") < text.index("SAM(rho=0.1)")
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_distributed_checkpoints_carry_all_state(engine: str, flatten: bool) -> None:
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+
+    def make() -> tuple[nn.Module, gk.EMA, gk.GradientOptimizer]:
+        model = network()
+        ema = gk.EMA(model, decay=0.9, warmup=True)
+        base = torch.optim.AdamW(model.parameters(), lr=0.01)
+        return model, ema, gk.wrap(base, gk.PCGrad(), gk.SAM(), ema, model=model, engine=engine)
+
+    def step(model: nn.Module, optimizer: gk.GradientOptimizer) -> None:
+        optimizer.zero_grad()
+        optimizer.step({str(k): lambda k=k: (model(INPUT) - k).square().mean() for k in range(3)})
+
+    model, ema, optimizer = make()
+    for _ in range(2):
+        step(model, optimizer)
+    optimizer.zero_grad()
+    # Without a file in between, torch would let both optimizers share the very same tensors.
+    saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=options))
+    twin, twin_ema, other = make()
+    twin.load_state_dict(model.state_dict())
+    twin_ema.teacher.load_state_dict(ema.teacher.state_dict())
+    set_optimizer_state_dict(twin, other, saved, options=options)
+    for each in ((model, optimizer), (twin, other)):
+        step(*each)
+    for ours, theirs in zip(model.state_dict().values(), twin.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs)
+    for ours, theirs in zip(
+        ema.teacher.state_dict().values(), twin_ema.teacher.state_dict().values(), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+    assert twin_ema.state == ema.state == {"t": 3}
