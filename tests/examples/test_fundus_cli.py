@@ -16,9 +16,10 @@ from examples.common.command_line import shorten
 from examples.fundus import commands, comparison
 from examples.fundus.__main__ import main
 from examples.fundus.adaptation import METHODS, adapt_online, build_adapter, parse_statistics
-from examples.fundus.data import Sample, open_domain
+from examples.fundus.data import open_domain
 from examples.fundus.figures import draw_contours, spread
 from examples.fundus.network import ResUNet34
+from examples.fundus.sample import Sample
 from gradkit import tta
 
 TINY = ["--size", "64", "--width", "2", "--epochs", "1", "--train-images", "4"]

@@ -13,16 +13,16 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import Dataset
 
-from examples.fundus import data
 from examples.fundus.data import (
     DataError,
     FundusDataset,
-    Sample,
-    Split,
     available_domains,
     check,
     open_domain,
 )
+from examples.fundus.export import export
+from examples.fundus.pictures import decode_target, encode_target
+from examples.fundus.sample import Sample, Split, normalise
 
 SPLITS: tuple[Split, ...] = ("all", "train", "test")
 Rows = Sequence[tuple[str, str]]
@@ -91,10 +91,10 @@ class TestLayout:
     def test_images_are_resized_smoothly_and_masks_to_the_nearest_pixel(self, root: Path) -> None:
         sample = FundusDataset(root, "clinic", "train", size=48)[1]
         picture = Image.fromarray(noise(0)).resize((48, 48), Image.Resampling.BICUBIC)
-        expected = data.normalise(torch.tensor(np.asarray(picture)).permute(2, 0, 1).float())
+        expected = normalise(torch.tensor(np.asarray(picture)).permute(2, 0, 1).float())
         torch.testing.assert_close(sample.image, expected)
         doubled = torch.from_numpy(rings(shift=-2).repeat(2, 0).repeat(2, 1))
-        assert torch.equal(sample.target, data.decode_target(doubled))
+        assert torch.equal(sample.target, decode_target(doubled))
 
     def test_pictures_need_not_be_square(self, root: Path) -> None:
         Image.fromarray(noise(7, 40, 24)).save(root / "clinic/3.png")
@@ -108,7 +108,7 @@ class TestLayout:
         [(255, (0, 0)), (254, (1, 0)), (128, (1, 0)), (1, (1, 0)), (0, (1, 1))],
     )
     def test_grey_levels(self, grey: int, channels: tuple[int, int]) -> None:
-        target = data.decode_target(torch.full((2, 2), grey, dtype=torch.uint8))
+        target = decode_target(torch.full((2, 2), grey, dtype=torch.uint8))
         assert target[:, 0, 0].tolist() == list(channels)
 
     def test_a_mask_listed_as_tif_is_read_from_its_first_annotator(self, root: Path) -> None:
@@ -118,7 +118,7 @@ class TestLayout:
         Image.fromarray(rings(shift=-4)).save(root / "clinic/0_mask-1.tif")
         before = (root / "several.csv").read_bytes()
         target = FundusDataset(root, "several", size=24)[0].target
-        assert torch.equal(target, data.decode_target(torch.from_numpy(rings(shift=-4))))
+        assert torch.equal(target, decode_target(torch.from_numpy(rings(shift=-4))))
         assert (root / "several.csv").read_bytes() == before
 
     def test_a_single_list_serves_as_all(self, root: Path) -> None:
@@ -148,7 +148,7 @@ class TestPictures:
         write_list(root, "other.csv", [(str(path.relative_to(root)), "clinic/3_mask.png")])
         check(root, ["other"])
         image = FundusDataset(root, "other", size=24)[0].image
-        expected = data.normalise(torch.tensor(np.asarray(grey)).float()[None])
+        expected = normalise(torch.tensor(np.asarray(grey)).float()[None])
         torch.testing.assert_close(image, expected.expand(3, -1, -1), atol=0.02, rtol=0)
 
     def test_transparency_in_a_palette_gives_no_warning(self, root: Path) -> None:
@@ -169,7 +169,7 @@ class TestPictures:
             assert written.mode == "P"
         check(root, ["clinic"])
         target = FundusDataset(root, "clinic", size=24)[0].target
-        assert torch.equal(target, data.decode_target(torch.from_numpy(rings())))
+        assert torch.equal(target, decode_target(torch.from_numpy(rings())))
 
     def test_a_mask_of_one_bit_has_a_cup_only(self, root: Path) -> None:
         Image.fromarray(rings()).point(lambda grey: grey and 255).convert("1").save(
@@ -219,13 +219,13 @@ class TestCache:
 def test_normalise_is_joint_over_channels_and_leaves_its_argument_alone() -> None:
     image = torch.tensor([[[2.0, 4.0]], [[6.0, 10.0]]])
     before = image.clone()
-    assert data.normalise(image).tolist() == [[[0.0, 0.25]], [[0.5, 1.0]]]
+    assert normalise(image).tolist() == [[[0.0, 0.25]], [[0.5, 1.0]]]
     assert torch.equal(image, before)
 
 
 def test_encode_target_inverts_decode_target() -> None:
     mask = torch.from_numpy(rings())
-    assert torch.equal(data.encode_target(data.decode_target(mask)), mask)
+    assert torch.equal(encode_target(decode_target(mask)), mask)
 
 
 class TestCheck:
@@ -423,7 +423,7 @@ class TestExport:
         self, tmp_path: Path
     ) -> None:
         domains = ["centre_a", "centre_e"]
-        data.export(tmp_path / "out", domains, count=5, size=32, seed=3)
+        export(tmp_path / "out", domains, count=5, size=32, seed=3)
         assert available_domains(tmp_path / "out") == domains
         check(tmp_path / "out", domains)
         for domain in domains:
@@ -437,7 +437,7 @@ class TestExport:
                     torch.testing.assert_close(file.image, source.image, atol=0.0021, rtol=0)
 
     def test_masks_have_the_layouts_grey_levels(self, tmp_path: Path) -> None:
-        data.export(tmp_path, ["centre_b"], count=2, size=32)
+        export(tmp_path, ["centre_b"], count=2, size=32)
         masks = [Image.open(path) for path in sorted(tmp_path.glob("centre_b/mask/*.png"))]
         assert [mask.mode for mask in masks] == ["L", "L"]
         assert all(set(np.unique(np.asarray(mask))) == {0, 128, 255} for mask in masks)
@@ -446,14 +446,14 @@ class TestExport:
         (tmp_path / "notes.txt").write_text("mine")
         for directory in (tmp_path, tmp_path / "notes.txt"):
             with pytest.raises(DataError, match="is not an empty folder; choose a new one"):
-                data.export(directory, ["centre_a"], count=2, size=16)
+                export(directory, ["centre_a"], count=2, size=16)
         assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
     def test_wrong_arguments_write_nothing(self, tmp_path: Path) -> None:
         with pytest.raises(DataError, match="no domain 'centre_z'"):
-            data.export(tmp_path / "out", ["centre_a", "centre_z"], count=2)
+            export(tmp_path / "out", ["centre_a", "centre_z"], count=2)
         with pytest.raises(ValueError, match="count must be at least 2"):
-            data.export(tmp_path / "out", ["centre_a"], count=1)
+            export(tmp_path / "out", ["centre_a"], count=1)
         with pytest.raises(ValueError, match="size at least 16"):
-            data.export(tmp_path / "out", ["centre_a"], count=2, size=0)
+            export(tmp_path / "out", ["centre_a"], count=2, size=0)
         assert not (tmp_path / "out").exists()

@@ -11,7 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from examples.fundus import synthetic
-from examples.fundus.synthetic import CENTRES, Sample, Split, SyntheticFundus
+from examples.fundus.camera import photograph
+from examples.fundus.centres import CENTRES
+from examples.fundus.sample import Sample, Split
+from examples.fundus.synthetic import SyntheticFundus
+from examples.fundus.vessels import trace_vessels, vessel_tree
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +231,7 @@ class TestVessels:
     def test_the_chord_through_a_straight_vessel(self) -> None:
         ends = torch.tensor([[[-0.2, 0.5], [0.4, 0.5]], [[0.4, 0.5], [1.2, 0.5]]])
         radii = torch.full((2, 2), 0.1)
-        chord, reflex = synthetic.trace_vessels(ends, radii, 64)
+        chord, reflex = trace_vessels(ends, radii, 64)
         distance = (torch.arange(64) + 0.5) / 64 - 0.5
         expected = 2 * (0.01 - distance.square()).clamp(min=0).sqrt()
         # A pixel's width is added to the edge, nowhere else.
@@ -243,7 +247,7 @@ class TestVessels:
     def test_a_vessel_thinner_than_a_pixel_keeps_its_blood(self) -> None:
         ends = torch.tensor([[[-0.2, 0.503], [1.2, 0.503]]])
         radii = torch.full((1, 2), 0.005)
-        blood = [synthetic.trace_vessels(ends, radii, size)[0].mean().item() for size in (48, 768)]
+        blood = [trace_vessels(ends, radii, size)[0].mean().item() for size in (48, 768)]
         assert blood[0] == pytest.approx(blood[1], rel=0.25)
         assert blood[1] == pytest.approx(torch.pi * 0.005**2, rel=0.05)
 
@@ -252,18 +256,16 @@ class TestVessels:
     def test_looking_at_the_nearest_segments_is_enough(self, size: int, radius: float) -> None:
         for seed in range(4):
             generator = torch.Generator().manual_seed(seed)
-            ends, radii = synthetic.vessel_tree(generator, (0.45, 0.5), radius, 1.0, 0.07, 0.4)
-            some, reflex = synthetic.trace_vessels(ends, radii, size)
-            every, every_reflex = synthetic.trace_vessels(ends, radii, size, nearest=80)
+            ends, radii = vessel_tree(generator, (0.45, 0.5), radius, 1.0, 0.07, 0.4)
+            some, reflex = trace_vessels(ends, radii, size)
+            every, every_reflex = trace_vessels(ends, radii, size, nearest=80)
             assert every.max() > 0.004
             torch.testing.assert_close(some, every)
             torch.testing.assert_close(reflex, every_reflex)
 
     def test_mirrored_eyes_have_mirrored_vessels(self) -> None:
         trees = [
-            synthetic.vessel_tree(
-                torch.Generator().manual_seed(1), (0.4, 0.5), 0.3, temporal, 0.07, 0.3
-            )
+            vessel_tree(torch.Generator().manual_seed(1), (0.4, 0.5), 0.3, temporal, 0.07, 0.3)
             for temporal in (1.0, -1.0)
         ]
         (right, radii), (left, same_radii) = trees
@@ -275,7 +277,7 @@ class TestVessels:
         near, far = torch.zeros(2), torch.zeros(2)
         for seed in range(12):
             generator = torch.Generator().manual_seed(seed)
-            ends, _ = synthetic.vessel_tree(generator, (0.5, 0.5), 0.2, 1.0, 0.07, 0.3)
+            ends, _ = vessel_tree(generator, (0.5, 0.5), 0.2, 1.0, 0.07, 0.3)
             # The first and the third trunk, of 43 segments each, are the temporal ones.
             for trunk in (0, 2):
                 steps = ends[43 * trunk : 43 * (trunk + 1)].diff(dim=1)[:, 0]
@@ -289,7 +291,6 @@ class TestVessels:
     ) -> None:
         chords: list[Tensor] = []
         eyes: list[tuple[float, float]] = []
-        trace, grow = synthetic.trace_vessels, synthetic.vessel_tree
 
         def spy_tree(
             generator: torch.Generator,
@@ -299,10 +300,10 @@ class TestVessels:
             *rest: float,
         ) -> tuple[Tensor, Tensor]:
             eyes.append((hilum[0], temporal))
-            return grow(generator, hilum, disc_radius, temporal, *rest)
+            return vessel_tree(generator, hilum, disc_radius, temporal, *rest)
 
         def spy(ends: Tensor, radii: Tensor, size: int) -> tuple[Tensor, Tensor]:
-            chord, reflex = trace(ends, radii, size)
+            chord, reflex = trace_vessels(ends, radii, size)
             chords.append(chord)
             return chord, reflex
 
@@ -336,7 +337,7 @@ class TestCamera:
         generator = torch.Generator().manual_seed(0)
         squares = torch.ones(size // 8, size // 8)
         board = 0.2 + 0.4 * torch.kron(torch.eye(2).repeat(4, 4), squares)
-        return synthetic.photograph(board.expand(3, size, size), centre, generator, 1.0)
+        return photograph(board.expand(3, size, size), centre, generator, 1.0)
 
     def test_everything_scales_with_the_size(self) -> None:
         changes = {

@@ -9,9 +9,9 @@ from examples.common.bootstrap import bootstrap_interval
 from examples.common.checkpoint import CheckpointError, load, save_atomically
 from examples.common.device import choose_device
 from examples.fundus.augmentation import AugmentedDataset
-from examples.fundus.data import Sample
 from examples.fundus.metrics import dice, segment
 from examples.fundus.network import ResUNet34
+from examples.fundus.sample import Sample
 from examples.fundus.source_model import Architecture, load_source_model, save_source_model
 from examples.fundus.training import evaluate, split_held_out, train_source
 from examples.fundus.training_state import (
