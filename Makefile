@@ -12,7 +12,7 @@ PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses $(WORKERS)
 .PHONY: demo test lint coverage docs clean
 
 demo: $(VENV)/.installed
-	$(RUN) -m examples.fundus compare --out $(OUT)
+	$(RUN) -m examples.fundus compare --statistics mixed:0.8 --lr 1e-3 --out $(OUT)
 
 test: $(VENV)/.installed
 	$(PYTEST)

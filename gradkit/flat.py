@@ -37,7 +37,7 @@ class Layout:
         dtype: The vector's dtype.
         device: The one device that all parameters are on.
 
-    Example:
+    Examples:
         >>> weight = torch.nn.Parameter(torch.zeros(2, 3))
         >>> bias = torch.nn.Parameter(torch.zeros(2))
         >>> layout = Layout.of([{"params": [weight]}, {"params": [bias]}])
@@ -181,7 +181,7 @@ class Pool:
     out again only when no gradient, view or Python variable outside shares its memory. Whoever
     holds on to old gradients therefore never sees them change.
 
-    Example:
+    Examples:
         >>> layout = Layout.of([{"params": [torch.nn.Parameter(torch.zeros(3))]}])
         >>> pool = Pool(layout)
         >>> first, _ = pool.take(2)

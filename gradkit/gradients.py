@@ -35,7 +35,7 @@ class Gradients:
         observers: Names whose weight is 0 by declaration; see `observe`.
         reached: K × T flags, which parameters each objective's graph reached; None: all.
 
-    Example:
+    Examples:
         >>> rows = torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
         >>> gradients = Gradients(("a", "b"), torch.zeros(2), rows)
         >>> gradients.direction()

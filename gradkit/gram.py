@@ -34,7 +34,7 @@ def inner_products(
         b: L flat vectors.
         signs: Whether to take each number's sign first.
 
-    Example:
+    Examples:
         >>> a = torch.tensor([[1.0, 2.0], [0.0, -3.0]])
         >>> inner_products(a, a)
         tensor([[ 5., -6.],
@@ -113,7 +113,7 @@ def _blocks(columns: Float[Tensor, "K n"]) -> Float[Tensor, "blocks K block"]:
 def gram(rows: Float[Tensor, "K P"], *, signs: bool = False) -> Float[Tensor, "K K"]:
     """The Gram matrix G = J·Jᵀ of the rows, right to 1e-6 of its diagonal.
 
-    Example:
+    Examples:
         >>> gram(torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]]))
         tensor([[ 18., -22.],
                 [-22.,  38.]], dtype=torch.float64)
@@ -126,7 +126,7 @@ def block_grams(
 ) -> Float[Tensor, "S K K"]:
     """One Gram matrix for each half-open range of columns in `segments`.
 
-    Example:
+    Examples:
         >>> block_grams(torch.tensor([[1.0, 2.0, 3.0]]), [(0, 2), (2, 3)])
         tensor([[[5.]],
         <BLANKLINE>
@@ -138,7 +138,7 @@ def block_grams(
 def norm(vector: Float[Tensor, " P"]) -> Float[Tensor, ""]:
     """The Euclidean norm of a flat vector.
 
-    Example:
+    Examples:
         >>> norm(torch.tensor([3.0, 4.0]))
         tensor(5., dtype=torch.float64)
     """
@@ -148,7 +148,7 @@ def norm(vector: Float[Tensor, " P"]) -> Float[Tensor, ""]:
 def cosines(gram: Float[Tensor, "*batch K K"]) -> Float[Tensor, "*batch K K"]:
     """The matrix of cosines that belongs to a Gram matrix; 0 beside a vector of length 0.
 
-    Example:
+    Examples:
         >>> cosines(torch.tensor([[4.0, 0.0, 2.0], [0.0, 0.0, 0.0], [2.0, 0.0, 1.0]]))
         tensor([[1., 0., 1.],
                 [0., 0., 0.],

@@ -38,7 +38,7 @@ class LookAhead(Transform):
         update: The objective whose gradient is taken there.
         step_size: s, the step's length in units of the gradient.
 
-    Example:
+    Examples:
         >>> import torch, gradkit as gk
         >>> w = torch.nn.Parameter(torch.tensor([1.0]))
         >>> optimizer = gk.wrap(torch.optim.SGD([w], lr=0.5), gk.LookAhead())

@@ -73,7 +73,7 @@ def wrap(
         TypeError: If an argument is of the wrong type.
         ValueError: If an argument has no valid value or the transforms cannot follow each other.
 
-    Example:
+    Examples:
         >>> import torch, gradkit as gk
         >>> model = torch.nn.Linear(2, 1)
         >>> base = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -153,8 +153,8 @@ class GradientOptimizer(Optimizer):
     closure may be a generator function: each loss it yields is one micro-batch, back-propagated
     and freed before the next. A closure may also call `backward` itself, as torch's do.
 
-    `param_groups`, `state` and `defaults` are the base's own, so learning-rate schedulers,
-    checkpoints and gradient scalers find what they expect.
+    `param_groups`, `state` and `defaults` are the base's own, so learning-rate schedulers and
+    checkpoints find what they expect.
 
     Attributes:
         base: The wrapped optimizer.
@@ -319,7 +319,7 @@ class GradientOptimizer(Optimizer):
             at: A flat displacement of the weights [P]; None for none.
             only: The objectives to back-propagate; None for all.
 
-        Example:
+        Examples:
             >>> import torch, gradkit as gk
             >>> w = torch.nn.Parameter(torch.tensor([3.0]))
             >>> optimizer = gk.wrap(torch.optim.SGD([w], lr=0.1))

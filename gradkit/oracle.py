@@ -71,7 +71,7 @@ def _joined_flags(rows: Sequence[tuple[Gradients, int]]) -> tuple[tuple[bool, ..
 class Selection:
     """A choice of objectives for an oracle's `only`: `only`, plus `include`, less `exclude`.
 
-    Example:
+    Examples:
         >>> [name in Selection(None, exclude=("a",)) for name in ("a", "b")]
         [False, True]
         >>> [name in Selection(("a",), include=("b",)) for name in ("a", "b", "c")]
@@ -155,7 +155,7 @@ class Transform:
     with the optimizer's state. Change them by `context.propose(self, name=value)`, which is
     carried out only if the step is applied.
 
-    Example:
+    Examples:
         >>> class Halve(Transform):
         ...     def around(self, inner, context):
         ...         def oracle(at=None, only=None):

@@ -12,7 +12,7 @@ from torch import Tensor
 class RandomState:
     """The state of the CPU's default generator and of one accelerator's.
 
-    Example:
+    Examples:
         >>> state = RandomState.capture(torch.device("cpu"))
         >>> first = torch.rand(2)
         >>> state.restore()

@@ -41,7 +41,7 @@ def GraTa(  # noqa: N802 # the method's name
         activation: f; see `CosineLR`.
         **options: Further arguments of `wrap`.
 
-    Example:
+    Examples:
         >>> import torch, gradkit as gk
         >>> w = torch.nn.Parameter(torch.tensor([1.0, 0.0]))
         >>> optimizer = gk.GraTa(torch.optim.SGD([w], lr=0.1))

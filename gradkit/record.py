@@ -23,7 +23,7 @@ class StepRecord:
         decay: The decay a teacher was updated with []; None without one.
         applied: Whether the base optimizer stepped; False after a skipped step.
 
-    Example:
+    Examples:
         >>> import torch, gradkit as gk
         >>> w = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
         >>> optimizer = gk.wrap(torch.optim.SGD([w], lr=0.1), gk.PCGrad())

@@ -48,7 +48,7 @@ class CosineLR(Transform):
             ln(1+e^c), "constant" 1 (the paper's Table 4 and a control), or a callable from
             cosine [] to factor [].
 
-    Example:
+    Examples:
         >>> import torch, gradkit as gk
         >>> w = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
         >>> optimizer = gk.wrap(torch.optim.SGD([w], lr=1.0), gk.CosineLR("a", "b"))

@@ -37,7 +37,7 @@ class EMA(Transform):
         decay: α, between 0 (a copy) and 1 (no change).
         warmup: Whether to start as a plain mean of the weights seen.
 
-    Example:
+    Examples:
         >>> import torch, gradkit as gk
         >>> student = torch.nn.Linear(1, 1, bias=False)
         >>> _ = torch.nn.init.zeros_(student.weight)
@@ -99,7 +99,7 @@ class GatedEMA(Transform):
         invert: Whether to exchange the two cases.
         warmup: Whether to start as a plain mean of the weights seen.
 
-    Example:
+    Examples:
         >>> import torch, gradkit as gk
         >>> student = torch.nn.Linear(2, 1, bias=False)
         >>> gated = gk.GatedEMA(student, warmup=False)
@@ -174,7 +174,7 @@ def follow(teacher: nn.Module, student: nn.Module, decay: Float[Tensor, ""]) -> 
     Weights are matched by name; one that the student got after the teacher was made is left out.
     A decay of 1 leaves the teacher's weights, and its buffers, as they are.
 
-    Example:
+    Examples:
         >>> import torch
         >>> teacher, student = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
         >>> follow(teacher, student, torch.tensor(0.0))

@@ -41,7 +41,7 @@ def check_optimizer_contract(
     Raises:
         AssertionError: If a part of the contract is broken; the message says which.
 
-    Example:
+    Examples:
         >>> import torch, gradkit as gk
         >>> gk.testing.check_optimizer_contract(
         ...     lambda model: gk.wrap(

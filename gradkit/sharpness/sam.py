@@ -29,7 +29,7 @@ class SAM(Transform):
     Args:
         rho: The ascent radius ρ ≥ 0. 0.05 is the authors' default for image classification.
 
-    Example:
+    Examples:
         >>> import torch, gradkit as gk
         >>> w = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
         >>> optimizer = gk.wrap(torch.optim.SGD([w], lr=0.1), gk.SAM(rho=0.5))

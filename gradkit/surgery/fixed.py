@@ -17,7 +17,7 @@ class Sum(Rule):
 
     Homogeneous of degree 1. Cost: none beyond the gradients. State: none.
 
-    Example:
+    Examples:
         >>> import torch, gradkit as gk
         >>> gk.Sum()(torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]]))
         tensor([2., 2., 2.])
@@ -35,7 +35,7 @@ class Mean(Rule):
 
     Homogeneous of degree 1. Cost: none beyond the gradients. State: none.
 
-    Example:
+    Examples:
         >>> import torch, gradkit as gk
         >>> gk.Mean()(torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]]))
         tensor([1., 1., 1.])

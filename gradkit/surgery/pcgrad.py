@@ -35,7 +35,7 @@ class PCGrad(Rule):
         generator: A CPU generator for the order; by default one of its own with seed 0, the same
             in every process.
 
-    Example:
+    Examples:
         >>> import torch, gradkit as gk
         >>> gk.PCGrad()(torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]]))
         tensor([0.5848, 3.8012, 3.8012])
@@ -75,7 +75,7 @@ def pcgrad_weights(
         order: Row i holds the order in which objective i visits the others (its own number is
             passed over); needed for K > 2.
 
-    Example:
+    Examples:
         >>> pcgrad_weights(torch.tensor([[18.0, -22.0], [-22.0, 38.0]]))
         tensor([2.2222, 1.5789])
     """

@@ -58,7 +58,7 @@ class Adapter:
         ValueError: If there are objectives but no optimizer or nothing to train, if parameters or
             a teacher's student are not the copy's, or if the statistics do not fit the model.
 
-    Example:
+    Examples:
         >>> import torch, gradkit as gk
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 1), torch.nn.BatchNorm2d(2)).eval()
         >>> adapter = gk.tta.Adapter(

@@ -23,7 +23,7 @@ Range = tuple[float, float]
 def minmax(image: Images) -> Images:
     """Each image stretched to [0, 1], jointly over its channels; a constant one becomes zeros.
 
-    Example:
+    Examples:
         >>> minmax(torch.tensor([[[[2.0, 4.0]], [[6.0, 4.0]]]])).flatten().tolist()
         [0.0, 0.5, 1.0, 0.5]
     """
@@ -35,7 +35,7 @@ def minmax(image: Images) -> Images:
 def adjust_brightness(image: Images, factor: PerChannel) -> Images:
     """Each channel multiplied by its factor.
 
-    Example:
+    Examples:
         >>> adjust_brightness(torch.ones(1, 2, 1, 1), torch.tensor([[0.5, 2.0]])).flatten()
         tensor([0.5000, 2.0000])
     """
@@ -45,7 +45,7 @@ def adjust_brightness(image: Images, factor: PerChannel) -> Images:
 def adjust_contrast(image: Images, factor: PerChannel) -> Images:
     """Each channel scaled about its mean by its factor, then clipped to the range it had.
 
-    Example:
+    Examples:
         >>> adjust_contrast(torch.tensor([[[[0.0, 1.0]]]]), torch.tensor([[0.5]])).flatten()
         tensor([0.2500, 0.7500])
     """
@@ -62,7 +62,7 @@ def adjust_gamma(image: Images, exponent: PerChannel, invert: bool = False) -> I
     γ > 1 brightens. Mean and standard deviation change (batchgenerators calls restoring them
     `retain_stats`; GraTa's description does not ask for it).
 
-    Example:
+    Examples:
         >>> image, exponent = torch.tensor([[[[0.0, 0.5, 1.0]]]]), torch.tensor([[2.0]])
         >>> adjust_gamma(image, exponent).flatten()
         tensor([0.0000, 0.2500, 1.0000])
@@ -79,7 +79,7 @@ def adjust_gamma(image: Images, exponent: PerChannel, invert: bool = False) -> I
 def add_noise(image: Images, sigma: PerSample, generator: torch.Generator) -> Images:
     """White Gaussian noise added, of standard deviation `sigma` for all channels of an image.
 
-    Example:
+    Examples:
         >>> noisy = add_noise(torch.zeros(1, 1, 64, 64), torch.tensor([0.1]), torch.Generator())
         >>> round(noisy.std().item(), 2)
         0.1
@@ -106,7 +106,7 @@ def gaussian_blur(image: Images, sigma: PerChannel, radius: int | None = None) -
         radius: The largest kernel radius; a larger σ is cut off there. By default that of the
             largest σ, which the host must then wait for.
 
-    Example:
+    Examples:
         >>> gaussian_blur(torch.eye(3)[None, None], torch.tensor([[0.5]]))[0, 0, 1]
         tensor([0.1793, 0.6415, 0.1793])
     """
@@ -157,7 +157,7 @@ class StrongAugmentation:
         ValueError: If a probability is outside [0, 1], a range is negative or reversed, or a range
             that must contain 1 does not.
 
-    Example:
+    Examples:
         >>> image = torch.rand(2, 3, 16, 16)
         >>> strong = StrongAugmentation()(image, torch.Generator().manual_seed(0))
         >>> strong.shape, torch.equal(strong, image)

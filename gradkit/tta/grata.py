@@ -64,7 +64,7 @@ def GraTa(  # noqa: N802 # the method's name
     Raises:
         ValueError: If both `pseudo` and `generator` are given.
 
-    Example:
+    Examples:
         >>> import torch, gradkit as gk
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 1), torch.nn.BatchNorm2d(2)).eval()
         >>> adapter = gk.tta.GraTa(model, lr=1e-4)

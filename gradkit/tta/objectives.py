@@ -31,7 +31,7 @@ def one_sided_entropy(logits: Logits, eps: float = 1e-6) -> Scalar:
     The term of class c alone, without that of its complement. It peaks at p = 1/e, so minimising
     it pushes every pixel above 0.368 towards the foreground.
 
-    Example:
+    Examples:
         >>> one_sided_entropy(torch.zeros(1, 2, 4, 4)).item() / 2  # ½·log 2
         0.346...
     """
@@ -42,7 +42,7 @@ def one_sided_entropy(logits: Logits, eps: float = 1e-6) -> Scalar:
 def two_sided_entropy(logits: Logits) -> Scalar:
     """−Σ_c [p·log p + (1 − p)·log(1 − p)], averaged over images and pixels; exact at any logit.
 
-    Example:
+    Examples:
         >>> two_sided_entropy(torch.zeros(1, 2, 4, 4)).item() / 2  # log 2
         0.693...
     """
@@ -62,7 +62,7 @@ def entropy(model: Model, image: Image) -> Scalar:
     Raises:
         ValueError: If the model does not return logits [N, C, ...].
 
-    Example:
+    Examples:
         >>> entropy(lambda image: 100 * image, torch.ones(1, 2, 4, 4)).abs() < 1e-5  # certain
         tensor(True)
     """
@@ -75,7 +75,7 @@ def binary_entropy(model: Model, image: Image) -> Scalar:
     Raises:
         ValueError: If the model does not return logits [N, C, ...].
 
-    Example:
+    Examples:
         >>> binary_entropy(lambda image: -image, torch.zeros(1, 1, 4, 4))
         tensor(0.6931)
     """
@@ -91,7 +91,7 @@ def mean_prediction(model: Model, image: Image, views: Sequence[View] = WEAK_VIE
     Raises:
         ValueError: If there is no view, or the model does not return logits [N, C, ...].
 
-    Example:
+    Examples:
         >>> image = torch.tensor([[[[0.0, 9.0]]]])
         >>> mean_prediction(lambda x: x, image)  # an equivariant model: all views agree
         tensor([[[[0.5000, 0.9999]]]])
@@ -132,7 +132,7 @@ class Consistency:
         augmentation: `(image, generator) -> image`, of the same shape.
         generator: Where random numbers come from; by default one of its own, seeded with 0.
 
-    Example:
+    Examples:
         >>> consistency = Consistency(generator=torch.Generator().manual_seed(1))
         >>> model = torch.nn.Conv2d(3, 2, kernel_size=3, padding=1)
         >>> loss = consistency(model, torch.rand(1, 3, 8, 12))

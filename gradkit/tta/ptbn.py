@@ -18,7 +18,7 @@ def PTBN(  # noqa: N802 # the method's name
 
     Cost: 1 forward pass a batch.
 
-    Example:
+    Examples:
         >>> import torch, gradkit as gk
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 1), torch.nn.BatchNorm2d(2))
         >>> logits = gk.tta.PTBN(model)(torch.rand(1, 3, 8, 8))

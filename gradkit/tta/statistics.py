@@ -29,7 +29,7 @@ def batch_moments(x: Activations) -> tuple[PerChannel, PerChannel]:
 
     Half-precision activations are reduced in float32, as BatchNorm does. Gradients flow.
 
-    Example:
+    Examples:
         >>> mean, var = batch_moments(torch.tensor([[[1.0, 3.0]], [[5.0, 7.0]]]))
         >>> mean.item(), var.item()
         (4.0, 5.0)
@@ -53,7 +53,7 @@ def normalise_with(
     depend on the input. The layer is folded into one scale and one shift a channel and so passes
     over `x` once. Computed in the widest dtype of the arguments; the result has that of `x`.
 
-    Example:
+    Examples:
         >>> x = torch.tensor([[[1.0, 3.0]]])
         >>> normalise_with(x, torch.tensor([2.0]), torch.tensor([4.0]), eps=0.0)
         tensor([[[-0.5000,  0.5000]]])
@@ -74,7 +74,7 @@ def source_moments(layer: AdaptedBatchNorm) -> tuple[PerChannel, PerChannel]:
     Raises:
         ValueError: If the layer was built with `track_running_stats=False` and has none.
 
-    Example:
+    Examples:
         >>> layer = install_statistics(nn.BatchNorm1d(2), "source")
         >>> source_moments(layer)
         (tensor([0., 0.]), tensor([1., 1.]))
@@ -100,7 +100,7 @@ class Statistics:
         uses_source: Whether running statistics are needed, so that a layer without any is
             refused when the statistics are installed rather than at the first image.
 
-    Example:
+    Examples:
         The median instead of the mean, as MedBN has it (https://arxiv.org/abs/2403.19326):
 
         >>> class Median(Statistics):
@@ -148,7 +148,7 @@ class Statistics:
 class SourceStatistics(Statistics):
     """The running statistics, as in evaluation mode: bit for bit, and at the same cost.
 
-    Example:
+    Examples:
         >>> bn = nn.BatchNorm1d(2).eval()
         >>> x = torch.randn(3, 2)
         >>> torch.equal(install_statistics(nn.BatchNorm1d(2), SourceStatistics())(x), bn(x))
@@ -175,7 +175,7 @@ class BatchStatistics(Statistics):
     (https://arxiv.org/abs/2006.10963) do. Runs on BatchNorm's training kernel and costs the same.
     Under data parallelism the statistics are each process's own.
 
-    Example:
+    Examples:
         >>> layer = install_statistics(nn.BatchNorm1d(1), BatchStatistics())
         >>> layer(torch.tensor([[1.0], [3.0]])).detach().flatten()
         tensor([-1.0000,  1.0000])
@@ -218,7 +218,7 @@ class Mixed(Statistics):
     Raises:
         ValueError: If `share` is outside [0, 1].
 
-    Example:
+    Examples:
         >>> layer = install_statistics(nn.BatchNorm1d(1), Mixed(0.8))
         >>> mean, var = layer.statistics.moments(layer, torch.tensor([[10.0], [20.0]]))
         >>> round(mean.item(), 4), round(var.item(), 4)  # source: 0 and 1; batch: 15 and 25
@@ -275,7 +275,7 @@ def resolve_statistics(statistics: str | Statistics) -> Statistics:
     Raises:
         ValueError: If it is none of these.
 
-    Example:
+    Examples:
         >>> resolve_statistics("test"), resolve_statistics(Mixed(0.5))
         (BatchStatistics(), Mixed(share=0.5))
     """
@@ -307,7 +307,7 @@ def install_statistics(model: nn.Module, statistics: str | Statistics) -> nn.Mod
             first batch (lazy) or computes something else than BatchNorm (a subclass with its own
             `forward`, a parametrised layer), which would be lost. The model is then unchanged.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
         >>> model = install_statistics(model, "test")
         >>> model[1].name, list(model.state_dict())[2:]
@@ -376,7 +376,7 @@ def norm_affine_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     used at several places counts once, under the name `model.named_parameters()` gives it. Empty
     if there are none.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.GroupNorm(1, 2))
         >>> list(norm_affine_parameters(model))
         ['1.weight', '1.bias', '2.weight', '2.bias']

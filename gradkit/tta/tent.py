@@ -40,7 +40,7 @@ def TENT(  # noqa: N802 # the method's name
         episodic: Whether to start anew for each batch.
         **options: Further arguments of `Adapter`.
 
-    Example:
+    Examples:
         >>> import torch, gradkit as gk
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 1), torch.nn.BatchNorm2d(2)).eval()
         >>> adapter = gk.tta.TENT(model, lr=1e-3)

@@ -20,7 +20,7 @@ Image = Shaped[Tensor, "*leading height width"]
 def identity(image: Image) -> Image:
     """The image itself.
 
-    Example:
+    Examples:
         >>> identity(torch.tensor([[1, 2]]))
         tensor([[1, 2]])
     """
@@ -30,7 +30,7 @@ def identity(image: Image) -> Image:
 def flip_horizontal(image: Image) -> Image:
     """Left and right exchanged; its own inverse.
 
-    Example:
+    Examples:
         >>> flip_horizontal(torch.tensor([[1, 2], [3, 4]]))
         tensor([[2, 1],
                 [4, 3]])
@@ -41,7 +41,7 @@ def flip_horizontal(image: Image) -> Image:
 def flip_vertical(image: Image) -> Image:
     """Top and bottom exchanged; its own inverse.
 
-    Example:
+    Examples:
         >>> flip_vertical(torch.tensor([[1, 2], [3, 4]]))
         tensor([[3, 4],
                 [1, 2]])
@@ -54,7 +54,7 @@ def rotate(image: Image, quarter_turns: int) -> Shaped[Tensor, "*leading rows co
 
     An odd number of turns makes [..., H, W] into [..., W, H].
 
-    Example:
+    Examples:
         >>> rotate(torch.tensor([[1, 2, 3]]), 1)
         tensor([[3],
                 [2],
@@ -70,7 +70,7 @@ class View:
     `forward` and `inverse` must be functions of a module (or `functools.partial` of one) where the
     view is to be pickled.
 
-    Example:
+    Examples:
         >>> mirror = View("mirror", flip_horizontal, flip_horizontal)
         >>> mirror.inverse(mirror.forward(torch.tensor([[1, 2, 3]])))
         tensor([[1, 2, 3]])
