@@ -6,7 +6,7 @@ A `Layout` says where each trainable parameter lies in the flat vector; a `Pool`
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
@@ -240,9 +240,14 @@ class _Buffer:
         self.was_taken = False
 
     def is_free(self) -> bool:
-        return _uses(self.rows) == self._own_uses
+        return self._own_uses is not None and _uses(self.rows) == self._own_uses
 
 
-def _uses(tensor: Tensor) -> int:
-    """How many tensors share the storage of `tensor`."""
-    return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))
+# Not part of torch's public interface. Where a release has no such function, no buffer counts as
+# free and each step allocates new ones: slower, and as right.
+_use_count: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
+
+
+def _uses(tensor: Tensor) -> int | None:
+    """How many tensors share the storage of `tensor`; None if that cannot be known."""
+    return None if _use_count is None else _use_count(tensor.untyped_storage()._cdata)

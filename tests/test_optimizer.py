@@ -201,6 +201,17 @@ def test_buffers_of_flat_vectors_are_reused() -> None:
     assert len(addresses) == 1
 
 
+def test_without_a_count_of_uses_no_buffer_is_reused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gradkit.flat._use_count", None)
+    model = network()
+    optimizer = gk.wrap(torch.optim.SGD(model.parameters(), lr=1e-4), gk.PCGrad(), model=model)
+    objectives = {"a": lambda: model(INPUT).sum(), "b": lambda: -model(INPUT).square().sum()}
+    kept = [optimizer.gradients(objectives).rows for _ in range(3)]
+    assert len({rows.data_ptr() for rows in kept}) == 3
+    optimizer.step(objectives)
+    assert optimizer.last_step.applied
+
+
 def test_max_norm_clips_the_final_direction() -> None:
     weight = nn.Parameter(torch.zeros(2))
     optimizer = gk.wrap(torch.optim.SGD([weight], lr=1.0), max_norm=1.0)
