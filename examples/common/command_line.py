@@ -3,13 +3,14 @@
 import contextlib
 import io
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import tyro
 
 T = TypeVar("T")
 BAD_INPUT = 2  # the exit status of a command that was called wrongly, as argparse has it
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 _BOX = "╭╮╰╯│─|+- "
 
 
@@ -57,14 +58,44 @@ def shorten(framed: str) -> str:
 
 
 def run(command: Callable[[], None], *bad_input: type[Exception]) -> int:
-    """Runs a command; an error of the given types becomes one line on standard error.
+    """Runs a command; Ctrl-C or an error of the given types becomes one line on standard error.
+
+    A `KeyboardInterrupt` may carry a remedy, as `interruptible` adds one, which then ends the line.
 
     Returns:
-        The exit status: 0, or 2 for bad input.
+        The exit status: 0, 2 for bad input, or 130 after Ctrl-C.
     """
     try:
         command()
     except bad_input as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return BAD_INPUT
+    except KeyboardInterrupt as interrupt:
+        print("; ".join(["interrupted", *map(str, interrupt.args)]), file=sys.stderr)
+        return INTERRUPTED
     return 0
+
+
+@contextlib.contextmanager
+def interruptible(remedy: str, applies: Callable[[], bool]) -> Iterator[None]:
+    r"""Adds to an interruption by Ctrl-C what to do next.
+
+    Args:
+        remedy: what the user can do.
+        applies: asked when the interruption comes, whether the remedy is of use by then.
+
+    Example:
+        >>> def command():
+        ...     with interruptible("continue with --resume", lambda: True):
+        ...         raise KeyboardInterrupt
+        >>> with contextlib.redirect_stderr(io.StringIO()) as lines:
+        ...     status = run(command)
+        >>> status, lines.getvalue()
+        (130, 'interrupted; continue with --resume\n')
+    """
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        if interrupt.args or not applies():
+            raise
+        raise KeyboardInterrupt(remedy) from None

@@ -29,7 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the words after the program's name; None takes the process's.
 
     Returns:
-        The exit status: 0, or 2 for bad input, which is explained in one line on standard error.
+        The exit status: 0, 2 for bad input, or 130 after Ctrl-C, either of which is explained in
+        one line on standard error.
     """
     command = parse(
         COMMANDS,

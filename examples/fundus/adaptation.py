@@ -14,8 +14,8 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from examples.common.datasets import length
-from examples.fundus.data import Sample
 from examples.fundus.metrics import dice, mean, segment
+from examples.fundus.sample import Sample
 from gradkit import tta
 
 METHODS = ("none", "ptbn", "tent", "grata")
@@ -146,18 +146,19 @@ def adapt_online(
         description: of the progress bar on standard error; None shows none.
     """
     stream = Stream()
-    for index in tqdm(
-        range(length(samples)), description, unit="image", disable=description is None
-    ):
-        sample = samples[index]
-        logits = adapter(sample.image.unsqueeze(0).to(device))
-        prediction = segment(logits[0].float().cpu())
-        disc, cup = dice(prediction, sample.target).tolist()
-        stream.scores.append(ImageScore(sample.name, disc, cup))
-        if index in keep:
-            stream.predictions[index] = prediction
-        step = adapter.last_step
-        if step is not None and {"pseudo", "auxiliary"} <= set(step.names):
-            stream.cosines.append(float(step.cosine("pseudo", "auxiliary")))
-            stream.lr_scales.append(float(step.lr_scale))
+    count = length(samples)
+    # As a context, so that an interrupted bar ends its line before anything else is printed.
+    with tqdm(range(count), description, unit="image", disable=description is None) as indices:
+        for index in indices:
+            sample = samples[index]
+            logits = adapter(sample.image.unsqueeze(0).to(device))
+            prediction = segment(logits[0].float().cpu())
+            disc, cup = dice(prediction, sample.target).tolist()
+            stream.scores.append(ImageScore(sample.name, disc, cup))
+            if index in keep:
+                stream.predictions[index] = prediction
+            step = adapter.last_step
+            if step is not None and {"pseudo", "auxiliary"} <= set(step.names):
+                stream.cosines.append(float(step.cosine("pseudo", "auxiliary")))
+                stream.lr_scales.append(float(step.lr_scale))
     return stream

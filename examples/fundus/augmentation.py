@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from examples.common.datasets import length
-from examples.fundus.data import Sample, normalise
+from examples.fundus.sample import Sample, normalise
 
 IMAGE, TARGET = "image", "target"
 BOTH = (IMAGE, TARGET)

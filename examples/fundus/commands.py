@@ -6,14 +6,14 @@ Each command checks everything it was given before it computes or writes anythin
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-
+from examples.common.command_line import interruptible
 from examples.common.datasets import length
 from examples.fundus.adaptation import METHODS, adapt_online, build_adapter
-from examples.fundus.data import available_domains, check, encode_target, open_domain
-from examples.fundus.data import export as export_domains
+from examples.fundus.data import SYNTHETIC, available_domains, check, open_domain
+from examples.fundus.export import export as export_domains
+from examples.fundus.masks import save_masks
 from examples.fundus.network import ResUNet34
-from examples.fundus.results import make_result, markdown_table, write_json
+from examples.fundus.results import make_result, markdown_table, remove_results, write_json
 from examples.fundus.source_model import Architecture, load_source_model, save_source_model
 from examples.fundus.training import train_source
 from examples.fundus.training_state import TrainingSettings
@@ -28,6 +28,8 @@ from examples.fundus.validation import (
     require,
     split_names,
 )
+
+RESUME = "continue with --resume"
 
 
 @dataclass(frozen=True)
@@ -74,19 +76,29 @@ class Train:
         print(f"source model: {self.out / self.source}.pt")
 
     def fit(self) -> ResUNet34:
-        """Trains without further checks, keeps the best epoch and returns it."""
+        """Trains without further checks, keeps the best epoch and returns it.
+
+        Raises:
+            KeyboardInterrupt: after Ctrl-C; with the remedy where an epoch is kept.
+        """
         samples, _ = open_source(
             self.data_root, self.source, self.size, self.seed, self.train_images
         )
         settings = TrainingSettings(self.epochs, self.seed, self.batch_size, self.learning_rate)
-        best = train_source(
-            samples,
-            Architecture(self.width, self.size, self.source),
-            settings,
-            self.out / "training",
-            open_device(self.device, self.threads),
-            self.resume,
-        )
+        # A file of an earlier training does not count, unless it is what this one started from.
+        last = self.out / "training" / "last.pt"
+        kept = [self.resume and last.exists()]
+        with interruptible(RESUME, lambda: any(kept)):
+            best = train_source(
+                samples,
+                Architecture(self.width, self.size, self.source),
+                settings,
+                last.parent,
+                open_device(self.device, self.threads),
+                self.resume,
+                on_epoch=lambda report: kept.append(True),
+                root=SYNTHETIC if self.data_root == SYNTHETIC else "folder",
+            )
         model, architecture = load_source_model(best)
         save_source_model(self.out / f"{self.source}.pt", architecture, model.state_dict())
         return model
@@ -96,8 +108,9 @@ class Train:
 class Adapt:
     """Adapt a source model to one target centre by one method, and keep the predicted masks.
 
-    Writes OUT/results.json and, for each image, OUT/masks/IMAGE.png at the network's resolution:
-    255 background, 128 rim, 0 cup.
+    Writes OUT/results.json and, for each image, OUT/masks/TARGET/METHOD/IMAGE at the network's
+    resolution: 255 background, 128 rim, 0 cup. Names of images that do not end in .png get this
+    ending besides their own. Results and masks of the same kind from an earlier run are replaced.
     """
 
     checkpoint: Path
@@ -151,11 +164,8 @@ class Adapt:
         stream = adapt_online(
             adapter, samples, device, range(length(samples)), f"{self.target}, {self.method}"
         )
-        for index, score in enumerate(stream.scores):
-            path = (self.out / "masks" / score.image).with_suffix(".png")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            mask = encode_target(stream.predictions[index].float())
-            Image.fromarray(mask.numpy()).save(path)
+        remove_results(self.out)
+        save_masks(self.out / "masks" / self.target / self.method, stream)
         result = make_result(
             source, self.target, self.method, self.statistics, self.lr, self.seed, stream
         )

@@ -1,16 +1,27 @@
 """The command that compares methods of test-time adaptation, the example's main one."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch.utils.data import Dataset
 
+from examples.common.command_line import interruptible
 from examples.common.datasets import length
 from examples.fundus.adaptation import METHODS, Stream, adapt_online, build_adapter
-from examples.fundus.commands import Train
-from examples.fundus.data import Sample, available_domains, check, open_domain
+from examples.fundus.commands import RESUME, Train
+from examples.fundus.data import available_domains, check, open_domain
 from examples.fundus.figures import save_alignment, save_predictions, spread
-from examples.fundus.results import Result, make_result, markdown_table, write_json
+from examples.fundus.network import ResUNet34
+from examples.fundus.results import (
+    Result,
+    make_result,
+    markdown_table,
+    remove_results,
+    write_json,
+)
+from examples.fundus.sample import Sample
 from examples.fundus.source_model import load_source_model, save_source_model
 from examples.fundus.training import evaluate
 from examples.fundus.validation import (
@@ -29,7 +40,7 @@ class Compare:
     """Train or load a source model, adapt it to target centres by several methods, and compare.
 
     Writes OUT/results.json, OUT/table.md, OUT/figure.png, OUT/alignment.png (where GraTa is
-    among the methods) and the source model OUT/SOURCE.pt.
+    among the methods) and the source model OUT/SOURCE.pt. Results of an earlier run are replaced.
     """
 
     data_root: str = "synthetic"
@@ -114,7 +125,19 @@ class Compare:
             model = training.fit()
         else:
             save_source_model(self.out / f"{self.source}.pt", architecture, model.state_dict())
-        model.to(device)
+        # What was trained is kept: --resume goes on with the adaptation.
+        with interruptible(RESUME, lambda: self.checkpoint is None):
+            self._adapt(model.to(device), unseen, targets, methods, device)
+
+    def _adapt(
+        self,
+        model: ResUNet34,
+        unseen: Dataset[Sample] | None,
+        targets: Sequence[str],
+        methods: Sequence[str],
+        device: torch.device,
+    ) -> None:
+        """Adapts the source model to each target by each method and writes what came of it."""
         in_domain = None
         if unseen is not None:
             in_domain = (self.source, length(unseen), *evaluate(model, unseen, device))
@@ -141,6 +164,7 @@ class Compare:
                     )
                 )
         table = markdown_table(results, self.seed, in_domain)
+        remove_results(self.out)
         write_json(results, self.out / "results.json")
         (self.out / "table.md").write_text(table)
         _save_figures(self.out, results, data, shown)

@@ -1,152 +1,34 @@
-"""Fundus photographs with disc and cup masks: reading, checking and exporting.
+"""Fundus photographs with disc and cup masks: the lists of a folder, its domains, checking them.
 
 The layout is that of the release of GraTa (Chen et al., AAAI 2025,
 https://arxiv.org/abs/2408.07343): a folder with `<DOMAIN>_train.csv` and `<DOMAIN>_test.csv`, or a
-single `<DOMAIN>.csv`, whose columns `image` and `mask` hold paths relative to the folder. A mask is
-a single-channel picture: 255 is background, 0 the cup, and any grey between them the rim.
+single `<DOMAIN>.csv`, whose columns `image` and `mask` hold paths relative to the folder.
 """
 
 import csv
 import os
-import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import get_args
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from examples.fundus.synthetic import CENTRES, Sample, Split, SyntheticFundus, normalise
+from examples.fundus.centres import CENTRES
+from examples.fundus.pictures import DataError, decode_target, one_line, read_pair
+from examples.fundus.sample import Sample, Split, normalise
+from examples.fundus.synthetic import SyntheticFundus
 
-__all__ = [
-    "DataError",
-    "FundusDataset",
-    "Sample",
-    "Split",
-    "available_domains",
-    "check",
-    "encode_target",
-    "export",
-    "normalise",
-    "open_domain",
-]
+__all__ = ["DataError", "FundusDataset", "available_domains", "check", "open_domain"]
 
 SYNTHETIC = "synthetic"
 """The root that stands for the generated centres."""
 
 SYNTHETIC_LENGTH = 100
 """Photographs of a synthetic domain where no length is asked for: half training, half test."""
-
-BACKGROUND, RIM, CUP = 255, 128, 0
-"""Grey levels of a mask."""
-
-
-class DataError(ValueError):
-    """Something is wrong with the data on disk; the message names the file and the remedy."""
-
-
-def decode_target(mask: UInt8[Tensor, "S S"]) -> Float[Tensor, "2 S S"]:
-    """Turn a mask's grey levels into the nested channels [disc with cup, cup]."""
-    return torch.stack([mask != BACKGROUND, mask == CUP]).float()
-
-
-def encode_target(target: Float[Tensor, "2 S S"]) -> UInt8[Tensor, "S S"]:
-    """Turn the nested channels [disc with cup, cup] into a mask's grey levels."""
-    disc, cup = target > 0.5
-    mask = torch.full(disc.shape, BACKGROUND, dtype=torch.uint8)
-    return mask.masked_fill(disc, RIM).masked_fill(cup, CUP)
-
-
-def decode(path: Path) -> Image.Image:
-    """Decode a picture completely.
-
-    Raises:
-        DataError: If the file is missing, is not a picture, is cut short, or is so large that
-            Pillow suspects a decompression bomb.
-    """
-    if not path.is_file():
-        raise DataError(f"{path} does not exist; correct the list or restore the file")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as picture:
-                picture.load()
-                return picture
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise DataError(
-            f"{path} is too large to decode safely; crop it to the disc or scale it down"
-        ) from error
-    except Exception as error:  # a broken file makes Pillow's readers raise almost anything
-        raise DataError(
-            f"{path} cannot be decoded ({one_line(error)}); replace it by an intact file"
-        ) from error
-
-
-def one_line(error: Exception) -> str:
-    """The message of an exception, without line breaks."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def read_image(path: Path) -> Image.Image:
-    """Read a photograph as 8-bit RGB.
-
-    Raises:
-        DataError: If it cannot be decoded or has more than 8 bits a channel.
-    """
-    picture = decode(path)
-    if picture.mode == "F" or picture.mode.startswith("I"):
-        # Pillow would clip, not scale, these to 8 bits.
-        raise DataError(f"{path} has pixels of mode {picture.mode}; save it as 8-bit RGB")
-    if "transparency" in picture.info:
-        # Via RGBA, or Pillow warns that a palette's transparency is lost.
-        picture = picture.convert("RGBA")
-    return picture.convert("RGB")
-
-
-def read_mask(path: Path) -> Image.Image:
-    """Read a mask as 8-bit grey levels.
-
-    A palette of greys is looked up, for its indices are not grey levels.
-
-    Raises:
-        DataError: If it cannot be decoded, is not a single 8-bit channel, or has no background.
-    """
-    picture = decode(path)
-    if picture.mode == "P":
-        colours = np.asarray(picture.convert("RGBA"))[..., :3]
-        if (colours != colours[..., :1]).any():
-            raise DataError(f"{path} has a palette of colours; save it as grey levels 255, 128, 0")
-        picture = Image.fromarray(np.ascontiguousarray(colours[..., 0]))
-    elif picture.mode == "1":
-        picture = picture.convert("L")
-    if picture.mode != "L":
-        raise DataError(
-            f"{path} is not single-channel 8-bit but of mode {picture.mode}; "
-            "save it as grey levels 255, 128, 0"
-        )
-    if not (np.asarray(picture) == BACKGROUND).any():
-        raise DataError(f"{path} has no background; a mask has 255 outside the disc, 0 in the cup")
-    return picture
-
-
-def read_pair(image_path: Path, mask_path: Path) -> tuple[Image.Image, Image.Image]:
-    """Read a photograph and its mask.
-
-    Raises:
-        DataError: If either cannot be read, or their sizes differ.
-    """
-    image, mask = read_image(image_path), read_mask(mask_path)
-    if image.size != mask.size:
-        raise DataError(
-            f"{mask_path} has {mask.width}x{mask.height} pixels but its image "
-            f"{image_path} {image.width}x{image.height}; export both at the same size"
-        )
-    return image, mask
 
 
 def resolve(root: Path, relative: str, source: str) -> Path:
@@ -174,25 +56,40 @@ def read_list(root: Path, name: str) -> list[tuple[str, Path, Path]]:
     try:
         # Excel writes a byte order mark, which is no part of the first column's name.
         with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            columns, rows = reader.fieldnames or [], list(reader)
+            lines = csv.reader(file, skipinitialspace=True)
+            header, *rows = [[cell.strip() for cell in line] for line in lines] or [[]]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(
             f"{path} is not a CSV in UTF-8 ({one_line(error)}); save it again"
         ) from error
+    columns = [name.lower() for name in header]
     for column in ("image", "mask"):
-        if column not in columns:
-            raise DataError(f"{path} has no column {column!r}; its first line must be 'image,mask'")
+        if columns.count(column) != 1:
+            raise DataError(_column_error(path, header, column))
+    rows = [row for row in rows if row not in ([], [""])]  # without empty lines
     if not rows:
         raise DataError(f"{path} lists no images; add rows or remove the domain")
     pairs = []
     for number, row in enumerate(rows, start=1):
         source = f"row {number} of {path}"
-        image, mask = row["image"] or "", row["mask"] or ""
+        cells = dict(zip(columns, row, strict=False))  # a row may be short
+        image, mask = cells.get("image", ""), cells.get("mask", "")
         # The release names the masks of several annotators `.tif`; the first one's are `-1.tif`.
-        mask = f"{mask[: -len('.tif')]}-1.tif" if mask.endswith(".tif") else mask
+        stem, suffix = os.path.splitext(mask)
+        mask = f"{stem}-1{suffix}" if suffix.lower() == ".tif" else mask
         pairs.append((image, resolve(root, image, source), resolve(root, mask, source)))
     return pairs
+
+
+def _column_error(path: Path, header: list[str], column: str) -> str:
+    """What to say of a list whose header does not have a column exactly once."""
+    if column in (name.lower() for name in header):
+        return f"{path} has the column {column!r} twice; remove one"
+    found = f"found {', '.join(map(repr, header))}" if any(header) else "its first line is empty"
+    for separator, name in ((";", "semicolons"), ("\t", "tabs")):
+        if any(separator in cell for cell in header):
+            return f"{path} has no column {column!r} ({found}); separate by commas, not by {name}"
+    return f"{path} has no column {column!r} ({found}); its first line must be 'image,mask'"
 
 
 def list_names(root: Path, domain: str, split: Split) -> list[str]:
@@ -343,52 +240,3 @@ def check(root: str | Path, domains: Iterable[str]) -> None:
     for dataset in datasets:
         for _, image_path, mask_path in dataset.pairs:
             read_pair(image_path, mask_path)
-
-
-def export(
-    directory: str | Path,
-    domains: Sequence[str],
-    count: int,
-    size: int = 256,
-    seed: int = 0,
-) -> None:
-    """Write synthetic domains to a folder in the layout that `FundusDataset` reads.
-
-    Half of each domain's photographs (the larger half) are for training.
-
-    Args:
-        directory: New or empty folder.
-        domains: Names of synthetic centres.
-        count: Photographs of each domain, at least 2.
-        size: Side of the square images in pixels.
-        seed: Seed of the generator.
-
-    Raises:
-        DataError: If the folder is not empty or a domain does not exist.
-        ValueError: If `count` is less than 2 or `size` less than 16.
-    """
-    directory = Path(directory)
-    check(SYNTHETIC, domains)
-    if count < 2:
-        raise ValueError(f"count must be at least 2 (one to train on, one to test), not {count}")
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise DataError(f"{directory} is not an empty folder; choose a new one")
-    lengths: dict[Split, int] = {"train": (count + 1) // 2, "test": count // 2}
-    halves = [
-        (domain, split, SyntheticFundus(domain, length, size, seed, split, cache=False))
-        for domain in domains
-        for split, length in lengths.items()
-    ]
-    for domain, split, dataset in halves:
-        for part in ("image", "mask"):
-            (directory / domain / part).mkdir(parents=True, exist_ok=True)
-        rows = []
-        for index in range(len(dataset)):
-            sample = dataset[index]
-            mask = f"{domain}/mask/{Path(sample.name).name}"
-            pixels = (sample.image * 255).round().byte().permute(1, 2, 0)
-            Image.fromarray(pixels.numpy()).save(directory / sample.name)
-            Image.fromarray(encode_target(sample.target).numpy()).save(directory / mask)
-            rows.append((sample.name, mask))
-        with (directory / f"{domain}_{split}.csv").open("w", newline="") as file:
-            csv.writer(file).writerows([("image", "mask"), *rows])

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 import numpy as np
-from jaxtyping import Float
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -14,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from examples.fundus.adaptation import ImageScore, Stream
-from examples.fundus.data import Sample
+from examples.fundus.sample import Sample
 
 LineStyle: TypeAlias = Literal["solid"] | tuple[float, Sequence[float]]
 
@@ -28,6 +30,7 @@ HALO = [Stroke(linewidth=2.6, foreground="black"), Normal()]  # legible on brigh
 POINT_COLOUR, LINE_COLOUR = "#0072B2", "#D55E00"
 DPI = 150
 WINDOW = 10  # images in a running mean
+SPECK = 10  # pixels; smaller regions are left out of contours
 
 
 def spread(count: int, length: int) -> list[int]:
@@ -39,6 +42,43 @@ def spread(count: int, length: int) -> list[int]:
     """
     count = min(count, length)
     return [(2 * i + 1) * length // (2 * count) for i in range(count)]
+
+
+def without_specks(mask: Bool[Tensor, "h w"], smallest: int = SPECK) -> Bool[Tensor, "h w"]:
+    """A mask without its small regions and holes (4-connected), for drawing.
+
+    The prediction of a barely trained model is peppered with them, and their contours would hide
+    all else.
+
+    Args:
+        mask: of one structure.
+        smallest: pixels of the smallest region, and of the smallest hole, that stays.
+
+    Example:
+        >>> mask = torch.zeros(4, 4, dtype=torch.bool)
+        >>> mask[0, 0] = mask[2:, 2:] = True
+        >>> without_specks(mask, smallest=2).nonzero().tolist()
+        [[2, 2], [2, 3], [3, 2], [3, 3]]
+    """
+    return ~_large_regions(~_large_regions(mask, smallest), smallest)
+
+
+def _large_regions(mask: Bool[Tensor, "h w"], smallest: int) -> Bool[Tensor, "h w"]:
+    """The 4-connected regions of at least `smallest` pixels.
+
+    Every pixel has a number, and each round hands it the largest of its neighbours'. After
+    `smallest` − 1 rounds a smaller region is of one number; one whose numbers still grow is larger.
+    """
+    labels = torch.arange(1.0, mask.numel() + 1, dtype=torch.float64).reshape(mask.shape) * mask
+    for _ in range(smallest):
+        before = labels
+        along = F.max_pool2d(before[None], (1, 3), stride=1, padding=(0, 1))
+        across = F.max_pool2d(before[None], (3, 1), stride=1, padding=(1, 0))
+        labels = torch.maximum(along, across)[0] * mask
+    numbers = before.long().flatten()
+    grown = (labels != before).flatten()
+    large = (numbers.bincount() >= smallest) | (numbers.bincount(grown.double()) > 0)
+    return large[numbers].reshape(mask.shape) & mask
 
 
 def draw_contours(axes: Axes, sample: Sample, masks: Float[Tensor, "2 h w"] | None) -> None:
@@ -77,7 +117,8 @@ def save_predictions(
         draw_contours(axes_row[1], sample, sample.target)
         for axes, method in zip(axes_row[2:], methods, strict=True):
             prediction, score = predictions[method]
-            draw_contours(axes, sample, prediction.float())
+            drawn = torch.stack([without_specks(mask) for mask in prediction])
+            draw_contours(axes, sample, drawn.float())
             axes.set_xlabel(f"disc {score.disc:.1f}%, cup {score.cup:.1f}%", fontsize=7.5)
     for axes, title in zip(grid[0], ["photograph", "ground truth", *methods], strict=True):
         axes.set_title(title, fontsize=9)
@@ -87,16 +128,21 @@ def save_predictions(
     ]
     figure.legend(
         handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=9,
-        title="Numbers are Dice scores; images are evenly spaced in the stream.", title_fontsize=8,
+        title="Numbers are Dice scores; images are evenly spaced in the stream. Contours of "
+        f"predictions\nleave out specks and holes of fewer than {SPECK} pixels.", title_fontsize=8,
     )  # fmt: skip
     figure.savefig(path, dpi=DPI)
 
 
 def save_alignment(path: Path, streams: Mapping[str, Stream]) -> None:
-    """Saves cosine and learning-rate scale over the stream, a column for each target.
+    """Saves what `draw_alignment` draws as a PNG."""
+    draw_alignment(streams).savefig(path, dpi=DPI)
+
+
+def draw_alignment(streams: Mapping[str, Stream]) -> Figure:
+    """Draws cosine and learning-rate scale over the stream, a column for each target.
 
     Args:
-        path: of the PNG.
         streams: by target; those of GraTa, which alone records them.
     """
     figure = Figure(figsize=(1.0 + 3.2 * len(streams), 4.4), layout="constrained")
@@ -115,11 +161,14 @@ def save_alignment(path: Path, streams: Mapping[str, Stream]) -> None:
                 )  # fmt: skip
             axes.grid(color="0.9", linewidth=0.6)
             axes.set_axisbelow(True)
-            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+            # Of one image matplotlib would make an axis from 0.95 to 1.05.
+            margin = max(0.5, 0.03 * len(values))
+            axes.set_xlim(1 - margin, len(values) + margin)
+            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
             axes.spines[["top", "right"]].set_visible(False)
         column[1].set_xlabel("image in the stream (number)")
     grid[0, 0].set(ylabel="cosine of pseudo and\nauxiliary gradient", ylim=(-1.05, 1.05))
     grid[1, 0].set(ylabel="learning-rate scale\n(factor)", ylim=(-0.025, 1.025))
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
-    figure.savefig(path, dpi=DPI)
+    return figure

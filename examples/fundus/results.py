@@ -7,8 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from examples.common.bootstrap import bootstrap_interval
-from examples.fundus.adaptation import LEARNING_METHODS, Stream, statistics_of
+from examples.fundus.adaptation import (
+    LEARNING_METHODS,
+    Stream,
+    parse_statistics,
+    statistics_of,
+)
 from examples.fundus.metrics import mean
+from gradkit.tta import Mixed
+
+RESULT_FILES = ("results.json", "table.md", "figure.png", "alignment.png")
+"""All that commands write about one run, straight into the folder of their results."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +73,12 @@ def make_result(
     return Result(source, target, method, used_statistics, used_lr, seed, stream)
 
 
+def remove_results(directory: Path) -> None:
+    """Removes the results of an earlier run, beside which those of another would be misread."""
+    for name in RESULT_FILES:
+        (directory / name).unlink(missing_ok=True)
+
+
 def write_json(results: Sequence[Result], path: Path) -> None:
     """Writes a JSON list of results."""
     path.write_text(json.dumps([result.as_json() for result in results], indent=1) + "\n")
@@ -89,7 +104,8 @@ def markdown_table(
         lines.append(_row(source, f"{source} (in domain)", "none", "source", None, n, disc, cup))
     for result in results:
         stream = result.stream
-        interval = bootstrap_interval([score.mean for score in stream.scores], seed)
+        scores = [score.mean for score in stream.scores]
+        interval = bootstrap_interval(scores, seed) if len(scores) > 1 else None
         lines.append(
             _row(
                 result.source,
@@ -100,7 +116,7 @@ def markdown_table(
                 len(stream.scores),
                 stream.disc,
                 stream.cup,
-                interval,
+                "-" if interval is None else f"{interval[0]:.2f}, {interval[1]:.2f}",
             )
         )
     if len({result.target for result in results}) > 1:
@@ -119,7 +135,29 @@ def markdown_table(
         "holds for this source model and this order of images: it does not cover how results "
         "vary between trainings.",
     ]
+    note = confounding_note(results)
+    if note is not None:
+        lines += ["", note]
     return "\n".join(lines) + "\n"
+
+
+def confounding_note(results: Sequence[Result]) -> str | None:
+    """A sentence where ptbn, which does not learn, and methods that do differ in statistics too.
+
+    Only with the same statistics is the gap between them what learning does.
+    """
+    statistics = {result.method: result.statistics for result in results}
+    learning = [method for method in statistics if method in LEARNING_METHODS]
+    if "ptbn" not in statistics or not learning:
+        return None
+    chosen = statistics[learning[0]]
+    if parse_statistics(chosen) in ("test", Mixed(0.0)):
+        return None
+    names = " and ".join(learning)
+    return (
+        f"Statistics differ: test for ptbn, {chosen} for {names}. The gap between these rows is "
+        f"due to statistics and learning together; with `--statistics test` it is due to learning."
+    )
 
 
 def _row(
@@ -131,11 +169,11 @@ def _row(
     n: int | None,
     disc: float,
     cup: float,
-    interval: tuple[float, float] | None = None,
+    interval: str | None = None,
 ) -> str:
     cells = [source, target, method, statistics]
     cells += ["-" if lr is None else f"{lr:g}", "-" if n is None else str(n)]
     cells += [f"{disc:.2f}", f"{cup:.2f}", f"{(disc + cup) / 2:.2f}"]
     if interval is not None:
-        cells[-1] += f" [{interval[0]:.2f}, {interval[1]:.2f}]"
+        cells[-1] += f" [{interval}]"
     return f"| {' | '.join(cells)} |"

@@ -34,6 +34,15 @@ class Architecture:
         return ResUNet34(self.width, self.auxiliary_heads)
 
 
+_ENTRIES: dict[str, tuple[type, ...]] = {
+    "width": (int,),
+    "size": (int, type(None)),
+    "source": (str, type(None)),
+    "auxiliary_heads": (bool,),
+}
+"""Types of the entries of an architecture in a file, where anything may be written."""
+
+
 def save_source_model(
     path: Path, architecture: Architecture, weights: dict[str, Tensor], **details: Any
 ) -> None:
@@ -49,10 +58,11 @@ def read_architecture(path: Path, content: dict[str, Any]) -> Architecture:
     and names of its tensors, and neither source nor size.
 
     Raises:
-        CheckpointError: the content is not that of a ResUNet-34.
+        CheckpointError: the content is not that of a ResUNet-34, or it declares an architecture
+            that this program does not know.
     """
     if content.get("format") == FORMAT:
-        return Architecture(**content["architecture"])
+        return _declared_architecture(path, content.get("architecture"))
     stem = content.get("res.conv1.weight")
     if "format" in content or not isinstance(stem, Tensor) or stem.ndim != 4:
         raise CheckpointError(
@@ -60,6 +70,22 @@ def read_architecture(path: Path, content: dict[str, Any]) -> Architecture:
             f"`python -m examples.fundus train`"
         )
     return Architecture(stem.shape[0], None, None, "recon_head.weight" in content)
+
+
+def _declared_architecture(path: Path, entries: Any) -> Architecture:
+    remedy = "it was changed or is of another version; train it again or pass another checkpoint"
+    if not isinstance(entries, dict) or entries.keys() != _ENTRIES.keys():
+        names = sorted(map(str, entries)) if isinstance(entries, dict) else entries
+        raise CheckpointError(
+            f"{path}: its architecture has the entries {names}, not {sorted(_ENTRIES)}; {remedy}"
+        )
+    for name, types in _ENTRIES.items():
+        if type(entries[name]) not in types:  # exactly: a bool is no width
+            raise CheckpointError(
+                f"{path}: its architecture has {name} {entries[name]!r}, a "
+                f"{type(entries[name]).__name__}; {remedy}"
+            )
+    return Architecture(**entries)
 
 
 def load_source_model(
@@ -92,11 +118,11 @@ def load_source_model(
                 f"{path}: trained with {name} {actual}, not {expected}; pass --{name} {actual} "
                 f"or another checkpoint"
             )
-    weights = content["model"] if "format" in content else content
+    weights = content.get("model") if "format" in content else content
     model = _build(path, found)
     try:
         model.load_state_dict(weights)
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, AttributeError) as error:  # other tensors, or none
         raise CheckpointError(
             f"{path}: its tensors are not those of a ResUNet-34 of width {found.width}; "
             f"train it again or pass another checkpoint"

@@ -18,10 +18,15 @@ from tqdm import tqdm
 
 from examples.common.datasets import length
 from examples.fundus.augmentation import AugmentedDataset
-from examples.fundus.data import Sample
 from examples.fundus.metrics import dice, mean, segment
+from examples.fundus.sample import Sample
 from examples.fundus.source_model import Architecture
-from examples.fundus.training_state import EpochReport, TrainingSettings, TrainingState
+from examples.fundus.training_state import (
+    EpochReport,
+    TrainingSettings,
+    TrainingState,
+    fingerprint,
+)
 
 HELD_OUT = 0.2  # share of the train list that chooses the best epoch
 
@@ -70,6 +75,7 @@ def train_source(
     resume: bool = False,
     progress: bool = True,
     on_epoch: Callable[[EpochReport], None] | None = None,
+    root: str = "folder",
 ) -> Path:
     """Trains a source model and returns the path of its best epoch's checkpoint.
 
@@ -87,17 +93,19 @@ def train_source(
         resume: go on from `last.pt` if there is one; otherwise start anew.
         progress: show a progress bar on standard error.
         on_epoch: called after each epoch's checkpoints are written.
+        root: kind of data root that the samples are from, `synthetic` or `folder`; a training is
+            resumed on the same data only.
 
     Raises:
         CheckpointError: `last.pt` is unreadable or belongs to another training.
-        TrainingError: the loss is no longer finite.
+        TrainingError: `last.pt` belongs to other data, or the loss is no longer finite.
         ValueError: there are fewer than two samples.
     """
     train_indices, held_out_indices = split_held_out(length(samples), settings.seed)
     training = AugmentedDataset(Subset(samples, train_indices), settings.seed)
     held_out = Subset(samples, held_out_indices)
     directory.mkdir(parents=True, exist_ok=True)
-    state = TrainingState(architecture, settings, device)
+    state = TrainingState(architecture, settings, fingerprint(samples, root), device)
     if resume and (directory / "last.pt").exists():
         state.restore(directory / "last.pt")
     bar = tqdm(

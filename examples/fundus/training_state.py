@@ -1,5 +1,6 @@
 """One source training between two epochs: loss, schedule, and what a checkpoint must hold."""
 
+import hashlib
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,11 +10,13 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from examples.common.checkpoint import CheckpointError, load
+from examples.common.datasets import length
 from examples.fundus.augmentation import AugmentedDataset
 from examples.fundus.network import ResUNet34
+from examples.fundus.sample import Sample
 from examples.fundus.source_model import Architecture, read_architecture, save_source_model
 
 
@@ -42,6 +45,39 @@ class TrainingSettings:
     momentum: float = 0.9
     weight_decay: float = 5e-4
     amp: bool | None = None
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What tells a training's data from other data, wherever their folder is.
+
+    Attributes:
+        root: kind of data root, `synthetic` or `folder`.
+        count: number of images.
+        names: SHA-256 of the images' names, in their order.
+    """
+
+    root: str
+    count: int
+    names: str
+
+    def __str__(self) -> str:
+        return f"{self.root}, {self.count} image(s), SHA-256 of their names {self.names[:8]}…"
+
+
+def fingerprint(samples: Dataset[Sample], root: str) -> Fingerprint:
+    """The fingerprint of samples from a kind of data root.
+
+    Example:
+        >>> samples = [Sample("a.png", torch.rand(3, 8, 8), torch.zeros(2, 8, 8))]
+        >>> str(fingerprint(samples, "folder"))
+        'folder, 1 image(s), SHA-256 of their names cc8441e8…'
+    """
+    count = length(samples)
+    digest = hashlib.sha256()
+    for index in range(count):
+        digest.update(samples[index].name.encode() + b"\0")  # a byte that no path can contain
+    return Fingerprint(root, count, digest.hexdigest())
 
 
 @dataclass(frozen=True)
@@ -91,9 +127,14 @@ class TrainingState:
     """Network, optimizer and history of one training, between two epochs."""
 
     def __init__(
-        self, architecture: Architecture, settings: TrainingSettings, device: torch.device
+        self,
+        architecture: Architecture,
+        settings: TrainingSettings,
+        data: Fingerprint,
+        device: torch.device,
     ) -> None:
         self.architecture, self.settings, self.device = architecture, settings, device
+        self.data = data
         self.history: list[EpochReport] = []
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
@@ -145,6 +186,7 @@ class TrainingState:
             "history": [asdict(report) for report in self.history],
         }
         if complete:
+            details["data"] = asdict(self.data)
             details["optimizer"] = self.optimizer.state_dict()
             details["scaler"] = self.scaler.state_dict()
         save_source_model(path, self.architecture, self.model.state_dict(), **details)
@@ -154,9 +196,12 @@ class TrainingState:
 
         Raises:
             CheckpointError: it is unreadable, or of another architecture or other settings.
+            TrainingError: it is of other data.
         """
         content = load(path)
-        found = asdict(read_architecture(path, content)) | content.get("settings", {})
+        settings = content.get("settings")
+        found = asdict(read_architecture(path, content))
+        found |= settings if isinstance(settings, dict) else {}
         wanted = asdict(self.architecture) | asdict(self.settings)
         for name, value in wanted.items():
             if found.get(name) != value:
@@ -165,6 +210,7 @@ class TrainingState:
                     f"repeat that value, or start anew without --resume"
                 )
         try:
+            data = Fingerprint(**content["data"])
             self.model.load_state_dict(content["model"])
             self.optimizer.load_state_dict(content["optimizer"])
             self.scaler.load_state_dict(content["scaler"])
@@ -173,3 +219,9 @@ class TrainingState:
             raise CheckpointError(
                 f"{path}: not a complete state of a training; start anew without --resume"
             ) from error
+        if data != self.data:
+            raise TrainingError(
+                f"{path}: belongs to a training on other data ({data}), not on these "
+                f"({self.data}); give the same images in the same order, or start anew without "
+                f"--resume"
+            )

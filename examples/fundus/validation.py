@@ -11,8 +11,9 @@ from torch.utils.data import Dataset
 from examples.common.datasets import length
 from examples.common.device import choose_device
 from examples.fundus.adaptation import parse_statistics
-from examples.fundus.data import DataError, Sample, open_domain
+from examples.fundus.data import DataError, open_domain
 from examples.fundus.network import ENCODER_STRIDE
+from examples.fundus.sample import Sample
 
 SYNTHETIC_TRAIN_IMAGES = 100
 

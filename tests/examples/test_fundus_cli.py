@@ -12,13 +12,29 @@ from PIL import Image
 
 from examples.common.bootstrap import bootstrap_interval
 from examples.common.checkpoint import load
-from examples.common.command_line import shorten
-from examples.fundus import commands, comparison
+from examples.common.command_line import interruptible, shorten
+from examples.common.command_line import run as run_command
+from examples.fundus import adaptation, commands, comparison, figures, training
 from examples.fundus.__main__ import main
-from examples.fundus.adaptation import METHODS, adapt_online, build_adapter, parse_statistics
+from examples.fundus.adaptation import (
+    METHODS,
+    ImageScore,
+    Stream,
+    adapt_online,
+    build_adapter,
+    parse_statistics,
+)
 from examples.fundus.data import open_domain
-from examples.fundus.figures import draw_contours, spread
+from examples.fundus.figures import (
+    draw_alignment,
+    draw_contours,
+    save_predictions,
+    spread,
+    without_specks,
+)
+from examples.fundus.masks import mask_names
 from examples.fundus.network import ResUNet34
+from examples.fundus.results import make_result, markdown_table
 from examples.fundus.sample import Sample
 from gradkit import tta
 
@@ -135,13 +151,132 @@ def test_adapt_gives_the_scores_of_compare_and_the_masks(compared, checkpoint, t
     assert read(tmp_path) == [read(compared)[METHODS.index(method)]]
     dataset = open_domain("synthetic", "centre_b", "all", 64, 5, 2)
     for index, scores in enumerate(read(tmp_path)[0]["images"]):
-        with Image.open(tmp_path / "masks" / scores["image"]) as picture:
-            assert picture.mode == "L"
-            mask = np.array(picture)
-        assert set(np.unique(mask)) <= {0, 128, 255}
-        truth = dataset[index].target[1].numpy() > 0
-        overlap = 200 * ((mask == 0) & truth).sum() / max(1, (mask == 0).sum() + truth.sum())
-        assert overlap == pytest.approx(scores["cup"], abs=1e-3)
+        path = tmp_path / "masks" / "centre_b" / method / scores["image"]
+        assert cup_score(path, dataset[index]) == pytest.approx(scores["cup"], abs=1e-3)
+
+
+def cup_score(path, sample):
+    """Dice (%) of the cup of a mask on disk."""
+    with Image.open(path) as picture:
+        assert picture.mode == "L"
+        mask = np.array(picture)
+    assert set(np.unique(mask)) <= {0, 128, 255}
+    truth = sample.target[1].numpy() > 0
+    return 200 * ((mask == 0) & truth).sum() / max(1, (mask == 0).sum() + truth.sum())
+
+
+def test_images_of_alike_names_each_have_their_mask(exported, checkpoint, tmp_path):
+    root = copy_tree(exported, tmp_path / "data")
+    table = root / "centre_c_train.csv"
+    _, *rows = csv.reader(table.read_text().splitlines())
+    for (image, _), name in zip(rows, ("0.png", "0.JPG", "0.JPG.png"), strict=True):
+        Image.open(root / image).save(root / name)
+    names = ["0.png", "./0.JPG", "0.JPG.png", "0.png"]
+    masks = [rows[i][1] for i in (0, 1, 2, 0)]
+    lines = [("image", "mask"), *zip(names, masks, strict=True)]
+    table.write_text("\n".join(map(",".join, lines)))
+    (root / "centre_c_test.csv").write_text(",".join(lines[0]) + "\n" + ",".join(lines[1]))
+    words = ["adapt", "--checkpoint", checkpoint, "--data-root", root, "--target", "centre_c"]
+    assert run(*words, "--method", "tent", "--lr", 0.05, "--out", tmp_path / "out") == 0
+    dataset = open_domain(root, "centre_c", "all", 64)
+    images = read(tmp_path / "out")[0]["images"]
+    assert [scores["image"] for scores in images] == [*names, "0.png"]
+    written = ["0.png", "0.JPG.png.png", "0.JPG.png", "0.png.png", "0.png.png.png"]
+    folder = tmp_path / "out" / "masks" / "centre_c" / "tent"
+    assert sorted(path.name for path in folder.iterdir()) == sorted(written)
+    for index, (name, scores) in enumerate(zip(written, images, strict=True)):
+        assert cup_score(folder / name, dataset[index]) == pytest.approx(scores["cup"], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("images", "masks"),
+    [
+        (["a/0.png", "b/0.png"], ["a/0.png", "b/0.png"]),
+        (["0.PNG", "0", "0.tar.gz"], ["0.PNG.png", "0.png", "0.tar.gz.png"]),
+        (["a/../0.png", "a/0.jpg"], ["0.png", "a/0.jpg.png"]),
+        (["0", "0.png", "0"], ["0.png.png", "0.png", "0.png.png.png"]),
+    ],
+)
+def test_names_of_masks(images, masks):
+    assert mask_names(images) == masks
+
+
+def test_results_of_an_earlier_comparison_do_not_stay(compared, checkpoint, tmp_path):
+    out = copy_tree(compared, tmp_path / "out")
+    (out / "notes.txt").write_text("mine")
+    (out / "holiday.png").write_text("mine")
+    words = ["compare", *TINY, *FEW, "--targets", "centre_e", "--methods", "none"]
+    assert run(*words, "--checkpoint", checkpoint, "--out", out) == 0
+    assert sorted(path.name for path in out.iterdir()) == [
+        "centre_a.pt", "figure.png", "holiday.png", "notes.txt", "results.json", "table.md",
+        "training",
+    ]  # fmt: skip
+    words = ["adapt", "--checkpoint", checkpoint, "--method", "none", *FEW]
+    assert run(*words, "--out", out) == 0
+    assert sorted(path.name for path in out.iterdir()) == [
+        "centre_a.pt", "holiday.png", "masks", "notes.txt", "results.json", "training",
+    ]  # fmt: skip
+
+
+def test_masks_of_earlier_adaptations_are_told_apart_or_removed(checkpoint, tmp_path):
+    def masks():
+        found = (tmp_path / "masks").rglob("*.png")
+        return sorted(str(path.relative_to(tmp_path / "masks").parent.parent) for path in found)
+
+    words = ["adapt", "--checkpoint", checkpoint, "--method", "none", "--out", tmp_path]
+    assert run(*words, "--target", "centre_b", "--target-images", 3) == 0
+    assert masks() == 3 * ["centre_b/none/centre_b"]
+    (tmp_path / "masks" / "centre_b" / "none" / "notes.txt").write_text("mine")
+    assert run(*words, "--target", "centre_e", "--target-images", 1) == 0
+    assert masks() == [*3 * ["centre_b/none/centre_b"], "centre_e/none/centre_e"]
+    assert run(*words, "--target", "centre_b", "--target-images", 2) == 0
+    assert masks() == [*2 * ["centre_b/none/centre_b"], "centre_e/none/centre_e"]
+    assert (tmp_path / "masks" / "centre_b" / "none" / "notes.txt").exists()
+
+
+def stream_of(*means):
+    return Stream([ImageScore(f"{i}.png", mean, mean) for i, mean in enumerate(means)])
+
+
+def table_of(methods, statistics):
+    return markdown_table(
+        [make_result("a", "b", m, statistics, 1e-4, 0, stream_of(1, 2)) for m in methods], seed=0
+    )
+
+
+def test_an_interval_needs_more_than_one_image():
+    results = [make_result("a", "b", "none", "test", 1e-4, 0, stream_of(60)) for _ in range(2)]
+    assert "| 1 | 60.00 | 60.00 | 60.00 [-] |" in markdown_table(results, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("methods", "statistics", "note"),
+    [
+        (METHODS, "mixed:0.8", "differ: test for ptbn, mixed:0.8 for tent and grata."),
+        (["grata", "ptbn"], "source", "differ: test for ptbn, source for grata."),
+        (METHODS, "test", None),
+        (METHODS, "mixed:0", None),  # which is the same as test
+        (["none", "tent", "grata"], "mixed:0.8", None),
+        (["none", "ptbn"], "mixed:0.8", None),
+    ],
+)
+def test_the_table_tells_when_statistics_differ_besides_learning(methods, statistics, note):
+    last = table_of(methods, statistics).splitlines()[-1]
+    if note is None:
+        assert last.startswith("Dice in %.")
+    else:
+        assert last.startswith("Statistics ")
+        assert note in last
+        assert last.endswith("with `--statistics test` it is due to learning.")
+
+
+def test_the_note_on_statistics_is_printed_and_written(checkpoint, tmp_path, capsys):
+    words = ["compare", *TINY, "--target-images", 1, "--targets", "centre_b", "--methods"]
+    words += ["ptbn,tent", "--checkpoint", checkpoint, "--out", tmp_path]
+    assert run(*words, "--statistics", "mixed:0.5") == 0
+    for text in (capsys.readouterr().out, (tmp_path / "table.md").read_text()):
+        assert text.count("Statistics differ: test for ptbn, mixed:0.5 for tent.") == 1
+    assert "differ" not in (tmp_path / "results.json").read_text()
 
 
 def test_statistics_reach_the_methods_that_learn(checkpoint, tmp_path):
@@ -178,6 +313,21 @@ def test_train_keeps_the_best_epoch_and_resumes(tmp_path, capsys):
     assert run(*words, "--resume") == 0
     assert run(*words, "--resume", "--seed", 1) == 2
     assert "seed 0, not 1" in capsys.readouterr().err
+    assert run(*words, "--resume", "--train-images", 5) == 2
+    *_, last = capsys.readouterr().err.splitlines()
+    assert f"{tmp_path / 'training' / 'last.pt'}: belongs to a training on other data" in last
+    assert "4 image(s)" in last
+    assert "5 image(s)" in last
+
+
+def test_a_training_on_synthetic_data_is_not_resumed_on_a_folder(exported, tmp_path, capsys):
+    words = ["train", "--size", 64, "--width", 2, "--epochs", 1, "--out", tmp_path]
+    assert run(*words, "--train-images", 3) == 0
+    # the names are the same, for the folder was exported from the synthetic centre
+    assert run(*words, "--data-root", exported, "--resume") == 2
+    *_, last = capsys.readouterr().err.splitlines()
+    assert "other data (synthetic, 3 image(s)" in last
+    assert "not on these (folder, 3 image(s)" in last
 
 
 def test_real_layout_is_read_and_an_undivided_source_is_trained_on(exported, tmp_path):
@@ -277,6 +427,64 @@ def test_an_empty_prediction_has_no_contour():
     assert len(axes.collections) == 0
     draw_contours(axes, sample, sample.target)
     assert len(axes.collections) == 2
+
+
+def large_regions(mask, smallest):
+    """By breadth-first search: the 4-connected regions of at least so many pixels."""
+    left, kept = set(map(tuple, mask.nonzero().tolist())), torch.zeros_like(mask)
+    while left:
+        region = [left.pop()]
+        for y, x in region:  # which grows meanwhile
+            near = {(y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)} & left
+            left -= near
+            region += near
+        for pixel in region if len(region) >= smallest else []:
+            kept[pixel] = True
+    return kept
+
+
+def test_specks_are_the_small_regions_and_holes():
+    generator = torch.Generator().manual_seed(0)
+    for number in range(60):
+        mask = torch.rand(16, 21, generator=generator) < (0.3, 0.5, 0.6, 0.7)[number % 4]
+        before, smallest = mask.clone(), 1 + number % 12
+        expected = ~large_regions(~large_regions(mask, smallest), smallest)
+        assert torch.equal(without_specks(mask, smallest), expected)
+        assert torch.equal(mask, before)
+
+
+def test_only_drawing_drops_specks_of_predictions(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "draw_contours", lambda axes, sample, masks: drawn.append(masks))
+    prediction = torch.zeros(2, 64, 64, dtype=torch.bool)
+    prediction[:, 20:40, 20:40] = True
+    clean = prediction.clone()
+    prediction[:, 3:6, 3:6] = True  # 9 pixels
+    prediction[:, 30, 30] = False
+    sample = Sample("a.png", torch.rand(3, 64, 64), prediction.float())
+    scored = prediction.clone(), ImageScore("a.png", 50.0, 50.0)
+    save_predictions(tmp_path / "figure.png", [("centre_b", sample, {"none": scored})])
+    photograph, truth, predicted = drawn
+    assert photograph is None
+    assert torch.equal(truth, prediction.float())
+    assert torch.equal(predicted, clean.float())
+    assert torch.equal(scored[0], prediction)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 100])
+def test_alignment_counts_images_by_whole_numbers(count):
+    stream = Stream(cosines=count * [0.5], lr_scales=count * [0.5625])
+    figure = draw_alignment({"centre_b": stream})
+    figure.canvas.draw()
+    for axes in figure.axes:
+        low, high = axes.get_xlim()
+        assert low < 1
+        assert high > count
+        ticks = [tick for tick in axes.get_xticks() if low <= tick <= high]
+        assert ticks == [int(tick) for tick in ticks]
+        assert len(set(ticks)) == len(ticks) >= 1
+        if count == 1:
+            assert ticks == [1]
 
 
 def test_shown_images_are_spread_over_the_stream():
@@ -384,6 +592,9 @@ def test_other_checkpoints(capsys, tmp_path, checkpoint, nothing_is_computed):
     damaged = tmp_path / "damaged.pt"
     damaged.write_bytes(checkpoint.read_bytes()[:5000])
     assert f"{damaged}: not a readable checkpoint" in complaint(capsys, *words, damaged)
+    newer = tmp_path / "newer.pt"
+    torch.save(load(checkpoint) | {"architecture": {"width": 2, "depth": 34}}, newer)
+    assert f"{newer}: its architecture has the entries" in complaint(capsys, *words, newer)
     words = ["adapt", "--out", tmp_path / "out", "--checkpoint"]
     home = complaint(capsys, *words, checkpoint, "--target", "centre_a")
     assert "--target is centre_a, the checkpoint's own source" in home
@@ -405,7 +616,18 @@ def copy_tree(source, destination):
 
 @pytest.mark.parametrize(
     "kind",
-    ["no image", "no mask", "truncated", "column", "empty", "escape", "colour mask", "sizes"],
+    [
+        "no image",
+        "no mask",
+        "truncated",
+        "column",
+        "semicolons",
+        "empty",
+        "escape",
+        "colour mask",
+        "lossy mask",
+        "sizes",
+    ],
 )
 def test_bad_data(capsys, tmp_path, exported, nothing_is_computed, kind):
     root = copy_tree(exported, tmp_path / "data")
@@ -421,12 +643,15 @@ def test_bad_data(capsys, tmp_path, exported, nothing_is_computed, kind):
         image.write_bytes(image.read_bytes()[:500])
     elif kind == "colour mask":
         Image.open(mask).convert("RGB").save(mask)
+    elif kind == "lossy mask":
+        Image.open(mask).save(mask, format="JPEG")
     elif kind == "sizes":
         Image.open(mask).resize((32, 32), Image.Resampling.NEAREST).save(mask)
     else:
         named = table
         rows = {
             "column": [["image", "label"], *rows[1:]],
+            "semicolons": [[";".join(row)] for row in rows],
             "empty": rows[:1],
             "escape": [rows[0], ["../../secret.png", rows[1][1]]],
         }[kind]
@@ -459,6 +684,97 @@ def test_divergence_is_one_line(capsys, tmp_path):
     assert run(*words) == 2
     *_, last = capsys.readouterr().err.splitlines()  # after the progress bar
     assert last.startswith("error: the loss is nan in epoch 2; lower the training's learning rate")
+
+
+# Ctrl-C: status 130, one line
+
+
+def interrupt_at(monkeypatch, module, name, call):
+    """Interrupts the given call of a function, counted from 1, as Ctrl-C does."""
+    original, calls = getattr(module, name), []
+
+    def interrupted(*arguments, **options):
+        calls.append(name)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(module, name, interrupted)
+
+
+def last_words(capsys, *words):
+    """The last line that an interrupted call leaves after its progress bars."""
+    capsys.readouterr()
+    assert run(*words) == 130
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    assert error.endswith("\n")
+    return error.splitlines()[-1]
+
+
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_an_interrupted_training_can_be_continued(capsys, tmp_path, monkeypatch, command):
+    words = [command, *TINY, "--epochs", 3, "--out"]
+    words[1:1] = ["--targets", "centre_b", "--methods", "none", *FEW] * (command == "compare")
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, training, "evaluate", 1)
+        assert last_words(capsys, *words, tmp_path / "a") == "interrupted"
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, training, "evaluate", 3)
+        assert last_words(capsys, *words, tmp_path / "a") == "interrupted; continue with --resume"
+    with monkeypatch.context() as patch:
+        # nothing new is kept, but what was kept before is
+        interrupt_at(patch, training, "evaluate", 1)
+        again = last_words(capsys, *words, tmp_path / "a", "--resume")
+        assert again == "interrupted; continue with --resume"
+        # of a training that starts anew nothing is kept yet
+        assert len(load(tmp_path / "a" / "training" / "last.pt")["history"]) == 2
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, training, "evaluate", 1)
+        assert last_words(capsys, *words, tmp_path / "a") == "interrupted"
+    assert run(*words, tmp_path / "a", "--resume") == 0
+    assert run(*words, tmp_path / "b") == 0
+    one, other = (load(tmp_path / name / "centre_a.pt")["model"] for name in "ab")
+    assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+def test_an_interrupted_comparison_continues_after_its_training(
+    capsys, compared, checkpoint, tmp_path, monkeypatch
+):
+    out = copy_tree(compared, tmp_path / "out")
+    words = ["compare", *TINY, *FEW, "--targets", "centre_b", "--methods", "none", "--out", out]
+    words += ["--seed", 5]
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, adaptation, "segment", 2)
+        assert last_words(capsys, *words) == "interrupted; continue with --resume"
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, adaptation, "segment", 2)
+        given = last_words(capsys, *words, "--checkpoint", checkpoint)
+        assert given == "interrupted"
+    assert read(out) == read(compared)  # the earlier results are still complete
+    monkeypatch.setattr(training.TrainingState, "run_epoch", None)  # nothing is trained again
+    assert run(*words, "--resume") == 0
+    assert read(out) == read(compared)[:1]
+
+
+@pytest.mark.parametrize("command", ["adapt", "export"])
+def test_interrupted_without_a_way_to_continue(capsys, checkpoint, tmp_path, monkeypatch, command):
+    if command == "adapt":
+        interrupt_at(monkeypatch, adaptation, "segment", 1)
+        words = ["--checkpoint", checkpoint, *FEW]
+    else:
+        interrupt_at(monkeypatch, commands, "export_domains", 1)
+        words = []
+    assert last_words(capsys, command, *words, "--out", tmp_path) == "interrupted"
+
+
+def test_a_remedy_is_not_replaced_by_an_outer_one(capsys):
+    def command():
+        with interruptible("outer", lambda: True), interruptible("inner", lambda: True):
+            raise KeyboardInterrupt
+
+    assert run_command(command) == 130
+    assert capsys.readouterr().err == "interrupted; inner\n"
 
 
 def test_module_is_a_program(tmp_path):

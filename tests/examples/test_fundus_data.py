@@ -4,7 +4,7 @@ import csv
 import warnings
 from collections.abc import Iterable, Sequence, Sized
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -121,6 +121,41 @@ class TestLayout:
         assert torch.equal(target, decode_target(torch.from_numpy(rings(shift=-4))))
         assert (root / "several.csv").read_bytes() == before
 
+    @pytest.mark.parametrize("suffix", [".TIF", ".Tif"])
+    def test_a_mask_listed_as_tif_in_capitals_follows_the_same_rule(
+        self, root: Path, suffix: str
+    ) -> None:
+        write_list(root, "several.csv", [("clinic/0.png", f"clinic/0_mask{suffix}")])
+        for name, shift in (("0_mask", 2), ("0_mask-1", -4)):
+            Image.fromarray(rings(shift=shift)).save(root / f"clinic/{name}{suffix}", format="TIFF")
+        target = FundusDataset(root, "several", size=24)[0].target
+        assert torch.equal(target, decode_target(torch.from_numpy(rings(shift=-4))))
+
+    @pytest.mark.parametrize("name", ["0_mask.tiff", "0_mask.png"])
+    def test_other_endings_do_not(self, root: Path, name: str) -> None:
+        Image.fromarray(rings(shift=2)).save(root / f"clinic/{name}")
+        write_list(root, "several.csv", [("clinic/0.png", f"clinic/{name}")])
+        target = FundusDataset(root, "several", size=24)[0].target
+        assert torch.equal(target, decode_target(torch.from_numpy(rings(shift=2))))
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            " image , mask \n clinic/1.png , clinic/1_mask.png \n",
+            "Image,MASK\nclinic/1.png,clinic/1_mask.png\n",
+            'mask,"image"\nclinic/1_mask.png, "clinic/1.png"\n',
+            "id,image,mask\n1,clinic/1.png,clinic/1_mask.png,more\n",
+            "image,mask\n\nclinic/1.png,clinic/1_mask.png\n  \n",
+        ],
+        ids=["spaces", "capitals", "quotes", "more columns", "empty lines"],
+    )
+    def test_lists_are_read_as_people_write_them(self, root: Path, text: str) -> None:
+        (root / "spaced.csv").write_text(text)
+        check(root, ["spaced"])
+        (sample,) = samples(FundusDataset(root, "spaced", size=24))
+        assert sample.name == "clinic/1.png"
+        assert torch.equal(sample.target, decode_target(torch.from_numpy(rings(shift=-1))))
+
     def test_a_single_list_serves_as_all(self, root: Path) -> None:
         write_list(root, "whole.csv", [("clinic/1.png", "clinic/1_mask.png")])
         assert [sample.name for sample in samples(FundusDataset(root, "whole"))] == ["clinic/1.png"]
@@ -178,6 +213,19 @@ class TestPictures:
         target = FundusDataset(root, "clinic", size=24)[0].target
         assert torch.equal(target[0], target[1])
         assert target[1].sum() == 16
+
+    @pytest.mark.parametrize("compression", [None, "tiff_lzw", "tiff_adobe_deflate", "packbits"])
+    def test_grey_between_is_rim_in_lossless_files(
+        self, root: Path, compression: str | None
+    ) -> None:
+        mask = rings()
+        mask[6:8] = np.where(mask[6:8] == 128, 77, 255)
+        mask[16:18] = np.where(mask[16:18] == 128, 254, 255)
+        Image.fromarray(mask).save(root / "clinic/smooth.tiff", compression=compression)
+        write_list(root, "smooth.csv", [("clinic/0.png", "clinic/smooth.tiff")])
+        check(root, ["smooth"])
+        target = FundusDataset(root, "smooth", size=24)[0].target
+        assert torch.equal(target, decode_target(torch.from_numpy(rings())))
 
 
 class TestCache:
@@ -266,6 +314,26 @@ class TestCheck:
         write_list(root, "clinic_test.csv", [("a", "b")], header)
         self.fails(root, rf"clinic_test\.csv has no column '{column}'")
 
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("picture, label\na,b\n", r"'image' \(found 'picture', 'label'\); .*'image,mask'"),
+            ("image,label\na,b\n", r"'mask' \(found 'image', 'label'\); its first line must be"),
+            (
+                "image;mask\na;b\n",
+                r"'image' \(found 'image;mask'\); separate by commas, not by semi",
+            ),
+            ("image\tmask\na\tb\n", r"'image' \(found .*; separate by commas, not by tabs"),
+            ("\nimage,mask\na,b\n", r"'image' \(its first line is empty\)"),
+            ("image,mask, Image\na,b,c\n", r"the column 'image' twice; remove one"),
+        ],
+    )
+    def test_missing_columns_are_told_with_those_found(
+        self, root: Path, text: str, message: str
+    ) -> None:
+        (root / "clinic_test.csv").write_text(text)
+        self.fails(root, rf"clinic_test\.csv has .*{message}")
+
     def test_empty_file(self, root: Path) -> None:
         (root / "clinic_test.csv").write_text("")
         self.fails(root, r"clinic_test\.csv has no column 'image'")
@@ -342,6 +410,26 @@ class TestCheck:
     def test_mask_of_several_channels(self, root: Path, mode: str) -> None:
         Image.new(mode, (24, 24)).save(root / "clinic/0_mask.png")
         self.fails(root, rf"0_mask\.png is not single-channel 8-bit but of mode {mode}")
+
+    @pytest.mark.parametrize(
+        ("name", "options", "kind"),
+        [
+            ("0_mask.jpg", {"quality": 75}, "JPEG"),
+            ("0_mask.jpg", {"quality": 100}, "JPEG"),
+            ("0_mask.png", {"format": "JPEG"}, "JPEG"),  # whatever its name
+            ("0_mask.webp", {}, "WEBP"),
+            ("0_mask.jp2", {}, "JPEG2000"),
+            ("0_mask.tiff", {"compression": "jpeg"}, "TIFF of jpeg"),
+        ],
+    )
+    def test_mask_in_a_lossy_format(
+        self, root: Path, name: str, options: dict[str, Any], kind: str
+    ) -> None:
+        Image.fromarray(rings(64, 64)).save(root / "clinic" / name, **options)
+        Image.fromarray(noise(0, 64, 64)).save(root / "clinic/0.png")
+        write_list(root, "lossy.csv", [("clinic/0.png", f"clinic/{name}")])
+        message = rf"clinic/{name} is a mask in a lossy format \({kind}\).*as PNG"
+        self.fails(root, message, ["lossy"])
 
     def test_mask_with_a_palette_of_colours(self, root: Path) -> None:
         Image.fromarray(noise(0)).quantize(8).save(root / "clinic/0_mask.png")

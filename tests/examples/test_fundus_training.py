@@ -1,5 +1,5 @@
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -12,11 +12,17 @@ from examples.fundus.augmentation import AugmentedDataset
 from examples.fundus.metrics import dice, segment
 from examples.fundus.network import ResUNet34
 from examples.fundus.sample import Sample
-from examples.fundus.source_model import Architecture, load_source_model, save_source_model
+from examples.fundus.source_model import (
+    FORMAT,
+    Architecture,
+    load_source_model,
+    save_source_model,
+)
 from examples.fundus.training import evaluate, split_held_out, train_source
 from examples.fundus.training_state import (
     TrainingError,
     TrainingSettings,
+    fingerprint,
     polynomial_learning_rate,
     segmentation_loss,
 )
@@ -214,8 +220,9 @@ def assert_equal_content(a, b):
         assert a == b
 
 
-def fit(directory, settings=SETTINGS, **options):
-    return train_source(Discs(6), TINY, settings, directory, CPU, progress=False, **options)
+def fit(directory, settings=SETTINGS, samples=None, **options):
+    samples = Discs(6) if samples is None else samples
+    return train_source(samples, TINY, settings, directory, CPU, progress=False, **options)
 
 
 @pytest.mark.parametrize("interrupted_after", [1, 2])
@@ -300,6 +307,41 @@ def test_resuming_another_training_is_refused(tmp_path):
         fit(tmp_path, replace(SETTINGS, epochs=1, seed=4), resume=True)
 
 
+def rename(samples, names):
+    return [replace(sample, name=name) for sample, name in zip(samples, names, strict=True)]
+
+
+def test_resuming_on_other_data_is_refused(tmp_path):
+    settings, samples = replace(SETTINGS, epochs=1), [Discs(6)[index] for index in range(6)]
+    names = [sample.name for sample in samples]
+    fit(tmp_path, settings, samples)
+    message = (
+        r"last\.pt: belongs to a training on other data \(folder, 6 .*start anew without --res"
+    )
+    swapped = [names[1], names[0], *names[2:]]
+    joined = [names[0] + names[1], "", *names[2:]]  # the same letters in the same order
+    for other in (Discs(5), rename(samples, swapped), rename(samples, joined)):
+        with pytest.raises(TrainingError, match=message):
+            fit(tmp_path, settings, other, resume=True)
+    with pytest.raises(TrainingError, match=message):
+        fit(tmp_path, settings, samples, resume=True, root="synthetic")
+    last = load(tmp_path / "last.pt")
+    assert last["data"] == asdict(fingerprint(samples, "folder"))
+    fit(tmp_path, settings, Discs(6), resume=True)  # the same data, opened anew
+    fit(tmp_path, settings, Discs(5))  # and without resuming any
+
+
+def test_a_state_that_does_not_tell_its_data_is_incomplete(tmp_path):
+    fit(tmp_path, replace(SETTINGS, epochs=1))
+    content = load(tmp_path / "last.pt")
+    for data in ({}, {"data": "folder"}, {"data": {"root": "folder"}}):
+        save_atomically(
+            {k: v for k, v in content.items() if k != "data"} | data, tmp_path / "last.pt"
+        )
+        with pytest.raises(CheckpointError, match="not a complete state of a training"):
+            fit(tmp_path, replace(SETTINGS, epochs=1), resume=True)
+
+
 def test_divergence_is_reported(tmp_path):
     with pytest.raises(TrainingError, match="lower the training's learning rate"):
         fit(tmp_path, replace(SETTINGS, learning_rate=1e30))
@@ -344,6 +386,43 @@ def test_a_bare_state_dict_is_recognised(tmp_path, auxiliary_heads):
     assert torch.equal(model.up5.weight, weights["up5.weight"])
     with pytest.raises(CheckpointError, match="width 4, not 64"):
         load_source_model(tmp_path / "released.pth", width=64)
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"depth": 34}, r"entries \['auxiliary_heads', 'depth', 'size', 'source', 'width'\]"),
+        ({"width": None}, "has width None, a NoneType"),
+        ({"width": "2"}, "has width '2', a str"),
+        ({"width": 2.0}, "has width 2.0, a float"),
+        ({"width": True}, "has width True, a bool"),
+        ({"width": -2}, "width is -2"),
+        ({"size": "64"}, "has size '64', a str"),
+        ({"source": 1}, "has source 1, a int"),
+        ({"auxiliary_heads": 1}, "has auxiliary_heads 1, a int"),
+    ],
+)
+def test_an_unknown_architecture_is_refused(tmp_path, entries, message):
+    path = tmp_path / "m.pt"
+    content = {"format": FORMAT, "model": TINY.build().state_dict()}
+    save_atomically({**content, "architecture": asdict(TINY) | entries}, path)
+    with pytest.raises(CheckpointError, match=rf"m\.pt: .*{message}.*pass another checkpoint"):
+        load_source_model(path)
+
+
+def test_a_checkpoint_without_its_parts_is_refused(tmp_path):
+    path, whole = tmp_path / "m.pt", {"format": FORMAT, "architecture": asdict(TINY)}
+    for architecture in (None, 2, [1, 2], {"width": 2}, {}):
+        save_atomically({**whole, "architecture": architecture}, path)
+        with pytest.raises(CheckpointError, match=r"m\.pt: its architecture has the entries"):
+            load_source_model(path)
+    save_atomically({"format": FORMAT}, path)
+    with pytest.raises(CheckpointError, match="its architecture has the entries None"):
+        load_source_model(path)
+    for model in ({}, {"model": None}, {"model": 3}, {"model": {"res.conv1.weight": 3}}):
+        save_atomically(whole | model, path)
+        with pytest.raises(CheckpointError, match=r"m\.pt: its tensors are not those"):
+            load_source_model(path)
 
 
 class Payload:
