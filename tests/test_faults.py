@@ -68,6 +68,7 @@ def test_both_engines_train_tied_weights_alike() -> None:
     assert plain(models["functional"].state_dict()) == plain(models["inplace"].state_dict())
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("engine", ENGINES)
 def test_an_interrupt_at_any_line_leaves_all_or_nothing(engine: str) -> None:
     objectives_of = lambda model: {  # noqa: E731 # short and used twice

@@ -271,6 +271,7 @@ def test_state_of_other_transforms_is_refused_and_changes_nothing() -> None:
     assert optimizer.param_groups[0]["lr"] == 0.1
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("engine", ENGINES)
 def test_an_interrupt_during_the_base_step_waits_for_the_commit(engine: str) -> None:
     model = network()

@@ -329,6 +329,7 @@ def test_an_objective_that_raises_leaves_no_trace(where: str, error, episodic: b
     assert adapter.last_step is last
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_after_the_step_rewinds_nothing() -> None:
     class Interrupted(torch.optim.Adam):
         armed = False
