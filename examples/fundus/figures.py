@@ -161,9 +161,6 @@ def draw_alignment(streams: Mapping[str, Stream]) -> Figure:
                 )  # fmt: skip
             axes.grid(color="0.9", linewidth=0.6)
             axes.set_axisbelow(True)
-            # Of one image matplotlib would make an axis from 0.95 to 1.05.
-            margin = max(0.5, 0.03 * len(values))
-            axes.set_xlim(1 - margin, len(values) + margin)
             axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
             axes.spines[["top", "right"]].set_visible(False)
         column[1].set_xlabel("image in the stream (number)")
