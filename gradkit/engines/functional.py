@@ -54,9 +54,10 @@ class FunctionalSession:
                 points = [parameter.detach() for parameter in parameters]
             else:
                 values = self._layout.views(self._pool.take_vector())
-                torch._foreach_copy_(values, list(parameters))
-                torch._foreach_add_(values, self._layout.views(at))
-                del at  # it is not needed any more, and may be the last reference
+                parts = self._layout.views(at)
+                for value, parameter, part in zip(values, parameters, parts, strict=True):
+                    torch.add(parameter, part, out=value)
+                del at, parts, part  # not needed any more, and maybe the last references
                 points = [
                     value if value.dtype == parameter.dtype else value.to(parameter.dtype)
                     for value, parameter in zip(values, parameters, strict=True)

@@ -46,7 +46,7 @@ class InplaceSession:
                 torch._foreach_copy_(self._layout.views(saved), list(parameters))
                 self._saved = saved
                 for parameter, part in zip(parameters, self._layout.views(at), strict=True):
-                    parameter.copy_(parameter + part)
+                    parameter.add_(part)
                 del at, part  # not needed any more, and maybe the last references
             # Autocast keeps the weights it has cast, and would go on using the old ones.
             torch.clear_autocast_cache()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Container
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -50,13 +51,14 @@ class SAM(Transform):
         ) -> Gradients:
             # No name holds on to the first evaluation or to the point of the second, so that their
             # memory is free as soon as it is no longer needed.
-            return inner(self._ascended(inner(at, only), at), only)
+            return inner(self._ascended(inner(at, only), at, context), only)
 
         return oracle
 
     def _ascended(
-        self, gradients: Gradients, at: Float[Tensor, " P"] | None
+        self, gradients: Gradients, at: Float[Tensor, " P"] | None, context: Context
     ) -> Float[Tensor, " P"]:
         d = gradients.direction()
-        epsilon = d * (self.rho / (gradients.direction_norm(d) + 1e-12))
+        factor = self.rho / (gradients.direction_norm(d) + 1e-12)
+        epsilon = torch.mul(d, factor, out=context.pool.take_vector())
         return epsilon if at is None else epsilon.add_(at)
