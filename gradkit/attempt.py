@@ -68,6 +68,8 @@ class Attempt:
         still = all(group.get("lr", 1) == 0 for group in self._base.param_groups)
         if grads and not (still and not any(bool(grad.any()) for grad in grads)):
             return False
+        for parameter, _ in self._stale:
+            parameter.grad = None
         self._base.step()
         link_stepped(transforms, self.context.layout, self._base)
         return True

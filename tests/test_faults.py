@@ -176,6 +176,13 @@ def test_a_layer_frozen_between_steps_stays(engine: str) -> None:
     model[0].requires_grad_(True)
     optimizer.step(closure)
     assert not torch.equal(model[0].weight, frozen)
+    # Without a closure, and with nothing to step on but what the step before left.
+    frozen = model[0].weight.clone()
+    model[0].requires_grad_(False)
+    for layer in (model[1], model[3]):
+        layer.zero_grad()
+    optimizer.step()
+    assert torch.equal(model[0].weight, frozen)
 
 
 def test_a_step_at_learning_rate_zero_is_a_step() -> None:
