@@ -4,7 +4,7 @@ from gradkit import testing, tta
 from gradkit.gradients import Gradients
 from gradkit.lookahead import LookAhead
 from gradkit.nonfinite import NonFiniteError
-from gradkit.optimizer import GradientOptimizer, wrap
+from gradkit.optimizer import GradientOptimizer
 from gradkit.oracle import Context, Oracle, Transform
 from gradkit.recipes import GraTa
 from gradkit.record import StepRecord
@@ -12,6 +12,7 @@ from gradkit.sharpness import SAM
 from gradkit.step_size import CosineLR
 from gradkit.surgery import Mean, PCGrad, Sum
 from gradkit.teacher import EMA, GatedEMA
+from gradkit.wrapping import wrap
 
 __version__ = "0.1.0"
 

@@ -12,137 +12,28 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.optim import LBFGS, Optimizer, SparseAdam
+from torch.optim import Optimizer
 
 from gradkit import state as saved_state
 from gradkit.attempt import Attempt
 from gradkit.engines.choice import (
-    ENGINES,
     EngineName,
     ParameterPlaces,
     choose_engine,
     refuse_processes,
 )
-from gradkit.engines.evaluator import Evaluator, StoredGradients, stacked
+from gradkit.engines.evaluator import Evaluator, StoredGradients
 from gradkit.engines.functional import FunctionalSession
 from gradkit.engines.inplace import InplaceSession
+from gradkit.engines.rows import stacked
 from gradkit.flat import Layout, Pool
 from gradkit.gradients import Gradients
 from gradkit.gram import cosines
 from gradkit.interrupts import Interrupts
-from gradkit.nonfinite import NONFINITE, Nonfinite, NonFiniteError, judge
+from gradkit.nonfinite import Nonfinite, NonFiniteError, judge
 from gradkit.objectives import Objectives, check_objectives
 from gradkit.oracle import Context, Transform
 from gradkit.record import StepRecord
-
-
-def wrap(
-    base: Optimizer,
-    *transforms: Transform,
-    model: nn.Module | None = None,
-    engine: EngineName = "auto",
-    nonfinite: Nonfinite = "raise",
-    max_norm: float | None = None,
-    replay_rng: bool = False,
-) -> GradientOptimizer:
-    """Wrap an optimizer, so that transforms bend its gradient on the way in.
-
-    Args:
-        base: Any `torch.optim.Optimizer` that steps on plain gradients; not to be stepped by
-            itself from then on.
-        transforms: Applied in this order: the first works on the objectives' own gradients,
-            each further one around those before it.
-        model: The module whose parameters are optimised. With it, buffers such as BatchNorm's
-            running statistics see each objective's first evaluation in a step and no other, and
-            the functional engine can be used.
-        engine: "functional" runs closures on a copy of the parameters and never writes to the
-            live ones; "inplace" displaces them and puts them back, which also runs parameter
-            hooks and compiled modules; "auto" is functional where that is possible.
-        nonfinite: On a NaN or an infinity in a loss or gradient, "raise" names the objective,
-            "skip" leaves everything but the random numbers as it was, "ignore" does not look
-            (and needs no copy to the host).
-        max_norm: Clip the final direction to this Euclidean norm, after all transforms.
-        replay_rng: Whether further evaluations of an objective in a step, at displaced weights,
-            see the same random numbers (dropout masks) as its first; by default they draw fresh
-            ones, as torch would.
-
-    Returns:
-        The optimizer; see `GradientOptimizer`.
-
-    Raises:
-        TypeError: If an argument is of the wrong type.
-        ValueError: If an argument has no valid value or the transforms cannot follow each other.
-
-    Examples:
-        >>> import torch, gradkit as gk
-        >>> model = torch.nn.Linear(2, 1)
-        >>> base = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        >>> gk.wrap(base, gk.PCGrad(), gk.SAM(rho=0.05), model=model).transforms[1]
-        SAM(rho=0.05)
-    """
-    if not isinstance(base, Optimizer):
-        raise TypeError(f"base is a {type(base).__name__}; pass a torch.optim.Optimizer")
-    if isinstance(base, GradientOptimizer):
-        raise ValueError(
-            "base is a gradkit optimizer already; pass all transforms to one wrap() instead"
-        )
-    if isinstance(base, LBFGS):
-        raise ValueError(
-            "LBFGS evaluates the loss several times inside its own step, which transforms cannot "
-            "see; wrap a first-order optimizer such as SGD or Adam"
-        )
-    if isinstance(base, SparseAdam):
-        raise ValueError(
-            "SparseAdam takes sparse gradients only, and flat vectors are dense; wrap Adam"
-        )
-    if model is not None and not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; pass the torch.nn.Module")
-    if engine not in ENGINES:
-        raise ValueError(f"engine is {engine!r}; choose one of {', '.join(ENGINES)}")
-    if nonfinite not in NONFINITE:
-        raise ValueError(f"nonfinite is {nonfinite!r}; choose one of {', '.join(NONFINITE)}")
-    if max_norm is not None and not max_norm > 0:
-        raise ValueError(f"max_norm is {max_norm}; it must be positive, or None for no clipping")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ValueError(
-            "model is a scripted module, whose parameters and buffers cannot be exchanged; pass "
-            "the module it was made from, or leave model= out"
-        )
-    _check_chain(transforms)
-    return GradientOptimizer(
-        base,
-        transforms,
-        model=model,
-        engine=engine,
-        nonfinite=nonfinite,
-        max_norm=max_norm,
-        replay_rng=replay_rng,
-    )
-
-
-def _check_chain(transforms: Sequence[Transform]) -> None:
-    from gradkit.surgery.rule import Rule
-
-    last: Transform | None = None
-    for position, transform in enumerate(transforms):
-        if isinstance(transform, type) and issubclass(transform, Transform):
-            raise TypeError(f"{transform.__name__} is a class; write {transform.__name__}()")
-        if not isinstance(transform, Transform):
-            raise TypeError(
-                f"a transform is a {type(transform).__name__}; pass gradkit transforms, and the "
-                "model as model="
-            )
-        if any(transform is other for other in transforms[:position]):
-            raise ValueError(
-                f"{transform!r} is passed twice; make two objects, since each keeps its own state"
-            )
-        if isinstance(transform, Rule) and last is not None:
-            raise ValueError(
-                f"{transform!r} cannot follow {last!r}, whose result is no weighted sum of "
-                "whole gradients; put it first"
-            )
-        if transform.sets_update:
-            last = transform
 
 
 class GradientOptimizer(Optimizer):

@@ -8,8 +8,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from gradkit.lookahead import LookAhead
-from gradkit.optimizer import GradientOptimizer, wrap
+from gradkit.optimizer import GradientOptimizer
 from gradkit.step_size import Activation, CosineLR
+from gradkit.wrapping import wrap
 
 
 def GraTa(  # noqa: N802 # the method's name

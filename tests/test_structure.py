@@ -18,6 +18,7 @@ LAYERS = [
     {"engines", "lookahead", "step_size", "surgery", "sharpness", "teacher", "state"},
     {"attempt"},
     {"optimizer"},
+    {"wrapping"},
     {"recipes", "tta", "testing"},
 ]
 ENGINES = {"engines"}

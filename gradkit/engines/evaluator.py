@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gradkit.engines.rows import Rows, no_gradient
 from gradkit.engines.session import Session
 from gradkit.gradients import Gradients
 from gradkit.interrupts import Interrupts
@@ -17,7 +18,6 @@ from gradkit.objectives import (
     LOSS,
     NoGradientError,
     Objectives,
-    checked_grad,
     checked_loss,
     micro_batches,
     refuse_reentrant_checkpoints,
@@ -86,7 +86,7 @@ class Evaluator:
     ) -> Gradients:
         assert self._closures is not None
         names = tuple(name for name in self._closures if only is None or name in only)
-        rows = _Rows(names, leaves, self._context)
+        rows = Rows(names, leaves, self._context)
         for name in names:
             closure = self._closures[name]
 
@@ -111,7 +111,7 @@ class Evaluator:
     def _evaluate_jointly(self, leaves: Sequence[Tensor], only: Container[str] | None) -> Gradients:
         closure = self._joint
         assert closure is not None
-        rows: _Rows | None = None
+        rows: Rows | None = None
 
         def body() -> None:
             nonlocal rows
@@ -121,7 +121,7 @@ class Evaluator:
                     names = self._agree_on(tuple(losses))
                     wanted = tuple(name for name in names if only is None or name in only)
                     if rows is None:
-                        rows = _Rows(wanted, leaves, self._context, also=names)
+                        rows = Rows(wanted, leaves, self._context, also=names)
                     self._back_propagate(losses, wanted, rows, leaves)
                     del item, losses  # and their graphs, before the next micro-batch is computed
 
@@ -160,7 +160,7 @@ class Evaluator:
         self,
         losses: Mapping[str, object],
         wanted: tuple[str, ...],
-        rows: _Rows,
+        rows: Rows,
         leaves: Sequence[Tensor],
     ) -> None:
         checked = {name: checked_loss(loss, name) for name, loss in losses.items()}
@@ -179,7 +179,7 @@ class Evaluator:
         for name in pending:
             loss = checked[name]
             if loss is None or not loss.requires_grad:
-                raise NoGradientError(_no_gradient(name), loss)
+                raise NoGradientError(no_gradient(name), loss)
             grads = self._session.differentiate(loss, leaves, retain_graph=name != pending[-1])
             if name not in self._searched and any(grad is None for grad in grads):
                 refuse_reentrant_checkpoints(loss, name)
@@ -204,101 +204,6 @@ class Evaluator:
             now.restore()
 
 
-class _Rows:
-    """The rows and losses of one evaluation, while micro-batches add to them."""
-
-    def __init__(
-        self,
-        names: tuple[str, ...],
-        leaves: Sequence[Tensor],
-        context: Context,
-        also: tuple[str, ...] = (),
-    ) -> None:
-        self._names = names
-        self._leaves = leaves
-        self._layout = context.layout
-        self._rows, self._views = context.pool.take(len(names))
-        self._reached = {name: [False] * len(leaves) for name in names}
-        self._written: set[str] = set()
-        self._losses: dict[str, Tensor | None] = dict.fromkeys((*names, *also))
-
-    def add_loss(self, name: str, loss: Tensor | None) -> None:
-        if loss is not None:
-            before = self._losses.get(name)
-            loss = loss.detach().to(self._layout.device)
-            loss = loss.to(torch.promote_types(loss.dtype, torch.float32))
-            self._losses[name] = loss if before is None else before + loss
-
-    def loss(self, name: str) -> Tensor:
-        """The summed loss; NaN if the closure returned None."""
-        loss = self._losses[name]
-        if loss is None:
-            dtype = torch.promote_types(self._layout.dtype, torch.float32)
-            return torch.tensor(torch.nan, dtype=dtype, device=self._layout.device)
-        return loss
-
-    def without_loss(self) -> set[str]:
-        """The objectives whose closure called backward and returned None."""
-        return {name for name, loss in self._losses.items() if loss is None}
-
-    @torch.no_grad()
-    def add(self, name: str, grads: Sequence[Tensor | None]) -> None:
-        if name not in self._reached:
-            return
-        views = self._views[self._names.index(name)]
-        reached = self._reached[name]
-        if all(grad is None for grad in grads) and not any(reached):
-            raise NoGradientError(_no_gradient(name))
-        for grad, parameter in zip(grads, self._layout.parameters, strict=True):
-            checked_grad(grad, name, parameter)
-        new = [t for t, grad in enumerate(grads) if grad is not None and not reached[t]]
-        more = [t for t, grad in enumerate(grads) if grad is not None and reached[t]]
-        if new:
-            torch._foreach_copy_([views[t] for t in new], _chosen(grads, new))
-        if more:
-            torch._foreach_add_([views[t] for t in more], _chosen(grads, more))
-        for t in new:
-            reached[t] = True
-
-    def gradients(self) -> Gradients:
-        with torch.no_grad():
-            for name, views in zip(self._names, self._views, strict=True):
-                unreached = [
-                    view for view, flag in zip(views, self._reached[name], strict=True) if not flag
-                ]
-                if unreached:
-                    torch._foreach_zero_(unreached)
-        return Gradients(
-            self._names,
-            stacked([self.loss(name) for name in self._names], self._layout.device),
-            self._rows,
-            layout=self._layout,
-            reached=tuple(tuple(self._reached[name]) for name in self._names),
-        )
-
-
-def stacked(losses: Sequence[Tensor], device: torch.device) -> Float[Tensor, " K"]:
-    """Losses as one vector, in the widest dtype among them."""
-    dtype = torch.float32
-    for loss in losses:
-        dtype = torch.promote_types(dtype, loss.dtype)
-    if not losses:
-        return torch.zeros(0, dtype=dtype, device=device)
-    return torch.stack([loss.to(dtype) for loss in losses])
-
-
-def _chosen(grads: Sequence[Tensor | None], indices: Sequence[int]) -> list[Tensor]:
-    return [grad for grad in (grads[t] for t in indices) if grad is not None]
-
-
-def _no_gradient(name: str) -> str:
-    what = "the closure" if name == LOSS else f"the closure of objective {name!r}"
-    return (
-        f"{what} produced no gradient: its loss does not depend on any optimised parameter "
-        "(was it computed under no_grad, detached, or from frozen parameters only?)"
-    )
-
-
 class StoredGradients:
     """`oracle(at, only)` over the gradients that `.grad` held before a step without a closure."""
 
@@ -306,7 +211,7 @@ class StoredGradients:
         self, name: str, grads: Sequence[Tensor | None], loss: Tensor | None, context: Context
     ) -> None:
         context.names = (name,)
-        rows = _Rows((name,), context.layout.parameters, context)
+        rows = Rows((name,), context.layout.parameters, context)
         rows.add_loss(name, loss)
         rows.add(name, grads)
         self._gradients = rows.gradients()

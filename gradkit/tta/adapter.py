@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradkit.optimizer import GradientOptimizer, wrap
+from gradkit.optimizer import GradientOptimizer
 from gradkit.oracle import Transform
 from gradkit.record import StepRecord
 from gradkit.tta.statistics import (
@@ -20,6 +20,7 @@ from gradkit.tta.statistics import (
     norm_affine_parameters,
     resolve_statistics,
 )
+from gradkit.wrapping import wrap
 
 Objective = Callable[[nn.Module, Tensor], Tensor]
 OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]

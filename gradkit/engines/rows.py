@@ -1,0 +1,116 @@
+"""The gradients and losses of one evaluation, while micro-batches add to them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gradkit.gradients import Gradients
+from gradkit.objectives import LOSS, NoGradientError, checked_grad
+from gradkit.oracle import Context
+
+
+class Rows:
+    """The rows and losses of one evaluation, while micro-batches add to them."""
+
+    def __init__(
+        self,
+        names: tuple[str, ...],
+        leaves: Sequence[Tensor],
+        context: Context,
+        also: tuple[str, ...] = (),
+    ) -> None:
+        self._names = names
+        self._leaves = leaves
+        self._layout = context.layout
+        self._rows, self._views = context.pool.take(len(names))
+        self._reached = {name: [False] * len(leaves) for name in names}
+        self._written: set[str] = set()
+        self._losses: dict[str, Tensor | None] = dict.fromkeys((*names, *also))
+
+    def add_loss(self, name: str, loss: Tensor | None) -> None:
+        """Add a micro-batch's loss; None stands for one that the closure did not return."""
+        if loss is not None:
+            before = self._losses.get(name)
+            loss = loss.detach().to(self._layout.device)
+            loss = loss.to(torch.promote_types(loss.dtype, torch.float32))
+            self._losses[name] = loss if before is None else before + loss
+
+    def loss(self, name: str) -> Tensor:
+        """The summed loss; NaN if the closure returned None."""
+        loss = self._losses[name]
+        if loss is None:
+            dtype = torch.promote_types(self._layout.dtype, torch.float32)
+            return torch.tensor(torch.nan, dtype=dtype, device=self._layout.device)
+        return loss
+
+    def without_loss(self) -> set[str]:
+        """The objectives whose closure called backward and returned None."""
+        return {name for name, loss in self._losses.items() if loss is None}
+
+    @torch.no_grad()
+    def add(self, name: str, grads: Sequence[Tensor | None]) -> None:
+        """Add a micro-batch's gradients; None for a parameter that its graph did not reach.
+
+        Raises:
+            NoGradientError: If the objective has reached no parameter at all.
+        """
+        if name not in self._reached:
+            return
+        views = self._views[self._names.index(name)]
+        reached = self._reached[name]
+        if all(grad is None for grad in grads) and not any(reached):
+            raise NoGradientError(no_gradient(name))
+        for grad, parameter in zip(grads, self._layout.parameters, strict=True):
+            checked_grad(grad, name, parameter)
+        new = [t for t, grad in enumerate(grads) if grad is not None and not reached[t]]
+        more = [t for t, grad in enumerate(grads) if grad is not None and reached[t]]
+        if new:
+            torch._foreach_copy_([views[t] for t in new], _chosen(grads, new))
+        if more:
+            torch._foreach_add_([views[t] for t in more], _chosen(grads, more))
+        for t in new:
+            reached[t] = True
+
+    def gradients(self) -> Gradients:
+        """What has been added up."""
+        with torch.no_grad():
+            for name, views in zip(self._names, self._views, strict=True):
+                unreached = [
+                    view for view, flag in zip(views, self._reached[name], strict=True) if not flag
+                ]
+                if unreached:
+                    torch._foreach_zero_(unreached)
+        return Gradients(
+            self._names,
+            stacked([self.loss(name) for name in self._names], self._layout.device),
+            self._rows,
+            layout=self._layout,
+            reached=tuple(tuple(self._reached[name]) for name in self._names),
+        )
+
+
+def stacked(losses: Sequence[Tensor], device: torch.device) -> Float[Tensor, " K"]:
+    """Losses as one vector, in the widest dtype among them."""
+    dtype = torch.float32
+    for loss in losses:
+        dtype = torch.promote_types(dtype, loss.dtype)
+    if not losses:
+        return torch.zeros(0, dtype=dtype, device=device)
+    return torch.stack([loss.to(dtype) for loss in losses])
+
+
+def _chosen(grads: Sequence[Tensor | None], indices: Sequence[int]) -> list[Tensor]:
+    return [grad for grad in (grads[t] for t in indices) if grad is not None]
+
+
+def no_gradient(name: str) -> str:
+    """What to say when an objective has no gradient."""
+    what = "the closure" if name == LOSS else f"the closure of objective {name!r}"
+    return (
+        f"{what} produced no gradient: its loss does not depend on any optimised parameter "
+        "(was it computed under no_grad, detached, or from frozen parameters only?)"
+    )
