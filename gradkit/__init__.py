@@ -6,6 +6,7 @@ from gradkit.lookahead import LookAhead
 from gradkit.nonfinite import NonFiniteError
 from gradkit.optimizer import GradientOptimizer
 from gradkit.oracle import Context, Oracle, Transform
+from gradkit.processes import RankError
 from gradkit.recipes import GraTa
 from gradkit.record import StepRecord
 from gradkit.sharpness import SAM
@@ -30,6 +31,7 @@ __all__ = [
     "NonFiniteError",
     "Oracle",
     "PCGrad",
+    "RankError",
     "StepRecord",
     "Sum",
     "Transform",

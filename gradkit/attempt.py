@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -15,6 +15,7 @@ from gradkit.gradients import Gradients
 from gradkit.gram import norm
 from gradkit.objectives import LOSS, NoGradientError, Objectives
 from gradkit.oracle import Context, Oracle, Transform
+from gradkit.processes import Processes, as_part_of, local
 from gradkit.random import RandomState
 from gradkit.state import link_stepped
 
@@ -34,6 +35,8 @@ class Attempt:
         generators: Sequence[torch.Generator | None],
         others: Sequence[Tensor],
         make_evaluator: Callable[..., Evaluator],
+        processes: Processes,
+        buffers: Iterable[Tensor],
     ) -> None:
         self.context = context
         self.applied = False
@@ -43,6 +46,8 @@ class Attempt:
         self._parameters = context.layout.parameters
         self._others = others
         self._make_evaluator = make_evaluator
+        self.processes = processes
+        self._buffers = buffers
         placed = set(self._parameters)
         # Frozen since a step left them a gradient, which the base would go on stepping on.
         self._stale = [
@@ -66,13 +71,20 @@ class Attempt:
         """
         grads = [grad for grad in self._grads if grad is not None]
         still = all(group.get("lr", 1) == 0 for group in self._base.param_groups)
-        if grads and not (still and not any(bool(grad.any()) for grad in grads)):
+        if grads and not (still and self._all_zero(grads)):
             return False
         for parameter, _ in self._stale:
             parameter.grad = None
         self._base.step()
         link_stepped(transforms, self.context.layout, self._base)
         return True
+
+    def _all_zero(self, grads: Sequence[Tensor]) -> bool:
+        shards = self.context.layout.shards
+        found = torch.tensor(float(any(bool(local(grad).any()) for grad in grads)))
+        if shards is not None:
+            shards.add_up(found := found.to(self.context.layout.device))
+        return not bool(found)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -125,7 +137,8 @@ class Attempt:
         direction = gradients.direction(out=self.context.pool.take_vector)
         if max_norm is None:
             return direction
-        factor = (max_norm / (norm(direction) + 1e-6)).clamp(max=1).to(direction.dtype)
+        length = norm(direction, over=self.context.layout.shards)
+        factor = (max_norm / (length + 1e-6)).clamp(max=1).to(direction.dtype)
         return torch.mul(direction, factor, out=self.context.pool.take_vector())
 
     def apply(
@@ -140,13 +153,15 @@ class Attempt:
         reached = gradients.reached_by_direction(weights) or (True,) * len(self._parameters)
         views = self.context.layout.views(direction)
         for parameter, view, flag in zip(self._parameters, views, reached, strict=True):
-            parameter.grad = _marked(view.to(parameter.dtype)) if flag else None
+            grad = as_part_of(view.to(parameter.dtype), parameter) if flag else None
+            parameter.grad = None if grad is None else _marked(grad)
         for parameter, _ in self._stale:
             parameter.grad = None
         with scaled_learning_rates(self._base, scale):
             self._base.step()
         self.applied = True
         self._session.commit()
+        self.processes.share_buffers(self._buffers)
         self.context.gradients = gradients
         for transform in transforms:
             self.context.commit(transform)

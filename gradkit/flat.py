@@ -16,6 +16,8 @@ from jaxtyping import Shaped
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from gradkit.processes import Shards, local
+
 Scope = Literal["global", "group", "tensor"]
 SCOPES: tuple[Scope, ...] = ("global", "group", "tensor")
 
@@ -26,16 +28,18 @@ class Layout:
 
     Parameters keep the order of the optimizer's groups; those that do not require a gradient
     have no place in the vector. The vector has the widest dtype among its parameters, so that
-    bfloat16 beside float32 loses nothing.
+    bfloat16 beside float32 loses nothing. Where parameters are sharded over ranks, the vector is
+    this rank's part: the shards it holds, one after the other.
 
     Attributes:
         parameters: The T parameters, each once.
         groups: The index of each one's parameter group.
         offsets: T + 1 numbers; parameter t takes `offsets[t]:offsets[t + 1]`.
-        shapes: Each one's shape.
+        shapes: Each one's shape; of its shard where it is sharded.
         strides: Each one's strides where it is channels-last, else None (contiguous).
         dtype: The vector's dtype.
         device: The one device that all parameters are on.
+        shards: How parameters are sharded over ranks; None if they are not.
 
     Examples:
         >>> weight = torch.nn.Parameter(torch.zeros(2, 3))
@@ -54,6 +58,7 @@ class Layout:
     strides: tuple[tuple[int, ...] | None, ...]
     dtype: torch.dtype
     device: torch.device
+    shards: Shards | None = None
 
     @classmethod
     def of(cls, param_groups: Sequence[Mapping[str, Any]]) -> Layout:
@@ -61,7 +66,8 @@ class Layout:
 
         Raises:
             ValueError: If no parameter requires a gradient, if one is complex, on the meta
-                device or not yet initialised, or if they are on more than one device.
+                device or not yet initialised, if they are on more than one device, or if they
+                are sharded in different ways.
         """
         parameters: list[Tensor] = []
         groups: list[int] = []
@@ -73,7 +79,7 @@ class Layout:
                 _check(parameter, f"parameter {position} of group {index}")
                 parameters.append(parameter)
                 groups.append(index)
-                offsets.append(offsets[-1] + parameter.numel())
+                offsets.append(offsets[-1] + local(parameter).numel())
         if not parameters:
             raise ValueError(
                 "no parameter of the optimizer requires a gradient; "
@@ -89,15 +95,21 @@ class Layout:
         dtype = parameters[0].dtype
         for other in {parameter.dtype for parameter in parameters}:
             dtype = torch.promote_types(dtype, other)
+        parts = [local(parameter) for parameter in parameters]
         return cls(
             parameters=tuple(parameters),
             groups=tuple(groups),
             offsets=tuple(offsets),
-            shapes=tuple(tuple(parameter.shape) for parameter in parameters),
-            strides=tuple(_channels_last_strides(parameter) for parameter in parameters),
+            shapes=tuple(tuple(part.shape) for part in parts),
+            strides=tuple(_channels_last_strides(part) for part in parts),
             dtype=dtype,
             device=devices.pop(),
+            shards=Shards.of(parameters),
         )
+
+    def has(self, dtype: torch.dtype) -> bool:
+        """Whether a parameter is of this dtype."""
+        return any(parameter.dtype == dtype for parameter in self.parameters)
 
     @property
     def numel(self) -> int:
@@ -114,7 +126,17 @@ class Layout:
             and self.groups == other.groups
             and self.dtype == other.dtype
             and self.device == other.device
+            and self.shards == other.shards
         )
+
+    def local_parameters(self) -> list[Tensor]:
+        """The parameters' values on this rank: themselves, or their shards.
+
+        Looked up anew each time, since shards move when a model is sharded or loaded.
+        """
+        if self.shards is None:
+            return list(self.parameters)
+        return [local(parameter) for parameter in self.parameters]
 
     def views(self, vector: Shaped[Tensor, " P"]) -> list[Tensor]:
         """The vector's parts, each shaped as its parameter (and in its memory format)."""
@@ -143,9 +165,9 @@ class Layout:
         raise ValueError(f"scope is {scope!r}; choose one of {', '.join(SCOPES)}")
 
     def flatten(self, tensors: Iterable[Tensor]) -> Shaped[Tensor, " P"]:
-        """One new flat vector from tensors shaped as the parameters."""
+        """One new flat vector from tensors shaped (and sharded) as the parameters."""
         vector = torch.empty(self.numel, dtype=self.dtype, device=self.device)
-        torch._foreach_copy_(self.views(vector), list(tensors))
+        torch._foreach_copy_(self.views(vector), [local(tensor) for tensor in tensors])
         return vector
 
 

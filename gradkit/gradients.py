@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gradkit.flat import Layout, Scope
 from gradkit.gram import accumulator, block_grams, cosines, exact_products, gram, norm
+from gradkit.processes import Shards
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,10 +136,12 @@ class Gradients:
         key = (scope, signs)
         if key not in self._products:
             if scope == "global":
-                self._products[key] = gram(self.rows, signs=signs)
+                self._products[key] = gram(self.rows, signs=signs, over=self._shards)
             else:
                 segments = self.segments(scope)
-                self._products[key] = block_grams(self.rows, segments, signs=signs)
+                self._products[key] = block_grams(
+                    self.rows, segments, signs=signs, over=self._shards
+                )
         return self._products[key]
 
     def segments(self, scope: Scope) -> tuple[tuple[int, int], ...]:
@@ -186,7 +189,11 @@ class Gradients:
         if self.update is None and len(declared) == 1 and self._weights_are_made:
             return self.gram()[self.index(declared[0]), self.index(declared[0])].sqrt()
         # wᵀGw would cancel where gradients conflict.
-        return norm(self.direction() if direction is None else direction)
+        return norm(self.direction() if direction is None else direction, over=self._shards)
+
+    @property
+    def _shards(self) -> Shards | None:
+        return None if self.layout is None else self.layout.shards
 
     def reached_by_direction(
         self, weights: Sequence[float] | None = None

@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gradkit.processes import Shards
+
 BLOCK = 1 << 9
 # Columns that are converted at a time where a copy is needed.
 _CONVERTED_COLUMNS = 1 << 18
@@ -23,7 +25,11 @@ _TRUSTED = (1e-28, 1e36)
 
 
 def inner_products(
-    a: Float[Tensor, "K P"], b: Float[Tensor, "L P"], *, signs: bool = False
+    a: Float[Tensor, "K P"],
+    b: Float[Tensor, "L P"],
+    *,
+    signs: bool = False,
+    over: Shards | None = None,
 ) -> Float[Tensor, "K L"]:
     """All inner products of the rows of `a` with the rows of `b`, in float64.
 
@@ -33,6 +39,7 @@ def inner_products(
         a: K flat vectors.
         b: L flat vectors.
         signs: Whether to take each number's sign first.
+        over: The ranks that hold the other parts of these vectors; None if there are none.
 
     Examples:
         >>> a = torch.tensor([[1.0, 2.0], [0.0, -3.0]])
@@ -43,6 +50,13 @@ def inner_products(
         tensor([[ 2., -1.],
                 [-1.,  1.]], dtype=torch.float64)
     """
+    products = _local_products(a, b, signs)
+    return products if over is None else over.add_up(products)
+
+
+def _local_products(
+    a: Float[Tensor, "K P"], b: Float[Tensor, "L P"], signs: bool
+) -> Float[Tensor, "K L"]:
     products = _products(a, b, signs, None)
     if a.device.type != "cpu" or signs or a.dtype == torch.float64:
         return products
@@ -110,7 +124,9 @@ def _blocks(columns: Float[Tensor, "K n"]) -> Float[Tensor, "blocks K block"]:
     return columns.reshape(len(columns), -1, BLOCK).transpose(0, 1)
 
 
-def gram(rows: Float[Tensor, "K P"], *, signs: bool = False) -> Float[Tensor, "K K"]:
+def gram(
+    rows: Float[Tensor, "K P"], *, signs: bool = False, over: Shards | None = None
+) -> Float[Tensor, "K K"]:
     """The Gram matrix G = J·Jᵀ of the rows, right to 1e-6 of its diagonal.
 
     Examples:
@@ -118,11 +134,15 @@ def gram(rows: Float[Tensor, "K P"], *, signs: bool = False) -> Float[Tensor, "K
         tensor([[ 18., -22.],
                 [-22.,  38.]], dtype=torch.float64)
     """
-    return inner_products(rows, rows, signs=signs)
+    return inner_products(rows, rows, signs=signs, over=over)
 
 
 def block_grams(
-    rows: Float[Tensor, "K P"], segments: Sequence[tuple[int, int]], *, signs: bool = False
+    rows: Float[Tensor, "K P"],
+    segments: Sequence[tuple[int, int]],
+    *,
+    signs: bool = False,
+    over: Shards | None = None,
 ) -> Float[Tensor, "S K K"]:
     """One Gram matrix for each half-open range of columns in `segments`.
 
@@ -132,17 +152,18 @@ def block_grams(
         <BLANKLINE>
                 [[9.]]], dtype=torch.float64)
     """
-    return torch.stack([gram(rows[:, start:stop], signs=signs) for start, stop in segments])
+    grams = torch.stack([gram(rows[:, start:stop], signs=signs) for start, stop in segments])
+    return grams if over is None else over.add_up(grams)
 
 
-def norm(vector: Float[Tensor, " P"]) -> Float[Tensor, ""]:
+def norm(vector: Float[Tensor, " P"], *, over: Shards | None = None) -> Float[Tensor, ""]:
     """The Euclidean norm of a flat vector.
 
     Examples:
         >>> norm(torch.tensor([3.0, 4.0]))
         tensor(5., dtype=torch.float64)
     """
-    return gram(vector[None])[0, 0].sqrt()
+    return gram(vector[None], over=over)[0, 0].sqrt()
 
 
 def cosines(gram: Float[Tensor, "*batch K K"]) -> Float[Tensor, "*batch K K"]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gradkit.gradients import Gradients
-from gradkit.gram import accumulator, norm
+from gradkit.gram import accumulator
 
 Nonfinite = Literal["raise", "skip", "ignore"]
 NONFINITE: tuple[Nonfinite, ...] = ("raise", "skip", "ignore")
@@ -54,7 +54,7 @@ def judge(
     if scale is not None:
         parts.append(scale[None])
     if gradients.update is not None:
-        parts.append(norm(gradients.update)[None])
+        parts.append(gradients.direction_norm()[None])
     for one in source.measured:
         parts += [one.losses, one.gram().diagonal()]
     values = torch.cat([part.to(wide) for part in parts]).tolist()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from gradkit import state as saved_state
@@ -20,7 +22,6 @@ from gradkit.engines.choice import (
     EngineName,
     ParameterPlaces,
     choose_engine,
-    refuse_processes,
 )
 from gradkit.engines.evaluator import Evaluator, StoredGradients
 from gradkit.engines.functional import FunctionalSession
@@ -33,7 +34,9 @@ from gradkit.interrupts import Interrupts
 from gradkit.nonfinite import Nonfinite, NonFiniteError, judge
 from gradkit.objectives import Objectives, check_objectives
 from gradkit.oracle import Context, Transform
+from gradkit.processes import Processes, ProcessGroupChoice
 from gradkit.record import StepRecord
+from gradkit.scaling import LossScale
 
 
 class GradientOptimizer(Optimizer):
@@ -63,6 +66,8 @@ class GradientOptimizer(Optimizer):
         nonfinite: Nonfinite,
         max_norm: float | None,
         replay_rng: bool,
+        scaler: GradScaler | None,
+        process_group: ProcessGroupChoice,
     ) -> None:
         # Optimizer.__init__ would build param_groups and state of its own beside the base's.
         self.base = base
@@ -72,6 +77,8 @@ class GradientOptimizer(Optimizer):
         self.nonfinite = nonfinite
         self.max_norm = max_norm
         self.replay_rng = replay_rng
+        self.scaler = scaler
+        self.process_group = process_group
         self.last_step: StepRecord | None = None
         self._vector_layout: Layout | None = None
         self._prepare_scratch()
@@ -150,7 +157,7 @@ class GradientOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         kept = (
             "base", "transforms", "model", "engine", "nonfinite", "max_norm", "replay_rng",
-            "last_step", "_vector_layout",
+            "scaler", "process_group", "last_step", "_vector_layout",
         )  # fmt: skip
         return {name: self.__dict__[name] for name in kept}
 
@@ -179,6 +186,8 @@ class GradientOptimizer(Optimizer):
             NonFiniteError: If a loss, gradient or weight is not finite and `nonfinite` is
                 "raise".
             ValueError: If the objectives do not fit the transforms.
+
+            RankError: If another rank has failed, or if the ranks differ where they must not.
 
         Whatever is raised before the base optimizer steps, by a closure too, weights, buffers,
         gradients, states, learning rates and random number generators are left as they were.
@@ -217,8 +226,8 @@ class GradientOptimizer(Optimizer):
             >>> optimizer.gradients(lambda: w.square().sum(), at=torch.tensor([1.0])).rows
             tensor([[8.]])
         """
-        check_objectives(objectives)
         with self._attempt() as attempt:
+            check_objectives(objectives)
             try:
                 with attempt.evaluating():
                     return attempt.evaluator(objectives).evaluate(at, only)
@@ -226,17 +235,25 @@ class GradientOptimizer(Optimizer):
                 attempt.undo(rng=False)
 
     def _step(self, closure: Objectives | None) -> Tensor | None:
-        if closure is not None:
-            check_objectives(closure)
         with self._attempt() as attempt:
-            if closure is None and attempt.initialise_only(self.transforms):
+            if closure is not None:
+                check_objectives(closure)
+            elif attempt.initialise_only(self.transforms):
                 return None
+            scale = self._loss_scale
+            if closure is None and scale is not None:
+                raise RuntimeError(
+                    "this optimizer scales losses itself (scaler=), so that it cannot know the "
+                    "scale of gradients that are there already; pass step() a closure"
+                )
+            nonfinite = self.nonfinite if scale is None else "skip"
             try:
                 with attempt.evaluating():
-                    gradients, source = self._evaluate(attempt, closure)
-                    verdict = judge(gradients, source, self.nonfinite, self.base)
+                    gradients, source = self._evaluate(attempt, closure, nonfinite)
+                    verdict = judge(gradients, source, nonfinite, self.base)
                     if verdict.culprit is None:
                         direction = attempt.direction(gradients, self.max_norm)
+                attempt.processes.agree("step", attempt.context.layout.device)
                 if verdict.culprit is None:
                     attempt.apply(
                         gradients, direction, verdict.scale, verdict.weights, self.transforms
@@ -247,13 +264,16 @@ class GradientOptimizer(Optimizer):
                 if not attempt.applied:
                     attempt.undo(rng=True)
                 raise
+            if scale is not None:
+                overflowed = verdict.culprit is not None
+                scale.update(attempt.context.layout.device, overflowed=overflowed)
             self._record(attempt, gradients, source)
             if closure is None:
                 return None
             return stacked([*source.first_losses.values()], attempt.context.layout.device).sum()
 
     def _evaluate(
-        self, attempt: Attempt, closure: Objectives | None
+        self, attempt: Attempt, closure: Objectives | None, nonfinite: Nonfinite
     ) -> tuple[Gradients, Evaluator | StoredGradients]:
         """What the transforms make of the gradients; the source's own where that fails on NaNs.
 
@@ -264,11 +284,11 @@ class GradientOptimizer(Optimizer):
             return attempt.evaluate(closure, self.transforms), attempt.source
         except Exception as error:
             source = attempt.source
-            if self.nonfinite == "ignore" or not source.measured:
+            if nonfinite == "ignore" or not source.measured:
                 raise
             last = source.measured[-1]
             try:
-                culprit = judge(last, source, self.nonfinite, self.base).culprit
+                culprit = judge(last, source, nonfinite, self.base).culprit
             except NonFiniteError as found:
                 raise found from error
             if culprit is None:
@@ -287,43 +307,76 @@ class GradientOptimizer(Optimizer):
                 "step() cannot take gradients inside torch.inference_mode(); leave that block, "
                 "or use torch.no_grad()"
             )
-        refuse_processes()
         interrupts = Interrupts()
         interrupts.begin()
         try:
             layout = self._layout()
-            if self._places is not None:
-                self._places.check_current()
+            processes = Processes.of(self.model, layout.shards, self.process_group)
+            attempt = None
             self._stepping = True
-            with torch.no_grad():
-                yield self._make_attempt(layout, interrupts)
+            try:
+                attempt = self._make_attempt(layout, processes, interrupts)
+                with torch.no_grad():
+                    yield attempt
+            except BaseException as error:
+                if attempt is None or not attempt.applied:
+                    processes.report(error, layout.device)
+                raise
         finally:
             self._stepping = False
             self._session = None
             interrupts.end()
 
-    def _make_attempt(self, layout: Layout, interrupts: Interrupts) -> Attempt:
+    @property
+    def _loss_scale(self) -> LossScale | None:
+        enabled = self.scaler is not None and self.scaler.is_enabled()
+        return LossScale(self.scaler) if self.scaler is not None and enabled else None
+
+    def _settings(self, processes: Processes) -> int:
+        """A number that says whether ranks would step alike on the same gradients."""
+        if not processes.together:
+            return 0
+        rates = [group.get("lr") for group in self.base.param_groups]
+        floats = [rate for rate in rates if not isinstance(rate, Tensor)]
+        return zlib.crc32(repr((floats, saved_state.encode(self.transforms))).encode())
+
+    def _make_attempt(
+        self, layout: Layout, processes: Processes, interrupts: Interrupts
+    ) -> Attempt:
         assert self._pool is not None  # made by _layout()
         self._pool.trim()
         model, places = self.model, self._places
+        if places is not None:
+            places.check_current()
+        scale = self._loss_scale
+        if scale is not None and layout.has(torch.float16):
+            raise ValueError(
+                "parameters are float16, whose gradients lose what the loss scale has saved as "
+                "soon as it is divided out again; keep them float32 and compute under "
+                "torch.autocast"
+            )
         engine = choose_engine(self.engine, model, places, layout)
         if engine == "functional" and model is not None and places is not None:
             self._session = FunctionalSession(layout, self._pool, model, places)
         else:
-            writes = places is not None and places.writes_weights
-            self._session = InplaceSession(layout, self._pool, model, writes_weights=writes)
+            self._session = InplaceSession(layout, self._pool, model, places)
         return Attempt(
             self.base,
             self._session,
             Context(layout, self._pool, self.base),
             generators=[transform.generator for transform in self.transforms],
             others=[] if places is None else places.others,
+            processes=processes,
+            buffers=[] if model is None else model.buffers(),
             make_evaluator=functools.partial(
                 Evaluator,
                 replay_rng=self.replay_rng,
-                measure=self.nonfinite != "ignore",
+                measure=self.nonfinite != "ignore" or scale is not None,
                 interrupts=interrupts,
                 searched=self._searched,
+                processes=processes,
+                settings=self._settings(processes),
+                loss_scale=scale,
             ),
         )
 

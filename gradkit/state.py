@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gradkit.flat import Layout
 from gradkit.oracle import Transform
+from gradkit.processes import as_part_of, is_sharded, local
 
 KEY = "gradkit"
 PREFIX = "gradkit."
@@ -118,7 +119,7 @@ def link_vectors(
     for key, vector in _keyed(transforms):
         for parameter, view in zip(layout.parameters, layout.views(vector), strict=True):
             if where(parameter, key):
-                base.state[parameter][key] = view
+                base.state[parameter][key] = as_part_of(view, parameter)
 
 
 def link_stepped(
@@ -170,7 +171,7 @@ def lay_out_vectors(
                     )
                     for source in sources:
                         if source is not None:
-                            view.copy_(source)
+                            view.copy_(local(source))
                             break
         transform.vectors.clear()
         transform.vectors.update(fresh)
@@ -193,7 +194,8 @@ def add_unlinked_vectors(
         for parameter, view in zip(layout.parameters, layout.views(vector), strict=True):
             state = state_dict["state"].get(identities[parameter], {})
             if key not in state:
-                state_dict["state"][identities[parameter]] = {**state, _UNSTEPPED + key: view}
+                part = as_part_of(view, parameter)
+                state_dict["state"][identities[parameter]] = {**state, _UNSTEPPED + key: part}
 
 
 def split(
@@ -229,6 +231,12 @@ def check_vectors(
                     raise ValueError(
                         f"the saved {key!r} has shape {tuple(value.shape)} where the parameter "
                         f"has {tuple(parameter.shape)}; the state is of another model"
+                    )
+                if is_sharded(value) != is_sharded(parameter):
+                    raise ValueError(
+                        f"the saved {key!r} is {'sharded' if is_sharded(value) else 'whole'} and "
+                        "the parameter is not; save and load by torch.distributed.checkpoint, "
+                        "which shards it anew"
                     )
 
 

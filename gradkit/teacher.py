@@ -10,9 +10,11 @@ from typing import Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from gradkit.gradients import Gradients
 from gradkit.oracle import Context, Oracle, Selection, Transform
+from gradkit.processes import is_sharded, local
 
 Measure = Literal["sign_cosine", "cosine"]
 
@@ -182,16 +184,30 @@ def follow(teacher: nn.Module, student: nn.Module, decay: Float[Tensor, ""]) -> 
         True
     """
     share = 1 - decay
+    student = unwrapped(student)
     weights = dict(student.named_parameters())
-    for name, mine in teacher.named_parameters():
-        mine.lerp_(weights[name].to(mine.dtype), share.to(mine.dtype))
+    for name, parameter in teacher.named_parameters():
+        mine = local(parameter)
+        mine.lerp_(local(weights[name]).to(mine.dtype), share.to(mine.dtype))
     buffers = dict(student.named_buffers())
     for name, buffer in teacher.named_buffers():
         buffer.copy_(torch.where(decay < 1, buffers[name], buffer))
 
 
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside a DistributedDataParallel wrapper; any other as it is."""
+    inner: nn.Module = module.module if isinstance(module, DistributedDataParallel) else module
+    return inner
+
+
 def _make_teacher(student: nn.Module, teacher: nn.Module | None) -> nn.Module:
+    student = unwrapped(student)
     if teacher is None:
+        if any(map(is_sharded, student.parameters())):
+            raise ValueError(
+                "the student is sharded and cannot be copied; make a second module with the same "
+                "weights, call fully_shard() on it in the same way, and pass it as teacher="
+            )
         teacher = copy.deepcopy(student)
         for parameter in teacher.parameters():
             parameter.requires_grad_(False)

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torch.amp import GradScaler
 from torch.optim import LBFGS, Optimizer, SparseAdam
 
 from gradkit.engines.choice import ENGINES, EngineName
 from gradkit.nonfinite import NONFINITE, Nonfinite
 from gradkit.optimizer import GradientOptimizer
 from gradkit.oracle import Transform
+from gradkit.processes import ProcessGroupChoice
 from gradkit.surgery.rule import Rule
 
 
@@ -23,6 +25,8 @@ def wrap(
     nonfinite: Nonfinite = "raise",
     max_norm: float | None = None,
     replay_rng: bool = False,
+    scaler: GradScaler | None = None,
+    process_group: ProcessGroupChoice = "auto",
 ) -> GradientOptimizer:
     """Wrap an optimizer, so that transforms bend its gradient on the way in.
 
@@ -44,6 +48,15 @@ def wrap(
         replay_rng: Whether further evaluations of an objective in a step, at displaced weights,
             see the same random numbers (dropout masks) as its first; by default they draw fresh
             ones, as torch would.
+        scaler: Loss scaling for float16, which the step then does by itself: it scales losses,
+            unscales their gradients, passes over a step in which one is not finite (whatever
+            `nonfinite` says), and updates the scale once. Do not call the scaler's `step`,
+            `unscale_` or `update`; save its `state_dict` beside the optimizer's. A closure that
+            calls backward does so on `scaler.scale(loss)`.
+        process_group: The ranks to average gradients over. By default those of the
+            `DistributedDataParallel` module in `model`, or of the mesh that `fully_shard` has
+            spread the parameters over. A group, for plain modules, takes their place; None lets
+            each rank train by itself.
 
     Returns:
         The optimizer; see `GradientOptimizer`.
@@ -87,6 +100,13 @@ def wrap(
             "model is a scripted module, whose parameters and buffers cannot be exchanged; pass "
             "the module it was made from, or leave model= out"
         )
+    if scaler is not None and not isinstance(scaler, GradScaler):
+        raise TypeError(f"scaler is a {type(scaler).__name__}; pass a torch.amp.GradScaler")
+    if isinstance(process_group, str) and process_group != "auto":
+        raise ValueError(
+            f"process_group is {process_group!r}; pass 'auto', None or a ProcessGroup, such as "
+            "torch.distributed.group.WORLD"
+        )
     _check_chain(transforms)
     return GradientOptimizer(
         base,
@@ -96,6 +116,8 @@ def wrap(
         nonfinite=nonfinite,
         max_norm=max_norm,
         replay_rng=replay_rng,
+        scaler=scaler,
+        process_group=process_group,
     )
 
 

@@ -12,7 +12,8 @@ PACKAGE = Path(gradkit.__file__).parent
 
 # Each part may import those of lower layers, and those of its own.
 LAYERS = [
-    {"flat", "gram", "random", "interrupts"},
+    {"random", "interrupts", "processes", "scaling"},
+    {"flat", "gram"},
     {"gradients", "record", "objectives"},
     {"oracle", "nonfinite"},
     {"engines", "lookahead", "step_size", "surgery", "sharpness", "teacher", "state"},

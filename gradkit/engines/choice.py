@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from gradkit.flat import Layout
 
@@ -90,8 +90,16 @@ def _functional_problem(
             f"optimizer (group {layout.groups[index]}, shape {shape}) is not: pass as model= a "
             "module that holds them all"
         )
-    if any(hasattr(module, "_orig_mod") for module in model.modules()):
-        return "cannot replace the parameters of a compiled module: pass the original as model="
+    if layout.shards is not None:
+        return "cannot run closures on other parameters than the shards that the model holds"
+    for module in model.modules():
+        if hasattr(module, "_orig_mod"):
+            return "cannot replace the parameters of a compiled module: pass the original as model="
+        if isinstance(module, DistributedDataParallel):
+            return (
+                "cannot replace the parameters of a DistributedDataParallel module: pass its "
+                ".module as model= and the ranks as process_group="
+            )
     if places.writes_weights:
         return "would lose what an embedding with max_norm= writes to its weight in forward"
     for index, parameter in enumerate(layout.parameters):
@@ -99,22 +107,3 @@ def _functional_problem(
             name = places.name(index)
             return f"would not run the hooks registered on the parameter {name!r}: remove them"
     return None
-
-
-def refuse_processes() -> None:
-    """Check that this is the only process of its group.
-
-    Raises:
-        RuntimeError: If it is not: gradients of several objectives would silently stay local.
-    """
-    distributed = torch.distributed
-    if (
-        distributed.is_available()
-        and distributed.is_initialized()
-        and distributed.get_world_size() > 1
-    ):
-        raise RuntimeError(
-            f"the process group has {distributed.get_world_size()} ranks; this version of gradkit "
-            "steps in one process only, because gradients that are not reduced over all ranks "
-            "would make the ranks drift apart"
-        )

@@ -23,7 +23,9 @@ from gradkit.objectives import (
     refuse_reentrant_checkpoints,
 )
 from gradkit.oracle import Context
+from gradkit.processes import Processes
 from gradkit.random import RandomState
+from gradkit.scaling import LossScale
 
 
 class Evaluator:
@@ -43,6 +45,9 @@ class Evaluator:
         measure: bool,
         interrupts: Interrupts,
         searched: set[str],
+        processes: Processes,
+        settings: int,
+        loss_scale: LossScale | None,
     ) -> None:
         self._closures = objectives if isinstance(objectives, Mapping) else None
         self._joint = None if isinstance(objectives, Mapping) else objectives
@@ -52,8 +57,12 @@ class Evaluator:
         self._measure = measure
         self._interrupts = interrupts
         self._searched = searched
+        self._processes = processes
+        self._settings = settings
+        self._loss_scale = loss_scale
         if self._closures is not None:
             context.names = tuple(self._closures)
+        self._evaluated: set[str] = set()
         self.first_losses: dict[str, Tensor] = {}
         self.without_loss: set[str] = set()
         self.measured: list[Gradients] = []
@@ -72,18 +81,29 @@ class Evaluator:
                 )
         place = self._session.displaced(at)
         del at  # a point is not needed once the weights are there
-        with place as leaves:
+        with place as leaves, self._processes.local_gradients():
             if self._closures is None:
-                gradients = self._evaluate_jointly(leaves, only)
+                rows = self._evaluate_jointly(leaves, only)
             else:
-                gradients = self._evaluate_one_by_one(leaves, only)
+                rows = self._evaluate_one_by_one(leaves, only)
+        gradients = self._finished(rows)
         if self._measure:
             self.measured.append(gradients.without_rows())
         return gradients
 
-    def _evaluate_one_by_one(
-        self, leaves: Sequence[Tensor], only: Container[str] | None
-    ) -> Gradients:
+    def _finished(self, rows: Rows) -> Gradients:
+        self._processes.check_clear(len(self._context.names or ()))
+        scale = self._loss_scale
+        device = self._context.layout.device
+        rows.finish(
+            self._processes, self._settings, None if scale is None else scale.inverse(device)
+        )
+        for name in rows.measured:
+            self.first_losses.setdefault(name, rows.loss(name))
+        self.without_loss |= rows.without_loss()
+        return rows.gradients()
+
+    def _evaluate_one_by_one(self, leaves: Sequence[Tensor], only: Container[str] | None) -> Rows:
         assert self._closures is not None
         names = tuple(name for name in self._closures if only is None or name in only)
         rows = Rows(names, leaves, self._context)
@@ -101,14 +121,13 @@ class Evaluator:
                         self._back_propagate({name: item}, (name,), rows, leaves)
                         del item  # and its graph, before the next micro-batch is computed
 
-            first = name not in self.first_losses
+            first = name not in self._evaluated
             with self._random_numbers(name, first):
                 self._run(body, first)
-            self.first_losses.setdefault(name, rows.loss(name))
-        self.without_loss |= rows.without_loss()
-        return rows.gradients()
+            self._evaluated.add(name)
+        return rows
 
-    def _evaluate_jointly(self, leaves: Sequence[Tensor], only: Container[str] | None) -> Gradients:
+    def _evaluate_jointly(self, leaves: Sequence[Tensor], only: Container[str] | None) -> Rows:
         closure = self._joint
         assert closure is not None
         rows: Rows | None = None
@@ -130,10 +149,7 @@ class Evaluator:
             self._run(body, first)
         if rows is None:
             raise NoGradientError("the closure produced no gradient: its generator yielded nothing")
-        for name in self._context.names or ():
-            self.first_losses.setdefault(name, rows.loss(name))
-        self.without_loss |= rows.without_loss()
-        return rows.gradients()
+        return rows
 
     def _run(self, body: Callable[[], None], first: bool) -> None:
         def interruptible() -> None:
@@ -180,7 +196,8 @@ class Evaluator:
             loss = checked[name]
             if loss is None or not loss.requires_grad:
                 raise NoGradientError(no_gradient(name), loss)
-            grads = self._session.differentiate(loss, leaves, retain_graph=name != pending[-1])
+            scaled = loss if self._loss_scale is None else self._loss_scale.scaled(loss)
+            grads = self._session.differentiate(scaled, leaves, retain_graph=name != pending[-1])
             if name not in self._searched and any(grad is None for grad in grads):
                 refuse_reentrant_checkpoints(loss, name)
                 self._searched.add(name)
@@ -226,6 +243,7 @@ class StoredGradients:
         if at is not None:
             raise RuntimeError(
                 "a transform of this optimizer evaluates the loss at other weights too: "
-                "pass step() a closure that returns the loss"
+                "pass step() a closure that returns the loss (and a GradScaler as scaler= to "
+                "gk.wrap(), instead of calling scaler.step(optimizer))"
             )
         return self._gradients

@@ -10,8 +10,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gradkit.engines.choice import ParameterPlaces
-from gradkit.engines.session import Result, is_expanded
+from gradkit.engines.session import Result
 from gradkit.flat import Layout, Pool
+from gradkit.processes import is_expanded
 
 Buffers = list[dict[str, Tensor | None]]
 

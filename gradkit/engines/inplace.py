@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gradkit.engines.session import Result, is_expanded
+from gradkit.engines.choice import ParameterPlaces
+from gradkit.engines.session import Result
 from gradkit.flat import Layout, Pool
+from gradkit.processes import is_expanded
 
 
 class InplaceSession:
@@ -24,15 +27,25 @@ class InplaceSession:
     """
 
     def __init__(
-        self, layout: Layout, pool: Pool, model: nn.Module | None, *, writes_weights: bool
+        self,
+        layout: Layout,
+        pool: Pool,
+        model: nn.Module | None,
+        places: ParameterPlaces | None,
     ) -> None:
-        """Begin a step; `writes_weights` says that the model's forward changes its weights."""
+        writes_weights = places is not None and places.writes_weights
+        self._others = [] if places is None else places.others
         self._layout = layout
         self._pool = pool
         self._saved: Float[Tensor, " P"] | None = None
-        self._at_start = layout.flatten(layout.parameters) if writes_weights else None
+        self._at_start = layout.flatten(layout.local_parameters()) if writes_weights else None
         self._modules = [] if model is None else list(model.modules())
         self._buffers = _BufferValues(self._modules)
+        self._sharded_modules: list[Any] = (
+            []
+            if layout.shards is None
+            else [module for module in self._modules if hasattr(module, "reshard")]
+        )
 
     @contextmanager
     def displaced(self, at: Float[Tensor, " P"] | None) -> Iterator[Sequence[Tensor]]:  # noqa: D102
@@ -43,13 +56,13 @@ class InplaceSession:
         saved = self._pool.take_vector()
         try:
             with torch.no_grad():
-                torch._foreach_copy_(self._layout.views(saved), list(parameters))
+                values = self._layout.local_parameters()
+                torch._foreach_copy_(self._layout.views(saved), values)
                 self._saved = saved
-                for parameter, part in zip(parameters, self._layout.views(at), strict=True):
-                    parameter.add_(part)
+                for value, part in zip(values, self._layout.views(at), strict=True):
+                    value.add_(part)
                 del at, part  # not needed any more, and maybe the last references
-            # Autocast keeps the weights it has cast, and would go on using the old ones.
-            torch.clear_autocast_cache()
+            self._forget_copies()
             yield parameters
         finally:
             self._restore_weights(self._saved)
@@ -58,8 +71,16 @@ class InplaceSession:
     def _restore_weights(self, saved: Float[Tensor, " P"] | None) -> None:
         if saved is not None:
             with torch.no_grad():
-                torch._foreach_copy_(list(self._layout.parameters), self._layout.views(saved))
-            torch.clear_autocast_cache()
+                torch._foreach_copy_(self._layout.local_parameters(), self._layout.views(saved))
+            self._forget_copies()
+
+    def _forget_copies(self) -> None:
+        """Drop what others have made of the weights that are now different."""
+        # Autocast keeps the weights it has cast.
+        torch.clear_autocast_cache()
+        # A forward without a backward leaves sharded weights gathered.
+        for module in self._sharded_modules:
+            module.reshard()
 
     def run(self, body: Callable[[], Result], *, keep_buffers: bool) -> Result:  # noqa: D102
         if keep_buffers:
@@ -73,8 +94,19 @@ class InplaceSession:
     def differentiate(  # noqa: D102
         self, loss: Tensor, leaves: Sequence[Tensor], *, retain_graph: bool
     ) -> list[Tensor | None]:
-        torch.autograd.backward(loss, inputs=list(leaves), retain_graph=retain_graph)
-        return _take_grads(leaves)
+        if self._layout.shards is None:
+            torch.autograd.backward(loss, inputs=list(leaves), retain_graph=retain_graph)
+            return _take_grads(leaves)
+        # The graph holds the gathered weights, and hooks bring their gradients to the shards.
+        grads = [other.grad for other in self._others]
+        for other in self._others:
+            other.grad = None
+        try:
+            torch.autograd.backward(loss, retain_graph=retain_graph)
+            return _take_grads(leaves)
+        finally:
+            for other, grad in zip(self._others, grads, strict=True):
+                other.grad = grad
 
     def collect(self, leaves: Sequence[Tensor]) -> list[Tensor | None] | None:  # noqa: D102
         if all(leaf.grad is None for leaf in leaves):

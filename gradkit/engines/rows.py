@@ -9,8 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gradkit.gradients import Gradients
+from gradkit.gram import accumulator
 from gradkit.objectives import LOSS, NoGradientError, checked_grad
 from gradkit.oracle import Context
+from gradkit.processes import Processes, local
 
 
 class Rows:
@@ -47,6 +49,11 @@ class Rows:
             return torch.tensor(torch.nan, dtype=dtype, device=self._layout.device)
         return loss
 
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """The objectives whose losses are known."""
+        return tuple(self._losses)
+
     def without_loss(self) -> set[str]:
         """The objectives whose closure called backward and returned None."""
         return {name for name, loss in self._losses.items() if loss is None}
@@ -66,6 +73,8 @@ class Rows:
             raise NoGradientError(no_gradient(name))
         for grad, parameter in zip(grads, self._layout.parameters, strict=True):
             checked_grad(grad, name, parameter)
+        if self._layout.shards is not None:
+            grads = [None if grad is None else local(grad) for grad in grads]
         new = [t for t, grad in enumerate(grads) if grad is not None and not reached[t]]
         more = [t for t, grad in enumerate(grads) if grad is not None and reached[t]]
         if new:
@@ -75,15 +84,55 @@ class Rows:
         for t in new:
             reached[t] = True
 
+    @torch.no_grad()
+    def finish(
+        self, processes: Processes, settings: int, unscale: Float[Tensor, ""] | None
+    ) -> None:
+        """Undo the loss scale, and average over the ranks.
+
+        Args:
+            processes: The ranks.
+            settings: A number that must be the same on all of them.
+            unscale: What to multiply the gradients by; None for 1.
+
+        Raises:
+            RankError: If a rank has failed, or if they differ where they must not.
+        """
+        for name, views in zip(self._names, self._views, strict=True):
+            unreached = [
+                view for view, flag in zip(views, self._reached[name], strict=True) if not flag
+            ]
+            if unreached:
+                torch._foreach_zero_(unreached)
+        if processes.together:
+            self._average(processes, settings)
+            if processes.averages:
+                share = 1 / processes.size
+                unscale = self._rows.new_full((), share) if unscale is None else unscale * share
+        if unscale is not None:
+            self._rows.mul_(unscale)
+
+    def _average(self, processes: Processes, settings: int) -> None:
+        device = self._layout.device
+        flags = bytes(flag for name in self._names for flag in self._reached[name])
+        alike = processes.agree(
+            "evaluation", device, names=self._names, settings=settings, flags=flags
+        )
+        if not alike:
+            everywhere = processes.any([self._reached[name] for name in self._names], device)
+            self._reached = dict(zip(self._names, everywhere, strict=True))
+        names = [*self._losses]
+        losses = stacked([self.loss(name) for name in names], device).to(accumulator(device))
+        processes.add_up(losses).div_(processes.size)
+        for name, loss in zip(names, losses, strict=True):
+            own = self._losses[name]
+            if own is not None:
+                self._losses[name] = loss.to(own.dtype)
+        if processes.averages:
+            processes.add_up(self._rows)
+
     def gradients(self) -> Gradients:
         """What has been added up."""
-        with torch.no_grad():
-            for name, views in zip(self._names, self._views, strict=True):
-                unreached = [
-                    view for view, flag in zip(views, self._reached[name], strict=True) if not flag
-                ]
-                if unreached:
-                    torch._foreach_zero_(unreached)
         return Gradients(
             self._names,
             stacked([self.loss(name) for name in self._names], self._layout.device),

@@ -39,10 +39,3 @@ class Session(Protocol):
 
     def rollback(self) -> None:
         """Put weights and buffers back as they were when the session began."""
-
-
-def is_expanded(tensor: Tensor) -> bool:
-    """Whether several elements share memory, so that the tensor cannot be written to in place."""
-    return any(
-        stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
-    )

@@ -144,6 +144,8 @@ class Adapter:
                     f"{transform!r} follows a module that is not adapted: adaptation works on a "
                     "copy; pass transforms=lambda model: (...), which is called with the copy"
                 )
+        # Each rank adapts its own copy to its own images.
+        options = {"process_group": None, **options}
         return wrap(optimizer(trained), *chain, model=self.model, **options)
 
     def __call__(self, images: Tensor) -> Tensor:

@@ -1,0 +1,372 @@
+"""The ranks that take a step together, and tensors of which each rank holds a part.
+
+Two kinds of parallel training meet here. Under `DistributedDataParallel` each rank holds all
+weights, and the gradients of a rank's data are averaged: one all-reduce of the flat rows. Under
+`fully_shard` (FSDP2) each rank holds a part of every tensor, gradients arrive averaged, and what is
+missing is the other ranks' share of each inner product: one all-reduce of the Gram matrix.
+
+Ranks agree before anything is changed. A rank on which a closure has failed says so in the same
+exchange that the others enter when theirs is done, so that all of them raise.
+"""
+
+from __future__ import annotations
+
+import sys
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+ProcessGroupChoice = Any  # "auto", None or a torch.distributed.ProcessGroup
+
+_MESSAGE_BYTES = 512
+
+Stage = Literal["evaluation", "step"]
+_STAGES: dict[Stage, int] = {"evaluation": 1, "step": 2}
+
+
+class RankError(RuntimeError):
+    """Another rank failed, or the ranks differ where they must not; no rank was changed."""
+
+
+# Tensors of which each rank holds a part.
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a `DTensor`."""
+    # Looked up, since importing it takes half a second and nobody without it can hold one.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this rank holds: all of it, unless it is a `DTensor`.
+
+    Examples:
+        >>> local(torch.ones(2))
+        tensor([1., 1.])
+    """
+    if not is_sharded(tensor):
+        return tensor
+    with torch.no_grad():
+        part: Tensor = tensor.to_local()  # type: ignore[attr-defined]  # a DTensor
+    return part
+
+
+def as_part_of(part: Tensor, whole: Tensor) -> Tensor:
+    """This rank's part of a tensor that is distributed like `whole`; the inverse of `local`.
+
+    Examples:
+        >>> as_part_of(torch.zeros(2), torch.ones(2))
+        tensor([0., 0.])
+    """
+    if not is_sharded(whole):
+        return part
+    made: Tensor = type(whole).from_local(  # type: ignore[attr-defined]  # a DTensor
+        part,
+        whole.device_mesh,  # type: ignore[attr-defined]
+        whole.placements,  # type: ignore[attr-defined]
+        run_check=False,
+        shape=whole.shape,
+        stride=whole.stride(),
+    )
+    return made
+
+
+def is_expanded(tensor: Tensor) -> bool:
+    """Whether several elements share memory, so that the tensor cannot be written to in place."""
+    return any(
+        stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
+    )
+
+
+@dataclass(frozen=True)
+class Shards:
+    """How the parameters' shards are spread over ranks.
+
+    Attributes:
+        group: The ranks that hold the parts of one vector.
+        everyone: Groups such that reducing over each in turn reaches every rank.
+    """
+
+    group: dist.ProcessGroup
+    everyone: tuple[dist.ProcessGroup, ...]
+
+    @classmethod
+    def of(cls, parameters: Sequence[Tensor]) -> Shards | None:
+        """How these parameters are spread; None if they are plain tensors.
+
+        Raises:
+            ValueError: If they are not all spread alike, each along one dimension.
+        """
+        sharded = [is_sharded(parameter) for parameter in parameters]
+        if not any(sharded):
+            return None
+        if not all(sharded):
+            index = sharded.index(False)
+            raise ValueError(
+                f"parameter {index} (of those that require a gradient) is a plain tensor while "
+                "others are sharded; call fully_shard() on the root module too, so that all are"
+            )
+        first: Any = parameters[0]
+        mesh = first.device_mesh
+        dimension = _shard_dimension(first)
+        for parameter in parameters:
+            other: Any = parameter
+            if other.device_mesh != mesh or _shard_dimension(other) != dimension:
+                raise ValueError(
+                    f"parameters are spread differently ({other.placements} on "
+                    f"{other.device_mesh} beside {first.placements} on {mesh}); gradkit works on "
+                    "the shards that fully_shard() makes on one mesh"
+                )
+        return cls(
+            group=mesh.get_group(dimension),
+            everyone=tuple(mesh.get_group(d) for d in range(mesh.ndim)),
+        )
+
+    def add_up(self, products: Tensor) -> Tensor:
+        """The sum over all shards, in place."""
+        dist.all_reduce(products, group=self.group)
+        return products
+
+
+def _shard_dimension(parameter: Any) -> int:
+    dimensions = [
+        d for d, placement in enumerate(parameter.placements) if type(placement).__name__ == "Shard"
+    ]
+    whole = [placement.is_replicate() for placement in parameter.placements]
+    if len(dimensions) != 1 or sum(whole) != len(whole) - 1:
+        raise ValueError(
+            f"a parameter has the placements {parameter.placements}; gradkit works on shards "
+            "along one dimension of the mesh, as fully_shard() makes them (tensor parallelism "
+            "is not supported)"
+        )
+    return dimensions[0]
+
+
+# The ranks that step together.
+
+
+@dataclass(frozen=True, eq=False)
+class Processes:
+    """The ranks that take a step together; by default this one alone.
+
+    Attributes:
+        groups: Groups such that reducing over each in turn reaches every rank.
+        averages: Whether gradients are each rank's own and are to be averaged.
+        replicas: DDP modules, whose own reduction is switched off while closures run.
+        communicates: Whether closures contain collectives, so that no exchange can follow on
+            one that failed.
+        unclear: How many ranks there are, if nothing says how they belong together.
+        has_model: Whether there is a model that could have said it.
+    """
+
+    groups: tuple[dist.ProcessGroup, ...] = ()
+    averages: bool = False
+    replicas: tuple[DistributedDataParallel, ...] = ()
+    communicates: bool = False
+    unclear: int = 0
+    has_model: bool = False
+
+    @classmethod
+    def of(
+        cls, model: nn.Module | None, shards: Shards | None, choice: ProcessGroupChoice
+    ) -> Processes:
+        """The ranks that a model and its parameters belong to.
+
+        Args:
+            model: The module whose parameters are optimised.
+            shards: How these are spread over ranks.
+            choice: "auto", None for this rank alone, or a process group.
+
+        Raises:
+            ValueError: If the choice does not fit the model.
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            return cls()
+        modules = [] if model is None else list(model.modules())
+        replicas = tuple(m for m in modules if isinstance(m, DistributedDataParallel))
+        synchronised = any(isinstance(m, nn.SyncBatchNorm) for m in modules)
+        if any(type(m).__name__ == "FullyShardedDataParallel" for m in modules):
+            raise ValueError(
+                "model is wrapped in FullyShardedDataParallel, whose flat parameters hide their "
+                "shards; use torch.distributed.fsdp.fully_shard() instead"
+            )
+        if any(replica.static_graph for replica in replicas):
+            raise ValueError(
+                "model is a DistributedDataParallel module with static_graph=True, which must see "
+                "every backward pass; leave that option out (gradients are reduced once per "
+                "evaluation here, whatever the graph)"
+            )
+        if shards is not None:
+            if choice != "auto":
+                raise ValueError(
+                    "process_group= is given, but the parameters are sharded and their mesh says "
+                    "which ranks belong together; leave process_group= out"
+                )
+            return cls(shards.everyone, communicates=True)
+        if choice is None and replicas:
+            raise ValueError(
+                "process_group=None means that each rank steps by itself, but model= is a "
+                "DistributedDataParallel module; pass its .module, or leave process_group= out"
+            )
+        if choice is None:
+            return cls()
+        if isinstance(choice, str):
+            if replicas:
+                groups = tuple(dict.fromkeys(m.process_group for m in replicas))
+                if len(groups) > 1:
+                    raise ValueError(
+                        "model holds DistributedDataParallel modules of different process groups; "
+                        "give each group's module an optimizer of its own"
+                    )
+                return cls(groups, True, replicas, communicates=synchronised)
+            return cls(unclear=dist.get_world_size(), has_model=model is not None)
+        return cls((choice,), True, replicas, communicates=synchronised)
+
+    @property
+    def together(self) -> bool:
+        """Whether there are other ranks to agree with."""
+        return bool(self.groups)
+
+    def check_clear(self, count: int) -> None:
+        """Check that it is known how the ranks belong together, where that matters.
+
+        Raises:
+            RuntimeError: If several ranks would each step on their own gradients unawares.
+        """
+        if self.unclear > 1 and (count > 1 or self.has_model):
+            what = (
+                "model= is no DistributedDataParallel module and has no sharded parameters"
+                if self.has_model
+                else f"there are {count} objectives and no model="
+            )
+            raise RuntimeError(
+                f"the process group has {self.unclear} ranks, but {what}, so that gradients would "
+                "stay each rank's own and the ranks drift apart; pass model= the DDP or FSDP "
+                "module, or process_group= the ranks to average over (None if each rank trains "
+                "by itself)"
+            )
+
+    @contextmanager
+    def local_gradients(self) -> Iterator[None]:
+        """A block in which gradients, and buffers, stay each rank's own."""
+        with ExitStack() as stack:
+            for replica in self.replicas:
+                stack.enter_context(replica.no_sync())
+                # Else the first forward would broadcast the buffers, and wait for a rank that has
+                # failed before its own; they are broadcast after the step.
+                replica.require_forward_param_sync = False
+            yield
+
+    def agree(
+        self,
+        stage: Stage,
+        device: torch.device,
+        *,
+        names: Sequence[str] = (),
+        settings: int = 0,
+        flags: bytes = b"",
+    ) -> bool:
+        """Go on if every rank has come to the same point; whether `flags` are the same on all.
+
+        Raises:
+            RankError: If a rank has failed, or if the ranks have come to different points.
+        """
+        if not self.groups:
+            return True
+        facts = [_STAGES[stage], zlib.crc32(repr(tuple(names)).encode()), settings]
+        header = self._exchange(device, [0, *facts, zlib.crc32(flags)])
+        failed, least, most = header[0], header[1::2], header[2::2]
+        if failed:
+            message = self._message(device, b"").rstrip(b"\0").decode(errors="replace")
+            raise RankError(
+                f"rank {failed - 1} failed with {message}; this rank has changed nothing either"
+            )
+        what = (
+            "stages of the step (transforms or closures that differ by rank)",
+            "objectives",
+            "learning rates, or in their transforms' state and random generators",
+        )
+        for position, subject in enumerate(what):
+            if -least[position] != most[position]:
+                raise RankError(
+                    f"the ranks differ in their {subject}, so that their weights would drift "
+                    "apart; give every rank the same ones"
+                )
+        return -least[3] == most[3]
+
+    def report(self, error: BaseException, device: torch.device) -> None:
+        """Tell the ranks that wait for this one that it has failed."""
+        if not self.groups or self.communicates or isinstance(error, RankError):
+            return
+        text = f"{type(error).__name__}: {error}".encode()[:_MESSAGE_BYTES]
+        try:
+            failed = self._exchange(device, [dist.get_rank() + 1, 0, 0, 0, 0])[0]
+            # Of several failures the one of the highest rank is told.
+            self._message(device, text if failed == dist.get_rank() + 1 else b"")
+        except RuntimeError:
+            return  # the others are gone; this rank's own error says more
+
+    def _exchange(self, device: torch.device, facts: Sequence[int]) -> list[int]:
+        numbers = [facts[0]]
+        for fact in facts[1:]:
+            numbers += [-fact, fact]
+        header = torch.tensor(numbers, dtype=torch.int64, device=device)
+        for group in self.groups:
+            dist.all_reduce(header, op=dist.ReduceOp.MAX, group=group)
+        return [int(number) for number in header.tolist()]
+
+    def _message(self, device: torch.device, text: bytes) -> bytes:
+        padded = torch.frombuffer(bytearray(text.ljust(_MESSAGE_BYTES, b"\0")), dtype=torch.uint8)
+        padded = padded.to(device)
+        for group in self.groups:
+            dist.all_reduce(padded, op=dist.ReduceOp.MAX, group=group)
+        return bytes(padded.cpu().tolist())
+
+    def add_up(self, numbers: Tensor) -> Tensor:
+        """The sum over all ranks, in place."""
+        for group in self.groups:
+            dist.all_reduce(numbers, group=group)
+        return numbers
+
+    def any(self, flags: Sequence[Sequence[bool]], device: torch.device) -> list[list[bool]]:
+        """The flags that are set on any rank."""
+        everywhere = torch.tensor(flags, dtype=torch.uint8, device=device)
+        for group in self.groups:
+            dist.all_reduce(everywhere, op=dist.ReduceOp.MAX, group=group)
+        return [[bool(flag) for flag in row] for row in everywhere.tolist()]
+
+    @property
+    def size(self) -> int:
+        """How many ranks step together."""
+        size = 1
+        for group in self.groups:
+            size *= dist.get_world_size(group)
+        return size
+
+    @torch.no_grad()
+    def share_buffers(self, buffers: Iterable[Tensor]) -> None:
+        """Give every rank the first one's buffers, as DDP does before each forward."""
+        if not self.averages:
+            return
+        if self.replicas and not any(replica.broadcast_buffers for replica in self.replicas):
+            return
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for buffer in dict.fromkeys(buffers):
+            if is_expanded(buffer):
+                continue
+            by_dtype.setdefault(buffer.dtype, []).append(buffer)
+        for alike in by_dtype.values():
+            joined = torch.cat([buffer.reshape(-1) for buffer in alike])
+            for group in self.groups:
+                dist.broadcast(joined, src=dist.get_global_rank(group, 0), group=group)
+            parts = torch.split(joined, [buffer.numel() for buffer in alike])
+            for buffer, part in zip(alike, parts, strict=True):
+                buffer.copy_(part.view_as(buffer))

@@ -1,0 +1,47 @@
+"""Loss scaling for float16, owned by the step."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.amp import GradScaler
+
+
+class LossScale:
+    """A `torch.amp.GradScaler` at the service of one optimizer.
+
+    Losses are multiplied by the scale before they are differentiated, gradients divided by it
+    once, and the scale is updated once per step, whatever number of evaluations it takes.
+
+    Examples:
+        >>> import torch
+        >>> scale = LossScale(torch.amp.GradScaler("cpu", init_scale=8.0))
+        >>> scale.scaled(torch.tensor(2.0)), scale.inverse(torch.device("cpu"))
+        (tensor(16.), tensor(0.1250))
+        >>> scale.update(torch.device("cpu"), overflowed=True)
+        >>> scale.scaler.get_scale()
+        4.0
+    """
+
+    def __init__(self, scaler: GradScaler) -> None:
+        self.scaler = scaler
+
+    def scaled(self, loss: Float[Tensor, ""]) -> Float[Tensor, ""]:
+        """The loss times the scale."""
+        scaled: Tensor = self.scaler.scale(loss)
+        return scaled
+
+    def inverse(self, device: torch.device) -> Float[Tensor, ""]:
+        """One over the scale, on the device; not read by the host."""
+        scale: Tensor = self.scaler.scale(torch.ones((), device=device))
+        return scale.reciprocal()
+
+    def update(self, device: torch.device, *, overflowed: bool) -> None:
+        """Let the scale shrink after an overflow, or grow after enough steps without one."""
+        # The scaler learns of overflows by looking at an optimizer's gradients. It is shown one
+        # number, since those of the step were spread over several evaluations.
+        probe = torch.nn.Parameter(torch.zeros((), device=device))
+        probe.grad = torch.full((), torch.inf if overflowed else 0.0, device=device)
+        self.scaler.unscale_(torch.optim.SGD([probe]))
+        self.scaler.update()

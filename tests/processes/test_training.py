@@ -1,0 +1,51 @@
+"""Several ranks train as one process does on the joined batch."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor
+
+from processes.ranks import on_ranks
+from processes.training import CHAINS, KINDS, VARIANTS, train_all, train_variants
+
+pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("training on ranks")]
+
+CASES = [*CHAINS, "mapping", "generators", "max_norm"]
+
+
+@cache
+def alone() -> dict[str, dict[str, Tensor]]:
+    return train_all("plain")
+
+
+@cache
+def together(kind: str, ranks: int) -> list[dict[str, dict[str, Tensor]]]:
+    return on_ranks(ranks, train_all, kind)
+
+
+@cache
+def variants() -> list[dict[str, dict[str, Tensor]]]:
+    return on_ranks(4, train_variants)
+
+
+def check(found: list[dict[str, Tensor]], expected: dict[str, Tensor]) -> None:
+    """All ranks have the expected results, and the same ones bit for bit."""
+    first, *others = found
+    for what, value in expected.items():
+        torch.testing.assert_close(first[what], value, rtol=1e-6, atol=1e-6)
+        assert all(torch.equal(other[what], first[what]) for other in others), what
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("kind", KINDS)
+def test_ranks_train_as_one_process_would(kind: str, ranks: int, case: str) -> None:
+    check([results[case] for results in together(kind, ranks)], alone()[case])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_options_of_the_wrappers_change_nothing(variant: str) -> None:
+    check([results[variant] for results in variants()], alone()["PCGrad+SAM"])
