@@ -40,7 +40,7 @@ class Attempt:
     ) -> None:
         self.context = context
         self.applied = False
-        self.source: Evaluator | StoredGradients
+        self.source: Evaluator | StoredGradients | None = None
         self._base = base
         self._session = session
         self._parameters = context.layout.parameters
@@ -58,6 +58,12 @@ class Attempt:
         ]
         self._grads = [parameter.grad for parameter in self._parameters]
         self._other_grads = [other.grad for other in others]
+        # Where gradients lie that neither a step has left nor this one will clear.
+        self._accumulated = [
+            t
+            for t, grad in enumerate(self._grads)
+            if grad is not None and grad.numel() and not _is_ours(grad)
+        ]
         self._random = RandomState.capture(context.layout.device)
         self._generators = [
             (generator, generator.get_state()) for generator in generators if generator is not None
@@ -102,32 +108,33 @@ class Attempt:
 
     def evaluator(self, objectives: Objectives) -> Evaluator:
         """The innermost oracle over these objectives."""
-        return self._make_evaluator(objectives, self._session, self.context)
+        return self._make_evaluator(
+            objectives, self._session, self.context, accumulated=self._accumulated
+        )
 
     def evaluate(self, objectives: Objectives | None, transforms: Sequence[Transform]) -> Gradients:
         """The gradients that the chain of transforms returns; `source` says where they are from."""
         if objectives is None:
             return self._evaluate_stored(LOSS, None, transforms)
-        self.source = self.evaluator(objectives)
+        source = self.source = self.evaluator(objectives)
         try:
-            return self._chain(transforms)()
+            return self._chain(source.evaluate, transforms)()
         except NoGradientError as error:
             # A trainer may have called backward before and pass a closure that only reports. What
             # an earlier step left in `.grad` is no such gradient.
             names = self.context.names
             stored = any(grad is not None and not _is_ours(grad) for grad in self._grads)
-            if self.source.measured or names is None or len(names) > 1 or not stored:
+            if source.measured or names is None or len(names) > 1 or not stored:
                 raise
             return self._evaluate_stored(names[0], error.loss, transforms)
 
     def _evaluate_stored(
         self, name: str, loss: Tensor | None, transforms: Sequence[Transform]
     ) -> Gradients:
-        self.source = StoredGradients(name, self._grads, loss, self.context)
-        return self._chain(transforms)()
+        source = self.source = StoredGradients(name, self._grads, loss, self.context)
+        return self._chain(source.evaluate, transforms)()
 
-    def _chain(self, transforms: Sequence[Transform]) -> Oracle:
-        oracle: Oracle = self.source.evaluate
+    def _chain(self, oracle: Oracle, transforms: Sequence[Transform]) -> Oracle:
         for transform in transforms:
             oracle = transform.around(oracle, self.context)
         return oracle

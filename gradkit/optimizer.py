@@ -27,6 +27,7 @@ from gradkit.engines.evaluator import Evaluator, StoredGradients
 from gradkit.engines.functional import FunctionalSession
 from gradkit.engines.inplace import InplaceSession
 from gradkit.engines.rows import stacked
+from gradkit.engines.session import Session
 from gradkit.flat import Layout, Pool
 from gradkit.gradients import Gradients
 from gradkit.gram import cosines
@@ -98,7 +99,6 @@ class GradientOptimizer(Optimizer):
         self._places: ParameterPlaces | None = None
         self._searched: set[str] = set()
         self._stepping = False
-        self._session: FunctionalSession | InplaceSession | None = None
         self._optimizer_step_pre_hooks: OrderedDict[int, Any] = OrderedDict()
         self._optimizer_step_post_hooks: OrderedDict[int, Any] = OrderedDict()
         self._optimizer_state_dict_pre_hooks: OrderedDict[int, Any] = OrderedDict()
@@ -111,7 +111,7 @@ class GradientOptimizer(Optimizer):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The base optimizer's parameter groups."""
+        """The base optimizer's parameter groups; in a closure, with the weights it runs on."""
         return self.base.param_groups
 
     @param_groups.setter
@@ -142,10 +142,7 @@ class GradientOptimizer(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients; inside a closure, those of the evaluation under way."""
-        if isinstance(self._session, FunctionalSession):
-            self._session.zero_grad()
-        else:
-            self.base.zero_grad(set_to_none=set_to_none)
+        self.base.zero_grad(set_to_none=set_to_none)
 
     def __repr__(self) -> str:
         key = f"    {saved_state.KEY}: "
@@ -281,10 +278,12 @@ class GradientOptimizer(Optimizer):
         anything. That is then a step that is not finite.
         """
         try:
-            return attempt.evaluate(closure, self.transforms), attempt.source
+            gradients = attempt.evaluate(closure, self.transforms)
+            assert attempt.source is not None  # made by evaluate()
+            return gradients, attempt.source
         except Exception as error:
             source = attempt.source
-            if nonfinite == "ignore" or not source.measured:
+            if nonfinite == "ignore" or source is None or not source.measured:
                 raise
             last = source.measured[-1]
             try:
@@ -324,7 +323,6 @@ class GradientOptimizer(Optimizer):
                 raise
         finally:
             self._stepping = False
-            self._session = None
             interrupts.end()
 
     @property
@@ -357,12 +355,14 @@ class GradientOptimizer(Optimizer):
             )
         engine = choose_engine(self.engine, model, places, layout)
         if engine == "functional" and model is not None and places is not None:
-            self._session = FunctionalSession(layout, self._pool, model, places)
+            session: Session = FunctionalSession(
+                layout, self._pool, model, places, self.base.param_groups
+            )
         else:
-            self._session = InplaceSession(layout, self._pool, model, places)
+            session = InplaceSession(layout, self._pool, model, places)
         return Attempt(
             self.base,
-            self._session,
+            session,
             Context(layout, self._pool, self.base),
             generators=[transform.generator for transform in self.transforms],
             others=[] if places is None else places.others,

@@ -23,7 +23,7 @@ from gradkit.objectives import (
     refuse_reentrant_checkpoints,
 )
 from gradkit.oracle import Context
-from gradkit.processes import Processes
+from gradkit.processes import Processes, local
 from gradkit.random import RandomState
 from gradkit.scaling import LossScale
 
@@ -48,6 +48,7 @@ class Evaluator:
         processes: Processes,
         settings: int,
         loss_scale: LossScale | None,
+        accumulated: Sequence[int] = (),
     ) -> None:
         self._closures = objectives if isinstance(objectives, Mapping) else None
         self._joint = None if isinstance(objectives, Mapping) else objectives
@@ -60,6 +61,10 @@ class Evaluator:
         self._processes = processes
         self._settings = settings
         self._loss_scale = loss_scale
+        # The smallest parameter whose `.grad` held something before the step, if any did.
+        parameters = context.layout.parameters
+        self._marked = min(accumulated, key=lambda t: parameters[t].numel(), default=None)
+        self._mark: Tensor | None = None
         if self._closures is not None:
             context.names = tuple(self._closures)
         self._evaluated: set[str] = set()
@@ -123,7 +128,7 @@ class Evaluator:
 
             first = name not in self._evaluated
             with self._random_numbers(name, first):
-                self._run(body, first)
+                self._run(body, first, leaves)
             self._evaluated.add(name)
         return rows
 
@@ -146,17 +151,54 @@ class Evaluator:
 
         first = not self.first_losses
         with self._random_numbers(None, first):
-            self._run(body, first)
+            self._run(body, first, leaves)
         if rows is None:
             raise NoGradientError("the closure produced no gradient: its generator yielded nothing")
         return rows
 
-    def _run(self, body: Callable[[], None], first: bool) -> None:
+    def _run(self, body: Callable[[], None], first: bool, leaves: Sequence[Tensor]) -> None:
         def interruptible() -> None:
+            self._place_mark(leaves)
             with torch.enable_grad(), self._interrupts.allowed():
                 body()
 
-        self._session.run(interruptible, keep_buffers=first)
+        _forget_parametrizations()
+        try:
+            self._session.run(interruptible, keep_buffers=first)
+        finally:
+            _forget_parametrizations()
+            self._mark = None
+
+    def _place_mark(self, leaves: Sequence[Tensor]) -> None:
+        """Leave NaNs where gradients were accumulated before the step.
+
+        They show whether a closure that calls backward clears gradients first, as torch's do, or
+        adds to what is there, which is not there any more.
+        """
+        if self._marked is not None:
+            leaf = leaves[self._marked]
+            self._mark = leaf.grad = torch.full_like(leaf.detach(), torch.nan)
+
+    def _take_mark(self, leaves: Sequence[Tensor], name: str) -> None:
+        """Take the mark away again.
+
+        Raises:
+            RuntimeError: If the closure added gradients to it.
+        """
+        mark, self._mark = self._mark, None
+        if mark is None or self._marked is None or leaves[self._marked].grad is not mark:
+            return
+        added = mark._version > 0 or any(
+            leaf.grad is not None for t, leaf in enumerate(leaves) if t != self._marked
+        )
+        if added and bool(local(mark).isnan().any()):
+            raise RuntimeError(
+                f"objective {name!r} calls backward without clearing gradients, and there are "
+                "some from before the step, which it cannot add to; pass a generator that yields "
+                "the loss of each micro-batch, or call zero_grad() in the closure"
+            )
+        if not added:
+            leaves[self._marked].grad = None
 
     def _agree_on(self, names: tuple[str, ...]) -> tuple[str, ...]:
         """The objectives' names, which must not change within a step."""
@@ -182,6 +224,7 @@ class Evaluator:
         checked = {name: checked_loss(loss, name) for name, loss in losses.items()}
         for name, loss in checked.items():
             rows.add_loss(name, loss)
+        self._take_mark(leaves, next(iter(checked)))
         own = self._session.collect(leaves)
         if own is not None:
             if len(checked) > 1:
@@ -219,6 +262,11 @@ class Evaluator:
             yield
         finally:
             now.restore()
+
+
+def _forget_parametrizations() -> None:
+    # `torch.nn.utils.parametrize.cached()` round a step would keep the weights of another point.
+    getattr(torch.nn.utils.parametrize, "_cache", {}).clear()
 
 
 class StoredGradients:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -26,11 +27,17 @@ class FunctionalSession:
 
     This is what `torch.func.functional_call` does, for any code that uses the model, with two
     differences: a module that is registered under two names gets its own parameters back, and
-    `rollback` can put them back if anything got in between.
+    `rollback` can put them back if anything got in between. The optimizer's groups hold the leaves,
+    too: trainers clip, log and clear the gradients that they find there.
     """
 
     def __init__(
-        self, layout: Layout, pool: Pool, model: nn.Module, places: ParameterPlaces
+        self,
+        layout: Layout,
+        pool: Pool,
+        model: nn.Module,
+        places: ParameterPlaces,
+        param_groups: Sequence[dict[str, Any]],
     ) -> None:
         self._places = places
         self._layout = layout
@@ -46,6 +53,7 @@ class FunctionalSession:
             if id(parameter) in index
         ]
         self._leaves: list[nn.Parameter] = []
+        self._groups = [(group, group["params"]) for group in param_groups]
 
     @contextmanager
     def displaced(self, at: Float[Tensor, " P"] | None) -> Iterator[Sequence[Tensor]]:  # noqa: D102
@@ -78,6 +86,9 @@ class FunctionalSession:
         try:
             for held, key, _, t in self._slots:
                 held[key] = self._leaves[t]
+            leaves = dict(zip(map(id, self._layout.parameters), self._leaves, strict=True))
+            for group, parameters in self._groups:
+                group["params"] = [leaves.get(id(each), each) for each in parameters]
             self._put_buffers(buffers)
             result = body()
             if keep_buffers:
@@ -95,6 +106,8 @@ class FunctionalSession:
     def _put_back(self) -> None:
         for held, key, parameter, _ in self._slots:
             held[key] = parameter
+        for group, parameters in self._groups:
+            group["params"] = parameters
         self._put_buffers(self._live_buffers)
 
     def differentiate(  # noqa: D102
@@ -115,13 +128,9 @@ class FunctionalSession:
         if all(leaf.grad is None for leaf in leaves):
             return None
         grads = [leaf.grad for leaf in leaves]
-        self.zero_grad()
-        return grads
-
-    def zero_grad(self) -> None:
-        """Drop the gradients that a closure's own backward has left so far."""
-        for leaf in self._leaves:
+        for leaf in leaves:
             leaf.grad = None
+        return grads
 
     def _refuse_live(self, grads: Sequence[Tensor | None]) -> None:
         for t, grad in enumerate(grads):
