@@ -13,7 +13,7 @@ from processes.training import CHAINS, KINDS, VARIANTS, train_all, train_variant
 
 pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("training on ranks")]
 
-CASES = [*CHAINS, "mapping", "generators", "max_norm"]
+CASES = [*CHAINS, "mapping", "generators", "scaled", "max_norm"]
 
 
 @cache

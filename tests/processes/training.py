@@ -157,6 +157,8 @@ def train_all(kind: str) -> dict[str, dict[str, Tensor]]:
     runs = {chain: train(kind, chain) for chain in CHAINS}
     for form in ("mapping", "generators"):
         runs[form] = train(kind, "PCGrad+SAM", form)
+    scaler = torch.amp.GradScaler("cpu")
+    runs["scaled"] = train(kind, "PCGrad+SAM", "generators", scaler=scaler)
     runs["max_norm"] = train(kind, "PCGrad", max_norm=0.05)
     return runs
 

@@ -1,0 +1,107 @@
+"""Compiled models: the same numbers, without compiling again at displaced weights."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from references import assert_close, data, error, gradient, move, network, sam
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import gradkit as gk
+
+BATCHES = data(12)  # more than dynamo would compile anew
+
+# Which module is passed as model=, and which engine that takes.
+WAYS = {
+    "compiled": ("compiled", "auto"),
+    "original, functional": ("original", "functional"),
+    "original, inplace": ("original", "inplace"),
+}
+
+
+def expected() -> nn.Module:
+    net = network()
+    for batch in BATCHES:
+
+        def take(batch: tuple = batch) -> list[torch.Tensor]:
+            return gradient(error(net, batch), net.parameters())
+
+        move(net.parameters(), -0.1, sam(net, take, rho=0.5))
+    return net
+
+
+def trained(way: str, backend: str) -> tuple[nn.Module, int]:
+    """The network after training, and how many graphs were compiled for it."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(backend)
+    net = network()
+    compiled = torch.compile(net, backend=counter)
+    which, engine = WAYS[way]
+    optimizer = gk.wrap(
+        torch.optim.SGD(net.parameters(), lr=0.1),
+        gk.SAM(rho=0.5),
+        model=compiled if which == "compiled" else net,
+        engine=engine,
+    )
+    for batch in BATCHES:
+        optimizer.step(lambda: error(compiled, batch))
+    return net, counter.frame_count
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_sam_on_a_compiled_model_equals_the_loop_by_hand(backend: str, way: str) -> None:
+    net, graphs = trained(way, backend)
+    assert_close(net, expected())
+    assert graphs == 1
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.skipif(shutil.which("c++") is None, reason="the default backend compiles C++")
+@pytest.mark.parametrize("way", ["compiled", "original, functional"])
+def test_the_default_backend(way: str) -> None:
+    net, graphs = trained(way, "inductor")
+    assert_close(net, expected())
+    assert graphs == 1
+
+
+class Network(nn.Module):
+    """`Module.compile` leaves an `nn.Sequential` as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = network()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)
+
+
+@pytest.mark.parametrize("engine", ["functional", "inplace"])
+def test_a_model_compiled_in_place(engine: str) -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    net = Network()
+    net.compile(backend=counter)
+    base = torch.optim.SGD(net.parameters(), lr=0.1)
+    optimizer = gk.wrap(base, gk.SAM(rho=0.5), model=net, engine=engine)
+    for batch in BATCHES:
+        optimizer.step(lambda: error(net, batch))
+    assert_close(net.layers, expected())
+    assert counter.frame_count == 1
+
+
+def test_a_compiled_model_takes_the_inplace_engine() -> None:
+    net = network()
+    compiled = torch.compile(net, backend="eager")
+    base = torch.optim.SGD(net.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="pass the original as model="):
+        gk.wrap(base, model=compiled, engine="functional")
+    seen = []
+    optimizer = gk.wrap(base, gk.SAM(), model=compiled)
+    hooked = net[0].weight.register_hook(lambda grad: seen.append(grad.shape))
+    optimizer.step(lambda: error(compiled, BATCHES[0]))
+    assert len(seen) == 2  # the live weights were differentiated, at both points
+    hooked.remove()
