@@ -3,13 +3,32 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.__main__ import main
 from benchmarks.fundus import STRATEGIES, pooled_interval
-from benchmarks.speed import _median_ranks, _ratios
+from benchmarks.speed import memory, overhead
+from benchmarks.speed.comparison import FLOOR, Comparison, Traffic
+from benchmarks.speed.goals import Goal, judge, verdict
+from benchmarks.speed.grata import grata
+from benchmarks.speed.methods import gated_ema, gradkit_name, pcgrad, sam
+from benchmarks.speed.peak import CONTROL
+from benchmarks.speed.plot import plot
+from benchmarks.speed.problem import resunet, transformer, wide_mlp
+from benchmarks.speed.timing import (
+    RATIO,
+    Clock,
+    Rounds,
+    median_interval,
+    summarise,
+    time_in_turn,
+)
 from examples.fundus.network import ResUNet34
 from examples.fundus.source_model import Architecture, save_source_model
 
@@ -48,14 +67,275 @@ def test_pooled_interval_resamples_within_groups() -> None:
     assert 0.56 < high < 0.62
 
 
-def test_ratios_are_taken_within_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([value for n in range(5) for value in (0.0, 1.0 + n, 0.0, 2.0 + 2 * n)])
-    monkeypatch.setattr("benchmarks.speed.perf_counter", lambda: next(clock))
-    ratios = _ratios({"floor": lambda: None, "other": lambda: None}, rounds=5)
-    assert ratios["other"] == {"milliseconds": 6000.0, "ratio": 2.0, "low": 2.0, "high": 2.0}
+CPU = torch.device("cpu")
+SMALL = [
+    *("--width", "4", "--resunet-cases", "2x32", "--goal-cases", ""),
+    *("--transformer-cases", "2x4", "--transformer-width", "16", "--transformer-layers", "2"),
+    *(
+        "--objectives",
+        "2,3",
+        "--rounds",
+        "2",
+        "--peer-rounds",
+        "1",
+        "--seconds",
+        "0",
+        "--overhead-pairs",
+        "4",
+    ),
+    *("--memory-width", "64", "--threads", "1"),
+]
 
 
-def test_ranks_of_the_median_interval() -> None:
-    # The classical table: with 9 values, the 2nd and the 8th; with 15, the 4th and the 12th.
-    assert _median_ranks(9) == (1, 7)
-    assert _median_ranks(15) == (3, 11)
+def _comparison(**steps: Callable[[], object]) -> Comparison:
+    makers = {name: lambda step=step: step for name, step in steps.items()}
+    floor, peer = makers.pop(FLOOR), makers.pop("peer", None)
+    return Comparison(
+        method="method",
+        passes="none",
+        floor=floor,
+        ours=makers,
+        peers={} if peer is None else {"peer": peer},
+        traffic=Traffic((), 0),
+    )
+
+
+def test_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parts = ["--parts", "pcgrad,sam,grata,gated_ema,overhead"]
+    assert main(["speed", *SMALL, *parts, "--out", str(tmp_path)]) == 0
+    record = json.loads((tmp_path / "speed.json").read_text())
+    text = (tmp_path / "speed.md").read_text()
+    assert text in capsys.readouterr().out
+    assert record["command"] in text
+    for word in SMALL:
+        assert word in record["command"]
+    rows = record["rows"]
+    timed = [row for row in rows if row["measure"] == RATIO]
+    networks = list(record["networks"])
+    by_network = {
+        network: {row["method"] for row in timed if row["network"] == network}
+        for network in networks
+    }
+    methods = {"PCGrad, K = 2", "PCGrad, K = 3", "SAM", "GatedEMA's update"}
+    assert by_network == {networks[0]: methods | {"GraTa's step"}, networks[1]: methods}
+    for row in timed:
+        peer = row["variant"].startswith(("TorchJD", "pytorch-optimizer", "torch "))
+        assert row["rounds"] == (1 if peer else 2)
+        assert row["low"] <= row["value"] <= row["high"]
+        assert row["excess_low"] <= row["excess"] <= row["excess_high"]
+        if row["variant"] == FLOOR:
+            assert row["milliseconds"] > 0
+            assert row["value"] == 1
+    for network in networks:
+        for method in by_network[network]:
+            variants = {
+                row["variant"].partition(" ")[0]
+                for row in timed
+                if (row["network"], row["method"]) == (network, method)
+            }
+            peers = {"TorchJD", "pytorch-optimizer"} if "PCGrad" in method else set()
+            peers |= {"pytorch-optimizer"} if method == "SAM" else set()
+            assert {FLOOR, "gradkit,"} | peers <= variants
+    assert {row["method"] for row in rows if row["measure"] == overhead.OVERHEAD} == {
+        *overhead.KINDS
+    }
+    (floor,) = (
+        floor
+        for floor in record["floors"]
+        if floor["network"] == networks[0] and floor["method"] == "PCGrad, K = 3"
+    )
+    assert floor["numbers"] == record["networks"][networks[0]]
+    assert (floor["reads"], floor["writes"]) == (9, 4)
+    rate = float(record["machine"]["bandwidth"].partition(" ")[0])
+    expected = 13 * 4 * floor["numbers"] / rate / 1e6
+    assert floor["milliseconds"] == pytest.approx(expected, rel=0.02)
+    # Goals are about the published network: of this one's rows, only the overhead has any.
+    assert {goal["measure"] for goal in record["goals"]} == {overhead.OVERHEAD}
+    assert (tmp_path / "speed.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--resunet-cases", "64", "is not BATCHxSIZE"),
+        ("--objectives", "1,2", "give numbers from 2 on"),
+        ("--parts", "pcgrad,speed", "unknown name 'speed'"),
+    ],
+)
+def test_speed_refuses(
+    option: str, value: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["speed", *SMALL, option, value, "--out", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_step_that_sleeps_longer_has_that_ratio() -> None:
+    sleeps = _comparison(
+        floor=lambda: time.sleep(0.01), other=lambda: time.sleep(0.03), peer=lambda: None
+    )
+    times = time_in_turn(sleeps, Clock(CPU), Rounds(5, 5, seconds=0))
+    summary = summarise(times, seed=0)
+    assert summary["other"]["value"] == pytest.approx(3, rel=0.3)
+    assert summary["other"]["excess"] == pytest.approx(20, rel=0.3)
+
+
+def test_ratios_are_taken_within_rounds() -> None:
+    # The machine becomes slower by each round; within one, the other takes twice as long.
+    times = {FLOOR: [1.0 + n for n in range(5)], "other": [2.0 + 2 * n for n in range(5)]}
+    summary = summarise(times, seed=0)["other"]
+    assert (summary["value"], summary["low"], summary["high"]) == (2, 2, 2)
+    assert (summary["milliseconds"], summary["excess"]) == (6000, 3000)
+    # The ratio of the medians would be 1 here, their difference 0.
+    summary = summarise({FLOOR: [1.0, 10.0, 4.0], "other": [4.0, 20.0, 4.0]}, seed=0)["other"]
+    assert (summary["value"], summary["excess"]) == (2, 3000)
+
+
+def test_order_rotates_and_peers_stop_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.speed.timing.WARM_UP", 0)
+    calls: list[str] = []
+
+    class Log(Clock):
+        def time(self, step: Callable[[], object]) -> float:
+            step()
+            return 1.0 + len(calls)
+
+    steps = {name: lambda name=name: calls.append(name) for name in (FLOOR, "ours", "peer")}
+    ticks = iter([0.0, 5.0, 20.0])  # asked at the start and once two rounds are over
+    monkeypatch.setattr("benchmarks.speed.timing.perf_counter", lambda: next(ticks))
+    times = time_in_turn(_comparison(**steps), Log(CPU), Rounds(2, 2, seconds=10))
+    assert calls == [FLOOR, "ours", "peer", "ours", "peer", FLOOR, FLOOR, "ours"]
+    assert {name: len(values) for name, values in times.items()} == {
+        FLOOR: 3, "ours": 3, "peer": 2,
+    }  # fmt: skip
+
+
+def test_what_a_method_adds_is_a_difference_within_rounds() -> None:
+    comparison = Comparison(
+        method="method",
+        passes="none",
+        floor=lambda: lambda: 1.0,
+        ours={"ours": lambda: lambda: 5.0},
+        without={"ours": lambda: lambda: 3.0},
+        peers={},
+        traffic=Traffic((), 0),
+    )
+
+    class Told(Clock):
+        def time(self, step: Callable[[], Any]) -> float:
+            return float(step())
+
+    times = time_in_turn(comparison, Told(CPU), Rounds(3, 3, seconds=0))
+    assert times == {FLOOR: [1.0] * 3, "ours": [2.0] * 3}
+
+
+def test_interval_of_the_median() -> None:
+    values = torch.randn(101, generator=torch.Generator().manual_seed(0)).tolist()
+    assert median_interval(values, seed=3) == median_interval(values, seed=3)
+    assert median_interval(values, seed=3) != median_interval(values, seed=4)
+    low, high = median_interval(values, seed=0)
+    ordered = sorted(values)
+    # The ranks of the binomial interval of the median of 101 values are 41 and 61.
+    assert ordered[36] < low < ordered[44]
+    assert ordered[56] < high < ordered[64]
+
+
+def test_goals() -> None:
+    goals = (
+        Goal(RATIO, "net", "2x64", "SAM", 1.10),
+        Goal(memory.MEMORY, None, None, "PCGrad, K = 4", 5),
+    )
+    row = {"measure": RATIO, "network": "net", "case": "2x64", "method": "SAM"}
+    reaches = {**row, "variant": gradkit_name("inplace"), "value": 1.2, "low": 1.1, "high": 1.3}
+    misses = {**row, "variant": gradkit_name("functional"), "value": 1.3, "low": 1.2, "high": 1.5}
+    others = [
+        {**misses, "variant": "pytorch-optimizer"},
+        {**misses, "case": "4x128"},
+        {**misses, "network": "net, width 8"},
+        {**misses, "method": "GraTa"},
+    ]
+    measured = {"value": 5.2, "low": 5.15, "high": 5.25}
+    most = {
+        "measure": memory.MEMORY,
+        "network": "any",
+        "case": "any",
+        "method": "PCGrad, K = 4",
+        "variant": gradkit_name("inplace"),
+        **measured,
+    }
+    judged = judge([reaches, misses, *others, most], goals)
+    assert [(one["variant"], one["met"]) for one in judged] == [
+        ("gradkit, inplace", True),
+        ("gradkit, functional", False),
+        ("gradkit, inplace", False),
+    ]
+    assert [verdict(one) for one in judged] == [
+        "met",
+        "missed by 0.20 [0.10, 0.40]",
+        "missed by 0.20 [0.15, 0.25]",
+    ]
+
+
+def test_traffic() -> None:
+    traffic = Traffic((("rows", 4, 4), ("Gram", 4, 0)), numbers=1_000_000)
+    assert (traffic.reads, traffic.writes) == (8, 4)
+    assert traffic.milliseconds(gigabytes_per_second=48) == pytest.approx(1)
+
+
+def test_floors_do_the_passes_they_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many forward and backward passes in the floor as in gradkit's step."""
+    problems = (resunet("2x32", 4, CPU), transformer("2x4", 16, 2, CPU), wide_mlp(8, CPU))
+    counts = {"forward": 0, "backward": 0}
+    for problem in problems:
+        images = problem.x.dim() == 4
+        for comparison in (pcgrad(problem, 3), sam(problem), *([grata(problem)] if images else [])):
+            seen = {}
+            for name, make in {FLOOR: comparison.floor, **comparison.ours}.items():
+                with monkeypatch.context() as patch:
+                    _count(patch, counts, type(problem.model()))
+                    step = make()
+                    step()
+                    counts.update(forward=0, backward=0)
+                    step()
+                seen[name] = dict(counts)
+            assert all(count == seen[FLOOR] for count in seen.values()), comparison.method
+            forward, backward = seen[FLOOR].values()
+            assert comparison.passes.startswith(f"{forward} forward, {backward} backward")
+    assert gated_ema(problems[0]).traffic.reads == 2
+
+
+def _count(patch: pytest.MonkeyPatch, counts: dict[str, int], network: type) -> None:
+    forward, grad, backward = network.forward, torch.autograd.grad, torch.autograd.backward
+
+    def counted(kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            counts[kind] += 1
+            return function(*arguments, **named)
+
+        return call
+
+    patch.setattr(network, "forward", counted("forward", forward))
+    patch.setattr(torch.autograd, "grad", counted("backward", grad))
+    patch.setattr(torch.autograd, "backward", counted("backward", backward))
+
+
+def test_memory_of_known_size() -> None:
+    rows = memory.measure_memory([], with_sam=False, width=512, device=CPU, threads=1)
+    assert [row["variant"] for row in rows] == [CONTROL]
+    assert rows[0]["value"] == pytest.approx(3, abs=0.25)
+    surgery = {"objectives": 2, "variant": gradkit_name("functional"), "width": 512}
+    # Two rows and the direction, beside what is not told apart.
+    assert memory.measure_one({**surgery, "device": "cpu"})["value"] > 2.5
+
+
+def test_memory_reports_what_failed() -> None:
+    with pytest.raises(RuntimeError, match="measuring nothing failed"):
+        memory.measure_one({"objectives": 2, "variant": "nothing", "width": 8, "device": "cpu"})
+
+
+def test_plot_leaves_out_what_a_logarithm_cannot_show(tmp_path: Path) -> None:
+    row = {"measure": RATIO, "network": "net", "case": "1x1", "method": "SAM"}
+    good = {**row, "variant": gradkit_name("inplace"), "value": 1.2, "low": 1.1, "high": 1.3}
+    bad = {**good, "method": "GatedEMA's update", "low": -0.5}
+    plot({"rows": [good, bad], "networks": {"net": 1000}}, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 0

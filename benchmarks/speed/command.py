@@ -1,0 +1,206 @@
+"""The command `python -m benchmarks speed`."""
+
+import json
+import os
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.machine import describe_machine
+from benchmarks.speed import cuda
+from benchmarks.speed.comparison import Comparison
+from benchmarks.speed.goals import GOALS, judge
+from benchmarks.speed.grata import grata
+from benchmarks.speed.memory import ENVIRONMENT, measure_memory
+from benchmarks.speed.methods import PYTORCH_OPTIMIZER, TORCHJD, gated_ema, pcgrad, sam
+from benchmarks.speed.overhead import measure_overhead
+from benchmarks.speed.plot import plot
+from benchmarks.speed.problem import Problem, parse_case, resunet, transformer
+from benchmarks.speed.report import report
+from benchmarks.speed.timing import RATIO, Clock, Rounds, bandwidth, summarise, time_in_turn
+from examples.fundus.validation import UsageError, check_writable, open_device, split_names
+
+METHODS = ("pcgrad", "sam", "grata", "gated_ema")
+PARTS = (*METHODS, "overhead", "memory")
+NETWORKS = ("resunet", "transformer")
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Time gradkit's methods beside their floors and beside other libraries.
+
+    Writes OUT/speed.json, OUT/speed.md and OUT/speed.png.
+    """
+
+    parts: str = ",".join(PARTS)
+    """What to measure, separated by commas: methods, the engine's overhead, peak memory."""
+    networks: str = ",".join(NETWORKS)
+    """On which networks; GraTa's step is measured on images only."""
+    objectives: str = "2,4,8"
+    """K, the numbers of objectives for PCGrad."""
+    resunet_cases: str = "2x64,4x128"
+    """Batch size and image side, BATCHxSIDE; GatedEMA's update is measured at the first only."""
+    goal_cases: str = "8x192"
+    """Further cases of ResUNet-34, for methods with a goal there only."""
+    transformer_cases: str = "2x64"
+    """Batch size and sequence length, BATCHxLENGTH."""
+    width: int = 64
+    """Channels of ResUNet-34's first stage; 64 is the published one."""
+    transformer_width: int = 512
+    """Width of the transformer, a multiple of its 8 heads."""
+    transformer_layers: int = 12
+    """Layers of the transformer."""
+    rounds: int = 5
+    """Rounds in which the floor and gradkit's variants take one step each."""
+    peer_rounds: int = 3
+    """The first of these, in which the peers, which are slow, take part."""
+    seconds: float = 8.0
+    """For how long gradkit and the floor go on with further rounds, each method at each case."""
+    overhead_pairs: int = 1000
+    """Pairs of steps for the engine's overhead."""
+    memory_width: int = 1024
+    """Width of the four square layers whose peak memory is measured."""
+    device: str = "cpu"
+    """Where to compute, cpu or cuda; what is particular to cuda has never been run."""
+    threads: int = 2
+    """Threads of a CPU."""
+    seed: int = 0
+    """Seed of the bootstrap."""
+    out: Path = Path("runs/benchmark-speed")
+    """Folder of the results."""
+
+    def run(self) -> None:
+        """Measures, writes and prints the report."""
+        parts = split_names("--parts", self.parts, PARTS)
+        device = open_device(self.device, self.threads)
+        problems = self._problems(device)
+        objectives = self._objectives()
+        check_writable(self.out)
+        load = os.getloadavg()[0]
+        rate = bandwidth(device)
+        rows: list[dict[str, Any]] = []
+        floors: list[dict[str, Any]] = []
+        on_cuda: dict[str, list[Any]] = {"launches": [], "waits": []}
+        rounds, clock = (
+            Rounds(self.rounds, min(self.peer_rounds, self.rounds), self.seconds),
+            Clock(device),
+        )
+        for comparison, problem in self._comparisons(problems, parts, objectives):
+            where = {
+                "network": problem.network, "case": problem.case, "method": comparison.method,
+            }  # fmt: skip
+            print(", ".join(where.values()), flush=True)
+            summary = summarise(time_in_turn(comparison, clock, rounds), self.seed)
+            for variant, numbers in summary.items():
+                rows.append({"measure": RATIO, **where, "variant": variant, **numbers})
+            floors.append(_floor(comparison, where, rate))
+            if device.type == "cuda":
+                on_cuda["launches"] += [{**where, **r} for r in cuda.launches_beyond(comparison)]
+        if device.type == "cuda":
+            on_cuda["waits"] = cuda.host_waits(problems[0])
+        if "overhead" in parts:
+            rows += measure_overhead(self.overhead_pairs, device, self.seed)
+        if "memory" in parts:
+            counts = objectives if "pcgrad" in parts else []
+            rows += measure_memory(counts, "sam" in parts, self.memory_width, device, self.threads)
+        record = {
+            "command": self.command_line(),
+            "machine": {
+                **describe_machine(),
+                "bandwidth": f"{rate:.1f} GB/s",
+                "load at the start": f"{load:.1f}",
+            },
+            "peers": [TORCHJD, PYTORCH_OPTIMIZER],
+            "memory environment": ENVIRONMENT,
+            "networks": {problem.network: problem.parameters() for problem in problems},
+            "seed": self.seed,
+            "rows": rows,
+            "floors": floors,
+            # The limits of time are meant for a CPU.
+            "goals": judge(
+                rows, [g for g in GOALS if device.type == "cpu" or "memory" in g.measure]
+            ),
+            "cuda": on_cuda if device.type == "cuda" else None,
+        }
+        (self.out / "speed.json").write_text(json.dumps(record, indent=1) + "\n")
+        text = report(record)
+        (self.out / "speed.md").write_text(text)
+        plot(record, self.out / "speed.png")
+        print(text)
+
+    def command_line(self) -> str:
+        """The command that measures this."""
+        words = ["python -m benchmarks speed"]
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value != field.default and field.name != "out":
+                words += [f"--{field.name.replace('_', '-')}", shlex.quote(str(value))]
+        return " ".join(words)
+
+    def _objectives(self) -> list[int]:
+        texts = self.objectives.split(",")
+        if not all(text.isdecimal() and int(text) >= 2 for text in texts):
+            raise UsageError(
+                f"--objectives is {self.objectives!r}; give numbers from 2 on, such as 2,4,8"
+            )
+        return [int(text) for text in texts]
+
+    def _problems(self, device: torch.device) -> list[Problem]:
+        """Every network at every case, one network after the other."""
+        networks = split_names("--networks", self.networks, NETWORKS)
+        problems: list[Problem] = []
+        try:
+            if "resunet" in networks:
+                cases = _cases(self.resunet_cases, self.goal_cases)
+                problems += [resunet(case, self.width, device) for case in cases]
+            if "transformer" in networks:
+                size = (self.transformer_width, self.transformer_layers)
+                cases = _cases(self.transformer_cases)
+                problems += [transformer(case, *size, device) for case in cases]
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        return problems
+
+    def _comparisons(
+        self, problems: list[Problem], parts: list[str], objectives: list[int]
+    ) -> Iterator[tuple[Comparison, Problem]]:
+        seen: set[str] = set()
+        for problem in problems:
+            images = problem.x.dim() == 4
+            all_of_it = not images or problem.case in _cases(self.resunet_cases)
+            with_goal = {goal.method for goal in GOALS if goal.case == problem.case}
+            if "pcgrad" in parts:
+                for count in objectives:
+                    if all_of_it or f"PCGrad, K = {count}" in with_goal:
+                        yield pcgrad(problem, count), problem
+            if "sam" in parts and (all_of_it or "SAM" in with_goal):
+                yield sam(problem), problem
+            if "grata" in parts and images and all_of_it:
+                yield grata(problem), problem
+            if "gated_ema" in parts and problem.network not in seen:
+                yield gated_ema(problem), problem
+            seen.add(problem.network)
+
+
+def _cases(*texts: str) -> list[str]:
+    cases = [case.strip() for text in texts for case in text.split(",") if case.strip()]
+    for case in cases:
+        parse_case(case)
+    return list(dict.fromkeys(cases))
+
+
+def _floor(comparison: Comparison, where: dict[str, str], rate: float) -> dict[str, Any]:
+    traffic = comparison.traffic
+    return {
+        **where,
+        "passes": comparison.passes,
+        "parts": traffic.parts,
+        "reads": traffic.reads,
+        "writes": traffic.writes,
+        "numbers": traffic.numbers,
+        "milliseconds": traffic.milliseconds(rate),
+    }

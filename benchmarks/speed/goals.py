@@ -1,0 +1,92 @@
+"""What a step may cost, and whether it does."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.speed.memory import MEMORY
+from benchmarks.speed.methods import ENGINES, gradkit_name
+from benchmarks.speed.overhead import NETWORK, OVERHEAD
+from benchmarks.speed.problem import RESUNET
+from benchmarks.speed.timing import RATIO
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A limit on one measure of a method, in both engines.
+
+    Attributes:
+        measure: What is measured.
+        network: On which network; None: on any.
+        case: At which batch and size; None: at any.
+        method: The method's name, as in the rows.
+        limit: What it may be.
+    """
+
+    measure: str
+    network: str | None
+    case: str | None
+    method: str
+    limit: float
+
+    def fits(self, row: Row) -> bool:
+        """Whether a row is about this."""
+        return (
+            row["measure"] == self.measure
+            and row["method"] == self.method
+            and self.network in (None, row["network"])
+            and self.case in (None, row["case"])
+        )
+
+
+GOALS = (
+    Goal(RATIO, RESUNET, "2x64", "PCGrad, K = 4", 1.25),
+    Goal(RATIO, RESUNET, "4x128", "PCGrad, K = 4", 1.10),
+    Goal(RATIO, RESUNET, "8x192", "PCGrad, K = 4", 1.03),
+    Goal(RATIO, RESUNET, "2x64", "SAM", 1.10),
+    Goal(RATIO, RESUNET, "4x128", "SAM", 1.07),
+    Goal(RATIO, RESUNET, "8x192", "SAM", 1.03),
+    Goal(OVERHEAD, NETWORK, None, "engine, K = 1", 0.3),
+    Goal(OVERHEAD, NETWORK, None, "engine, K = 4", 0.5),
+    Goal(OVERHEAD, NETWORK, None, "engine and PCGrad, K = 4", 0.5),
+    *(Goal(MEMORY, None, None, f"PCGrad, K = {count}", count + 1.0) for count in (2, 4, 8)),
+)
+
+
+def judge(rows: Sequence[Row], goals: Iterable[Goal] = GOALS) -> list[dict[str, Any]]:
+    """For each goal and engine, what was measured and whether the goal is met.
+
+    It is met if the interval reaches it. Goals that nothing was measured for are left out.
+    """
+    return [
+        {
+            "measure": goal.measure,
+            "network": row["network"],
+            "case": row["case"],
+            "method": goal.method,
+            "variant": row["variant"],
+            "limit": goal.limit,
+            "value": row["value"],
+            "low": row["low"],
+            "high": row["high"],
+            "met": row["low"] <= goal.limit,
+        }
+        for goal in goals
+        for row in rows
+        if row["variant"] in map(gradkit_name, ENGINES) and goal.fits(row)
+    ]
+
+
+def verdict(judged: Row) -> str:
+    """In words; a miss with how far the value, and the ends of its interval, are from the goal.
+
+    Example:
+        >>> verdict({"limit": 1.1, "value": 1.25, "low": 1.2, "high": 1.4, "met": False})
+        'missed by 0.15 [0.10, 0.30]'
+    """
+    if judged["met"]:
+        return "met"
+    value, low, high = (judged[key] - judged["limit"] for key in ("value", "low", "high"))
+    return f"missed by {value:.2f} [{low:.2f}, {high:.2f}]"

@@ -1,0 +1,81 @@
+"""Peak memory above plain training, each variant in a fresh process."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.speed.peak import CONTROL, comparison_of
+from benchmarks.speed.problem import wide_mlp
+
+MEMORY = "peak memory above plain training, P numbers"
+RESOLUTION = 0.05
+"""What is not told apart, P numbers: the allocator's and the libraries' small change."""
+ENVIRONMENT = {
+    # Large blocks come from the system and go back to it at once, so that what is resident is
+    # what is in use; by default glibc would keep freed blocks of up to 32 MB.
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "65536",
+    "MALLOC_ARENA_MAX": "1",
+    "OMP_NUM_THREADS": "1",
+}
+_ROOT = Path(__file__).parents[2]
+
+
+def measure_memory(
+    objectives: Sequence[int], with_sam: bool, width: int, device: torch.device, threads: int
+) -> list[dict[str, object]]:
+    """One row for each method and variant, and one for the control."""
+    problem = wide_mlp(2, torch.device("cpu"))
+    requests: list[dict[str, Any]] = [
+        {"method": "control", "objectives": None, "variant": CONTROL, "expected": 3.0}
+    ]
+    for count in [*objectives, *([None] if with_sam else [])]:
+        comparison = comparison_of({"objectives": count}, problem)
+        requests += [
+            {"method": comparison.method, "objectives": count, "variant": variant}
+            for variant in (*comparison.ours, *comparison.peers)
+        ]
+    common = {"width": width, "device": str(device)}
+    # Each process has one thread, so that as many can run side by side.
+    with ThreadPoolExecutor(max_workers=threads if device.type == "cpu" else 1) as pool:
+        results = list(pool.map(lambda request: measure_one({**request, **common}), requests))
+    return [
+        {
+            "measure": MEMORY,
+            "network": f"4 layers of {width}²",
+            "case": "2 rows",
+            "method": request["method"],
+            "variant": request["variant"],
+            "value": result["value"],
+            "low": result["value"] - RESOLUTION,
+            "high": result["value"] + RESOLUTION,
+        }
+        for request, result in zip(requests, results, strict=True)
+    ]
+
+
+def measure_one(request: dict[str, Any]) -> dict[str, float]:
+    """Run a request in a process of its own.
+
+    Raises:
+        RuntimeError: That process failed.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.speed.peak", json.dumps(request)],
+        capture_output=True,
+        text=True,
+        cwd=_ROOT,
+        env={**os.environ, **ENVIRONMENT},
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(f"measuring {request['variant']} failed:\n{done.stderr}")
+    measured: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return measured

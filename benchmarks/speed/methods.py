@@ -1,0 +1,196 @@
+"""PCGrad, SAM and GatedEMA's update: their floors, gradkit's engines, and peers."""
+
+import functools
+from importlib.metadata import version
+
+import pytorch_optimizer
+import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torchjd.aggregation import PCGrad as TorchJDPCGrad
+from torchjd.autojac import backward as torchjd_backward
+from torchjd.autojac import jac_to_grad
+
+import gradkit as gk
+from benchmarks.speed.comparison import Comparison, Step, Traffic
+from benchmarks.speed.problem import Problem
+from gradkit.engines import EngineName
+from gradkit.teacher import follow
+
+ENGINES: tuple[EngineName, ...] = ("functional", "inplace")
+TORCHJD = f"TorchJD {version('torchjd')}"
+PYTORCH_OPTIMIZER = f"pytorch-optimizer {version('pytorch_optimizer')}"
+
+
+def gradkit_name(engine: str) -> str:
+    """How gradkit's variants are called."""
+    return f"gradkit, {engine}"
+
+
+def pcgrad(problem: Problem, count: int) -> Comparison:
+    """One forward pass, K backward passes and the base's step, against surgery on K objectives."""
+
+    def floor() -> Step:
+        model, base = problem.pair()
+        parameters = list(model.parameters())
+
+        def step() -> None:
+            losses = problem.losses(model, count)
+            for number, loss in enumerate(losses):
+                grads = torch.autograd.grad(loss, parameters, retain_graph=number < count - 1)
+            for parameter, grad in zip(parameters, grads, strict=True):
+                parameter.grad = grad
+            base.step()
+            base.zero_grad()
+
+        return step
+
+    def ours(engine: EngineName) -> Step:
+        model, base = problem.pair()
+        optimizer = gk.wrap(base, gk.PCGrad(), model=model, engine=engine)
+
+        def closure() -> dict[str, torch.Tensor]:
+            return {str(k): loss for k, loss in enumerate(problem.losses(model, count))}
+
+        def step() -> None:
+            optimizer.step(closure)
+            optimizer.zero_grad()
+
+        return step
+
+    def torchjd() -> Step:
+        model, base = problem.pair()
+        parameters, aggregator = list(model.parameters()), TorchJDPCGrad()
+
+        def step() -> None:
+            torchjd_backward(problem.losses(model, count))
+            jac_to_grad(parameters, aggregator)
+            base.step()
+            base.zero_grad()
+
+        return step
+
+    def pytorch_optimizer_step() -> Step:
+        model, base = problem.pair()
+        peer = pytorch_optimizer.PCGrad(base, reduction="sum")
+
+        def step() -> None:
+            peer.pc_backward(problem.losses(model, count))  # type: ignore[arg-type]  # is losses
+            peer.step()
+            peer.zero_grad()
+
+        return step
+
+    return Comparison(
+        method=f"PCGrad, K = {count}",
+        passes=f"1 forward, {count} backward, base step (2R 1W)",
+        floor=floor,
+        ours={gradkit_name(engine): functools.partial(ours, engine) for engine in ENGINES},
+        peers={TORCHJD: torchjd, PYTORCH_OPTIMIZER: pytorch_optimizer_step},
+        traffic=Traffic(
+            (("rows", count, count), ("Gram", count, 0), ("combination", count, 1)),
+            problem.parameters(),
+        ),
+    )
+
+
+def sam(problem: Problem) -> Comparison:
+    """Two plain training passes and the base's step, against SAM."""
+
+    def floor() -> Step:
+        model, base = problem.pair()
+
+        def step() -> None:
+            for _ in range(2):
+                base.zero_grad()
+                problem.loss(model).backward()
+            base.step()
+            base.zero_grad()
+
+        return step
+
+    def ours(engine: EngineName) -> Step:
+        model, base = problem.pair()
+        optimizer = gk.wrap(base, gk.SAM(), model=model, engine=engine)
+
+        def step() -> None:
+            optimizer.step(lambda: problem.loss(model))
+            optimizer.zero_grad()
+
+        return step
+
+    def peer() -> Step:
+        model = problem.model()
+        optimizer = pytorch_optimizer.SAM(
+            list(model.parameters()), base_optimizer=torch.optim.SGD, lr=1e-6
+        )
+
+        def step() -> None:
+            problem.loss(model).backward()
+            optimizer.first_step(zero_grad=True)
+            problem.loss(model).backward()
+            optimizer.second_step(zero_grad=True)
+
+        return step
+
+    return Comparison(
+        method="SAM",
+        passes="2 forward, 2 backward, base step (2R 1W)",
+        floor=floor,
+        ours={gradkit_name(engine): functools.partial(ours, engine) for engine in ENGINES},
+        peers={PYTORCH_OPTIMIZER: peer},
+        traffic=Traffic((("norm", 1, 0), ("displaced weights", 2, 1)), problem.parameters()),
+    )
+
+
+def gated_ema(problem: Problem) -> Comparison:
+    """One pass of interpolation over the weights, against what GatedEMA adds to a step.
+
+    The step has two objectives. Its floor does not depend on the batch, so one case is enough.
+    """
+
+    def floor() -> Step:
+        teacher = [parameter.detach() for parameter in problem.model().parameters()]
+        student = [parameter.detach() for parameter in problem.model().parameters()]
+        return lambda: torch._foreach_lerp_(teacher, student, 0.1)
+
+    def follows() -> Step:
+        teacher, student = problem.model(), problem.model()
+        decay = torch.tensor(0.9, device=problem.x.device)
+        return lambda: follow(teacher, student, decay)
+
+    def training(engine: EngineName, gated: bool) -> Step:
+        model, base = problem.pair()
+        chain = (gk.GatedEMA(model),) if gated else ()
+        optimizer = gk.wrap(base, *chain, model=model, engine=engine)
+
+        def step() -> None:
+            optimizer.step(
+                lambda: dict(zip(("source", "target"), problem.losses(model, 2), strict=True))
+            )
+            optimizer.zero_grad()
+
+        return step
+
+    def averaged() -> Step:
+        model = problem.model()
+        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=False)
+        return lambda: average.update_parameters(model)
+
+    return Comparison(
+        method="GatedEMA's update",
+        passes="1 torch._foreach_lerp_ (2R 1W)",
+        floor=floor,
+        ours={
+            **{
+                gradkit_name(engine): functools.partial(training, engine, gated=True)
+                for engine in ENGINES
+            },
+            "gradkit's follow() by itself": follows,
+        },
+        without={
+            gradkit_name(engine): functools.partial(training, engine, gated=False)
+            for engine in ENGINES
+        },
+        peers={f"torch {torch.__version__.partition('+')[0]}, AveragedModel": averaged},
+        traffic=Traffic((("cosine of signs", 2, 0),), problem.parameters()),
+    )

@@ -1,0 +1,184 @@
+"""The measurements as Markdown."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from benchmarks.speed.comparison import FLOOR
+from benchmarks.speed.goals import verdict
+from benchmarks.speed.memory import MEMORY, RESOLUTION
+from benchmarks.speed.methods import ENGINES, gradkit_name
+from benchmarks.speed.overhead import OVERHEAD
+from benchmarks.speed.timing import RATIO
+
+Row = Mapping[str, Any]
+
+
+def report(record: Mapping[str, Any]) -> str:
+    """All tables, goals first."""
+    rows: Sequence[Row] = record["rows"]
+    sections = [
+        "# What a step costs",
+        _introduction(record),
+        *_section("Goals", _goals(record["goals"])),
+    ]
+    for network, numbers in record["networks"].items():
+        here = [row for row in rows if row["measure"] == RATIO and row["network"] == network]
+        for method in dict.fromkeys(row["method"] for row in here):
+            title = f"{network} ({numbers / 1e6:.1f} M parameters): {method}"
+            sections += _section(title, _times([row for row in here if row["method"] == method]))
+    sections += _section("Floors", _floors(record["floors"], rows), _ABOUT_FLOORS)
+    overhead = [row for row in rows if row["measure"] == OVERHEAD]
+    sections += _section("Overhead per step", _values(overhead, 3), _ABOUT_OVERHEAD)
+    memory = [row for row in rows if row["measure"] == MEMORY]
+    settings = ", ".join(f"{name}={value}" for name, value in record["memory environment"].items())
+    sections += _section("Peak memory", _memory(memory), _ABOUT_MEMORY.format(settings))
+    if record["cuda"]:
+        sections += _section("Launches beyond the floor's", _plain(record["cuda"]["launches"]))
+        sections += _section("What makes the host wait", _plain(record["cuda"]["waits"]))
+    return "\n\n".join(sections) + "\n"
+
+
+_ABOUT_FLOORS = (
+    "Beyond the passes, which are timed, a method must read and write vectors of P numbers (R, W); "
+    "at the measured bandwidth of a copy that costs the milliseconds given. Beside it stands what "
+    "was measured above the floor's passes."
+)
+_ABOUT_OVERHEAD = (
+    "Milliseconds that gradkit adds to the same forward passes, `torch.autograd.grad` calls and "
+    "base step written by hand, on a 3-layer MLP; step and hand-written step in turn."
+)
+_ABOUT_MEMORY = (
+    "Above plain training of the same network with one loss, in units of its P parameters (on a "
+    "CPU resident memory: VmHWM), each variant in a fresh process that trains plainly first. The "
+    "control makes 3 P numbers on purpose. Set there, so that glibc gives freed blocks back: "
+    f"{{}}. Differences below {RESOLUTION} P are not told apart."
+)
+
+
+def _introduction(record: Mapping[str, Any]) -> str:
+    machine = ", ".join(f"{key} {value}" for key, value in record["machine"].items())
+    return (
+        f"Made by `{record['command']}`.\n\nMachine: {machine}. "
+        f"Peers: {', '.join(record['peers'])}.\n\n"
+        "All variants of a table take turns in one process, in an order that changes from round "
+        "to round. Times are medians; ratios are medians of the ratios within rounds, with 95% "
+        f"bootstrap intervals (seed {record['seed']})."
+    )
+
+
+def _section(title: str, table: str, about: str = "") -> list[str]:
+    if not table:
+        return []
+    return [f"## {title}", *([about] if about else []), table]
+
+
+def _table(head: Sequence[str], numeric: int, lines: Iterable[Sequence[str]]) -> str:
+    """A Markdown table whose last `numeric` columns are aligned right."""
+    rule = ["---"] * (len(head) - numeric) + ["--:"] * numeric
+    listed = ["| " + " | ".join(line) + " |" for line in lines]
+    if not listed:
+        return ""
+    return "\n".join(["| " + " | ".join(head) + " |", "|" + "|".join(rule) + "|", *listed])
+
+
+def _interval(row: Row, digits: int = 2) -> str:
+    value, low, high = (row[key] for key in ("value", "low", "high"))
+    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def _goals(goals: Sequence[Row]) -> str:
+    head = ("measure", "network", "case", "method", "engine", "goal", "measured", "verdict")
+    return _table(
+        head,
+        3,
+        (
+            (
+                row["measure"],
+                row["network"],
+                row["case"],
+                row["method"],
+                row["variant"].removeprefix("gradkit, "),
+                f"≤ {row['limit']:g}",
+                _interval(row),
+                verdict(row),
+            )
+            for row in goals
+        ),
+    )
+
+
+def _times(rows: Sequence[Row]) -> str:
+    head = ("case", "variant", "ms", "ratio to the floor", "ms above the floor", "rounds")
+    return _table(
+        head,
+        4,
+        (
+            (
+                row["case"],
+                row["variant"],
+                f"{row['milliseconds']:.2f}",
+                "1" if row["variant"] == FLOOR else _interval(row),
+                "" if row["variant"] == FLOOR else _excess(row),
+                str(row["rounds"]),
+            )
+            for row in rows
+        ),
+    )
+
+
+def _excess(row: Row) -> str:
+    return f"{row['excess']:.1f} [{row['excess_low']:.1f}, {row['excess_high']:.1f}]"
+
+
+def _floors(floors: Sequence[Row], rows: Sequence[Row]) -> str:
+    def of(floor: Row) -> dict[str, Row]:
+        return {
+            row["variant"]: row
+            for row in rows
+            if row["measure"] == RATIO
+            and all(row[key] == floor[key] for key in ("network", "case", "method"))
+        }
+
+    def line(floor: Row) -> tuple[str, ...]:
+        found = of(floor)
+        parts = ", ".join(
+            f"{name} {reads}R" + (f" {writes}W" if writes else "")
+            for name, reads, writes in floor["parts"]
+        )
+        return (
+            floor["network"],
+            floor["case"],
+            floor["method"],
+            floor["passes"],
+            f"{found[FLOOR]['milliseconds']:.1f}",
+            parts,
+            f"{floor['numbers'] / 1e6:.2f} M",
+            f"{floor['milliseconds']:.1f}",
+            *(f"{found[gradkit_name(engine)]['excess']:.1f}" for engine in ENGINES),
+        )
+
+    head = (
+        "network", "case", "method", "floor in passes", "ms, timed", "floor in traffic", "P",
+        "ms, by bandwidth",
+        *(f"ms above the passes, {engine}" for engine in ENGINES),
+    )  # fmt: skip
+    return _table(head, 4, map(line, floors))
+
+
+def _values(rows: Sequence[Row], digits: int) -> str:
+    head = ("method", "variant", "ms")
+    return _table(
+        head, 1, ((row["method"], row["variant"], _interval(row, digits)) for row in rows)
+    )
+
+
+def _memory(rows: Sequence[Row]) -> str:
+    head = ("network", "method", "variant", "P numbers")
+    lines = ((row["network"], row["method"], row["variant"], f"{row['value']:.2f}") for row in rows)
+    return _table(head, 1, lines)
+
+
+def _plain(rows: Sequence[Row]) -> str:
+    return (
+        _table(list(rows[0]), 1, ([str(v) for v in row.values()] for row in rows)) if rows else ""
+    )
