@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradkit.engines.evaluator import Evaluator, StoredGradients
 from gradkit.engines.session import Session
-from gradkit.gradients import Gradients
+from gradkit.gradients import Gradients, Parts
 from gradkit.gram import norm
 from gradkit.objectives import LOSS, NoGradientError, Objectives
 from gradkit.oracle import Context, Oracle, Transform
@@ -139,8 +139,13 @@ class Attempt:
             oracle = transform.around(oracle, self.context)
         return oracle
 
-    def direction(self, gradients: Gradients, max_norm: float | None) -> Float[Tensor, " P"]:
-        """The direction of the step, clipped."""
+    def direction(self, gradients: Gradients, max_norm: float | None) -> Parts:
+        """The direction of the step, clipped, one tensor per parameter."""
+        if max_norm is None and gradients.parts is not None:
+            return gradients.parts
+        return self.context.layout.views(self._flat_direction(gradients, max_norm))
+
+    def _flat_direction(self, gradients: Gradients, max_norm: float | None) -> Float[Tensor, " P"]:
         direction = gradients.direction(out=self.context.pool.take_vector)
         if max_norm is None:
             return direction
@@ -151,17 +156,20 @@ class Attempt:
     def apply(
         self,
         gradients: Gradients,
-        direction: Float[Tensor, " P"],
+        direction: Parts,
         scale: Tensor | float | None,
         weights: Sequence[float] | None,
         transforms: Sequence[Transform],
     ) -> None:
         """Let the base optimizer step along `direction`, then commit everything else."""
         reached = gradients.reached_by_direction(weights) or (True,) * len(self._parameters)
-        views = self.context.layout.views(direction)
-        for parameter, view, flag in zip(self._parameters, views, reached, strict=True):
-            grad = as_part_of(view.to(parameter.dtype), parameter) if flag else None
-            parameter.grad = None if grad is None else _marked(grad)
+        for parameter, part, flag in zip(self._parameters, direction, reached, strict=True):
+            if part is None or not flag:
+                parameter.grad = None
+                continue
+            if part.dtype != parameter.dtype:
+                part = part.to(parameter.dtype)
+            parameter.grad = _marked(as_part_of(part, parameter))
         for parameter, _ in self._stale:
             parameter.grad = None
         with scaled_learning_rates(self._base, scale):

@@ -270,6 +270,24 @@ class _Buffer:
 _use_count: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
 
 
+def is_unshared(tensor: Tensor) -> bool:
+    """Whether no other tensor has a part in its memory; False if that cannot be known.
+
+    Examples:
+        >>> vector = torch.zeros(2)
+        >>> is_unshared(vector)
+        True
+        >>> view = vector[:1]
+        >>> is_unshared(vector)
+        False
+    """
+    uses = _uses(tensor)
+    return uses is not None and uses == _USES_OF_ONE
+
+
 def _uses(tensor: Tensor) -> int | None:
     """How many tensors share the storage of `tensor`; None if that cannot be known."""
     return None if _use_count is None else _use_count(tensor.untyped_storage()._cdata)
+
+
+_USES_OF_ONE = _uses(torch.empty(1))

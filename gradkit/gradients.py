@@ -12,8 +12,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gradkit.flat import Layout, Scope
-from gradkit.gram import accumulator, block_grams, cosines, exact_products, gram, norm
+from gradkit.gram import (
+    accumulator,
+    block_grams,
+    cosines,
+    exact_products,
+    gram,
+    norm,
+    squared_norm,
+)
 from gradkit.processes import Shards
+
+Parts = Sequence[Tensor | None]
+"""A flat vector as one tensor per parameter; None where it is 0."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +71,65 @@ class Gradients:
     _made_scale: Tensor | None = field(default=None, repr=False)
     _products: dict[tuple[str, bool], Tensor] = field(default_factory=dict, repr=False)
 
+    @classmethod
+    def of_parts(
+        cls,
+        name: str,
+        loss: Float[Tensor, ""],
+        parts: Parts,
+        layout: Layout,
+        flatten: Callable[[Parts], Float[Tensor, "1 P"]],
+    ) -> Gradients:
+        """One objective's gradient as autograd gave it; copied into a row only if asked for.
+
+        Args:
+            name: The objective's name.
+            loss: Its loss.
+            parts: One tensor per parameter, in its dtype, shape and memory format; None for one
+                that the graph does not reach.
+            layout: Where each parameter lies in the flat vector.
+            flatten: Makes `rows` of the parts.
+        """
+        made = object.__new__(cls)
+        dtype = accumulator(layout.device)
+        weights = torch.ones(1, dtype=dtype, device=layout.device)
+        scale = torch.ones((), dtype=dtype, device=layout.device)
+        made.__dict__.update(
+            names=(name,),
+            losses=loss[None],
+            weights=weights,
+            lr_scale=scale,
+            update=None,
+            layout=layout,
+            observers=frozenset(),
+            reached=(tuple(part is not None for part in parts),),
+            _made_weights=(weights, weights._version),
+            _made_scale=scale,
+            _products={},
+            _parts=parts,
+            _flatten=flatten,
+        )
+        return made
+
+    def __getattr__(self, name: str) -> Any:
+        # Reached for `rows` only, where there are parts that nobody has asked to see as a row yet.
+        if name == "rows" and "_parts" in self.__dict__:
+            self.__dict__["rows"] = self.__dict__["_flatten"](self.__dict__["_parts"])
+            return self.__dict__["rows"]
+        raise AttributeError(name)
+
+    @property
+    def parts(self) -> Parts | None:
+        """The direction, one tensor per parameter, where no flat vector was made of it."""
+        parts: Parts | None = self.__dict__.get("_parts")
+        return parts
+
+    def row(self, name: str) -> Float[Tensor, " P"] | Parts:
+        """An objective's gradient, flat or in parts, whichever is there."""
+        index = self.index(name)
+        parts = self.parts
+        return self.rows[index] if parts is None else parts
+
     def __post_init__(self) -> None:
         dtype = accumulator(self.rows.device)
         if self.weights is None:
@@ -77,6 +147,13 @@ class Gradients:
             changes.setdefault("_products", {})
         return dataclasses.replace(self, **changes)
 
+    def _changed(self, **changes: Any) -> Gradients:
+        """As `replace`, for attributes that need no look at the others."""
+        made = object.__new__(type(self))
+        made.__dict__.update(self.__dict__)
+        made.__dict__.update(changes)
+        return made
+
     def observe(self, *names: str) -> Gradients:
         """A copy in which the named rows have weight 0."""
         indices = [self.index(name) for name in names]
@@ -92,7 +169,12 @@ class Gradients:
     def without_rows(self) -> Gradients:
         """A copy that knows the rows' Gram matrix but does not keep their memory."""
         products = {("global", False): self.gram()}
-        return self.replace(rows=self.rows.new_empty(len(self.names), 0), _products=products)
+        dtype = self.rows.dtype if self.layout is None else self.layout.dtype
+        empty = torch.empty(len(self.names), 0, dtype=dtype, device=self.weights.device)
+        made = self._changed(rows=empty, _products=products)
+        made.__dict__.pop("_parts", None)
+        made.__dict__.pop("_flatten", None)
+        return made
 
     def index(self, name: str) -> int:
         """The row of the objective `name`.
@@ -136,13 +218,29 @@ class Gradients:
         key = (scope, signs)
         if key not in self._products:
             if scope == "global":
-                self._products[key] = gram(self.rows, signs=signs, over=self._shards)
+                square = self._squared_norm(signs=signs)
+                self._products[key] = (
+                    square
+                    if square is not None
+                    else gram(self.rows, signs=signs, over=self._shards)
+                )
             else:
                 segments = self.segments(scope)
                 self._products[key] = block_grams(
                     self.rows, segments, signs=signs, over=self._shards
                 )
         return self._products[key]
+
+    def _squared_norm(self, *, signs: bool) -> Float[Tensor, "1 1"] | None:
+        """The Gram matrix of a single gradient in parts, if it can be had without a row."""
+        parts, layout = self.parts, self.layout
+        if parts is None or layout is None or signs or layout.device.type != "cpu":
+            return None
+        square = squared_norm([part for part in parts if part is not None])
+        if square is None:
+            return None
+        square = square.reshape(1, 1)
+        return square if layout.shards is None else layout.shards.add_up(square)
 
     def segments(self, scope: Scope) -> tuple[tuple[int, int], ...]:
         """The column ranges that `scope` treats one by one.

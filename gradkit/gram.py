@@ -18,6 +18,10 @@ from torch import Tensor
 from gradkit.processes import Shards
 
 BLOCK = 1 << 9
+# Shorter blocks would leave the fast path of torch's norm.
+_NORM_BLOCK = 640
+# Vectors up to this length are simply converted.
+_SHORT = 1 << 12
 # Columns that are converted at a time where a copy is needed.
 _CONVERTED_COLUMNS = 1 << 18
 # Squares beyond these may have overflowed in float32, or lost digits to underflow.
@@ -57,6 +61,14 @@ def inner_products(
 def _local_products(
     a: Float[Tensor, "K P"], b: Float[Tensor, "L P"], signs: bool
 ) -> Float[Tensor, "K L"]:
+    if b is a and not signs and a.device.type == "cpu" and a.dtype != torch.float64:
+        if a.shape[1] <= _SHORT:
+            wide = a.double()
+            return wide @ wide.T
+        if len(a) == 1 and a.dtype == torch.float32:
+            square = squared_norm([a[0]])
+            if square is not None:
+                return square.reshape(1, 1)
     products = _products(a, b, signs, None)
     if a.device.type != "cpu" or signs or a.dtype == torch.float64:
         return products
@@ -66,6 +78,35 @@ def _local_products(
     scales = (_magnitudes(a), _magnitudes(b))
     scaled = _products(a, b, signs, scales)
     return scaled * scales[0][:, None].double() * scales[1].double()
+
+
+def squared_norm(parts: Sequence[Tensor]) -> Float[Tensor, ""] | None:
+    """The square of the norm of a vector given in parts, as float32 on the CPU; in float64.
+
+    None if it lies where float32 may have overflowed or lost digits, and has to be scaled first.
+
+    Examples:
+        >>> squared_norm([torch.tensor([3.0]), torch.tensor([[4.0]])])
+        tensor(25., dtype=torch.float64)
+    """
+    total = torch.zeros((), dtype=torch.float64)
+    short = [part.reshape(-1) for part in parts if part.numel() <= _SHORT]
+    if short:
+        wide = torch.cat(short).double()
+        total += wide @ wide
+    for part in parts:
+        if part.numel() <= _SHORT:
+            continue
+        vector = part.reshape(-1)
+        whole = vector.numel() - vector.numel() % _NORM_BLOCK
+        lengths = torch.linalg.vector_norm(vector[:whole].view(-1, _NORM_BLOCK), dim=1).double()
+        square = lengths @ lengths
+        rest = vector[whole:].double()
+        square += rest @ rest
+        if not _in_range(square):
+            return None
+        total += square
+    return total
 
 
 def accumulator(device: torch.device) -> torch.dtype:

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gradkit.gradients import Gradients
-from gradkit.oracle import Context, Oracle, Selection, Transform, join
+from gradkit.oracle import Context, Oracle, Selection, Transform, displacement, join
 
 
 @dataclass(eq=False)
@@ -70,8 +70,8 @@ class LookAhead(Transform):
             here = here.observe(self.along)
             if only is not None and self.update not in only:
                 return here
-            step = here.rows[here.index(self.along)] * -self.step_size
-            there = inner(step if at is None else step.add_(at), (self.update,))
+            row = here.row(self.along)
+            there = inner(displacement(row, -self.step_size, at, inner, context), (self.update,))
             # Transforms inside may have asked for further rows at either point.
             joined = join({**dict.fromkeys(here.names, here), self.update: there}, context)
             return joined.replace(lr_scale=there.lr_scale) if there.scales_lr else joined

@@ -49,7 +49,7 @@ def judge(
     )
     if nonfinite == "ignore":
         return Verdict(None, float(scale) if scale is not None and float_lr else scale, None)
-    wide = accumulator(gradients.rows.device)
+    wide = accumulator(gradients.weights.device)
     parts = [gradients.weights]
     if scale is not None:
         parts.append(scale[None])

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gradkit.flat import Layout, Pool
-from gradkit.gradients import Gradients
+from gradkit.gradients import Gradients, Parts
 
 Oracle = Callable[..., Gradients]
 """`oracle(at=None, only=None) -> Gradients`.
@@ -25,6 +25,61 @@ Oracle = Callable[..., Gradients]
 `at` is a flat displacement [P] from the current weights (None: none), which is only read.
 `only`, any container of names, says which objectives are back-propagated (None: all).
 """
+
+
+@dataclass(frozen=True, eq=False)
+class Along:
+    """The displacement `factor` times `vector`, before it is computed.
+
+    An oracle that sets `takes_along` can be called at one in place of a flat vector. Weights plus
+    displacement are then computed in one pass over memory.
+
+    Attributes:
+        vector: A flat vector [P], or one tensor per parameter.
+        factor: What it is multiplied by [].
+    """
+
+    vector: Float[Tensor, " P"] | Parts
+    factor: Float[Tensor, ""] | float
+
+    def parts(self, layout: Layout) -> Parts:
+        """The vector, one tensor per parameter."""
+        return layout.views(self.vector) if isinstance(self.vector, Tensor) else self.vector
+
+
+def displacement(
+    vector: Float[Tensor, " P"] | Parts,
+    factor: Float[Tensor, ""] | float,
+    at: Float[Tensor, " P"] | None,
+    inner: Oracle,
+    context: Context,
+) -> Float[Tensor, " P"] | Along:
+    """`at + factor·vector`, in the form that `inner` takes best.
+
+    Args:
+        vector: A flat vector, or one tensor per parameter; only read.
+        factor: What to multiply it by.
+        at: Where to start from; None for the weights themselves.
+        inner: The oracle that is to be called there.
+        context: The step's context, whose pool gives the memory.
+    """
+    if at is None and takes_along(inner):
+        return Along(vector, factor)
+    result = context.pool.take_vector()
+    if isinstance(vector, Tensor):
+        torch.mul(vector, factor, out=result)
+    else:
+        for view, part in zip(context.layout.views(result), vector, strict=True):
+            if part is None:
+                view.zero_()
+            else:
+                torch.mul(part, factor, out=view)
+    return result if at is None else result.add_(at)
+
+
+def takes_along(oracle: Oracle) -> bool:
+    """Whether an oracle can be called at an `Along`."""
+    return getattr(oracle, "takes_along", False)
 
 
 def join(sources: Mapping[str, Gradients], context: Context) -> Gradients:
@@ -44,9 +99,12 @@ def join(sources: Mapping[str, Gradients], context: Context) -> Gradients:
         )
     names = tuple(name for name in context.names or sources if name in sources)
     taken = [(sources[name], sources[name].index(name)) for name in names]
-    rows, _ = context.pool.take(len(names))
-    for row, (part, k) in zip(rows, taken, strict=True):
-        row.copy_(part.rows[k])
+    rows, views = context.pool.take(len(names))
+    for index, (part, k) in enumerate(taken):
+        if part.parts is None:
+            rows[index].copy_(part.rows[k])
+        else:
+            copy_parts(part.parts, views[index])
     dtype = functools.reduce(torch.promote_types, (part.losses.dtype for part, _ in taken))
     joined = Gradients(
         names,
@@ -60,6 +118,17 @@ def join(sources: Mapping[str, Gradients], context: Context) -> Gradients:
         return joined.observe(*observers) if observers else joined
     weights = torch.stack([part.weights[k] for part, k in taken])
     return joined.replace(weights=weights, observers=frozenset(observers))
+
+
+def copy_parts(parts: Parts, views: Sequence[Tensor]) -> None:
+    """Copy a vector's parts to the views of a flat one."""
+    there = [t for t, part in enumerate(parts) if part is not None]
+    if there:
+        sources = [part for part in parts if part is not None]
+        torch._foreach_copy_([views[t] for t in there], sources)
+    missing = [view for view, part in zip(views, parts, strict=True) if part is None]
+    if missing:
+        torch._foreach_zero_(missing)
 
 
 def _joined_flags(rows: Sequence[tuple[Gradients, int]]) -> tuple[tuple[bool, ...], ...] | None:

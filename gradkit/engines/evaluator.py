@@ -22,7 +22,7 @@ from gradkit.objectives import (
     micro_batches,
     refuse_reentrant_checkpoints,
 )
-from gradkit.oracle import Context
+from gradkit.oracle import Along, Context
 from gradkit.processes import Processes, local
 from gradkit.random import RandomState
 from gradkit.scaling import LossScale
@@ -74,7 +74,7 @@ class Evaluator:
 
     # A method, not `__call__`: calling an instance keeps the arguments alive until it returns.
     def evaluate(
-        self, at: Float[Tensor, " P"] | None = None, only: Container[str] | None = None
+        self, at: Float[Tensor, " P"] | Along | None = None, only: Container[str] | None = None
     ) -> Gradients:
         """The gradients at the weights plus `at`, of all objectives or those in `only`."""
         names = self._context.names
@@ -95,6 +95,8 @@ class Evaluator:
         if self._measure:
             self.measured.append(gradients.without_rows())
         return gradients
+
+    evaluate.takes_along = True  # type: ignore[attr-defined]  # see `Along`
 
     def _finished(self, rows: Rows) -> Gradients:
         self._processes.check_clear(len(self._context.names or ()))
@@ -245,6 +247,7 @@ class Evaluator:
                 refuse_reentrant_checkpoints(loss, name)
                 self._searched.add(name)
             rows.add(name, grads)
+            del grads  # so that they do not lie beside the next objective's
 
     @contextmanager
     def _random_numbers(self, key: str | None, first: bool) -> Iterator[None]:

@@ -11,8 +11,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gradkit.engines.choice import ParameterPlaces
+from gradkit.engines.displace import write_sums
 from gradkit.engines.session import Result
 from gradkit.flat import Layout, Pool
+from gradkit.oracle import Along
 from gradkit.processes import is_expanded
 
 Buffers = list[dict[str, Tensor | None]]
@@ -56,17 +58,17 @@ class FunctionalSession:
         self._groups = [(group, group["params"]) for group in param_groups]
 
     @contextmanager
-    def displaced(self, at: Float[Tensor, " P"] | None) -> Iterator[Sequence[Tensor]]:  # noqa: D102
+    def displaced(  # noqa: D102
+        self, at: Float[Tensor, " P"] | Along | None
+    ) -> Iterator[Sequence[Tensor]]:
         parameters = self._layout.parameters
         with torch.no_grad():
             if at is None:
                 points = [parameter.detach() for parameter in parameters]
             else:
                 values = self._layout.views(self._pool.take_vector())
-                parts = self._layout.views(at)
-                for value, parameter, part in zip(values, parameters, parts, strict=True):
-                    torch.add(parameter, part, out=value)
-                del at, parts, part  # not needed any more, and maybe the last references
+                write_sums(values, parameters, at, self._layout)
+                del at  # not needed any more, and maybe the last reference
                 points = [
                     value if value.dtype == parameter.dtype else value.to(parameter.dtype)
                     for value, parameter in zip(values, parameters, strict=True)

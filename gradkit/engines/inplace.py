@@ -14,8 +14,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gradkit.engines.choice import ParameterPlaces
+from gradkit.engines.displace import write_sums
 from gradkit.engines.session import Result
 from gradkit.flat import Layout, Pool
+from gradkit.oracle import Along
 from gradkit.processes import is_expanded
 
 
@@ -48,7 +50,9 @@ class InplaceSession:
         )
 
     @contextmanager
-    def displaced(self, at: Float[Tensor, " P"] | None) -> Iterator[Sequence[Tensor]]:  # noqa: D102
+    def displaced(  # noqa: D102
+        self, at: Float[Tensor, " P"] | Along | None
+    ) -> Iterator[Sequence[Tensor]]:
         parameters = self._layout.parameters
         if at is None:
             yield parameters
@@ -59,9 +63,8 @@ class InplaceSession:
                 values = self._layout.local_parameters()
                 torch._foreach_copy_(self._layout.views(saved), values)
                 self._saved = saved
-                for value, part in zip(values, self._layout.views(at), strict=True):
-                    value.add_(part)
-                del at, part  # not needed any more, and maybe the last references
+                write_sums(values, values, at, self._layout)
+                del at  # not needed any more, and maybe the last reference
             self._forget_copies()
             yield parameters
         finally:

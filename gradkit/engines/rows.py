@@ -8,15 +8,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gradkit.gradients import Gradients
+from gradkit.flat import is_unshared
+from gradkit.gradients import Gradients, Parts
 from gradkit.gram import accumulator
 from gradkit.objectives import LOSS, NoGradientError, checked_grad
-from gradkit.oracle import Context
+from gradkit.oracle import Context, copy_parts
 from gradkit.processes import Processes, local
 
 
 class Rows:
-    """The rows and losses of one evaluation, while micro-batches add to them."""
+    """The rows and losses of one evaluation, while micro-batches add to them.
+
+    A single gradient that autograd has left in tensors of its own stays in them: it is copied
+    into a flat row only if something is added to it, or asks for a row.
+    """
 
     def __init__(
         self,
@@ -28,9 +33,10 @@ class Rows:
         self._names = names
         self._leaves = leaves
         self._layout = context.layout
-        self._rows, self._views = context.pool.take(len(names))
+        self._pool = context.pool
+        self._buffer: tuple[Tensor, list[list[Tensor]]] | None = None
+        self._parts: Parts | None = None
         self._reached = {name: [False] * len(leaves) for name in names}
-        self._written: set[str] = set()
         self._losses: dict[str, Tensor | None] = dict.fromkeys((*names, *also))
 
     def add_loss(self, name: str, loss: Tensor | None) -> None:
@@ -67,7 +73,6 @@ class Rows:
         """
         if name not in self._reached:
             return
-        views = self._views[self._names.index(name)]
         reached = self._reached[name]
         if all(grad is None for grad in grads) and not any(reached):
             raise NoGradientError(no_gradient(name))
@@ -75,6 +80,11 @@ class Rows:
             checked_grad(grad, name, parameter)
         if self._layout.shards is not None:
             grads = [None if grad is None else local(grad) for grad in grads]
+        if len(self._names) == 1 and not any(reached) and self._are_their_own(grads):
+            self._parts = grads
+            self._reached[name] = [grad is not None for grad in grads]
+            return
+        views = self._flat()[1][self._names.index(name)]
         new = [t for t, grad in enumerate(grads) if grad is not None and not reached[t]]
         more = [t for t, grad in enumerate(grads) if grad is not None and reached[t]]
         if new:
@@ -83,6 +93,30 @@ class Rows:
             torch._foreach_add_([views[t] for t in more], _chosen(grads, more))
         for t in new:
             reached[t] = True
+
+    def _are_their_own(self, grads: Sequence[Tensor | None]) -> bool:
+        """Whether these tensors are laid out as the parameters and share memory with nothing."""
+        layout = self._layout
+        if len(set(map(id, grads))) < len(grads) - max(0, sum(g is None for g in grads) - 1):
+            return False
+        for grad, parameter, strides in zip(grads, layout.parameters, layout.strides, strict=True):
+            if grad is None:
+                continue
+            fits = grad.is_contiguous() if strides is None else grad.stride() == strides
+            if not (fits and grad.dtype == layout.dtype == parameter.dtype):
+                return False
+            if grad.requires_grad or not is_unshared(grad):
+                return False
+        return True
+
+    def _flat(self) -> tuple[Float[Tensor, "K P"], list[list[Tensor]]]:
+        """Memory for the rows and its views; parts that are there already are copied to it."""
+        if self._buffer is None:
+            self._buffer = self._pool.take(len(self._names))
+            if self._parts is not None:
+                copy_parts(self._parts, self._buffer[1][0])
+                self._parts = None
+        return self._buffer
 
     @torch.no_grad()
     def finish(
@@ -98,19 +132,21 @@ class Rows:
         Raises:
             RankError: If a rank has failed, or if they differ where they must not.
         """
-        for name, views in zip(self._names, self._views, strict=True):
-            unreached = [
-                view for view, flag in zip(views, self._reached[name], strict=True) if not flag
-            ]
-            if unreached:
-                torch._foreach_zero_(unreached)
+        if self._parts is None or unscale is not None or processes.averages:
+            for name, views in zip(self._names, self._flat()[1], strict=True):
+                unreached = [
+                    view for view, flag in zip(views, self._reached[name], strict=True) if not flag
+                ]
+                if unreached:
+                    torch._foreach_zero_(unreached)
+        factor: Tensor | float | None = unscale
         if processes.together:
             self._average(processes, settings)
             if processes.averages:
                 share = 1 / processes.size
-                unscale = self._rows.new_full((), share) if unscale is None else unscale * share
-        if unscale is not None:
-            self._rows.mul_(unscale)
+                factor = share if unscale is None else unscale * share
+        if factor is not None:
+            self._flat()[0].mul_(factor)
 
     def _average(self, processes: Processes, settings: int) -> None:
         device = self._layout.device
@@ -129,17 +165,28 @@ class Rows:
             if own is not None:
                 self._losses[name] = loss.to(own.dtype)
         if processes.averages:
-            processes.add_up(self._rows)
+            processes.add_up(self._flat()[0])
 
     def gradients(self) -> Gradients:
         """What has been added up."""
+        if self._parts is not None:
+            (name,) = self._names
+            return Gradients.of_parts(
+                name, self.loss(name), self._parts, self._layout, self._flattened
+            )
         return Gradients(
             self._names,
             stacked([self.loss(name) for name in self._names], self._layout.device),
-            self._rows,
+            self._flat()[0],
             layout=self._layout,
             reached=tuple(tuple(self._reached[name]) for name in self._names),
         )
+
+    def _flattened(self, parts: Parts) -> Float[Tensor, "1 P"]:
+        rows, views = self._pool.take(1)
+        with torch.no_grad():
+            copy_parts(parts, views[0])
+        return rows
 
 
 def stacked(losses: Sequence[Tensor], device: torch.device) -> Float[Tensor, " K"]:

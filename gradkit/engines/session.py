@@ -9,6 +9,8 @@ from typing import Protocol, TypeVar, runtime_checkable
 from jaxtyping import Float
 from torch import Tensor
 
+from gradkit.oracle import Along
+
 Result = TypeVar("Result")
 
 
@@ -20,7 +22,9 @@ class Session(Protocol):
     either, whatever happened, the weights are as before.
     """
 
-    def displaced(self, at: Float[Tensor, " P"] | None) -> AbstractContextManager[Sequence[Tensor]]:
+    def displaced(
+        self, at: Float[Tensor, " P"] | Along | None
+    ) -> AbstractContextManager[Sequence[Tensor]]:
         """The leaves to differentiate with respect to, at the weights plus `at`."""
 
     def run(self, body: Callable[[], Result], *, keep_buffers: bool) -> Result:

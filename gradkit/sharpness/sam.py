@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Container
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from gradkit.gradients import Gradients
-from gradkit.oracle import Context, Oracle, Transform
+from gradkit.oracle import Along, Context, Oracle, Transform, displacement
 
 
 @dataclass(eq=False)
@@ -51,14 +50,20 @@ class SAM(Transform):
         ) -> Gradients:
             # No name holds on to the first evaluation or to the point of the second, so that their
             # memory is free as soon as it is no longer needed.
-            return inner(self._ascended(inner(at, only), at, context), only)
+            return inner(self._ascent(inner(at, only), at, inner, context), only)
 
         return oracle
 
-    def _ascended(
-        self, gradients: Gradients, at: Float[Tensor, " P"] | None, context: Context
-    ) -> Float[Tensor, " P"]:
+    def _ascent(
+        self,
+        gradients: Gradients,
+        at: Float[Tensor, " P"] | None,
+        inner: Oracle,
+        context: Context,
+    ) -> Float[Tensor, " P"] | Along:
+        if gradients.parts is not None:
+            factor = self.rho / (gradients.direction_norm() + 1e-12)
+            return displacement(gradients.parts, factor, at, inner, context)
         d = gradients.direction()
         factor = self.rho / (gradients.direction_norm(d) + 1e-12)
-        epsilon = torch.mul(d, factor, out=context.pool.take_vector())
-        return epsilon if at is None else epsilon.add_(at)
+        return displacement(d, factor, at, inner, context)

@@ -13,7 +13,7 @@ from torch import Tensor
 from gradkit.flat import SCOPES, Scope
 from gradkit.gradients import Gradients, combine
 from gradkit.gram import gram as gram_matrix
-from gradkit.oracle import Context, Oracle, Transform
+from gradkit.oracle import Along, Context, Oracle, Transform, takes_along
 
 
 class Rule(Transform, ABC):
@@ -66,7 +66,7 @@ class Rule(Transform, ABC):
         drawn: dict[int, Any] = {}
 
         def oracle(
-            at: Float[Tensor, " P"] | None = None, only: Container[str] | None = None
+            at: Float[Tensor, " P"] | Along | None = None, only: Container[str] | None = None
         ) -> Gradients:
             gradients = inner(at, only)
             if gradients.update is not None:
@@ -95,6 +95,7 @@ class Rule(Transform, ABC):
                 combine(gradients.rows[:, start:stop], weights, active, update[start:stop])
             return gradients.replace(update=update)
 
+        oracle.takes_along = takes_along(inner)  # type: ignore[attr-defined]  # a function's own
         return oracle
 
 

@@ -1,0 +1,35 @@
+"""Weights plus displacement, in one pass over memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gradkit.flat import Layout
+from gradkit.oracle import Along
+
+
+def write_sums(
+    out: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    at: Float[Tensor, " P"] | Along,
+    layout: Layout,
+) -> None:
+    """Write `weights + at`, tensor by tensor, to `out`, which may be the weights themselves."""
+    if not isinstance(at, Along):
+        for value, weight, part in zip(out, weights, layout.views(at), strict=True):
+            torch.add(weight, part, out=value)
+        return
+    for value, weight, along in zip(out, weights, at.parts(layout), strict=True):
+        if along is None:
+            value.copy_(weight)
+        elif value.dtype == weight.dtype == along.dtype:
+            if isinstance(at.factor, float):
+                torch.add(weight, along, alpha=at.factor, out=value)
+            else:
+                torch.addcmul(weight, along, at.factor.to(value.dtype), out=value)
+        else:
+            value.copy_(weight + along * at.factor)
