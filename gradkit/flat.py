@@ -6,6 +6,7 @@ A `Layout` says where each trainable parameter lies in the flat vector; a `Pool`
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -270,19 +271,35 @@ class _Buffer:
 _use_count: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
 
 
-def is_unshared(tensor: Tensor) -> bool:
-    """Whether no other tensor has a part in its memory; False if that cannot be known.
+def are_unshared(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether nobody but the list they are in can see these tensors' memory.
+
+    False if that cannot be known. A view of a tensor that nothing but the view holds counts as
+    unshared: so the gradients of linear layers come out of autograd.
 
     Examples:
-        >>> vector = torch.zeros(2)
-        >>> is_unshared(vector)
+        >>> are_unshared([torch.zeros(2), None, torch.zeros(2, 1).t()])
         True
-        >>> view = vector[:1]
-        >>> is_unshared(vector)
-        False
+        >>> vector = torch.zeros(2)
+        >>> are_unshared([vector]), are_unshared([vector[:1]])
+        (False, False)
     """
+    if _ONE is None or any(count != _IN_A_LIST for count in _references(tensors)):
+        return False
+    return all(tensor is None or _has_own_memory(tensor) for tensor in tensors)
+
+
+def _has_own_memory(tensor: Tensor) -> bool:
     uses = _uses(tensor)
-    return uses is not None and uses == _USES_OF_ONE
+    if uses == _ONE:
+        return True
+    if _ONE is None or uses != _ONE + 1 or not tensor._is_view() or _ONE_VIEW is None:
+        return False
+    return _holders(tensor._base) == _ONE_VIEW
+
+
+def _references(tensors: Sequence[Tensor | None]) -> list[int]:
+    return [sys.getrefcount(tensor) for tensor in tensors if tensor is not None]
 
 
 def _uses(tensor: Tensor) -> int | None:
@@ -290,4 +307,15 @@ def _uses(tensor: Tensor) -> int | None:
     return None if _use_count is None else _use_count(tensor.untyped_storage()._cdata)
 
 
-_USES_OF_ONE = _uses(torch.empty(1))
+def _holders(tensor: Tensor | None) -> tuple[int, int] | None:
+    """How many references there are to a tensor, in all and from Python."""
+    count = getattr(tensor, "_use_count", None)
+    return None if count is None else (count(), sys.getrefcount(tensor))
+
+
+# What these functions say of a tensor that only a list holds, and of the base of a view that only
+# the view holds.
+_IN_A_LIST = _references([torch.empty(1)])[0]
+_ONE = _uses(torch.empty(1))
+_VIEW = torch.empty(1, 1).t()
+_ONE_VIEW = _holders(_VIEW._base)

@@ -6,7 +6,7 @@ from helpers import as_users_run_it, seeded
 from torch import nn
 
 import gradkit as gk
-from gradkit.flat import Layout, Pool
+from gradkit.flat import Layout, Pool, are_unshared
 
 
 def parameter(*shape, dtype=torch.float32):
@@ -333,3 +333,70 @@ def test_old_gradients_never_change_and_memory_does_not_grow():
         optimizer.step(objectives)
     after = {count: len(buffers) for count, buffers in optimizer._pool._buffers.items()}
     assert after == before
+
+
+KEPT = []
+
+
+class Returns(torch.autograd.Function):
+    """Its gradient is what `make` returns."""
+
+    @staticmethod
+    def forward(ctx, weight, make):
+        ctx.make = make
+        return weight.sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.make(), None
+
+
+def kept():
+    KEPT.append(torch.ones(3, 2))
+    return KEPT[-1]
+
+
+@pytest.mark.parametrize(
+    ("make", "unshared"),
+    [
+        (lambda: torch.ones(3, 2), True),
+        (lambda: torch.ones(2, 3).t(), True),
+        (kept, False),
+        (lambda: kept().t().t(), False),
+        (lambda: torch.stack([kept(), kept()])[0], True),
+        (lambda: kept().unsqueeze(0)[0], False),
+    ],
+)
+def test_a_gradient_that_someone_else_can_see_is_shared(make, unshared):
+    weight = torch.nn.Parameter(torch.zeros(3, 2))
+    found = are_unshared(list(torch.autograd.grad(Returns.apply(weight, make), [weight])))
+    assert found == unshared  # pytest would hold on to what is in the assertion
+
+
+@pytest.mark.parametrize("layer", [torch.nn.Linear(3, 2), torch.nn.Conv1d(3, 2, 1)])
+def test_gradients_of_layers_are_unshared(layer):
+    loss = layer(
+        torch.ones(4, 3, 1).squeeze(-1) if layer.weight.dim() == 2 else torch.ones(4, 3, 1)
+    )
+    found = are_unshared(list(torch.autograd.grad(loss.square().mean(), [*layer.parameters()])))
+    assert found
+
+
+@pytest.mark.parametrize("make", [kept, lambda: kept().t().t()])
+def test_a_step_never_hands_out_what_a_closure_keeps(make):
+    weight = torch.nn.Parameter(torch.zeros(3, 2))
+    optimizer = gk.wrap(
+        torch.optim.SGD([weight], lr=1.0, momentum=0.9, nesterov=True, foreach=True)
+    )
+    optimizer.step(lambda: Returns.apply(weight, make))
+    optimizer.step(lambda: Returns.apply(weight, make))
+    weight.grad.mul_(2)
+    assert all(torch.equal(one, torch.ones(3, 2)) for one in KEPT)
+
+
+def test_one_tensor_as_the_gradient_of_two_parameters_is_not_handed_to_both():
+    a, b = (torch.nn.Parameter(torch.zeros(2)) for _ in range(2))
+    optimizer = gk.wrap(torch.optim.SGD([a, b], lr=1.0))
+    optimizer.step(lambda: ((a + b) * torch.tensor([1.0, 2.0])).sum())
+    a.grad.mul_(10)
+    assert b.grad.tolist() == [1, 2]

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gradkit.flat import is_unshared
+from gradkit.flat import are_unshared
 from gradkit.gradients import Gradients, Parts
 from gradkit.gram import accumulator
 from gradkit.objectives import LOSS, NoGradientError, checked_grad
@@ -76,8 +76,8 @@ class Rows:
         reached = self._reached[name]
         if all(grad is None for grad in grads) and not any(reached):
             raise NoGradientError(no_gradient(name))
-        for grad, parameter in zip(grads, self._layout.parameters, strict=True):
-            checked_grad(grad, name, parameter)
+        for index, parameter in enumerate(self._layout.parameters):
+            checked_grad(grads[index], name, parameter)
         if self._layout.shards is not None:
             grads = [None if grad is None else local(grad) for grad in grads]
         if len(self._names) == 1 and not any(reached) and self._are_their_own(grads):
@@ -97,17 +97,17 @@ class Rows:
     def _are_their_own(self, grads: Sequence[Tensor | None]) -> bool:
         """Whether these tensors are laid out as the parameters and share memory with nothing."""
         layout = self._layout
-        if len(set(map(id, grads))) < len(grads) - max(0, sum(g is None for g in grads) - 1):
-            return False
-        for grad, parameter, strides in zip(grads, layout.parameters, layout.strides, strict=True):
+        for index, (parameter, strides) in enumerate(
+            zip(layout.parameters, layout.strides, strict=True)
+        ):
+            grad = grads[index]
             if grad is None:
                 continue
             fits = grad.is_contiguous() if strides is None else grad.stride() == strides
-            if not (fits and grad.dtype == layout.dtype == parameter.dtype):
+            if grad.requires_grad or not (fits and grad.dtype == layout.dtype == parameter.dtype):
                 return False
-            if grad.requires_grad or not is_unshared(grad):
-                return False
-        return True
+        grad = None  # the list is to be all that holds one
+        return are_unshared(grads)
 
     def _flat(self) -> tuple[Float[Tensor, "K P"], list[list[Tensor]]]:
         """Memory for the rows and its views; parts that are there already are copied to it."""
