@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from jaxtyping import Float
@@ -34,6 +34,7 @@ class Attempt:
         *,
         generators: Sequence[torch.Generator | None],
         others: Sequence[Tensor],
+        frozen: Sequence[Tensor],
         make_evaluator: Callable[..., Evaluator],
         processes: Processes,
         buffers: Iterable[Tensor],
@@ -56,6 +57,14 @@ class Attempt:
             for parameter in group["params"]
             if parameter not in placed and _is_ours(parameter.grad)
         ]
+        # A closure's zero_grad() may clear, or write to, those of frozen parameters.
+        known = placed | set(others)
+        self._frozen = [
+            (parameter, parameter.grad, parameter.grad.clone(), parameter.grad._version)
+            for parameter in frozen
+            if parameter not in known and parameter.grad is not None
+        ]
+        self._ungraded = [p for p in frozen if p not in known and p.grad is None]
         self._grads = [parameter.grad for parameter in self._parameters]
         self._other_grads = [other.grad for other in others]
         # Where gradients lie that neither a step has left nor this one will clear.
@@ -118,7 +127,7 @@ class Attempt:
             return self._evaluate_stored(LOSS, None, transforms)
         source = self.source = self.evaluator(objectives)
         try:
-            return self._chain(source.evaluate, transforms)()
+            return self._checked(self._chain(source.evaluate, transforms)(), transforms)
         except NoGradientError as error:
             # A trainer may have called backward before and pass a closure that only reports. What
             # an earlier step left in `.grad` is no such gradient.
@@ -134,9 +143,23 @@ class Attempt:
         source = self.source = StoredGradients(name, self._grads, loss, self.context)
         return self._chain(source.evaluate, transforms)()
 
+    @staticmethod
+    def _checked(gradients: Gradients, transforms: Sequence[Transform]) -> Gradients:
+        if not isinstance(gradients, Gradients):
+            raise TypeError(
+                f"the oracle of {type(transforms[-1]).__name__} returned a "
+                f"{type(gradients).__name__}; return the Gradients"
+            )
+        return gradients
+
     def _chain(self, oracle: Oracle, transforms: Sequence[Transform]) -> Oracle:
         for transform in transforms:
             oracle = transform.around(oracle, self.context)
+            if not callable(oracle):
+                raise TypeError(
+                    f"{type(transform).__name__}.around returned a {type(oracle).__name__}; "
+                    "return the oracle"
+                )
         return oracle
 
     def direction(self, gradients: Gradients, max_norm: float | None) -> Parts:
@@ -180,8 +203,11 @@ class Attempt:
         self.context.gradients = gradients
         for transform in transforms:
             self.context.commit(transform)
-            transform.after_step(self.context)
         link_stepped(transforms, self.context.layout, self._base)
+        with ExitStack() as stack:
+            # Called in order; one that raises keeps none of the others from its part.
+            for transform in reversed(transforms):
+                stack.callback(transform.after_step, self.context)
 
     def undo(self, *, rng: bool) -> None:
         """Put everything back as it was before the attempt; the random numbers only if `rng`."""
@@ -192,6 +218,13 @@ class Attempt:
             other.grad = grad
         for parameter, grad in self._stale:
             parameter.grad = grad
+        for parameter, grad, value, version in self._frozen:
+            parameter.grad = grad
+            if grad._version != version:
+                with torch.no_grad():
+                    grad.copy_(value)
+        for parameter in self._ungraded:
+            parameter.grad = None
         for generator, state in self._generators:
             generator.set_state(state)
         if rng:
@@ -223,6 +256,12 @@ def scaled_learning_rates(
     if scale is None:
         yield
         return
+    for index, group in enumerate(base.param_groups):
+        if "lr" not in group:
+            raise ValueError(
+                f"group {index} of the base optimizer has no learning rate 'lr' that a transform "
+                "could scale; use a base optimizer with one"
+            )
     old = [group["lr"] for group in base.param_groups]
     tensors = {id(rate): (rate, rate.clone()) for rate in old if isinstance(rate, Tensor)}
     try:

@@ -38,6 +38,7 @@ class Layout:
         offsets: T + 1 numbers; parameter t takes `offsets[t]:offsets[t + 1]`.
         shapes: Each one's shape; of its shard where it is sharded.
         strides: Each one's strides where it is channels-last, else None (contiguous).
+        dtypes: Each one's dtype.
         dtype: The vector's dtype.
         device: The one device that all parameters are on.
         shards: How parameters are sharded over ranks; None if they are not.
@@ -57,6 +58,7 @@ class Layout:
     offsets: tuple[int, ...]
     shapes: tuple[tuple[int, ...], ...]
     strides: tuple[tuple[int, ...] | None, ...]
+    dtypes: tuple[torch.dtype, ...]
     dtype: torch.dtype
     device: torch.device
     shards: Shards | None = None
@@ -103,6 +105,7 @@ class Layout:
             offsets=tuple(offsets),
             shapes=tuple(tuple(part.shape) for part in parts),
             strides=tuple(_channels_last_strides(part) for part in parts),
+            dtypes=tuple(parameter.dtype for parameter in parameters),
             dtype=dtype,
             device=devices.pop(),
             shards=Shards.of(parameters),
@@ -125,7 +128,7 @@ class Layout:
             and self.shapes == other.shapes
             and self.strides == other.strides
             and self.groups == other.groups
-            and self.dtype == other.dtype
+            and self.dtypes == other.dtypes
             and self.device == other.device
             and self.shards == other.shards
         )

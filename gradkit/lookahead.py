@@ -9,7 +9,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gradkit.gradients import Gradients
-from gradkit.oracle import Context, Oracle, Selection, Transform, displacement, join
+from gradkit.oracle import (
+    Context,
+    Oracle,
+    Selection,
+    Transform,
+    check_number,
+    displacement,
+    join,
+)
 
 
 @dataclass(eq=False)
@@ -54,6 +62,7 @@ class LookAhead(Transform):
     step_size: float = 1.0
 
     def __post_init__(self) -> None:
+        check_number("step_size", self.step_size)
         if self.along == self.update:
             raise ValueError(
                 f"along and update are both {self.along!r}; "

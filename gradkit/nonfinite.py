@@ -26,6 +26,7 @@ class Source(Protocol):
 
     measured: list[Gradients]
     without_loss: set[str]
+    first_losses: dict[str, Tensor]
 
 
 class Verdict(NamedTuple):
@@ -57,12 +58,23 @@ def judge(
         parts.append(gradients.direction_norm()[None])
     for one in source.measured:
         parts += [one.losses, one.gram().diagonal()]
+    # A joint closure may have computed a loss that nobody differentiated.
+    firsts = [name for name in source.first_losses if name not in source.without_loss]
+    parts += [source.first_losses[name][None] for name in firsts]
     values = torch.cat([part.to(wide) for part in parts]).tolist()
+    values, first_losses = values[: len(values) - len(firsts)], values[len(values) - len(firsts) :]
     count = len(gradients.names)
     weights, rest = values[:count], values[count:]
     factor = rest.pop(0) if scale is not None else None
     update = rest.pop(0) if gradients.update is not None else 0.0
     culprit = _culprit(source, rest)
+    if culprit is None:
+        bad = [
+            f"the loss of objective {name!r} is {loss}"
+            for name, loss in zip(firsts, first_losses, strict=True)
+            if not math.isfinite(loss)
+        ]
+        culprit = ", ".join(bad) or None
     if culprit is None and factor is not None and not math.isfinite(factor):
         culprit = f"the learning rate's factor is {factor}"
     if culprit is None and not all(map(math.isfinite, (*weights, update))):

@@ -50,9 +50,8 @@ def check_objectives(objectives: object) -> None:
 
 
 @contextmanager
-def micro_batches(closure: Closure) -> Iterator[Iterator[Any]]:
-    """What a closure returns, or, if it is a generator, yields: one item per micro-batch."""
-    returned = closure()
+def micro_batches(returned: object) -> Iterator[Iterator[Any]]:
+    """What a closure has returned, or, if that is a generator, yields: an item per micro-batch."""
     if isinstance(returned, Generator):
         try:
             yield returned
@@ -85,6 +84,11 @@ def checked_loss(loss: object, name: str) -> Tensor | None:
             f"objective {name!r} returned a loss of dtype {loss.dtype}; it must be a real "
             "floating-point number"
         )
+    if loss.is_meta:
+        raise ValueError(
+            f"objective {name!r} returned a loss on the meta device, which holds no number; "
+            "compute it on the device of the parameters"
+        )
     return loss.reshape(())
 
 
@@ -97,19 +101,21 @@ def refuse_reentrant_checkpoints(loss: Tensor, name: str) -> None:
     Raises:
         RuntimeError: If there is one.
     """
-    seen = set()
-    nodes = [loss.grad_fn]
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
+    nodes = {loss.grad_fn}
+    ahead = [loss.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is None:
             continue
-        seen.add(node)
-        if "CheckpointFunction" in node.name():
+        if "CheckpointFunction" in type(node).__name__:
             raise RuntimeError(
                 f"objective {name!r} uses torch.utils.checkpoint with use_reentrant=True, which "
                 "hides parameters from the gradient; pass use_reentrant=False"
             )
-        nodes.extend(following for following, _ in node.next_functions)
+        for following, _ in node.next_functions:
+            if following not in nodes:
+                nodes.add(following)
+                ahead.append(following)
 
 
 def checked_grad(grad: Tensor | None, name: str, parameter: Tensor) -> Tensor | None:

@@ -83,6 +83,12 @@ class GradientOptimizer(Optimizer):
         self.last_step: StepRecord | None = None
         self._vector_layout: Layout | None = None
         self._prepare_scratch()
+        if engine == "functional":
+            layout = Layout.of(base.param_groups)
+            places = None if model is None else ParameterPlaces(model, layout)
+            choose_engine(engine, model, places, layout)
+        for transform in transforms:
+            transform.check_free(self)
         # Whoever looks at the groups finds the key from the start: some checkpoint formats save
         # only the keys that a freshly made optimizer shows.
         self.base.param_groups[0][saved_state.KEY] = saved_state.encode(self.transforms)
@@ -90,14 +96,11 @@ class GradientOptimizer(Optimizer):
             transform.belong_to(self)
         with contextlib.suppress(ValueError):  # parameters may still change before the first step
             self._layout()
-        if engine == "functional":
-            choose_engine(engine, model, self._places, Layout.of(base.param_groups))
 
     def _prepare_scratch(self) -> None:
         """Make what is neither copied nor saved."""
         self._pool: Pool | None = None
         self._places: ParameterPlaces | None = None
-        self._searched: set[str] = set()
         self._stepping = False
         self._optimizer_step_pre_hooks: OrderedDict[int, Any] = OrderedDict()
         self._optimizer_step_post_hooks: OrderedDict[int, Any] = OrderedDict()
@@ -187,12 +190,18 @@ class GradientOptimizer(Optimizer):
             RankError: If another rank has failed, or if the ranks differ where they must not.
 
         Whatever is raised before the base optimizer steps, by a closure too, weights, buffers,
-        gradients, states, learning rates and random number generators are left as they were.
-        Ctrl-C acts while closures run, or else once the step is done.
+        gradients, states, learning rates and random number generators are left as they were; but
+        for numbers that a closure itself writes into a weight, of which no copy is kept. Ctrl-C
+        acts while closures run, or else once the step is done.
         """
         for before in list(self._optimizer_step_pre_hooks.values()):
             changed = before(self, (self, closure), {})
             if changed is not None:
+                if not isinstance(changed, tuple) or len(changed) != 2:
+                    raise RuntimeError(
+                        f"a step pre-hook returned {changed!r}; it must return None or a tuple of "
+                        "new arguments and new named arguments"
+                    )
                 arguments, named = changed
                 closure = named["closure"] if "closure" in named else arguments[1]
         loss = self._step(closure)
@@ -325,6 +334,12 @@ class GradientOptimizer(Optimizer):
             self._stepping = False
             interrupts.end()
 
+    def _frozen(self) -> list[Tensor]:
+        """The parameters, of the optimizer and of the model, that do not require a gradient."""
+        grouped = [p for group in self.base.param_groups for p in group["params"]]
+        others = [] if self._places is None else self._places.frozen
+        return [p for p in dict.fromkeys((*grouped, *others)) if not p.requires_grad]
+
     @property
     def _loss_scale(self) -> LossScale | None:
         enabled = self.scaler is not None and self.scaler.is_enabled()
@@ -368,12 +383,12 @@ class GradientOptimizer(Optimizer):
             others=[] if places is None else places.others,
             processes=processes,
             buffers=[] if model is None else model.buffers(),
+            frozen=self._frozen(),
             make_evaluator=functools.partial(
                 Evaluator,
                 replay_rng=self.replay_rng,
                 measure=self.nonfinite != "ignore" or scale is not None,
                 interrupts=interrupts,
-                searched=self._searched,
                 processes=processes,
                 settings=self._settings(processes),
                 loss_scale=scale,
@@ -403,13 +418,35 @@ class GradientOptimizer(Optimizer):
         """The present layout; scratch of an older one is dropped, transforms' vectors move."""
         layout = Layout.of(self.base.param_groups)
         if self._pool is None or not self._pool.layout.same_as(layout):
+            if self._pool is not None:
+                self._refuse_changed(self._pool.layout, layout)
             self._pool = Pool(layout)
             self._places = None if self.model is None else ParameterPlaces(self.model, layout)
         layout = self._pool.layout
+        if self.engine == "functional":
+            choose_engine(self.engine, self.model, self._places, layout)
         if self._vector_layout is None or not self._vector_layout.same_as(layout):
             saved_state.lay_out_vectors(self.transforms, self._vector_layout, layout, self.base)
             self._vector_layout = layout
         return layout
+
+    def _refuse_changed(self, old: Layout, new: Layout) -> None:
+        """Check that the base optimizer's state still fits the parameters."""
+        before = {p: (old.shapes[t], old.dtypes[t]) for t, p in enumerate(old.parameters)}
+        for t, parameter in enumerate(new.parameters):
+            held = self.base.state.get(parameter, {})
+            if parameter not in before or not any(not saved_state.is_own(key) for key in held):
+                continue
+            shape, dtype = before[parameter]
+            for what, was, now in (
+                ("shape", shape, new.shapes[t]),
+                ("dtype", dtype, parameter.dtype),
+            ):
+                if was is not None and was != now:
+                    raise ValueError(
+                        f"parameter {t} changed its {what} from {was} to {now}, and the base "
+                        "optimizer's state no longer fits; make a new optimizer"
+                    )
 
     # Saving and loading.
 
@@ -439,11 +476,22 @@ class GradientOptimizer(Optimizer):
         Raises:
             ValueError: If it belongs to other transforms or parameters; nothing is changed then.
         """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(
+                f"the saved state is a {type(state_dict).__name__}, which is no state dict; pass "
+                "what state_dict() returned"
+            )
         state_dict = dict(state_dict)
         for pre in list(self._optimizer_load_state_dict_pre_hooks.values()):
             changed = pre(self, state_dict)
             if changed is not None:
                 state_dict = changed
+        for key in ("state", "param_groups"):
+            if key not in state_dict:
+                raise ValueError(
+                    f"the saved state is incomplete: it lacks {key!r}; pass what state_dict() "
+                    "returned"
+                )
         theirs, text, own = saved_state.split(state_dict)
         if text is not None:
             saved_state.check(text, self.transforms)

@@ -82,6 +82,19 @@ def takes_along(oracle: Oracle) -> bool:
     return getattr(oracle, "takes_along", False)
 
 
+def check_number(name: str, value: object, *, finite: bool = True) -> None:
+    """Check that an argument is a number.
+
+    Raises:
+        TypeError: If it is none.
+        ValueError: If it is NaN, or infinite though it may not be.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} is {value!r}; pass a number")
+    if value != value or (finite and value in (float("inf"), float("-inf"))):
+        raise ValueError(f"{name} is {value}; it must be a finite number")
+
+
 def join(sources: Mapping[str, Gradients], context: Context) -> Gradients:
     """Gradients whose rows come from several evaluations, in the objectives' order.
 
@@ -186,6 +199,13 @@ class Context:
 
         Of several proposals in one step the last one counts.
         """
+        for name, value in state.items():
+            kept = transform.vectors.get(name)
+            if kept is not None and value.shape != kept.shape:
+                raise ValueError(
+                    f"{type(transform).__name__} proposed a vector {name!r} of shape "
+                    f"{tuple(value.shape)}; it has shape {tuple(kept.shape)}"
+                )
         self._proposals.setdefault(id(transform), {}).update(state)
 
     def commit(self, transform: Transform) -> None:
@@ -265,6 +285,12 @@ class Transform:
         Raises:
             ValueError: If another one, still in use, does.
         """
+        self.check_free(optimizer)
+        self.__dict__.setdefault("_required", sorted(self.state))
+        self.__dict__["_owner"] = weakref.ref(optimizer)
+
+    def check_free(self, optimizer: object) -> None:
+        """Check that no other optimizer keeps this transform's state."""
         owner = self.__dict__.get("_owner", lambda: None)()
         keeps = bool(self.state) or self.generator is not None
         keeps |= type(self).initial_vectors is not Transform.initial_vectors
@@ -272,7 +298,6 @@ class Transform:
             raise ValueError(
                 f"{self!r} belongs to another optimizer, which saves its state; make a new one"
             )
-        self.__dict__["_owner"] = weakref.ref(optimizer)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_owner"}

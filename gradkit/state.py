@@ -47,7 +47,13 @@ def check(text: str, transforms: Sequence[Transform]) -> None:
     Raises:
         ValueError: If it belongs to a different chain or format.
     """
-    saved = json.loads(text)
+    try:
+        saved = json.loads(text)
+        damaged = not isinstance(saved, dict)
+    except (ValueError, TypeError):
+        damaged = True
+    if damaged:
+        raise ValueError("the saved state of the transforms is damaged; load another checkpoint")
     if saved.get("version") != _VERSION:
         raise ValueError(
             f"the saved state has format {saved.get('version')!r}, and this version of gradkit "
@@ -60,6 +66,22 @@ def check(text: str, transforms: Sequence[Transform]) -> None:
             f"the saved state is of the transforms ({', '.join(there) or 'none'}), but this "
             f"optimizer has ({', '.join(here) or 'none'}); wrap the same ones in the same order"
         )
+    for transform, entry in zip(transforms, saved["transforms"], strict=True):
+        name = type(transform).__name__
+        try:
+            values = {key: _unpacked(value) for key, value in entry["state"].items()}
+            if transform.generator is not None and entry["generator"] is not None:
+                torch.Generator().set_state(_unpacked(entry["generator"]))
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"the saved state of {name} is damaged; load another checkpoint"
+            ) from error
+        missing = [key for key in transform.__dict__.get("_required", ()) if key not in values]
+        if missing:
+            raise ValueError(
+                f"the saved state of {name} is incomplete: it lacks {missing[0]!r}; load another "
+                "checkpoint"
+            )
 
 
 def decode(text: str, transforms: Sequence[Transform]) -> None:
@@ -208,7 +230,7 @@ def split(
     theirs: dict[Any, Any] = {}
     for identity, state in state_dict["state"].items():
         kept = dict(state)
-        own[identity] = {key: kept.pop(key) for key in state if _is_own(key)}
+        own[identity] = {key: kept.pop(key) for key in state if is_own(key)}
         if kept or not own[identity]:
             theirs[identity] = kept
     return {"state": theirs, "param_groups": groups}, text, own
@@ -263,5 +285,6 @@ def _keyed(transforms: Sequence[Transform]) -> Iterator[tuple[str, Tensor]]:
             yield f"{PREFIX}{number}.{name}", vector
 
 
-def _is_own(key: object) -> bool:
+def is_own(key: object) -> bool:
+    """Whether a key of a parameter's state is a transform's."""
     return str(key).startswith((PREFIX, _UNSTEPPED + PREFIX))

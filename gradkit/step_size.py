@@ -78,6 +78,15 @@ class CosineLR(Transform):
             gradients = inner(at, Selection(only, include=(self.a, self.b)))
             context.require(self, self.a, self.b)
             factor = activation(gradients.cosine(self.a, self.b))
+            if not isinstance(factor, (int, float, Tensor)):
+                raise TypeError(
+                    f"the activation returned a {type(factor).__name__}; return one number"
+                )
+            if isinstance(factor, Tensor) and factor.dim() != 0:
+                raise ValueError(
+                    f"the activation returned a tensor of shape {tuple(factor.shape)}; "
+                    "return one number, a 0-d tensor"
+                )
             return gradients.replace(lr_scale=gradients.lr_scale * factor)
 
         return oracle

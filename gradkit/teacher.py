@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gradkit.gradients import Gradients
-from gradkit.oracle import Context, Oracle, Selection, Transform
+from gradkit.oracle import Context, Oracle, Selection, Transform, check_number
 from gradkit.processes import is_sharded, local
 
 Measure = Literal["sign_cosine", "cosine"]
@@ -130,6 +130,7 @@ class GatedEMA(Transform):
             _check_decay("decay_conflict", self.decay_conflict)
         if self.measure not in ("sign_cosine", "cosine"):
             raise ValueError(f"measure is {self.measure!r}; choose 'sign_cosine' or 'cosine'")
+        check_number("threshold", self.threshold, finite=False)
         if len(self.between) != 2 or self.between[0] == self.between[1]:
             raise ValueError(f"between is {self.between!r}; name two different objectives")
         self.teacher = _make_teacher(self.student, self.teacher)
@@ -243,5 +244,8 @@ def _like(value: float, context: Context) -> Float[Tensor, ""]:
 
 
 def _check_decay(name: str, value: float) -> None:
+    if value != value:
+        raise ValueError(f"{name} is {value}; a decay lies between 0 and 1")
+    check_number(name, value)
     if not 0 <= value <= 1:
         raise ValueError(f"{name} is {value}; a decay lies between 0 and 1")

@@ -93,6 +93,8 @@ def wrap(
         raise ValueError(f"engine is {engine!r}; choose one of {', '.join(ENGINES)}")
     if nonfinite not in NONFINITE:
         raise ValueError(f"nonfinite is {nonfinite!r}; choose one of {', '.join(NONFINITE)}")
+    if max_norm is not None and not isinstance(max_norm, (int, float)):
+        raise TypeError(f"max_norm is {max_norm!r}; pass a positive number, or None")
     if max_norm is not None and not max_norm > 0:
         raise ValueError(f"max_norm is {max_norm}; it must be positive, or None for no clipping")
     if isinstance(model, torch.jit.ScriptModule):

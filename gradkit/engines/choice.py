@@ -28,12 +28,14 @@ class ParameterPlaces:
         self._places = [places.get(id(parameter), []) for parameter in layout.parameters]
         self.missing = [index for index, found in enumerate(self._places) if not found]
         self.layout = layout
+        self._model = model
         own = set(map(id, layout.parameters))
         self.others = [
             parameter
             for parameter in model.parameters()
             if parameter.requires_grad and id(parameter) not in own
         ]
+        self.frozen = [p for p in model.parameters() if not p.requires_grad]
         self.writes_weights = any(
             getattr(module, "max_norm", None) is not None for module in model.modules()
         )
@@ -49,9 +51,10 @@ class ParameterPlaces:
         Raises:
             RuntimeError: If one has been replaced since.
         """
+        present = set(map(id, self._model.modules()))
         for places, parameter in zip(self._places, self.layout.parameters, strict=True):
             for name, owner, key in places:
-                if owner._parameters.get(key) is not parameter:
+                if id(owner) not in present or owner._parameters.get(key) is not parameter:
                     raise RuntimeError(
                         f"the model's parameter {name!r} is no longer the one that the optimizer "
                         "holds, so stepping would not change the model; make a new optimizer and "

@@ -44,7 +44,6 @@ class Evaluator:
         replay_rng: bool,
         measure: bool,
         interrupts: Interrupts,
-        searched: set[str],
         processes: Processes,
         settings: int,
         loss_scale: LossScale | None,
@@ -57,7 +56,6 @@ class Evaluator:
         self._draws: dict[str | None, RandomState] | None = {} if replay_rng else None
         self._measure = measure
         self._interrupts = interrupts
-        self._searched = searched
         self._processes = processes
         self._settings = settings
         self._loss_scale = loss_scale
@@ -78,12 +76,13 @@ class Evaluator:
     ) -> Gradients:
         """The gradients at the weights plus `at`, of all objectives or those in `only`."""
         names = self._context.names
-        if isinstance(only, Collection) and names is not None:
-            unknown = [name for name in only if name not in names]
-            if unknown:
-                raise ValueError(
-                    f"there is no objective {unknown[0]!r}; there are {', '.join(map(repr, names))}"
-                )
+        if names is not None:
+            _check_known(only, names)
+        if isinstance(at, Tensor) and at.shape != (self._context.layout.numel,):
+            raise ValueError(
+                f"the displacement at= has shape {tuple(at.shape)}, but the flat vector of the "
+                f"weights has {(self._context.layout.numel,)}"
+            )
         place = self._session.displaced(at)
         del at  # a point is not needed once the weights are there
         with place as leaves, self._processes.local_gradients():
@@ -118,8 +117,10 @@ class Evaluator:
             closure = self._closures[name]
 
             def body(name: str = name, closure: Any = closure) -> None:
-                with micro_batches(closure) as items:
+                with micro_batches(closure()) as items:
+                    empty = True
                     for item in items:
+                        empty = False
                         if isinstance(item, Mapping):
                             raise ValueError(
                                 f"objective {name!r} returned a mapping; pass the closure itself "
@@ -127,6 +128,11 @@ class Evaluator:
                             )
                         self._back_propagate({name: item}, (name,), rows, leaves)
                         del item  # and its graph, before the next micro-batch is computed
+                    if empty:
+                        raise NoGradientError(
+                            f"the closure of objective {name!r} produced no gradient: its "
+                            "generator yielded nothing"
+                        )
 
             first = name not in self._evaluated
             with self._random_numbers(name, first):
@@ -141,10 +147,10 @@ class Evaluator:
 
         def body() -> None:
             nonlocal rows
-            with micro_batches(closure) as items:
+            with micro_batches(closure()) as items:
                 for item in items:
                     losses = item if isinstance(item, Mapping) else {LOSS: item}
-                    names = self._agree_on(tuple(losses))
+                    names = self._agree_on(tuple(losses), only)
                     wanted = tuple(name for name in names if only is None or name in only)
                     if rows is None:
                         rows = Rows(wanted, leaves, self._context, also=names)
@@ -181,7 +187,7 @@ class Evaluator:
             leaf = leaves[self._marked]
             self._mark = leaf.grad = torch.full_like(leaf.detach(), torch.nan)
 
-    def _take_mark(self, leaves: Sequence[Tensor], name: str) -> None:
+    def _take_mark(self, leaves: Sequence[Tensor], name: str, *, several: bool) -> None:
         """Take the mark away again.
 
         Raises:
@@ -193,7 +199,8 @@ class Evaluator:
         added = mark._version > 0 or any(
             leaf.grad is not None for t, leaf in enumerate(leaves) if t != self._marked
         )
-        if added and bool(local(mark).isnan().any()):
+        # Several losses beside a backward of the closure's own are an error by themselves.
+        if added and not several and bool(local(mark).isnan().any()):
             raise RuntimeError(
                 f"objective {name!r} calls backward without clearing gradients, and there are "
                 "some from before the step, which it cannot add to; pass a generator that yields "
@@ -202,10 +209,13 @@ class Evaluator:
         if not added:
             leaves[self._marked].grad = None
 
-    def _agree_on(self, names: tuple[str, ...]) -> tuple[str, ...]:
+    def _agree_on(self, names: tuple[str, ...], only: Container[str] | None) -> tuple[str, ...]:
         """The objectives' names, which must not change within a step."""
         if not names:
             raise ValueError("the closure returned an empty mapping of losses")
+        for name in names:
+            if not isinstance(name, str):
+                raise TypeError(f"the name of an objective is {name!r}; names are strings")
         known = self._context.names
         if known is None:
             self._context.names = known = names
@@ -214,6 +224,7 @@ class Evaluator:
                 f"the closure returned the losses {', '.join(map(repr, names))} after "
                 f"{', '.join(map(repr, known))} in the same step; return the same ones each time"
             )
+        _check_known(only, known)
         return known
 
     def _back_propagate(
@@ -226,7 +237,7 @@ class Evaluator:
         checked = {name: checked_loss(loss, name) for name, loss in losses.items()}
         for name, loss in checked.items():
             rows.add_loss(name, loss)
-        self._take_mark(leaves, next(iter(checked)))
+        self._take_mark(leaves, next(iter(checked)), several=len(checked) > 1)
         own = self._session.collect(leaves)
         if own is not None:
             if len(checked) > 1:
@@ -241,11 +252,9 @@ class Evaluator:
             loss = checked[name]
             if loss is None or not loss.requires_grad:
                 raise NoGradientError(no_gradient(name), loss)
+            refuse_reentrant_checkpoints(loss, name)
             scaled = loss if self._loss_scale is None else self._loss_scale.scaled(loss)
             grads = self._session.differentiate(scaled, leaves, retain_graph=name != pending[-1])
-            if name not in self._searched and any(grad is None for grad in grads):
-                refuse_reentrant_checkpoints(loss, name)
-                self._searched.add(name)
             rows.add(name, grads)
             del grads  # so that they do not lie beside the next objective's
 
@@ -270,6 +279,16 @@ class Evaluator:
 def _forget_parametrizations() -> None:
     # `torch.nn.utils.parametrize.cached()` round a step would keep the weights of another point.
     getattr(torch.nn.utils.parametrize, "_cache", {}).clear()
+
+
+def _check_known(only: Container[str] | None, names: Sequence[str]) -> None:
+    if not isinstance(only, Collection):
+        return
+    unknown = [name for name in only if name not in names]
+    if unknown:
+        raise ValueError(
+            f"there is no objective {unknown[0]!r}; there are {', '.join(map(repr, names))}"
+        )
 
 
 class StoredGradients:

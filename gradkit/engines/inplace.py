@@ -48,6 +48,10 @@ class InplaceSession:
             if layout.shards is None
             else [module for module in self._modules if hasattr(module, "reshard")]
         )
+        self._data = (
+            [parameter.data for parameter in layout.parameters] if layout.shards is None else []
+        )
+        self._held = [(module._parameters, dict(module._parameters)) for module in self._modules]
 
     @contextmanager
     def displaced(  # noqa: D102
@@ -71,8 +75,15 @@ class InplaceSession:
             self._restore_weights(self._saved)
             self._saved = None
 
+    def _put_data_back(self) -> None:
+        """Undo a closure's `parameter.data = ...`."""
+        for parameter, data in zip(self._layout.parameters, self._data, strict=False):
+            if parameter.data_ptr() != data.data_ptr() or parameter.shape != data.shape:
+                parameter.data = data
+
     def _restore_weights(self, saved: Float[Tensor, " P"] | None) -> None:
         if saved is not None:
+            self._put_data_back()
             with torch.no_grad():
                 torch._foreach_copy_(self._layout.local_parameters(), self._layout.views(saved))
             self._forget_copies()
@@ -120,6 +131,11 @@ class InplaceSession:
         """Nothing to do: kept changes were made to the live buffers."""
 
     def rollback(self) -> None:  # noqa: D102
+        self._put_data_back()
+        for held, objects in self._held:
+            if any(held.get(key) is not value for key, value in objects.items()):
+                held.clear()
+                held.update(objects)
         self._restore_weights(self._at_start if self._at_start is not None else self._saved)
         self._saved = None
         self._buffers.restore()
@@ -144,6 +160,8 @@ class _BufferValues:
                 held.clear()
                 held.update(objects)
         for buffer, value in self._values:
+            if buffer.dtype != value.dtype:
+                buffer.data = value.clone()
             if buffer.shape != value.shape:
                 buffer.resize_(value.shape)
             buffer.copy_(value)

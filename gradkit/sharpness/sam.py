@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gradkit.gradients import Gradients
-from gradkit.oracle import Along, Context, Oracle, Transform, displacement
+from gradkit.oracle import Along, Context, Oracle, Transform, check_number, displacement
 
 
 @dataclass(eq=False)
@@ -23,8 +23,8 @@ class SAM(Transform):
     Around other transforms d is their direction, and so is the gradient at θ + ε: after PCGrad,
     both are surgically combined. BatchNorm statistics are those of the first pass.
 
-    Cost: two gradients of each objective. Memory: one flat vector (ε, then the weights it
-    displaces). State: none.
+    Cost: two gradients of each objective. Memory: one flat vector (θ + ε; in the engine "inplace"
+    the weights it displaces). State: none.
 
     Args:
         rho: The ascent radius ρ ≥ 0. 0.05 is the authors' default for image classification.
@@ -41,8 +41,9 @@ class SAM(Transform):
     rho: float = 0.05
 
     def __post_init__(self) -> None:
-        if not self.rho >= 0:
+        if not isinstance(self.rho, str) and not self.rho >= 0:
             raise ValueError(f"rho is {self.rho}; the ascent radius must be at least 0")
+        check_number("rho", self.rho)
 
     def around(self, inner: Oracle, context: Context) -> Oracle:  # noqa: D102 # see the class
         def oracle(

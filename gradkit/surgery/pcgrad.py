@@ -49,6 +49,10 @@ class PCGrad(Rule):
         check_scope(self.scope)
         if self.reduction not in ("sum", "mean"):
             raise ValueError(f"reduction is {self.reduction!r}; choose 'sum' or 'mean'")
+        if self.generator is not None and not isinstance(self.generator, torch.Generator):
+            raise TypeError(
+                f"generator is {self.generator!r}; pass torch.Generator().manual_seed(...)"
+            )
         if self.generator is None:
             self.generator = torch.Generator().manual_seed(0)
 

@@ -1,0 +1,123 @@
+"""Every kind of fault in random cases: the right error, nothing lost, and on as if nothing was."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from helpers import as_users_run_it
+from hypothesis import HealthCheck, Phase, given, seed, settings
+
+from faults.case import Case
+from faults.kind import Kind, cases
+from faults.snapshot import bits, require_equal, snapshot, values
+from faults.table import KINDS
+from faults.world import World
+
+# What a skipped step changes.
+SKIPPED = frozenset({"random numbers", "record of the last step"})
+# What a step that was applied exchanges.
+EXCHANGED = frozenset({"gradient objects", "record of the last step", "parameters and buffers"})
+
+
+@pytest.fixture(autouse=True)
+def _surroundings(interruptible: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Ctrl-C as in a program in the foreground; wrong types as users would pass them."""
+    # Functions inside functions would be decorated anew in each call, at half of all the time.
+    monkeypatch.setattr("jaxtyping.jaxtyped", lambda *, typechecker: lambda function: function)
+    with torch.random.fork_rng(devices=[]), as_users_run_it():
+        yield
+
+
+def run(world: World, *calls: Callable[[World], object]) -> list[dict[str, Any]]:
+    """What the world is like after each of the calls."""
+    found = []
+    for call in calls:
+        torch.default_generator.manual_seed(2)
+        call(world)
+        found.append({**values(world), "state dict": bits(world.optimizer.state_dict())})
+    return found
+
+
+def examine(kind: Kind, case: Case) -> None:
+    """Provoke a fault; compare with before, and then with a twin that never saw it."""
+    world = World(case, kind.extra)
+    repair = kind.prepare(world) if kind.prepare else None
+    try:
+        after = _provoke(kind, world)
+    finally:
+        if repair is not None:
+            repair()
+    _go_on(kind, world, after)
+
+
+def _provoke(kind: Kind, world: World) -> dict[str, Any]:
+    case = world.case
+    torch.default_generator.manual_seed(2)
+    before = snapshot(world)
+    skips = kind.outcome == "nonfinite" and case.nonfinite == "skip"
+    if kind.error is None or skips:
+        kind.provoke(world)
+    else:
+        message = kind.message.replace("{victim}", repr(case.victim)) or None
+        with pytest.raises(kind.error, match=message) as caught:
+            kind.provoke(world)
+        if world.error is not None:
+            assert caught.value is world.error, "the exception was replaced by another"
+    if world.strike is not None:
+        assert world.strike.struck, "the fault was never reached"
+    after = snapshot(world)
+
+    stepped = kind.outcome in ("works", "applied")
+    stays = {"parameter groups"}  # a step leaves the learning rates alone
+    expected = EXCHANGED | ({*values(world)} - stays) if stepped else SKIPPED if skips else set()
+    but = kind.but | expected
+    require_equal(before, after, "though nothing may", but)
+    if skips:
+        assert world.optimizer.last_step.applied is False
+        if world.strike is not None and case.network == "dropout":
+            assert before["random numbers"] != after["random numbers"], "a skip rewound them"
+    return after
+
+
+def _go_on(kind: Kind, world: World, after: dict[str, Any]) -> None:
+    case, stepped = world.case, kind.outcome in ("works", "applied")
+    if kind.outcome == "broken":
+        world.step()
+        return
+    if stepped:
+        reached = {**values(world), "state dict": bits(world.optimizer.state_dict())}
+        ours = [reached, *run(world, World.step)]
+        twins = run(World(case, kind.extra), kind.twin, World.step)
+    else:
+        ours = run(world, World.step)
+        twins = run(World(case, kind.extra), World.step)
+    for one, two in zip(ours, twins, strict=True):
+        require_equal(one, two, "compared with a twin that saw no fault", kind.but)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_a_fault(kind: Kind) -> None:
+    @seed(zlib.crc32(kind.name.encode()))
+    @settings(
+        max_examples=kind.examples,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        phases=(Phase.generate, Phase.shrink),
+    )
+    @given(cases(kind))
+    def check(case: Case) -> None:
+        examine(kind, case)
+
+    check()
+
+
+def test_the_table_names_each_kind_once() -> None:
+    names = [kind.name for kind in KINDS]
+    assert len(set(names)) == len(names)
+    assert len(names) >= 200
