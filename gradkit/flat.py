@@ -6,6 +6,7 @@ A `Layout` says where each trainable parameter lies in the flat vector; a `Pool`
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -120,6 +121,34 @@ class Layout:
         """P, the length of the flat vector."""
         return self.offsets[-1]
 
+    def fits(self, param_groups: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether these groups still have this layout; quicker than making another one."""
+        if self.shards is not None:
+            return False
+        position, count = 0, len(self.parameters)
+        for index, group in enumerate(param_groups):
+            for parameter in group["params"]:
+                if not parameter.requires_grad:
+                    continue
+                if (
+                    position == count
+                    or parameter is not self.parameters[position]
+                    or parameter.shape != self.shapes[position]
+                    or parameter.dtype != self.dtypes[position]
+                    or parameter.device != self.device
+                    or self.groups[position] != index
+                    or not self._is_laid_out_as_before(position, parameter)
+                ):
+                    return False
+                position += 1
+        return position == count
+
+    def _is_laid_out_as_before(self, position: int, parameter: Tensor) -> bool:
+        strides = self.strides[position]
+        if strides is not None:
+            return parameter.stride() == strides
+        return parameter.is_contiguous() or _channels_last_strides(parameter) is None
+
     def same_as(self, other: Layout) -> bool:
         """Whether both lay out the very same parameter objects in the same way."""
         return (
@@ -144,12 +173,13 @@ class Layout:
 
     def views(self, vector: Shaped[Tensor, " P"]) -> list[Tensor]:
         """The vector's parts, each shaped as its parameter (and in its memory format)."""
+        # Not by split(): its views refuse to be written to outside no_grad, and some become `.grad`.
         return [
             vector[start:stop].view(shape)
             if strides is None
             else vector[start:stop].as_strided(shape, strides)
             for (start, stop), shape, strides in zip(
-                self.segments("tensor"), self.shapes, self.strides, strict=True
+                pairwise(self.offsets), self.shapes, self.strides, strict=True
             )
         ]
 
@@ -229,6 +259,10 @@ class Pool:
 
         The memory stays taken for as long as the tensor, or any view of it made outside, lives.
         """
+        buffer = self._free_buffer(count)
+        return buffer.rows.view_as(buffer.rows), buffer.views
+
+    def _free_buffer(self, count: int) -> _Buffer:
         buffers = self._buffers.setdefault(count, [])
         for buffer in buffers:
             if buffer.is_free():
@@ -237,11 +271,11 @@ class Pool:
             buffer = _Buffer(self.layout, count)
             buffers.append(buffer)
         buffer.was_taken = True
-        return buffer.rows.view_as(buffer.rows), buffer.views
+        return buffer
 
     def take_vector(self) -> Shaped[Tensor, " P"]:
         """One flat vector of undefined content."""
-        return self.take(1)[0][0]
+        return self._free_buffer(1).rows[0]
 
     def trim(self) -> None:
         """Let go of what the last step had no use for, or what would lie idle in the next.
@@ -261,9 +295,19 @@ class _Buffer:
 
     def __init__(self, layout: Layout, count: int) -> None:
         self.rows = torch.empty(count, layout.numel, dtype=layout.dtype, device=layout.device)
-        self.views = [layout.views(row) for row in self.rows]
-        self._own_uses = _uses(self.rows)
         self.was_taken = False
+        self._layout = layout
+        self._own_uses = _uses(self.rows)
+
+    @functools.cached_property
+    def views(self) -> list[list[Tensor]]:
+        """Each row's parameter-shaped views; made when first asked for, and never handed out."""
+        before = _uses(self.rows)
+        views = [self._layout.views(row) for row in self.rows]
+        after = _uses(self.rows)
+        if self._own_uses is not None and before is not None and after is not None:
+            self._own_uses += after - before
+        return views
 
     def is_free(self) -> bool:
         return self._own_uses is not None and _uses(self.rows) == self._own_uses

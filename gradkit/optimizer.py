@@ -30,7 +30,6 @@ from gradkit.engines.rows import stacked
 from gradkit.engines.session import Session
 from gradkit.flat import Layout, Pool
 from gradkit.gradients import Gradients
-from gradkit.gram import cosines
 from gradkit.interrupts import Interrupts
 from gradkit.nonfinite import Nonfinite, NonFiniteError, judge
 from gradkit.objectives import Objectives, check_objectives
@@ -86,7 +85,7 @@ class GradientOptimizer(Optimizer):
         if engine == "functional":
             layout = Layout.of(base.param_groups)
             places = None if model is None else ParameterPlaces(model, layout)
-            choose_engine(engine, model, places, layout)
+            choose_engine(engine, places, layout)
         for transform in transforms:
             transform.check_free(self)
         # Whoever looks at the groups finds the key from the start: some checkpoint formats save
@@ -368,11 +367,9 @@ class GradientOptimizer(Optimizer):
                 "soon as it is divided out again; keep them float32 and compute under "
                 "torch.autocast"
             )
-        engine = choose_engine(self.engine, model, places, layout)
-        if engine == "functional" and model is not None and places is not None:
-            session: Session = FunctionalSession(
-                layout, self._pool, model, places, self.base.param_groups
-            )
+        engine = choose_engine(self.engine, places, layout)
+        if engine == "functional" and places is not None:
+            session: Session = FunctionalSession(layout, self._pool, places, self.base.param_groups)
         else:
             session = InplaceSession(layout, self._pool, model, places)
         return Attempt(
@@ -401,33 +398,38 @@ class GradientOptimizer(Optimizer):
         device = attempt.context.layout.device
         firsts = source.first_losses
         losses = stacked([firsts[name] for name in gradients.names], device)
-        gram, context = gradients.gram(), attempt.context
+        context = attempt.context
         self.last_step = StepRecord(
             names=gradients.names,
             losses=losses,
-            gram=gram.to(losses.dtype),
-            weights=gradients.weights.to(losses.dtype),
-            lr_scale=gradients.lr_scale.to(losses.dtype),
-            gate=None if context.gate is None else context.gate.to(losses.dtype),
-            decay=None if context.decay is None else context.decay.to(losses.dtype),
             applied=attempt.applied,
-            _cosines=cosines(gram).to(losses.dtype),
+            _gram=gradients.gram(),
+            _weights=gradients.weights,
+            _lr_scale=gradients.lr_scale,
+            _gate=context.gate,
+            _decay=context.decay,
         )
 
     def _layout(self) -> Layout:
         """The present layout; scratch of an older one is dropped, transforms' vectors move."""
-        layout = Layout.of(self.base.param_groups)
-        if self._pool is None or not self._pool.layout.same_as(layout):
-            if self._pool is not None:
-                self._refuse_changed(self._pool.layout, layout)
-            self._pool = Pool(layout)
-            self._places = None if self.model is None else ParameterPlaces(self.model, layout)
-        layout = self._pool.layout
-        if self.engine == "functional":
-            choose_engine(self.engine, self.model, self._places, layout)
+        if self._pool is not None and self._pool.layout.fits(self.base.param_groups):
+            layout = self._pool.layout
+        else:
+            layout = self._new_layout(Layout.of(self.base.param_groups))
         if self._vector_layout is None or not self._vector_layout.same_as(layout):
             saved_state.lay_out_vectors(self.transforms, self._vector_layout, layout, self.base)
             self._vector_layout = layout
+        return layout
+
+    def _new_layout(self, layout: Layout) -> Layout:
+        if self._pool is not None and self._pool.layout.same_as(layout):
+            return self._pool.layout
+        if self._pool is not None:
+            self._refuse_changed(self._pool.layout, layout)
+        places = None if self.model is None else ParameterPlaces(self.model, layout)
+        if self.engine == "functional":
+            choose_engine(self.engine, places, layout)
+        self._pool, self._places = Pool(layout), places
         return layout
 
     def _refuse_changed(self, old: Layout, new: Layout) -> None:

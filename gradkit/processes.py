@@ -14,7 +14,7 @@ from __future__ import annotations
 import sys
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -254,9 +254,12 @@ class Processes:
                 "by itself)"
             )
 
-    @contextmanager
-    def local_gradients(self) -> Iterator[None]:
+    def local_gradients(self) -> AbstractContextManager[None]:
         """A block in which gradients, and buffers, stay each rank's own."""
+        return self._local_gradients() if self.replicas else nullcontext()
+
+    @contextmanager
+    def _local_gradients(self) -> Iterator[None]:
         with ExitStack() as stack:
             for replica in self.replicas:
                 stack.enter_context(replica.no_sync())

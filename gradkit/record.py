@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from jaxtyping import Float
 from torch import Tensor
 
+from gradkit.gram import cosines
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(frozen=True, eq=False, repr=False)
 class StepRecord:
     """What happened in a step, as tensors that the host reads only when asked.
 
     Attributes:
         names: The K objectives.
         losses: Each one's loss at its first evaluation in the step [K].
-        gram: The Gram matrix of the gradients that were applied [K, K].
-        weights: Their weights in the direction [K].
-        lr_scale: What the learning rate was multiplied by [].
-        gate: 1 where a gated transform found the gradients aligned, 0 where in conflict [];
-            None without one.
-        decay: The decay a teacher was updated with []; None without one.
         applied: Whether the base optimizer stepped; False after a skipped step.
 
     Examples:
@@ -34,13 +30,38 @@ class StepRecord:
 
     names: tuple[str, ...]
     losses: Float[Tensor, " K"]
-    gram: Float[Tensor, "K K"]
-    weights: Float[Tensor, " K"]
-    lr_scale: Float[Tensor, ""]
-    gate: Float[Tensor, ""] | None
-    decay: Float[Tensor, ""] | None
     applied: bool
-    _cosines: Float[Tensor, "K K"] = field(repr=False)
+    # As the step left them; brought into the losses' dtype when somebody asks.
+    _gram: Float[Tensor, "K K"]
+    _weights: Float[Tensor, " K"]
+    _lr_scale: Float[Tensor, ""]
+    _gate: Float[Tensor, ""] | None
+    _decay: Float[Tensor, ""] | None
+
+    @property
+    def gram(self) -> Float[Tensor, "K K"]:
+        """The Gram matrix of the gradients that were applied."""
+        return self._gram.to(self.losses.dtype)
+
+    @property
+    def weights(self) -> Float[Tensor, " K"]:
+        """Their weights in the direction."""
+        return self._weights.to(self.losses.dtype)
+
+    @property
+    def lr_scale(self) -> Float[Tensor, ""]:
+        """What the learning rate was multiplied by."""
+        return self._lr_scale.to(self.losses.dtype)
+
+    @property
+    def gate(self) -> Float[Tensor, ""] | None:
+        """1 if the gradients were aligned, 0 if in conflict; None without a gated transform."""
+        return None if self._gate is None else self._gate.to(self.losses.dtype)
+
+    @property
+    def decay(self) -> Float[Tensor, ""] | None:
+        """The decay of a teacher's update; None without one."""
+        return None if self._decay is None else self._decay.to(self.losses.dtype)
 
     def cosine(self, a: str, b: str) -> Float[Tensor, ""]:
         """The cosine of two objectives' gradients; 0 if one of them is zero.
@@ -53,4 +74,9 @@ class StepRecord:
                 raise ValueError(
                     f"the step had no objective {name!r}; it had {', '.join(map(repr, self.names))}"
                 )
-        return self._cosines[self.names.index(a), self.names.index(b)]
+        i, j = self.names.index(a), self.names.index(b)
+        return cosines(self._gram)[i, j].to(self.losses.dtype)
+
+    def __repr__(self) -> str:
+        shown = ("names", "losses", "gram", "weights", "lr_scale", "gate", "decay", "applied")
+        return f"StepRecord({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"

@@ -187,9 +187,13 @@ def follow(teacher: nn.Module, student: nn.Module, decay: Float[Tensor, ""]) -> 
     share = 1 - decay
     student = unwrapped(student)
     weights = dict(student.named_parameters())
-    for name, parameter in teacher.named_parameters():
-        mine = local(parameter)
-        mine.lerp_(local(weights[name]).to(mine.dtype), share.to(mine.dtype))
+    mine = {name: local(parameter) for name, parameter in teacher.named_parameters()}
+    theirs = [local(weights[name]).to(own.dtype) for name, own in mine.items()]
+    if share.device.type == "cpu" and mine:
+        torch._foreach_lerp_([*mine.values()], theirs, float(share))
+    else:  # a copy of the share to the host would be waited for
+        for own, other in zip(mine.values(), theirs, strict=True):
+            own.lerp_(other, share.to(own.dtype))
     buffers = dict(student.named_buffers())
     for name, buffer in teacher.named_buffers():
         buffer.copy_(torch.where(decay < 1, buffers[name], buffer))

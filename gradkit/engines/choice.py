@@ -29,6 +29,7 @@ class ParameterPlaces:
         self.missing = [index for index, found in enumerate(self._places) if not found]
         self.layout = layout
         self._model = model
+        self.modules = list(model.modules())
         own = set(map(id, layout.parameters))
         self.others = [
             parameter
@@ -51,7 +52,8 @@ class ParameterPlaces:
         Raises:
             RuntimeError: If one has been replaced since.
         """
-        present = set(map(id, self._model.modules()))
+        self.modules = list(self._model.modules())
+        present = set(map(id, self.modules))
         for places, parameter in zip(self._places, self.layout.parameters, strict=True):
             for name, owner, key in places:
                 if id(owner) not in present or owner._parameters.get(key) is not parameter:
@@ -63,7 +65,7 @@ class ParameterPlaces:
 
 
 def choose_engine(
-    wanted: EngineName, model: nn.Module | None, places: ParameterPlaces | None, layout: Layout
+    wanted: EngineName, places: ParameterPlaces | None, layout: Layout
 ) -> Literal["functional", "inplace"]:
     """The engine to use: the wanted one, or the functional one where its needs are met.
 
@@ -72,7 +74,7 @@ def choose_engine(
     """
     if wanted == "inplace":
         return "inplace"
-    problem = _functional_problem(model, places, layout)
+    problem = _functional_problem(places, layout)
     if problem is None:
         return "functional"
     if wanted == "functional":
@@ -80,10 +82,8 @@ def choose_engine(
     return "inplace"
 
 
-def _functional_problem(
-    model: nn.Module | None, places: ParameterPlaces | None, layout: Layout
-) -> str | None:
-    if model is None or places is None:
+def _functional_problem(places: ParameterPlaces | None, layout: Layout) -> str | None:
+    if places is None:
         return "runs closures on a copy of the model's parameters: pass model= to gk.wrap()"
     if places.missing:
         index = places.missing[0]
@@ -95,8 +95,8 @@ def _functional_problem(
         )
     if layout.shards is not None:
         return "cannot run closures on other parameters than the shards that the model holds"
-    for module in model.modules():
-        if hasattr(module, "_orig_mod"):
+    for module in places.modules:
+        if "_orig_mod" in module._modules:
             return "cannot replace the parameters of a compiled module: pass the original as model="
         if isinstance(module, DistributedDataParallel):
             return (

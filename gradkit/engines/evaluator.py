@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -135,8 +134,7 @@ class Evaluator:
                         )
 
             first = name not in self._evaluated
-            with self._random_numbers(name, first):
-                self._run(body, first, leaves)
+            self._run_with_draws(name, body, first, leaves)
             self._evaluated.add(name)
         return rows
 
@@ -157,9 +155,7 @@ class Evaluator:
                     self._back_propagate(losses, wanted, rows, leaves)
                     del item, losses  # and their graphs, before the next micro-batch is computed
 
-        first = not self.first_losses
-        with self._random_numbers(None, first):
-            self._run(body, first, leaves)
+        self._run_with_draws(None, body, not self.first_losses, leaves)
         if rows is None:
             raise NoGradientError("the closure produced no gradient: its generator yielded nothing")
         return rows
@@ -258,20 +254,21 @@ class Evaluator:
             rows.add(name, grads)
             del grads  # so that they do not lie beside the next objective's
 
-    @contextmanager
-    def _random_numbers(self, key: str | None, first: bool) -> Iterator[None]:
-        """Replay the draws of the objective's first evaluation, if that was asked for."""
+    def _run_with_draws(
+        self, key: str | None, body: Callable[[], None], first: bool, leaves: Sequence[Tensor]
+    ) -> None:
+        """Run, and replay the draws of the objective's first evaluation if that was asked for."""
         if self._draws is None:
-            yield
-            return
-        if first:
-            self._draws[key] = RandomState.capture(self._context.layout.device)
-            yield
+            self._run(body, first, leaves)
             return
         now = RandomState.capture(self._context.layout.device)
+        if first:
+            self._draws[key] = now
+            self._run(body, first, leaves)
+            return
         self._draws[key].restore()
         try:
-            yield
+            self._run(body, first, leaves)
         finally:
             now.restore()
 

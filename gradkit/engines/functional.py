@@ -37,14 +37,13 @@ class FunctionalSession:
         self,
         layout: Layout,
         pool: Pool,
-        model: nn.Module,
         places: ParameterPlaces,
         param_groups: Sequence[dict[str, Any]],
     ) -> None:
         self._places = places
         self._layout = layout
         self._pool = pool
-        self._modules = list(model.modules())
+        self._modules = places.modules
         self._live_buffers: Buffers = [dict(module._buffers) for module in self._modules]
         self._kept_buffers: Buffers | None = None
         index = {id(parameter): t for t, parameter in enumerate(layout.parameters)}
