@@ -173,7 +173,7 @@ class Layout:
 
     def views(self, vector: Shaped[Tensor, " P"]) -> list[Tensor]:
         """The vector's parts, each shaped as its parameter (and in its memory format)."""
-        # Not by split(): its views refuse to be written to outside no_grad, and some become `.grad`.
+        # Not by split(), whose views refuse to be written to outside no_grad: some become `.grad`.
         return [
             vector[start:stop].view(shape)
             if strides is None
