@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python
 OUT ?= runs/demo
 # One test process a core, each with one thread: the tests' tensors are small.
 WORKERS ?= auto
-PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses $(WORKERS) --dist loadgroup
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 .PHONY: demo test lint coverage docs clean
 

@@ -11,10 +11,7 @@ import torch
 from processes.checkpoints import SAVED_AT, load, save, uninterrupted
 from processes.ranks import on_ranks
 
-pytestmark = [
-    pytest.mark.distributed,
-    pytest.mark.xdist_group("checkpoints on ranks"),
-]
+pytestmark = pytest.mark.distributed
 
 STOP = 6
 

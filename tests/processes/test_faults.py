@@ -19,7 +19,7 @@ from processes.faults import (
 from processes.ranks import on_ranks
 from processes.training import batches, losses, network
 
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("faults on ranks")]
+pytestmark = pytest.mark.distributed
 
 
 @cache
