@@ -43,8 +43,15 @@ def bits(model: nn.Module, optimizer: gk.GradientOptimizer) -> Tensor:
     return torch.cat([part.detach().reshape(-1).double() for part in [*parts, state]])
 
 
-def failing(error: BaseException, at: int, *, after_forward: bool) -> dict[str, Any]:
-    """Rank 1 raises in its `at`-th evaluation; nothing may be lost, and training goes on."""
+def failing(error: BaseException, at: int, *, after_forward: bool, good: int = 2) -> dict[str, Any]:
+    """Rank 1 raises in its `at`-th evaluation; nothing may be lost, and training goes on.
+
+    Args:
+        error: What it raises.
+        at: In which evaluation of the step, from 1.
+        after_forward: Whether it has called the model before.
+        good: How many steps without failure come first.
+    """
     model, optimizer = made(gk.PCGrad(), gk.SAM(rho=0.1))
     twin, twin_optimizer = made(gk.PCGrad(), gk.SAM(rho=0.1))
     calls = 0
@@ -60,18 +67,17 @@ def failing(error: BaseException, at: int, *, after_forward: bool) -> dict[str, 
             raise error
         return found
 
-    for batch in batches()[:2]:
+    at, target = 0, at
+    for batch in batches()[:good]:
         x = share(batch)
-        at, target = 0, at
         optimizer.step(closure)
-        at = target
-    calls, x = 0, share(batches()[2])
+    calls, at, x = 0, target, share(batches()[good])
     before = bits(model, optimizer)
     message = outcome(lambda: optimizer.step(closure))
     kept = torch.equal(before, bits(model, optimizer))
     at = 0
     optimizer.step(closure)
-    for batch in batches()[:3]:
+    for batch in batches()[: good + 1]:
         x = share(batch)
         twin_optimizer.step(lambda: losses(twin, x))
     same = all(map(torch.equal, model.parameters(), twin.parameters()))
@@ -262,6 +268,7 @@ def refusals() -> dict[str, str]:
 
 
 FAILURES = {
+    "at the very first": lambda: failing(ValueError("bad data"), 1, after_forward=False, good=0),
     "at the first evaluation": lambda: failing(ValueError("bad data"), 1, after_forward=False),
     "after the forward": lambda: failing(ValueError("bad data"), 1, after_forward=True),
     "at the displaced weights": lambda: failing(ValueError("bad data"), 2, after_forward=True),

@@ -26,9 +26,10 @@ class Network(nn.Module):
         super().__init__()
         self.body = nn.Sequential(nn.Linear(3, 7), nn.Tanh(), nn.Linear(7, 5), nn.Tanh())
         self.heads = nn.ModuleList([nn.Linear(5, 1) for _ in range(3)])
+        self.register_buffer("scale", torch.ones(()))  # DDP broadcasts it, and waits for all ranks
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        features = self.body(x)
+        features = self.body(x) * self.scale
         return [head(features) for head in self.heads]
 
 
@@ -143,6 +144,8 @@ def train(
 def objectives(form: str, model: nn.Module, x: Tensor) -> Any:
     """The same three objectives in each form that `step` takes."""
     names = ("source", "target", "third")
+    if form == "one":
+        return lambda: sum(losses(model, x).values())
     if form == "joint":
         return lambda: losses(model, x)
     if form == "mapping":
@@ -157,6 +160,7 @@ def objectives(form: str, model: nn.Module, x: Tensor) -> Any:
 
 CASES: dict[str, dict[str, Any]] = {
     **{chain: {"chain": chain} for chain in CHAINS},
+    "one": {"chain": "SAM", "form": "one"},
     "mapping": {"chain": "PCGrad+SAM", "form": "mapping"},
     "generators": {"chain": "PCGrad+SAM", "form": "generators"},
     "scaled": {"chain": "PCGrad+SAM", "form": "generators", "scaled": True},
