@@ -78,21 +78,25 @@ class Attempt:
             (generator, generator.get_state()) for generator in generators if generator is not None
         ]
 
-    def initialise_only(self, transforms: Sequence[Transform]) -> bool:
-        """Step without a closure where nothing can change; returns whether that was the case.
+    def can_only_initialise(self) -> bool:
+        """Whether a step without a closure can change nothing.
 
         That is so if no parameter has a gradient, or if gradients and learning rates are all 0:
         distributed checkpoints step like that to make the base optimizer's state before loading.
         """
         grads = [grad for grad in self._grads if grad is not None]
         still = all(group.get("lr", 1) == 0 for group in self._base.param_groups)
-        if grads and not (still and self._all_zero(grads)):
-            return False
+        initialises = not grads or (still and self._all_zero(grads))
+        what = "nothing to step on" if initialises else "gradients to step on"
+        self.processes.agree("step", self.context.layout.device, names=(what,))
+        return initialises
+
+    def initialise(self, transforms: Sequence[Transform]) -> None:
+        """Let the base optimizer make its state, where nothing can change."""
         for parameter, _ in self._stale:
             parameter.grad = None
         self._base.step()
         link_stepped(transforms, self.context.layout, self._base)
-        return True
 
     def _all_zero(self, grads: Sequence[Tensor]) -> bool:
         shards = self.context.layout.shards
@@ -114,6 +118,24 @@ class Attempt:
                 other.grad = old
             elif old is not None:
                 other.grad = old + other.grad
+
+    @torch.no_grad()
+    def average_others(self) -> None:
+        """Average the gradients that closures have left beside the optimised ones."""
+        processes, others = self.processes, self._others
+        if not (processes.averages and others):
+            return
+        pairs = list(zip(others, self._other_grads, strict=True))
+        mine = [other.grad is not None and other.grad is not old for other, old in pairs]
+        anywhere = processes.any([mine], self.context.layout.device)[0]
+        for (other, old), found in zip(pairs, anywhere, strict=True):
+            if not found:
+                continue
+            grad = torch.zeros_like(other)
+            if other.grad is not None and other.grad is not old:
+                grad.copy_(other.grad if old is None else other.grad - old)
+            processes.add_up(grad).div_(processes.size)
+            other.grad = grad if old is None else old + grad
 
     def evaluator(self, objectives: Objectives) -> Evaluator:
         """The innermost oracle over these objectives."""
@@ -140,7 +162,9 @@ class Attempt:
     def _evaluate_stored(
         self, name: str, loss: Tensor | None, transforms: Sequence[Transform]
     ) -> Gradients:
-        source = self.source = StoredGradients(name, self._grads, loss, self.context)
+        source = self.source = StoredGradients(
+            name, self._grads, loss, self.context, self.processes
+        )
         return self._chain(source.evaluate, transforms)()
 
     @staticmethod
@@ -197,7 +221,11 @@ class Attempt:
             parameter.grad = None
         with scaled_learning_rates(self._base, scale):
             self._base.step()
+        for parameter in self._parameters:
+            if parameter.grad is not None:
+                _marked(parameter.grad)  # some optimizers write into it
         self.applied = True
+        self.processes.agree("applied", self.context.layout.device)
         self._session.commit()
         self.processes.share_buffers(self._buffers)
         self.context.gradients = gradients

@@ -38,7 +38,8 @@ class Layout:
         groups: The index of each one's parameter group.
         offsets: T + 1 numbers; parameter t takes `offsets[t]:offsets[t + 1]`.
         shapes: Each one's shape; of its shard where it is sharded.
-        strides: Each one's strides where it is channels-last, else None (contiguous).
+        strides: Each one's strides where it is dense but not contiguous (channels-last,
+            transposed), else None.
         dtypes: Each one's dtype.
         dtype: The vector's dtype.
         device: The one device that all parameters are on.
@@ -105,7 +106,7 @@ class Layout:
             groups=tuple(groups),
             offsets=tuple(offsets),
             shapes=tuple(tuple(part.shape) for part in parts),
-            strides=tuple(_channels_last_strides(part) for part in parts),
+            strides=tuple(_dense_strides(part) for part in parts),
             dtypes=tuple(parameter.dtype for parameter in parameters),
             dtype=dtype,
             device=devices.pop(),
@@ -147,7 +148,7 @@ class Layout:
         strides = self.strides[position]
         if strides is not None:
             return parameter.stride() == strides
-        return parameter.is_contiguous() or _channels_last_strides(parameter) is None
+        return parameter.is_contiguous() or _dense_strides(parameter) is None
 
     def same_as(self, other: Layout) -> bool:
         """Whether both lay out the very same parameter objects in the same way."""
@@ -219,15 +220,20 @@ def _check(parameter: Tensor, what: str) -> None:
         )
 
 
-def _channels_last_strides(parameter: Tensor) -> tuple[int, ...] | None:
-    # A channels-last gradient beside a channels-last weight keeps the optimizers' fused and
-    # foreach kernels on their fast path.
-    if not parameter.is_contiguous() and (
-        (parameter.dim() == 4 and parameter.is_contiguous(memory_format=torch.channels_last))
-        or (parameter.dim() == 5 and parameter.is_contiguous(memory_format=torch.channels_last_3d))
-    ):
-        return tuple(parameter.stride())
-    return None
+def _dense_strides(parameter: Tensor) -> tuple[int, ...] | None:
+    """The strides of a tensor that is dense but not contiguous: channels-last, transposed.
+
+    Autograd gives such a parameter a gradient of the same strides, and fused optimizers on the CPU
+    read both in the order of memory, whatever the strides.
+    """
+    if parameter.is_contiguous():
+        return None
+    expected = 1
+    for stride, size in sorted(zip(parameter.stride(), parameter.shape, strict=True)):
+        if size != 1 and stride != expected:
+            return None
+        expected *= size
+    return tuple(parameter.stride())
 
 
 class Pool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import zlib
 from collections import OrderedDict
@@ -34,7 +35,7 @@ from gradkit.interrupts import Interrupts
 from gradkit.nonfinite import Nonfinite, NonFiniteError, judge
 from gradkit.objectives import Objectives, check_objectives
 from gradkit.oracle import Context, Transform
-from gradkit.processes import Processes, ProcessGroupChoice
+from gradkit.processes import Processes, ProcessGroupChoice, reshard
 from gradkit.record import StepRecord
 from gradkit.scaling import LossScale
 
@@ -101,6 +102,7 @@ class GradientOptimizer(Optimizer):
         self._pool: Pool | None = None
         self._places: ParameterPlaces | None = None
         self._stepping = False
+        self._applied = 0
         self._optimizer_step_pre_hooks: OrderedDict[int, Any] = OrderedDict()
         self._optimizer_step_post_hooks: OrderedDict[int, Any] = OrderedDict()
         self._optimizer_state_dict_pre_hooks: OrderedDict[int, Any] = OrderedDict()
@@ -160,6 +162,13 @@ class GradientOptimizer(Optimizer):
         )  # fmt: skip
         return {name: self.__dict__[name] for name in kept}
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> GradientOptimizer:
+        memo[id(self.process_group)] = self.process_group  # a connection, which has no copy
+        made = type(self).__new__(type(self))
+        memo[id(self)] = made
+        made.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return made
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._prepare_scratch()
@@ -193,20 +202,31 @@ class GradientOptimizer(Optimizer):
         for numbers that a closure itself writes into a weight, of which no copy is kept. Ctrl-C
         acts while closures run, or else once the step is done.
         """
-        for before in list(self._optimizer_step_pre_hooks.values()):
-            changed = before(self, (self, closure), {})
-            if changed is not None:
-                if not isinstance(changed, tuple) or len(changed) != 2:
-                    raise RuntimeError(
-                        f"a step pre-hook returned {changed!r}; it must return None or a tuple of "
-                        "new arguments and new named arguments"
-                    )
-                arguments, named = changed
-                closure = named["closure"] if "closure" in named else arguments[1]
-        loss = self._step(closure)
+        loss = self._step(self._after_pre_hooks(closure))
         for after in list(self._optimizer_step_post_hooks.values()):
             after(self, (self, closure), {})
         return loss
+
+    def _after_pre_hooks(self, closure: Objectives | None) -> Objectives | None:
+        """What the hooks that run before a step leave of its argument."""
+        try:
+            for before in list(self._optimizer_step_pre_hooks.values()):
+                changed = before(self, (self, closure), {})
+                if changed is not None:
+                    if not isinstance(changed, tuple) or len(changed) != 2:
+                        raise RuntimeError(
+                            f"a step pre-hook returned {changed!r}; it must return None or a "
+                            "tuple of new arguments and new named arguments"
+                        )
+                    arguments, named = changed
+                    closure = named["closure"] if "closure" in named else arguments[1]
+        except BaseException as error:
+            if not self._stepping:
+                layout = self._layout()
+                processes = Processes.of(self.model, layout.shards, self.process_group)
+                processes.report(error, layout.device)
+            raise
+        return closure
 
     def gradients(
         self,
@@ -243,7 +263,8 @@ class GradientOptimizer(Optimizer):
         with self._attempt() as attempt:
             if closure is not None:
                 check_objectives(closure)
-            elif attempt.initialise_only(self.transforms):
+            elif attempt.can_only_initialise():
+                attempt.initialise(self.transforms)
                 return None
             scale = self._loss_scale
             if closure is None and scale is not None:
@@ -260,6 +281,8 @@ class GradientOptimizer(Optimizer):
                         direction = attempt.direction(gradients, self.max_norm)
                 attempt.processes.agree("step", attempt.context.layout.device)
                 if verdict.culprit is None:
+                    if closure is not None:
+                        attempt.average_others()
                     attempt.apply(
                         gradients, direction, verdict.scale, verdict.weights, self.transforms
                     )
@@ -272,6 +295,7 @@ class GradientOptimizer(Optimizer):
             if scale is not None:
                 overflowed = verdict.culprit is not None
                 scale.update(attempt.context.layout.device, overflowed=overflowed)
+            self._applied += attempt.applied
             self._record(attempt, gradients, source)
             if closure is None:
                 return None
@@ -344,13 +368,18 @@ class GradientOptimizer(Optimizer):
         enabled = self.scaler is not None and self.scaler.is_enabled()
         return LossScale(self.scaler) if self.scaler is not None and enabled else None
 
-    def _settings(self, processes: Processes) -> int:
+    def _settings(self, processes: Processes, layout: Layout) -> int:
         """A number that says whether ranks would step alike on the same gradients."""
         if not processes.together:
             return 0
         rates = [group.get("lr") for group in self.base.param_groups]
-        floats = [rate for rate in rates if not isinstance(rate, Tensor)]
-        return zlib.crc32(repr((floats, saved_state.encode(self.transforms))).encode())
+        numbers = [None if rate is None else float(rate) for rate in rates]
+        every = () if self.model is None else self.model.parameters()
+        order: dict[Tensor, int] = {parameter: index for index, parameter in enumerate(every)}
+        places = [(order.get(p), tuple(p.shape)) for p in layout.parameters]
+        state = saved_state.encode(self.transforms)
+        facts = (numbers, places, self._applied, self.max_norm, self.nonfinite, state)
+        return zlib.crc32(repr(facts).encode())
 
     def _make_attempt(
         self, layout: Layout, processes: Processes, interrupts: Interrupts
@@ -369,7 +398,7 @@ class GradientOptimizer(Optimizer):
             )
         engine = choose_engine(self.engine, places, layout)
         if engine == "functional" and places is not None:
-            session: Session = FunctionalSession(layout, self._pool, places, self.base.param_groups)
+            session: Session = FunctionalSession(layout, self._pool, places, self.base)
         else:
             session = InplaceSession(layout, self._pool, model, places)
         return Attempt(
@@ -387,7 +416,7 @@ class GradientOptimizer(Optimizer):
                 measure=self.nonfinite != "ignore" or scale is not None,
                 interrupts=interrupts,
                 processes=processes,
-                settings=self._settings(processes),
+                settings=self._settings(processes, layout),
                 loss_scale=scale,
             ),
         )
@@ -412,6 +441,8 @@ class GradientOptimizer(Optimizer):
 
     def _layout(self) -> Layout:
         """The present layout; scratch of an older one is dropped, transforms' vectors move."""
+        if self.model is not None:
+            reshard(self.model)
         if self._pool is not None and self._pool.layout.fits(self.base.param_groups):
             layout = self._pool.layout
         else:
@@ -505,6 +536,7 @@ class GradientOptimizer(Optimizer):
         for transform in self.transforms:
             transform.vectors.clear()
         self._pool = None
+        self._applied = 0
         self._vector_layout = None
         loaded = saved_state.store_vectors(
             self.base.param_groups, own, theirs["param_groups"], self.base

@@ -27,8 +27,8 @@ ProcessGroupChoice = Any  # "auto", None or a torch.distributed.ProcessGroup
 
 _MESSAGE_BYTES = 512
 
-Stage = Literal["evaluation", "step"]
-_STAGES: dict[Stage, int] = {"evaluation": 1, "step": 2}
+Stage = Literal["evaluation", "step", "applied"]
+_STAGES: dict[Stage, int] = {"evaluation": 1, "step": 2, "applied": 3}
 
 
 class RankError(RuntimeError):
@@ -77,6 +77,14 @@ def as_part_of(part: Tensor, whole: Tensor) -> Tensor:
         stride=whole.stride(),
     )
     return made
+
+
+def reshard(module: nn.Module) -> None:
+    """Let go of gathered weights, which a forward without a backward leaves in the module."""
+    if "torch.distributed.fsdp" in sys.modules:
+        for each in module.modules():
+            if isinstance(each, torch.distributed.fsdp.FSDPModule):
+                each.reshard()
 
 
 def is_expanded(tensor: Tensor) -> bool:
@@ -205,6 +213,11 @@ class Processes:
                 "evaluation here, whatever the graph)"
             )
         if shards is not None:
+            if model is None:
+                raise ValueError(
+                    "the parameters are sharded, and without model= gathered copies of displaced "
+                    "weights could not be let go of; pass the sharded module as model="
+                )
             if choice != "auto":
                 raise ValueError(
                     "process_group= is given, but the parameters are sharded and their mesh says "
@@ -228,6 +241,10 @@ class Processes:
                     )
                 return cls(groups, True, replicas, communicates=synchronised)
             return cls(unclear=dist.get_world_size(), has_model=model is not None)
+        if not isinstance(choice, dist.ProcessGroup) or dist.get_rank(choice) < 0:
+            raise ValueError(
+                "this rank is not a member of process_group=; pass each rank the group it is in"
+            )
         return cls((choice,), True, replicas, communicates=synchronised)
 
     @property
@@ -290,12 +307,19 @@ class Processes:
         if failed:
             message = self._message(device, b"").rstrip(b"\0").decode(errors="replace")
             raise RankError(
-                f"rank {failed - 1} failed with {message}; this rank has changed nothing either"
+                f"rank {failed - 1} failed with {message}; "
+                + (
+                    "this rank's base optimizer has stepped already, so that their weights differ: "
+                    "go on from a checkpoint"
+                    if stage == "applied"
+                    else "this rank has changed nothing either"
+                )
             )
         what = (
             "stages of the step (transforms or closures that differ by rank)",
             "objectives",
-            "learning rates, or in their transforms' state and random generators",
+            "learning rates or other settings, in what they optimise or have applied so far, or "
+            "in their transforms' state and random generators",
         )
         for position, subject in enumerate(what):
             if -least[position] != most[position]:
@@ -368,8 +392,9 @@ class Processes:
             by_dtype.setdefault(buffer.dtype, []).append(buffer)
         for alike in by_dtype.values():
             joined = torch.cat([buffer.reshape(-1) for buffer in alike])
+            raw = joined.view(torch.uint8)  # not every backend knows every dtype
             for group in self.groups:
-                dist.broadcast(joined, src=dist.get_global_rank(group, 0), group=group)
+                dist.broadcast(raw, src=dist.get_global_rank(group, 0), group=group)
             parts = torch.split(joined, [buffer.numel() for buffer in alike])
             for buffer, part in zip(alike, parts, strict=True):
                 buffer.copy_(part.view_as(buffer))

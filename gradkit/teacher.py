@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gradkit.gradients import Gradients
 from gradkit.oracle import Context, Oracle, Selection, Transform, check_number
-from gradkit.processes import is_sharded, local
+from gradkit.processes import is_sharded, local, reshard
 
 Measure = Literal["sign_cosine", "cosine"]
 
@@ -186,14 +186,14 @@ def follow(teacher: nn.Module, student: nn.Module, decay: Float[Tensor, ""]) -> 
     """
     share = 1 - decay
     student = unwrapped(student)
+    reshard(student)
+    reshard(teacher)
     weights = dict(student.named_parameters())
     mine = {name: local(parameter) for name, parameter in teacher.named_parameters()}
     theirs = [local(weights[name]).to(own.dtype) for name, own in mine.items()]
-    if share.device.type == "cpu" and mine:
-        torch._foreach_lerp_([*mine.values()], theirs, float(share))
-    else:  # a copy of the share to the host would be waited for
-        for own, other in zip(mine.values(), theirs, strict=True):
-            own.lerp_(other, share.to(own.dtype))
+    shares = {own.dtype: share.to(own.dtype) for own in mine.values()}
+    if mine:
+        torch._foreach_lerp_([*mine.values()], theirs, [shares[own.dtype] for own in theirs])
     buffers = dict(student.named_buffers())
     for name, buffer in teacher.named_buffers():
         buffer.copy_(torch.where(decay < 1, buffers[name], buffer))

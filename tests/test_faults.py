@@ -645,3 +645,93 @@ def test_signals_outside_the_main_thread() -> None:
     thread.start()
     thread.join()
     assert optimizer.last_step.applied
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("order", [(1, 0, 2), (2, 1, 0), (0, 1, 2)])
+@pytest.mark.parametrize("objectives", [1, 2])
+def test_fused_optimizers_find_gradients_laid_out_as_permuted_weights(
+    base: type[torch.optim.Optimizer], order: tuple[int, ...], objectives: int
+) -> None:
+    torch.manual_seed(0)
+    start = torch.randn(3, 4, 5).permute(*order)
+    factors = torch.randn(start.shape)
+    results = []
+    for wrapped in (True, False):
+        weight = nn.Parameter(start.clone(memory_format=torch.preserve_format))
+        optimizer = base([weight], lr=0.1, fused=True)
+
+        def loss(k: int, weight: torch.Tensor = weight) -> torch.Tensor:
+            return (weight * factors + k).square().sum() / 100
+
+        if wrapped:
+            outer = gk.wrap(optimizer)
+            for _ in range(3):
+                outer.step({str(k): lambda k=k: loss(k) for k in range(objectives)})
+        else:
+            for _ in range(3):
+                optimizer.zero_grad()
+                sum(loss(k) for k in range(objectives)).backward()
+                optimizer.step()
+        results.append(weight.detach())
+    torch.testing.assert_close(*results)
+
+
+def test_a_base_that_writes_into_gradients_leaves_them_recognisable() -> None:
+    model = network()
+    base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, foreach=True)
+    optimizer = gk.wrap(base, model=model)
+
+    def closure() -> torch.Tensor:
+        return model(INPUT).square().mean()
+
+    optimizer.step(closure)
+    model[0].requires_grad_(False)
+    frozen = model[0].weight.clone()
+    optimizer.step(closure)
+    assert torch.equal(model[0].weight, frozen)
+    with pytest.raises(RuntimeError, match="produced no gradient"):
+        optimizer.step(lambda: closure().detach())
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("to_none", [True, False])
+def test_gradients_from_before_that_a_closure_clears_do_not_count(
+    engine: str, to_none: bool
+) -> None:
+    results = []
+    for before in (True, False):
+        model = network()
+        optimizer = gk.wrap(sgd(model), model=model, engine=engine)
+        if before:
+            model(INPUT).sum().backward()
+
+        def closure() -> torch.Tensor:
+            optimizer.zero_grad(set_to_none=to_none)
+            return model(INPUT).square().mean()
+
+        buffers = [buffer.clone() for buffer in network().buffers()]
+        for buffer, value in zip(model.buffers(), buffers, strict=True):
+            buffer.copy_(value)
+        optimizer.step(closure)
+        results.append(torch.cat([p.detach().reshape(-1) for p in model.parameters()]))
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_closure_finds_the_bases_state_and_adds_nothing_to_it(engine: str) -> None:
+    model = network()
+    optimizer = gk.wrap(sgd(model), gk.SAM(), model=model, engine=engine)
+    found = []
+
+    def closure() -> torch.Tensor:
+        for group in optimizer.param_groups:
+            found.extend("momentum_buffer" in optimizer.state[p] for p in group["params"])
+        return model(INPUT).square().mean()
+
+    optimizer.step(lambda: model(INPUT).square().mean())
+    optimizer.step(closure)
+    assert all(found)
+    assert len(found) == 12
+    assert set(optimizer.state) == set(model.parameters())
+    optimizer.load_state_dict(optimizer.state_dict())

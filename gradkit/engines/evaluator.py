@@ -196,13 +196,19 @@ class Evaluator:
             leaf.grad is not None for t, leaf in enumerate(leaves) if t != self._marked
         )
         # Several losses beside a backward of the closure's own are an error by themselves.
-        if added and not several and bool(local(mark).isnan().any()):
+        remains = local(mark).isnan().any().float()
+        shards = self._context.layout.shards
+        if shards is not None:  # a rank may hold no part of it
+            shards.add_up(remains)
+        if added and not several and bool(remains):
             raise RuntimeError(
                 f"objective {name!r} calls backward without clearing gradients, and there are "
                 "some from before the step, which it cannot add to; pass a generator that yields "
                 "the loss of each micro-batch, or call zero_grad() in the closure"
             )
-        if not added:
+        elsewhere = any(leaf.grad is not None for t, leaf in enumerate(leaves) if t != self._marked)
+        # zero_grad(set_to_none=False) writes once; a backward would have written again.
+        if not added or (not elsewhere and mark._version == 1 and not local(mark).any()):
             leaves[self._marked].grad = None
 
     def _agree_on(self, names: tuple[str, ...], only: Container[str] | None) -> tuple[str, ...]:
@@ -292,12 +298,20 @@ class StoredGradients:
     """`oracle(at, only)` over the gradients that `.grad` held before a step without a closure."""
 
     def __init__(
-        self, name: str, grads: Sequence[Tensor | None], loss: Tensor | None, context: Context
+        self,
+        name: str,
+        grads: Sequence[Tensor | None],
+        loss: Tensor | None,
+        context: Context,
+        processes: Processes,
     ) -> None:
         context.names = (name,)
         rows = Rows((name,), context.layout.parameters, context)
         rows.add_loss(name, loss)
         rows.add(name, grads)
+        processes.check_clear(1)
+        if processes.averages and not processes.replicas:  # DDP has reduced its own
+            rows.finish(processes, 0, None)
         self._gradients = rows.gradients()
         self.first_losses = {name: rows.loss(name)}
         self.without_loss = rows.without_loss()

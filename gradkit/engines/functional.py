@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -38,7 +38,7 @@ class FunctionalSession:
         layout: Layout,
         pool: Pool,
         places: ParameterPlaces,
-        param_groups: Sequence[dict[str, Any]],
+        base: torch.optim.Optimizer,
     ) -> None:
         self._places = places
         self._layout = layout
@@ -54,7 +54,8 @@ class FunctionalSession:
             if id(parameter) in index
         ]
         self._leaves: list[nn.Parameter] = []
-        self._groups = [(group, group["params"]) for group in param_groups]
+        self._groups = [(group, group["params"]) for group in base.param_groups]
+        self._base, self._state = base, base.state
 
     @contextmanager
     def displaced(  # noqa: D102
@@ -90,6 +91,9 @@ class FunctionalSession:
             leaves = dict(zip(map(id, self._layout.parameters), self._leaves, strict=True))
             for group, parameters in self._groups:
                 group["params"] = [leaves.get(id(each), each) for each in parameters]
+            self._base.state = defaultdict(
+                dict, {leaves.get(id(key), key): held for key, held in self._state.items()}
+            )
             self._put_buffers(buffers)
             result = body()
             if keep_buffers:
@@ -109,6 +113,7 @@ class FunctionalSession:
             held[key] = parameter
         for group, parameters in self._groups:
             group["params"] = parameters
+        self._base.state = self._state
         self._put_buffers(self._live_buffers)
 
     def differentiate(  # noqa: D102

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import gradkit as gk
-from processes.training import batches, losses, network, options_for, prepared, share
+from processes.training import batches, gathered, losses, network, options_for, prepared, share
 
 
 def made(
@@ -313,3 +314,153 @@ def fails_among_collectives() -> dict[str, Any]:
         "seconds": seconds,
         "kept": torch.equal(before, bits(model, optimizer)),
     }
+
+
+class FailsAtSecond(torch.optim.SGD):
+    """A base optimizer that fails on rank 1 in its second step."""
+
+    def step(self, closure: Any = None) -> Any:
+        self.count = getattr(self, "count", 0) + 1
+        if self.count == 2 and dist.get_rank() == 1:
+            raise OSError("disk full")
+        return super().step(closure)
+
+
+def base_fails() -> list[str]:
+    """The base optimizer's own failure cannot be undone elsewhere, but does not go unnoticed."""
+    model = DistributedDataParallel(network())
+    optimizer = gk.wrap(FailsAtSecond(model.parameters(), lr=0.1), gk.PCGrad(), model=model)
+    x = share(batches()[0])
+    return [outcome(lambda: optimizer.step(lambda: losses(model, x))) for _ in range(4)]
+
+
+def hook_fails() -> str:
+    """A hook before the step raises on one rank."""
+    model, optimizer = made(gk.PCGrad())
+
+    def hook(*arguments: Any) -> None:
+        if dist.get_rank() == 1:
+            raise OSError("no such file")
+
+    optimizer.register_step_pre_hook(hook)
+    x = share(batches()[0])
+    return outcome(lambda: optimizer.step(lambda: losses(model, x)))
+
+
+def optimising_different_things(what: str) -> str:
+    """Ranks whose flat vectors mean different weights."""
+    rank = dist.get_rank()
+    model = DistributedDataParallel(network())
+    parameters = list(model.parameters())
+    options: dict[str, Any] = {}
+    lr: Any = 0.1
+    if what == "order" and rank:
+        parameters.reverse()
+    if what == "frozen":
+        model.module.heads[rank].requires_grad_(False)
+    if what == "tensor lr":
+        lr = torch.tensor(0.1 * (1 + rank))
+    if what == "max_norm":
+        options["max_norm"] = 1.0 + rank
+    base = torch.optim.SGD(parameters, lr=lr)
+    optimizer = gk.wrap(base, gk.PCGrad(), model=model, **options)
+    x = share(batches()[0])
+    return outcome(lambda: optimizer.step(lambda: losses(model, x)))
+
+
+def gradients_from_before(form: str) -> Tensor:
+    """Plain modules in a group: gradients that were there before the step are averaged, too."""
+    model = network()
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = gk.wrap(base, gk.PCGrad(), **options_for("group", model))
+    loss = sum(losses(model, share(batches()[0])).values())
+    loss.backward()
+    if form == "no closure":
+        optimizer.step()
+    else:
+        optimizer.step(lambda: loss.detach())
+    return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+
+
+def second_optimizer() -> Tensor:
+    """Gradients that a closure leaves for another optimizer are averaged as DDP would."""
+    model = DistributedDataParallel(network())
+    body, heads = model.module.body, model.module.heads
+    first = gk.wrap(torch.optim.SGD(body.parameters(), lr=0.1), gk.SAM(rho=0.0), model=model)
+    second = torch.optim.SGD(heads.parameters(), lr=0.1)
+
+    def closure() -> Tensor:
+        first.zero_grad()
+        second.zero_grad()
+        loss = sum(losses(model, share(batches()[0])).values())
+        loss.backward()
+        return loss
+
+    first.step(closure)
+    second.step()
+    return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+
+
+def outside_the_group() -> str:
+    """A rank that is no member of the group it passes."""
+    model = network()
+    group = dist.new_group([0])
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = gk.wrap(base, gk.PCGrad(), model=model, process_group=group)
+    x = share(batches()[0])
+    return outcome(lambda: optimizer.step(lambda: losses(model, x)))
+
+
+def gathered_by_validation() -> dict[str, Any]:
+    """Under fully_shard a forward without backward, of student or teacher, leaves them gathered."""
+    results = {}
+    for validates in (True, False):
+        model, teacher = (prepared("fsdp", network()) for _ in range(2))
+        teacher.requires_grad_(False)
+        ema = gk.EMA(model, teacher, decay=0.5)
+        base = torch.optim.SGD(model.parameters(), lr=0.1)
+        optimizer = gk.wrap(base, gk.SAM(rho=0.5), ema, model=model)
+        for batch in batches()[:3]:
+            x = share(batch)
+            if validates:
+                with torch.no_grad():
+                    model(x)
+                    teacher(x)
+            optimizer.step(lambda: losses(model, x))
+        results[validates] = gathered([*model.parameters(), *teacher.parameters()])
+    return {"with": results[True], "without": results[False]}
+
+
+def not_cleared_under_fsdp() -> str:
+    """A rank that holds no part of the smallest parameter finds out, too."""
+    torch.manual_seed(0)
+    model = fully_shard(nn.Linear(3, 1).double())
+    optimizer = gk.wrap(torch.optim.SGD(model.parameters(), lr=0.1), model=model)
+    x = share(batches()[0])
+    model(x).sum().backward()
+
+    def closure() -> Tensor:
+        loss = model(x).square().mean()
+        loss.backward()
+        return loss
+
+    return outcome(lambda: optimizer.step(closure))
+
+
+FURTHER = {
+    "base fails": base_fails,
+    "hook fails": hook_fails,
+    **{
+        f"different {what}": lambda what=what: optimising_different_things(what)
+        for what in ("order", "frozen", "tensor lr", "max_norm")
+    },
+    **{form: lambda form=form: gradients_from_before(form) for form in ("no closure", "reporting")},
+    "second optimizer": second_optimizer,
+    "outside": outside_the_group,
+    "validation": gathered_by_validation,
+    "not cleared": not_cleared_under_fsdp,
+}
+
+
+def further_scenarios() -> dict[str, Any]:
+    return {name: scenario() for name, scenario in FURTHER.items()}

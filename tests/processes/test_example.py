@@ -28,6 +28,7 @@ def test_the_documented_example_runs_alike_on_both_ranks(
         capture_output=True,
         text=True,
         check=False,
+        timeout=300,
         env={**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
     )
     # On a busy CPU torch's gloo sometimes aborts a process that has already finished, after Python

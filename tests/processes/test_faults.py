@@ -14,6 +14,7 @@ from processes.faults import (
     FAILURES,
     all_scenarios,
     fails_among_collectives,
+    further_scenarios,
     unused_on_one_rank,
 )
 from processes.ranks import on_ranks
@@ -40,7 +41,7 @@ def test_all_ranks_raise_where_one_fails(name: str) -> None:
 
 @pytest.mark.parametrize("what", DIFFERENCES)
 def test_ranks_that_differ_raise(what: str) -> None:
-    subject = "objectives" if what in ("names", "count") else "learning rates, or in their"
+    subject = "objectives" if what in ("names", "count") else "learning rates or other settings"
     for results in outcomes():
         assert results[what].startswith(f"RankError: the ranks differ in their {subject}")
         assert "give every rank the same" in results[what]
@@ -151,6 +152,60 @@ def test_buffers_are_the_first_ranks_on_all(kind: str) -> None:
 def test_what_cannot_be_right_is_refused(name: str, message: str) -> None:
     for results in outcomes():
         assert message in results["refusals"][name]
+
+
+@cache
+def further() -> list[dict[str, Any]]:
+    return on_ranks(2, further_scenarios, timeout=10)
+
+
+def after_one_step() -> torch.Tensor:
+    model = network()
+    grads = torch.autograd.grad(sum(losses(model, batches()[0]).values()), [*model.parameters()])
+    pairs = zip(model.parameters(), grads, strict=True)
+    return torch.cat([(p.detach() - 0.1 * grad).reshape(-1) for p, grad in pairs])
+
+
+def test_ranks_that_have_parted_never_step_together_again() -> None:
+    first, second = (results["base fails"] for results in further())
+    assert first[0] == second[0] == ""
+    assert second[1] == "OSError: disk full"
+    assert "rank 1 failed with OSError: disk full; this rank's base optimizer has" in first[1]
+    for message in (*first[2:], *second[2:]):
+        assert message.startswith("RankError: the ranks differ in their learning rates or other")
+
+
+def test_a_hook_that_raises_on_one_rank_is_told_to_the_others() -> None:
+    first, second = (results["hook fails"] for results in further())
+    assert second == "OSError: no such file"
+    assert first.startswith("RankError: rank 1 failed with OSError: no such file")
+
+
+@pytest.mark.parametrize("what", ["order", "frozen", "tensor lr", "max_norm"])
+def test_ranks_that_optimise_different_things_raise(what: str) -> None:
+    for results in further():
+        assert results[f"different {what}"].startswith("RankError: the ranks differ in their")
+
+
+@pytest.mark.parametrize("form", ["no closure", "reporting", "second optimizer"])
+def test_gradients_beside_those_of_closures_are_averaged(form: str) -> None:
+    for results in further():
+        torch.testing.assert_close(results[form], after_one_step())
+
+
+def test_a_rank_outside_its_group_is_refused() -> None:
+    _, second = (results["outside"] for results in further())
+    assert "ValueError: this rank is not a member of process_group=" in second
+
+
+def test_validation_under_fully_shard_changes_nothing() -> None:
+    for results in further():
+        assert torch.equal(results["validation"]["with"], results["validation"]["without"])
+
+
+def test_every_rank_finds_gradients_that_were_not_cleared() -> None:
+    for results in further():
+        assert "calls backward without clearing gradients" in results["not cleared"]
 
 
 def test_a_failure_among_collectives_ends_by_the_groups_timeout() -> None:
