@@ -222,9 +222,10 @@ class GradientOptimizer(Optimizer):
                     closure = named["closure"] if "closure" in named else arguments[1]
         except BaseException as error:
             if not self._stepping:
-                layout = self._layout()
-                processes = Processes.of(self.model, layout.shards, self.process_group)
-                processes.report(error, layout.device)
+                with contextlib.suppress(ValueError):  # the hook's own error says more
+                    layout = self._layout()
+                    processes = Processes.of(self.model, layout.shards, self.process_group)
+                    processes.report(error, layout.device)
             raise
         return closure
 
