@@ -100,10 +100,11 @@ class Attempt:
 
     def _all_zero(self, grads: Sequence[Tensor]) -> bool:
         shards = self.context.layout.shards
-        found = torch.tensor(float(any(bool(local(grad).any()) for grad in grads)))
-        if shards is not None:
-            shards.add_up(found := found.to(self.context.layout.device))
-        return not bool(found)
+        found = any(bool(local(grad).any()) for grad in grads)
+        if shards is not None:  # another rank's shard may hold the only one that is not
+            count = torch.tensor(float(found), device=self.context.layout.device)
+            found = bool(shards.add_up(count))
+        return not found
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

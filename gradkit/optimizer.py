@@ -476,7 +476,7 @@ class GradientOptimizer(Optimizer):
                 ("shape", shape, new.shapes[t]),
                 ("dtype", dtype, parameter.dtype),
             ):
-                if was is not None and was != now:
+                if was != now:
                     raise ValueError(
                         f"parameter {t} changed its {what} from {was} to {now}, and the base "
                         "optimizer's state no longer fits; make a new optimizer"

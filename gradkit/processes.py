@@ -32,7 +32,10 @@ _STAGES: dict[Stage, int] = {"evaluation": 1, "step": 2, "applied": 3}
 
 
 class RankError(RuntimeError):
-    """Another rank failed, or the ranks differ where they must not; no rank was changed."""
+    """Another rank failed, or the ranks differ where they must not.
+
+    Nothing was changed on this rank, unless the message says that its base optimizer has stepped.
+    """
 
 
 # Tensors of which each rank holds a part.
