@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from gradkit.flat import Scope
+from gradkit.gram import cosines
 from gradkit.oracle import check_number
 from gradkit.surgery.given import Given
+from gradkit.surgery.host import lightest
 from gradkit.surgery.rule import GramRule, check_scope, own_generator
 from gradkit.surgery.spectrum import lengths, narrowed, reciprocal, widened
 
@@ -125,37 +128,51 @@ def gradvac_weights(
         if count > 2:
             raise ValueError(f"with {count} objectives the result depends on their order; pass it")
         order = torch.arange(count, device=gram.device).expand(count, count)
-    order = order.to(gram.device)
-    each = torch.arange(count, device=gram.device)
-    norms = lengths(gram)
-    targets = targets.clone()
-    # Row i of `weights` expresses g'_i in the original gradients.
-    weights = torch.eye(count, dtype=gram.dtype, device=gram.device).expand_as(gram).clone()
-    for visited in order.T:
-        other = visited != each
-        product = (gram[..., visited, :] * weights).sum(-1)
-        own, its = _lengths_of_sums(weights, gram, norms), norms[..., visited]
-        cosine = (product * reciprocal(own * its)).clamp(-1, 1)
-        target = targets[..., each, visited]
-        aim = target.clamp(max=_LARGEST_TARGET)
-        step = own * reciprocal(its) * (aim * _sine(cosine) / _sine(aim) - cosine)
-        corrects = other & (cosine < aim)
-        weights[..., each, visited] += torch.where(corrects, step, torch.zeros_like(step))
-        moved = (1 - beta) * target + beta * cosine
-        targets[..., each, visited] = torch.where(other, moved, target)
-    return weights.sum(-2), targets
+    norms, each = lengths(gram), torch.arange(count, device=gram.device)
+    visited = order.to(gram.device).T  # [visit, objective], as all that is taken from it
+    target, other = targets[..., each, visited], visited != each
+    aims = target.clamp(max=_LARGEST_TARGET)
+    cotangents = aims * reciprocal(_sine(aims))
+    # Nothing is to be added of the objective's own gradient, nor of one without a direction.
+    aims = torch.where(other & (norms[..., visited] > 0), aims, -torch.inf)
+    # Row i of `parts` expresses g'_i/‖g_i‖ in the directions of the original gradients.
+    parts = torch.eye(count, dtype=gram.dtype, device=gram.device).expand_as(gram).clone()
+    found = torch.empty_like(aims)
+    tensors = (parts, found, aims, cotangents, cosines(gram), visited, each)
+    with lightest(*tensors) as (module, arrays):
+        _visit(module, *arrays)
+    sums = (norms[..., None, :] @ parts)[..., 0, :]
+    weights = torch.where(norms > 0, sums / norms, torch.ones_like(norms))
+    new = targets.clone()
+    new[..., each, visited] = torch.where(other, (1 - beta) * target + beta * found, target)
+    return weights, new
+
+
+def _visit(
+    module: Any,
+    parts: Any,
+    found: Any,
+    aims: Any,
+    cotangents: Any,
+    cosines: Any,
+    visited: Any,
+    each: Any,
+) -> None:
+    """The loop for all objectives at once on `parts`, in place; `found` takes the cosines."""
+    products = 1.0 * cosines  # of each g'_i with each direction
+    spans = products[..., each, each]  # Σ|part|, the length if all parts had one direction
+    for visit, others in enumerate(visited):
+        squares = module.einsum("...ij,...ij->...i", parts, products)
+        own = module.sqrt(module.where(squares > _CANCELLED * spans * spans, squares, 0.0))
+        cosine = module.where(own > 0, products[..., each, others] / own, 0.0)
+        cosine = module.clip(cosine, -1, 1)
+        turn = cotangents[..., visit, :] * module.sqrt(1 - cosine * cosine) - cosine
+        step = module.where(cosine < aims[..., visit, :], own * turn, 0.0)
+        parts[..., each, others] += step
+        products += step[..., None] * cosines[..., others, :]
+        spans += abs(step)
+        found[..., visit, :] = cosine
 
 
 def _sine(cosine: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    return (1 - cosine.square()).clamp(min=0).sqrt()
-
-
-def _lengths_of_sums(
-    weights: Float[Tensor, "*batch K K"],
-    gram: Float[Tensor, "*batch K K"],
-    norms: Float[Tensor, "*batch K"],
-) -> Float[Tensor, "*batch K"]:
-    """The lengths of weighted sums of gradients, one set of weights a row."""
-    squares = ((weights @ gram) * weights).sum(-1)
-    largest = (weights.abs() @ norms[..., None])[..., 0].square()
-    return torch.where(squares > _CANCELLED * largest, squares, torch.zeros_like(squares)).sqrt()
+    return (1 - cosine.square()).sqrt()

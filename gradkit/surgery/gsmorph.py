@@ -11,6 +11,7 @@ from torch import Tensor
 from gradkit.flat import Scope
 from gradkit.surgery.cosine_gate import check_main
 from gradkit.surgery.given import Given
+from gradkit.surgery.host import lightest
 from gradkit.surgery.rule import GramRule, check_scope
 from gradkit.surgery.spectrum import narrowed, reciprocal, widened
 
@@ -60,8 +61,10 @@ class GSMorph(GramRule):
         main = given.index(self.main)
         weights = torch.zeros_like(wide[..., 0])
         weights[..., main] = 1
-        for j in range(gram.shape[-1]):
-            if j != main:
-                product = (wide[..., j, :] * weights).sum(-1)
-                weights[..., j] -= product.clamp(max=0) * reciprocal(wide[..., j, j])
+        inverses = reciprocal(wide.diagonal(dim1=-2, dim2=-1))
+        with lightest(weights, wide, inverses) as (module, (numbers, products, scales)):
+            for j in range(gram.shape[-1]):
+                if j != main:
+                    product = module.einsum("...k,...k->...", products[..., j, :], numbers)
+                    numbers[..., j] -= product * (product < 0) * scales[..., j]
         return narrowed(weights, finite, gram)

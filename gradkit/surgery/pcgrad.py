@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from operator import add, mul
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -14,6 +13,7 @@ from torch import Tensor
 from gradkit.flat import Scope
 from gradkit.gram import accumulator
 from gradkit.surgery.given import Given
+from gradkit.surgery.host import lightest, on_host
 from gradkit.surgery.rule import GramRule, check_scope, own_generator
 
 _FEW = 8
@@ -93,8 +93,7 @@ def pcgrad_weights(
     if count > 2 and order is None:
         raise ValueError(f"with {count} objectives the result depends on their order; pass it")
     wide = gram.to(accumulator(gram.device))
-    on_host = gram.device.type == "cpu" and not gram.requires_grad
-    if order is not None and on_host and gram.dim() == 2 and count <= _FEW:
+    if order is not None and on_host(gram) and gram.dim() == 2 and count <= _FEW:
         numbers = _project_few(wide.tolist(), order.tolist())
         return torch.tensor(numbers, dtype=gram.dtype, device="cpu")
     squares = wide.diagonal(dim1=-2, dim2=-1)
@@ -102,31 +101,26 @@ def pcgrad_weights(
     squares = torch.where(squares == 0, torch.inf, squares)
     if order is None:
         return (1 - wide[..., 0, 1, None].clamp(max=0) / squares).to(gram.dtype)
-    # Row i of `weights` expresses g'_i in the original gradients.
-    weights = torch.zeros_like(wide)
-    weights.diagonal(dim1=-2, dim2=-1).fill_(1)
-    divisors = squares[..., None, :].expand_as(wide).clone()
-    divisors.diagonal(dim1=-2, dim2=-1).fill_(torch.inf)  # nor on itself
     each = torch.arange(count, device=gram.device)
-    arrays = (weights, wide, divisors, order.to(gram.device), each)
-    if on_host:
-        with np.errstate(all="ignore"):  # torch warns of nothing either
-            _project(*(array.numpy() for array in arrays))
-    else:
-        _project(*arrays)
+    visited = order.to(gram.device).T  # [visit, objective]
+    # Nor is anything projected on itself.
+    divisors = torch.where(visited == each, torch.inf, squares[..., visited])
+    # Row i of `weights` expresses g'_i in the original gradients.
+    weights = torch.eye(count, dtype=wide.dtype, device=gram.device).expand_as(wide).clone()
+    with lightest(weights, wide, divisors, visited, each) as (module, arrays):
+        _project(module, *arrays)
     return weights.sum(-2).to(gram.dtype)
 
 
-# The work is so little that starting operations is what costs: numpy starts one several times
-# faster than torch, and for few objectives Python's own arithmetic is faster still. They add up in
-# other orders, and so agree to 1e-15 of the largest weight.
+# For few objectives Python's own arithmetic is faster still. The ways add up in other orders, and
+# so agree to 1e-15 of the largest weight.
 
 
-def _project(weights: Any, gram: Any, divisors: Any, order: Any, each: Any) -> None:
+def _project(module: Any, weights: Any, gram: Any, divisors: Any, visited: Any, each: Any) -> None:
     """PCGrad's loop for all objectives at once on `weights`, in place, in torch or in numpy."""
-    for visited in order.T:
-        products = (gram[..., visited, :] * weights).sum(-1)
-        weights[..., each, visited] -= products * (products < 0) / divisors[..., each, visited]
+    for visit, others in enumerate(visited):
+        products = module.einsum("...ij,...ij->...i", gram[..., others, :], weights)
+        weights[..., each, others] -= products * (products < 0) / divisors[..., visit, :]
 
 
 def _project_few(gram: list[list[float]], order: list[list[int]]) -> list[float]:
