@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -61,7 +61,8 @@ class Gradients:
     rows: Float[Tensor, "K P"]
     weights: Float[Tensor, " K"] = None  # type: ignore[assignment]  # filled in below
     lr_scale: Float[Tensor, ""] = None  # type: ignore[assignment]  # filled in below
-    update: Float[Tensor, " P"] | None = None
+    # Without a class attribute, so that `__getattr__` can make it.
+    update: Float[Tensor, " P"] | None = field(default_factory=lambda: None)
     layout: Layout | None = None
     observers: frozenset[str] = frozenset()
     reached: tuple[tuple[bool, ...], ...] | None = None
@@ -132,46 +133,57 @@ class Gradients:
         made.__dict__.update(_make_rows=_refuse_rows, _make_gram=gram)
         return made
 
-    def taken_together(
-        self,
-        losses: Float[Tensor, " K"],
-        update: Float[Tensor, " P"],
-        reached: tuple[bool, ...] | None,
-    ) -> Gradients:
+    def taken_together(self, losses: Float[Tensor, " K"], total: Gradients) -> Gradients:
         """What `of_losses` made, once the weighted sum has been differentiated.
 
         The Gram matrix is NaN if nobody has asked for it before.
 
         Args:
             losses: The objectives' losses.
-            update: The gradient of their weighted sum.
-            reached: Which parameters its graph reached.
+            total: The gradient of their weighted sum, as that of a single objective.
         """
         count = len(self.names)
-        return self._changed(
+        made = self._changed(
             losses=losses,
-            update=update,
-            reached=None if reached is None else (reached,) * count,
+            reached=None if total.reached is None else total.reached * count,
             _make_gram=lambda: torch.full((count, count), torch.nan).to(self.weights),
+            _total=total,
         )
+        del made.__dict__["update"]  # until somebody asks for a flat vector
+        return made
 
     def __getattr__(self, name: str) -> Any:
-        # Reached for `rows` only, where nobody has asked to see them yet.
+        # Reached for `rows` and `update` only, where nobody has asked to see them yet.
         if name == "rows" and "_make_rows" in self.__dict__:
             self.__dict__["rows"] = self.__dict__["_make_rows"]()
             return self.__dict__["rows"]
+        if name == "update" and self._total is not None:
+            self.__dict__["update"] = self._total.rows[0]
+            return self.__dict__["update"]
         raise AttributeError(name)
+
+    @property
+    def _total(self) -> Gradients | None:
+        total: Gradients | None = self.__dict__.get("_total")
+        return total
+
+    @property
+    def has_update(self) -> bool:
+        """Whether `update` is set; it may be there in parts only, until somebody reads it."""
+        return self._total is not None or self.update is not None
 
     @property
     def parts(self) -> Parts | None:
         """The direction, one tensor per parameter, where no flat vector was made of it."""
+        if self._total is not None:
+            return self._total.parts
         parts: Parts | None = self.__dict__.get("_parts")
         return parts
 
     def row(self, name: str) -> Float[Tensor, " P"] | Parts:
         """An objective's gradient, flat or in parts, whichever is there."""
         index = self.index(name)
-        parts = self.parts
+        parts = None if self.has_update else self.parts
         return self.rows[index] if parts is None else parts
 
     def __post_init__(self) -> None:
@@ -190,6 +202,8 @@ class Gradients:
         if "rows" in changes:
             changes.setdefault("_products", {})
         elif "_make_gram" in self.__dict__:
+            if "update" in changes:
+                changes["_total"] = None
             return self._changed(**changes)
         return dataclasses.replace(self, **changes)
 
@@ -326,8 +340,8 @@ class Gradients:
         Args:
             out: Returns memory for the result where some is needed.
         """
-        if self.update is not None:
-            return self.update
+        if self.has_update:
+            return cast(Tensor, self.update)
         declared = [k for k, name in enumerate(self.names) if name not in self.observers]
         if len(declared) == 1 and self.has_unit_weights:
             return self.rows[declared[0]]
@@ -336,6 +350,8 @@ class Gradients:
 
     def direction_norm(self, direction: Float[Tensor, " P"] | None = None) -> Float[Tensor, ""]:
         """The Euclidean norm of `direction()`, which may be passed in if it is there already."""
+        if self._total is not None:
+            return self._total.direction_norm()
         declared = [name for name in self.names if name not in self.observers]
         if self.update is None and len(declared) == 1 and self.has_unit_weights:
             return self.gram()[self.index(declared[0]), self.index(declared[0])].sqrt()

@@ -54,7 +54,7 @@ def judge(
     parts = [gradients.weights]
     if scale is not None:
         parts.append(scale[None])
-    if gradients.update is not None:
+    if gradients.has_update:
         parts.append(gradients.direction_norm()[None])
     else:
         parts.append(gradients.gram().diagonal())
@@ -68,7 +68,7 @@ def judge(
     count = len(gradients.names)
     weights, rest = values[:count], values[count:]
     factor = rest.pop(0) if scale is not None else None
-    if gradients.update is not None:
+    if gradients.has_update:
         bound = rest.pop(0)
     else:
         squares, rest = rest[:count], rest[count:]

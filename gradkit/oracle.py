@@ -149,7 +149,7 @@ def join(sources: Mapping[str, Gradients], context: Context) -> Gradients:
     Raises:
         ValueError: If one of them has an `update`, which belongs to one point only.
     """
-    if any(part.update is not None for part in sources.values()):
+    if any(part.has_update for part in sources.values()):
         raise ValueError(
             "gradients of different points cannot be joined after a rule has set the update; "
             "put the transform that displaces before that rule in wrap()"

@@ -216,6 +216,68 @@ def test_what_looks_at_single_gradients_cannot_follow():
         gk.wrap(base, rows="few")
 
 
+class Reads(gk.Transform):
+    """Looks at the direction of what it gets, in one way or another."""
+
+    needs_rows = False
+
+    def __init__(self, how):
+        self.how = how
+        self.seen = []
+
+    def around(self, inner, context):
+        def oracle(at=None, only=None):
+            gradients = inner(at, only)
+            assert gradients.has_update
+            if self.how == "update":
+                self.seen.append(gradients.update.clone())
+            elif self.how == "parts":
+                self.seen.append(torch.cat([part.reshape(-1) for part in gradients.parts]))
+            elif self.how == "norm":
+                self.seen.append(gradients.direction_norm())
+            elif self.how == "another":
+                return gradients.replace(update=-gradients.update)
+            elif self.how == "scale":
+                return gradients.replace(lr_scale=gradients.lr_scale / 2)
+            return gradients
+
+        return oracle
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_one_gradient_is_made_flat_only_for_those_who_ask(engine, monkeypatch):
+    found = {}
+    for how in ("nothing", "parts", "norm", "scale", "update", "another"):
+        taken = []
+        take = gk.flat.Pool._free_buffer
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                gk.flat.Pool,
+                "_free_buffer",
+                lambda pool, count, taken=taken, take=take: (
+                    taken.append(count) or take(pool, count)
+                ),
+            )
+            reader = Reads(how)
+            state, _, _ = train((ByLosses(), reader), "auto", engine, steps=1)
+        assert bool(taken) == (how in ("update", "another"))
+        found[how] = state, reader.seen
+    model = network()
+    weights = dict(model.named_parameters())
+    chosen = torch.cat(
+        [torch.full_like(v.reshape(-1), n in weights).bool() for n, v in model.state_dict().items()]
+    )
+    start = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+    steps = {how: state[chosen] - start for how, (state, _) in found.items()}
+    step = steps["nothing"]
+    for how, factor in (("parts", 1), ("norm", 1), ("update", 1), ("another", -1), ("scale", 0.5)):
+        assert relative_error(steps[how], factor * step) < 1e-12
+    (flat,), (parts,), (norm,) = (found[how][1] for how in ("update", "parts", "norm"))
+    assert relative_error(flat, -step / 0.1) < 1e-12
+    assert torch.equal(parts, flat)
+    assert relative_error(norm, flat.norm()) < 1e-12
+
+
 def test_no_rows_can_be_looked_at():
     class Looks(gk.Transform):
         needs_rows = False

@@ -117,8 +117,7 @@ class Evaluator:
             losses = stacked([rows.loss(name) for name in weighed.names], rows.device)
             if self._measure:
                 self.measured.append(_measured_together(gradients, weighed.names, losses))
-            reached = None if gradients.reached is None else gradients.reached[0]
-            return weighed.taken_together(losses, gradients.rows[0], reached)
+            return weighed.taken_together(losses, gradients)
         if self._measure:
             self.measured.append(gradients.without_rows())
         return gradients if weigh is None else weigh(gradients)

@@ -89,7 +89,7 @@ class IDGM(Transform):
         ) -> Gradients:
             self._check_precision(context)
             here = inner(at, only)
-            if here.update is not None:
+            if here.has_update:
                 raise ValueError(
                     f"{self!r} cannot follow a transform that has set the update, which has no "
                     "derivatives objective by objective; put it first in wrap()"

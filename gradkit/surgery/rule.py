@@ -179,7 +179,7 @@ def active_rows(rule: Rule, gradients: Gradients) -> tuple[int, ...]:
     Raises:
         ValueError: If the update has been set already.
     """
-    if gradients.update is not None:
+    if gradients.has_update:
         raise ValueError(
             f"{rule!r} cannot follow a transform that has set the update, which is no "
             "weighted sum of whole gradients; put it first in wrap()"

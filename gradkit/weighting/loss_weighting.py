@@ -104,7 +104,7 @@ class LossWeighting(Remembering, ABC):
         seen = self.begin()
 
         def weigh(gradients: Gradients) -> Gradients:
-            if gradients.update is not None:
+            if gradients.has_update:
                 raise ValueError(
                     f"{self!r} cannot follow a transform that has set the update, in which the "
                     "objectives can no longer be told apart; put it first in wrap()"
