@@ -91,24 +91,18 @@ def squared_norm(parts: Sequence[Tensor]) -> Float[Tensor, ""] | None:
         >>> squared_norm([torch.tensor([3.0]), torch.tensor([[4.0]])])
         tensor(25., dtype=torch.float64)
     """
-    total = torch.zeros((), dtype=torch.float64)
-    short = [part.reshape(-1) for part in parts if part.numel() <= _SHORT]
-    if short:
-        wide = torch.cat(short).double()
-        total += wide @ wide
+    lengths, rest = [], []
     for part in parts:
-        if part.numel() <= _SHORT:
-            continue
         vector = part.reshape(-1)
-        whole = vector.numel() - vector.numel() % _NORM_BLOCK
-        lengths = torch.linalg.vector_norm(vector[:whole].view(-1, _NORM_BLOCK), dim=1).double()
-        square = lengths @ lengths
-        rest = vector[whole:].double()
-        square += rest @ rest
-        if not _in_range(square):
-            return None
-        total += square
-    return total
+        whole = vector.numel() - vector.numel() % _NORM_BLOCK if part.numel() > _SHORT else 0
+        if whole:
+            blocks = vector[:whole].view(-1, _NORM_BLOCK)
+            dtype = torch.promote_types(part.dtype, torch.float32)
+            lengths.append(torch.linalg.vector_norm(blocks, dim=1, dtype=dtype))
+        rest.append(vector[whole:])
+    wide = torch.cat([*lengths, *rest]).double() if parts else torch.zeros(0, dtype=torch.float64)
+    total = wide @ wide
+    return total if _in_range(total) else None
 
 
 def accumulator(device: torch.device) -> torch.dtype:

@@ -9,7 +9,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import gradkit as gk
 from gradkit.flat import Layout
 from gradkit.gradients import Gradients
-from gradkit.gram import BLOCK, block_grams, cosines, exact_products, gram, inner_products, norm
+from gradkit.gram import (
+    BLOCK,
+    block_grams,
+    cosines,
+    exact_products,
+    gram,
+    inner_products,
+    norm,
+    squared_norm,
+)
 
 LARGE = 24_000_000
 CHUNK = 1 << 20
@@ -340,3 +349,16 @@ def test_a_step_under_autocast_takes_the_same_direction():
 
     for actual, expected in zip(run(True), run(False), strict=True):
         assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_norm_of_a_vector_in_parts(dtype):
+    generator = seeded(5)
+    shapes = [(3,), (), (0,), (70, 90), (4096,), (4097,), (2, 640, 10)]
+    parts = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    parts.append(torch.zeros(9000, dtype=dtype))
+    expected = sum(float(part.double().square().sum()) for part in parts)
+    assert float(squared_norm(parts)) == pytest.approx(expected, rel=3e-7)
+    assert squared_norm([1e-20 * part for part in parts]) is None
+    assert squared_norm([torch.full((5000,), torch.inf, dtype=dtype), *parts]) is None
+    assert squared_norm([]) is None
