@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -42,8 +42,17 @@ def judge(
     source: Source,
     nonfinite: Nonfinite,
     base: torch.optim.Optimizer,
+    explain: Callable[[Mapping[str, float]], str | None] = lambda losses: None,
 ) -> Verdict:
-    """Whether all is finite, and what the host needs to know; one copy from the device."""
+    """Whether all is finite, and what the host needs to know; one copy from the device.
+
+    Args:
+        gradients: What the step is to apply.
+        source: What has been evaluated for it.
+        nonfinite: What to do if something is not finite.
+        base: The wrapped optimizer.
+        explain: Says why these losses could not lead to anything finite, if it knows.
+    """
     scale = gradients.lr_scale if gradients.scales_lr else None
     float_lr = scale is not None and any(
         not isinstance(group.get("lr"), Tensor) for group in base.param_groups
@@ -92,6 +101,10 @@ def judge(
     if culprit is None and not all(map(math.isfinite, (*weights, bound))):
         named = ", ".join(f"{name} {w:g}" for name, w in zip(gradients.names, weights, strict=True))
         culprit = f"the transforms' result is not finite (weights: {named})"
+    if culprit is not None and all(map(math.isfinite, first_losses)):
+        known = dict(zip(firsts, first_losses, strict=True))
+        reason = explain({name: known[name] for name in gradients.names if name in known})
+        culprit = culprit if reason is None else f"{reason}, so that {culprit}"
     if culprit is not None and nonfinite == "raise":
         raise NonFiniteError(
             f"{culprit}; nothing was changed. Look at that objective's data or lower the "

@@ -281,7 +281,7 @@ class GradientOptimizer(Optimizer):
             try:
                 with attempt.evaluating():
                     gradients, source = self._evaluate(attempt, closure, nonfinite)
-                    verdict = judge(gradients, source, nonfinite, self.base)
+                    verdict = judge(gradients, source, nonfinite, self.base, self._objection)
                     if verdict.culprit is None:
                         direction = attempt.direction(gradients, self.max_norm)
                 attempt.processes.agree("step", attempt.context.layout.device)
@@ -324,12 +324,17 @@ class GradientOptimizer(Optimizer):
                 raise
             last = source.measured[-1]
             try:
-                culprit = judge(last, source, nonfinite, self.base).culprit
+                culprit = judge(last, source, nonfinite, self.base, self._objection).culprit
             except NonFiniteError as found:
                 raise found from error
             if culprit is None:
                 raise
             return last, source
+
+    def _objection(self, losses: Mapping[str, float]) -> str | None:
+        """What a transform has against these losses."""
+        found = (transform.objection(losses) for transform in self.transforms)
+        return next((reason for reason in found if reason is not None), None)
 
     @contextmanager
     def _attempt(self) -> Iterator[Attempt]:

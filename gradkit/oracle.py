@@ -413,5 +413,15 @@ class Transform:
         """The oracle that this transform makes of `inner`, for one step."""
         return inner
 
+    def objection(self, losses: Mapping[str, float]) -> str | None:
+        """Why this transform cannot work with a step's losses, if it cannot.
+
+        Asked only once the step has turned out not to be finite, to say so in the error.
+
+        Args:
+            losses: The first loss of each objective in the step, all of them finite.
+        """
+        return None
+
     def after_step(self, context: Context) -> None:
         """Called once the base optimizer has applied the step."""

@@ -23,7 +23,8 @@ class DualProj(GramRule):
 
     In terms of weights, d = vᵀJ with v = argmin vᵀGv over v ≥ p. Gradient episodic memory projects
     the present task's gradient in this way; the name and the mean are those of [Quinton & Rey,
-    2024](https://arxiv.org/abs/2406.16232). It conflicts with no gradient.
+    2024](https://arxiv.org/abs/2406.16232). With reg = 0 the result conflicts with no gradient;
+    otherwise ⟨d, g_j⟩ ≥ −reg·trace(G)·w_j, w being the weights.
 
     Homogeneous of degree 1. Cost: none beyond the gradients. State: none.
 

@@ -181,7 +181,10 @@ class Memory:
 
     def of_present(self) -> dict[str, Tensor]:
         """What is remembered of the objectives that take part."""
-        return {key: self._part(key, whole).clone() for key, whole in self._whole.items()}
+        return {
+            key: self._blocks_of_present(whole)[self._where(key)].clone()
+            for key, whole in self._whole.items()
+        }
 
     def with_present(self, remembered: Mapping[str, Tensor]) -> dict[str, Any]:
         """The state in which what is remembered of those that take part has changed."""
@@ -191,15 +194,13 @@ class Memory:
         for key, whole in self._whole.items():
             if key in remembered:
                 whole = whole.clone()
-                where = self._where(key)
-                present = whole if self._count is None else whole[: self._count]
-                present[where] = remembered[key].detach().to(whole)
+                present = self._blocks_of_present(whole)
+                present[self._where(key)] = remembered[key].detach().to(whole)
             state[key] = whole
         return state
 
-    def _part(self, key: str, whole: Tensor) -> Tensor:
-        present = whole if self._count is None else whole[: self._count]
-        return present[self._where(key)]
+    def _blocks_of_present(self, whole: Tensor) -> Tensor:
+        return whole if self._count is None else whole[: self._count]
 
     def _where(self, key: str) -> tuple[Any, ...]:
         places = torch.tensor(self._places, device="cpu")

@@ -13,7 +13,7 @@ from gradkit.flat import Scope
 from gradkit.gram import cosines
 from gradkit.oracle import check_number
 from gradkit.surgery.given import Given
-from gradkit.surgery.host import lightest
+from gradkit.surgery.host import lightest, products_of, rows_of
 from gradkit.surgery.rule import GramRule, check_scope, own_generator
 from gradkit.surgery.spectrum import lengths, narrowed, reciprocal, widened
 
@@ -160,16 +160,19 @@ def _visit(
 ) -> None:
     """The loop for all objectives at once on `parts`, in place; `found` takes the cosines."""
     products = 1.0 * cosines  # of each g'_i with each direction
+    memory = module.empty_like(cosines)
     spans = products[..., each, each]  # Σ|part|, the length if all parts had one direction
     for visit, others in enumerate(visited):
-        squares = module.einsum("...ij,...ij->...i", parts, products)
+        squares = products_of(parts, products)
         own = module.sqrt(module.where(squares > _CANCELLED * spans * spans, squares, 0.0))
         cosine = module.where(own > 0, products[..., each, others] / own, 0.0)
         cosine = module.clip(cosine, -1, 1)
         turn = cotangents[..., visit, :] * module.sqrt(1 - cosine * cosine) - cosine
         step = module.where(cosine < aims[..., visit, :], own * turn, 0.0)
         parts[..., each, others] += step
-        products += step[..., None] * cosines[..., others, :]
+        theirs = rows_of(cosines, others, memory)
+        theirs *= step[..., None]
+        products += theirs
         spans += abs(step)
         found[..., visit, :] = cosine
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from gradkit.flat import Scope
 from gradkit.surgery.cosine_gate import check_main
 from gradkit.surgery.given import Given
-from gradkit.surgery.host import lightest
+from gradkit.surgery.host import lightest, products_of
 from gradkit.surgery.rule import GramRule, check_scope
 from gradkit.surgery.spectrum import narrowed, reciprocal, widened
 
@@ -62,9 +62,9 @@ class GSMorph(GramRule):
         weights = torch.zeros_like(wide[..., 0])
         weights[..., main] = 1
         inverses = reciprocal(wide.diagonal(dim1=-2, dim2=-1))
-        with lightest(weights, wide, inverses) as (module, (numbers, products, scales)):
+        with lightest(weights, wide, inverses) as (_, (numbers, products, scales)):
             for j in range(gram.shape[-1]):
                 if j != main:
-                    product = module.einsum("...k,...k->...", products[..., j, :], numbers)
+                    product = products_of(products[..., j, :], numbers)
                     numbers[..., j] -= product * (product < 0) * scales[..., j]
         return narrowed(weights, finite, gram)

@@ -40,3 +40,20 @@ def lightest(*tensors: Tensor) -> Iterator[tuple[Any, tuple[Any, ...]]]:
             yield np, tuple(tensor.detach().numpy() for tensor in tensors)
     else:
         yield torch, tensors
+
+
+def rows_of(matrices: Any, rows: Any, out: Any) -> Any:
+    """Rows of matrices [..., K, L], given by their numbers [N]: [..., N, L].
+
+    In a loop, memory that is asked for and given back each time can take longer than all else, so
+    numpy writes to `out`; torch, which may have to differentiate the result, does not.
+    """
+    if isinstance(matrices, Tensor):
+        return matrices[..., rows, :]
+    # No number lies outside; with mode="raise" numpy would ask for memory after all.
+    return np.take(matrices, rows, axis=-2, out=out, mode="clip")
+
+
+def products_of(a: Any, b: Any) -> Any:
+    """The inner products of vectors [..., L], by an operation that asks for no memory beside."""
+    return (a[..., None, :] @ b[..., None])[..., 0, 0]

@@ -13,7 +13,7 @@ from torch import Tensor
 from gradkit.flat import Scope
 from gradkit.gram import accumulator
 from gradkit.surgery.given import Given
-from gradkit.surgery.host import lightest, on_host
+from gradkit.surgery.host import lightest, on_host, products_of, rows_of
 from gradkit.surgery.rule import GramRule, check_scope, own_generator
 
 _FEW = 8
@@ -118,8 +118,9 @@ def pcgrad_weights(
 
 def _project(module: Any, weights: Any, gram: Any, divisors: Any, visited: Any, each: Any) -> None:
     """PCGrad's loop for all objectives at once on `weights`, in place, in torch or in numpy."""
+    memory = module.empty_like(gram)
     for visit, others in enumerate(visited):
-        products = module.einsum("...ij,...ij->...i", gram[..., others, :], weights)
+        products = products_of(rows_of(gram, others, memory), weights)
         weights[..., each, others] -= products * (products < 0) / divisors[..., visit, :]
 
 

@@ -148,18 +148,20 @@ class GramRule(Remembering, Rule):
         if self.needs_losses:
             context.require_losses(self, names)
             given.losses = gradients.losses[active].to(old) * old
-        blocks = block_keys(self.scope, context) if self.state else None
+        memory = None
         if self.state:
-            memory = self._recall(given.names, chosen, chosen.shape[:-2], self.state, blocks)
+            blocks = block_keys(self.scope, context)
+            memory = self._recall(names, chosen, chosen.shape[:-2], self.state, blocks)
             given.memory = memory.of_present()
         new = old * self.weigh(old[:, None] * old * chosen, given)
         # A second look at some of the objectives, at displaced weights, teaches nothing of all.
         partial = any(set(names) < earlier for earlier in evaluated)
         evaluated.append(set(names))
-        if self.state and not partial:
-            # Another evaluation in this step may have been of other objectives.
-            state = {**self.state, **context.proposed(self)}
-            memory = self._recall(given.names, chosen, chosen.shape[:-2], state, blocks)
+        if memory is not None and not partial:
+            learnt = context.proposed(self)
+            if learnt:  # from another evaluation in this step, perhaps of other objectives
+                state = {**self.state, **learnt}
+                memory = self._recall(names, chosen, chosen.shape[:-2], state, blocks)
             context.propose(self, **memory.with_present(given.remembered))
         if not every:
             spread = new.new_zeros((*new.shape[:-1], len(gradients.names)))

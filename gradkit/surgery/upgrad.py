@@ -22,8 +22,9 @@ class UPGrad(GramRule):
         d = Σ_i p_i·π(g_i)
 
     where π projects onto the dual cone of the gradients, {d : ⟨d, g_j⟩ ≥ 0 for all j}. In terms of
-    weights, π(g_i) = vᵀJ with v = argmin vᵀGv over v ≥ e_i. The result conflicts with no gradient
-    and grows with each in proportion to its length.
+    weights, π(g_i) = vᵀJ with v = argmin vᵀGv over v ≥ e_i. With reg = 0 the result conflicts
+    with no gradient; otherwise ⟨d, g_j⟩ ≥ −reg·trace(G)·w_j, w being the weights. It grows with
+    each gradient in proportion to its length.
 
     Homogeneous of degree 1. Cost: none beyond the gradients. State: none.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 from gradkit.oracle import check_number
 from gradkit.surgery.given import Given, Preference, check_preference
 from gradkit.weighting.adam import adam, adam_memory
-from gradkit.weighting.loss_weighting import LossWeighting
+from gradkit.weighting.loss_weighting import LossWeighting, too_low
 
 # Added to losses less their lowest, as in the authors' code: a loss of 0 has a logarithm then.
 _EPS = 1e-8
@@ -100,6 +102,19 @@ class FAMO(LossWeighting):
     ) -> Float[Tensor, " K"]:
         # zᵢ/Dᵢ, divided by their sum, by logarithms: no loss is too small or too large.
         return (given.remembered["xi"] - self._logs(losses, given)).softmax(0)
+
+    def objection(self, losses: Mapping[str, float]) -> str | None:  # noqa: D102 # inherited
+        lowest = self.min_losses
+        if isinstance(lowest, (int, float)):
+            least = dict.fromkeys(losses, float(lowest))
+        elif isinstance(lowest, Mapping):
+            least = {name: lowest.get(name, -math.inf) for name in losses}
+        elif len(lowest) == len(losses):
+            least = dict(zip(losses, map(float, lowest), strict=True))
+        else:  # observers have losses, too
+            return None
+        least = {name: number - _EPS for name, number in least.items()}
+        return too_low(self, losses, least, "no losses below min_losses")
 
     def _logs(self, losses: Float[Tensor, " K"], given: Given) -> Float[Tensor, " K"]:
         if isinstance(self.min_losses, (int, float)):

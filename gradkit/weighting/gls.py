@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gradkit.surgery.given import Given
-from gradkit.weighting.loss_weighting import LossWeighting
+from gradkit.weighting.loss_weighting import LossWeighting, too_low
 
 
 @dataclass(eq=False)
@@ -41,3 +42,6 @@ class GLS(LossWeighting):
             return torch.ones_like(losses)
         logs = losses.log()
         return (logs.mean() - logs).exp() / len(losses)
+
+    def objection(self, losses: Mapping[str, float]) -> str | None:  # noqa: D102 # inherited
+        return too_low(self, losses, 0.0, "positive losses") if len(losses) > 1 else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from gradkit.oracle import check_number
 from gradkit.surgery.given import Given
-from gradkit.weighting.loss_weighting import LossWeighting, check_count
+from gradkit.weighting.loss_weighting import LossWeighting, check_count, too_low
 
 # Added within logarithms, as in the authors' code: a loss of 0 has one then.
 _EPS = 1e-20
@@ -96,6 +97,9 @@ class STCH(LossWeighting):
         shares = torch.where(done, done.sum() * shares, torch.ones_like(shares))
         # Not shares / losses: the logarithm of a negative loss is NaN.
         return shares * (-x).exp() / nadir
+
+    def objection(self, losses: Mapping[str, float]) -> str | None:  # noqa: D102 # inherited
+        return too_low(self, losses, -_EPS, "no negative losses")
 
     def _is_done(self, given: Given) -> Tensor:
         enough = given.memory["steps"] >= self.warmup_steps + self.nadir_steps

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import torch
-from helpers import forward, seeded
+from helpers import Perceptron, explicit, flat, forward, seeded
 from torch import Tensor
 
 import gradkit as gk
 
 ENGINES = ["functional", "inplace"]
+FORMS = ["one by one", "jointly"]
 NAMES = ("a", "b", "c")
 INPUTS = torch.randn(3, 6, 3, generator=seeded(11), dtype=torch.float64)
 TARGETS = 2 * torch.randn(3, 6, 4, generator=seeded(12), dtype=torch.float64)
@@ -29,6 +30,16 @@ def closures(model, losses, form="one by one"):
     if form == "one by one":
         return {name: lambda f=f: f(*model.parameters()) for name, f in losses.items()}
     return lambda: {name: f(*model.parameters()) for name, f in losses.items()}
+
+
+def one_step(*transforms, losses=None, engine="functional", form="one by one"):
+    """The direction of one step from the same start, the record, and the start."""
+    model = Perceptron()
+    start = explicit(model)
+    base = torch.optim.SGD(model.parameters(), lr=1.0)
+    optimizer = gk.wrap(base, *transforms, model=model, engine=engine)
+    optimizer.step(closures(model, losses or domains(), form))
+    return flat(start) - flat(model.parameters()), optimizer.last_step, start
 
 
 def grads(loss, weights):

@@ -5,6 +5,7 @@ import pytest
 import torch
 from domains import (
     ENGINES,
+    FORMS,
     NAMES,
     Asks,
     Displaced,
@@ -14,6 +15,7 @@ from domains import (
     domain,
     domains,
     grads,
+    one_step,
     scaled,
     times,
     total,
@@ -40,8 +42,6 @@ from gradkit.flat import Layout, Pool
 from gradkit.oracle import Context
 from gradkit.surgery.visits import Visits
 
-FORMS = ["one by one", "jointly"]
-
 
 def fish_rows(losses, order, weights, alpha):
     """Algorithm 1's inner loop: each domain's gradient, by name, where the others have led."""
@@ -61,15 +61,6 @@ def orders(seed, count=3):
 def fish(model, *transforms, lr=1.0, engine="functional", **options):
     base = torch.optim.SGD(model.parameters(), lr=lr)
     return gk.wrap(base, *transforms, model=model, engine=engine, **options)
-
-
-def one_step(*transforms, losses=None, engine="functional", form="one by one"):
-    """The direction of one step from the same start, the record, and the start."""
-    model = Perceptron()
-    start = explicit(model)
-    optimizer = fish(model, *transforms, engine=engine)
-    optimizer.step(closures(model, losses or domains(), form))
-    return flat(start) - flat(model.parameters()), optimizer.last_step, start
 
 
 # Against references written by hand.

@@ -4,6 +4,7 @@ import pytest
 import torch
 from domains import (
     ENGINES,
+    FORMS,
     NAMES,
     Asks,
     Displaced,
@@ -14,6 +15,7 @@ from domains import (
     domains,
     grads,
     hessian_product,
+    one_step,
     scaled,
     times,
     total,
@@ -35,8 +37,6 @@ from helpers import (
 from torch import nn
 
 import gradkit as gk
-
-FORMS = ["one by one", "jointly"]
 
 
 def idgm_rows(losses, weights, gamma):
@@ -67,16 +67,6 @@ def objective(losses, weights, gamma):
     ]
     value = sum(values) / count - gamma * sum(products) / len(products)
     return list(torch.autograd.grad(value, weights))
-
-
-def one_step(*transforms, losses=None, engine="functional", form="one by one"):
-    """The direction of one step from the same start, the record, and the start."""
-    model = Perceptron()
-    start = explicit(model)
-    base = torch.optim.SGD(model.parameters(), lr=1.0)
-    optimizer = gk.wrap(base, *transforms, model=model, engine=engine)
-    optimizer.step(closures(model, losses or domains(), form))
-    return flat(start) - flat(model.parameters()), optimizer.last_step, start
 
 
 # Against the exact gradient.

@@ -5,6 +5,7 @@ import pytest
 import torch
 from domains import (
     ENGINES,
+    FORMS,
     NAMES,
     Asks,
     Displaced,
@@ -14,6 +15,7 @@ from domains import (
     domain,
     domains,
     grads,
+    one_step,
     scaled,
     times,
     total,
@@ -36,7 +38,6 @@ from torch import nn
 
 import gradkit as gk
 
-FORMS = ["one by one", "jointly"]
 SPLIT = [15, 5, 20, 4]
 
 
@@ -53,16 +54,6 @@ def draws(seed):
     generator = seeded(seed)
     while True:
         yield NAMES[int(torch.randperm(3, generator=generator)[0])]
-
-
-def one_step(*transforms, losses=None, engine="functional", form="one by one"):
-    """The direction of one step from the same start, the record, and the start."""
-    model = Perceptron()
-    start = explicit(model)
-    base = torch.optim.SGD(model.parameters(), lr=1.0)
-    optimizer = gk.wrap(base, *transforms, model=model, engine=engine)
-    optimizer.step(closures(model, losses or domains(), form))
-    return flat(start) - flat(model.parameters()), optimizer.last_step, start
 
 
 # Against references written by hand.

@@ -214,6 +214,19 @@ def test_preferences_by_order_and_by_name():
     torch.testing.assert_close(gk.DualProj(preference=numbers, reg=0.0)(plain), weights @ plain)
 
 
+@pytest.mark.parametrize("rule", [gk.UPGrad, gk.DualProj])
+def test_a_projection_conflicts_by_no_more_than_its_reg(rule):
+    least = []
+    for matrix in matrices():
+        gram = matrix @ matrix.T
+        for reg in (0.0, 1e-4, 1e-2):
+            weights = rule(reg=reg).weights(gram)
+            products = gram @ weights / gram.trace()
+            assert float((products + reg * weights).min()) > -1e-9
+            least.append(float(products.min()) / max(reg, 1e-9))
+    assert min(least) < -0.1  # and the bound is not idle
+
+
 def test_sdmgrad_between_its_ends_and_by_a_search():
     matrix = matrices()[8]
     torch.testing.assert_close(gk.SDMGrad(lambda_=0.0)(matrix), gk.MGDA()(matrix))

@@ -201,3 +201,33 @@ def test_arguments_are_checked(make, message):
 def test_they_show_their_arguments():
     assert repr(gk.UW()) == "UW(lr=0.025, initial=-0.5)"
     assert repr(gk.RLW()) == "RLW()"
+
+
+LOW = {
+    "GLS": (lambda: gk.GLS(), 0.0, r"GLS\(\) takes positive losses"),
+    "STCH": (lambda: gk.STCH(), -0.5, r"STCH\(.*\) takes no negative losses"),
+    "FAMO": (lambda: gk.FAMO(min_losses=1.0), 0.5, r"FAMO\(.*\) takes no losses below min_losses"),
+    "FAMO by order": (lambda: gk.FAMO(min_losses=[0, 1]), 0.5, "takes no losses below min_losses"),
+    "FAMO by name": (lambda: gk.FAMO(min_losses={"b": 1, "a": 0}), 0.5, "takes no losses below"),
+}
+
+
+@pytest.mark.parametrize("rows", ["auto", "keep"])
+@pytest.mark.parametrize("case", LOW)
+def test_a_loss_that_is_too_low_is_named(case, rows):
+    make, low, message = LOW[case]
+    parameter = nn.Parameter(torch.ones((), dtype=torch.float64))
+    optimizer = gk.wrap(torch.optim.SGD([parameter], lr=0.1), make(), rows=rows)
+
+    def closure(b):
+        return lambda: {"a": 2 * parameter, "b": parameter * b}
+
+    found = rf"{message}, and that of objective 'b' is {low:g}, so that .* is not finite"
+    with pytest.raises(gk.NonFiniteError, match=found):
+        optimizer.step(closure(low))
+    assert parameter.item() == 1.0
+    # What is not finite by itself is no fault of the method's.
+    with pytest.raises(gk.NonFiniteError, match=r"^the loss of objective 'b' is nan; nothing"):
+        optimizer.step(closure(math.nan))
+    optimizer.step(closure(1.5))
+    assert parameter.item() != 1.0
