@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gradkit.engines.evaluator import Evaluator, StoredGradients
+from gradkit.engines.evaluator import Evaluator
 from gradkit.engines.session import Session
+from gradkit.engines.stored import StoredGradients
 from gradkit.gradients import Gradients, Parts
 from gradkit.gram import norm
 from gradkit.objectives import LOSS, NoGradientError, Objectives

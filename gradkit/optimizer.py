@@ -24,11 +24,12 @@ from gradkit.engines.choice import (
     ParameterPlaces,
     choose_engine,
 )
-from gradkit.engines.evaluator import Evaluator, StoredGradients
+from gradkit.engines.evaluator import Evaluator
 from gradkit.engines.functional import FunctionalSession
 from gradkit.engines.inplace import InplaceSession
 from gradkit.engines.rows import stacked
 from gradkit.engines.session import Session
+from gradkit.engines.stored import StoredGradients
 from gradkit.flat import Layout, Pool
 from gradkit.gradients import Gradients
 from gradkit.interrupts import Interrupts

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gradkit.engines.mark import Mark
 from gradkit.engines.rows import Rows, no_gradient, stacked
 from gradkit.engines.session import Session
 from gradkit.engines.stream import streamed_gram
@@ -23,7 +24,7 @@ from gradkit.objectives import (
     refuse_reentrant_checkpoints,
 )
 from gradkit.oracle import Along, Context, Weigh
-from gradkit.processes import Processes, local
+from gradkit.processes import Processes
 from gradkit.random import RandomState
 from gradkit.scaling import LossScale
 
@@ -68,10 +69,7 @@ class Evaluator:
         self._processes = processes
         self._settings = settings
         self._loss_scale = loss_scale
-        # The smallest parameter whose `.grad` held something before the step, if any did.
-        parameters = context.layout.parameters
-        self._marked = min(accumulated, key=lambda t: parameters[t].numel(), default=None)
-        self._mark: Tensor | None = None
+        self._mark = Mark(context.layout, accumulated)
         if self._closures is not None:
             context.names = tuple(self._closures)
         self._evaluated: set[str] = set()
@@ -224,7 +222,7 @@ class Evaluator:
         checked = {name: checked_loss(loss, name) for name, loss in losses.items()}
         for name, loss in checked.items():
             rows.add_loss(name, loss)
-        self._take_mark(leaves, wanted[0], several=True)
+        self._mark.take(leaves, wanted[0], several=True)
         if self._session.collect(leaves) is not None:
             raise RuntimeError(_OWN_BACKWARD)
         chosen = []
@@ -276,7 +274,7 @@ class Evaluator:
 
     def _run(self, body: Callable[[], None], first: bool, leaves: Sequence[Tensor]) -> None:
         def interruptible() -> None:
-            self._place_mark(leaves)
+            self._mark.place(leaves)
             with torch.enable_grad(), self._interrupts.allowed():
                 body()
 
@@ -285,45 +283,7 @@ class Evaluator:
             self._session.run(interruptible, keep_buffers=first)
         finally:
             _forget_parametrizations()
-            self._mark = None
-
-    def _place_mark(self, leaves: Sequence[Tensor]) -> None:
-        """Leave NaNs where gradients were accumulated before the step.
-
-        They show whether a closure that calls backward clears gradients first, as torch's do, or
-        adds to what is there, which is not there any more.
-        """
-        if self._marked is not None:
-            leaf = leaves[self._marked]
-            self._mark = leaf.grad = torch.full_like(leaf.detach(), torch.nan)
-
-    def _take_mark(self, leaves: Sequence[Tensor], name: str, *, several: bool) -> None:
-        """Take the mark away again.
-
-        Raises:
-            RuntimeError: If the closure added gradients to it.
-        """
-        mark, self._mark = self._mark, None
-        if mark is None or self._marked is None or leaves[self._marked].grad is not mark:
-            return
-        added = mark._version > 0 or any(
-            leaf.grad is not None for t, leaf in enumerate(leaves) if t != self._marked
-        )
-        # Several losses beside a backward of the closure's own are an error by themselves.
-        remains = local(mark).isnan().any().float()
-        shards = self._context.layout.shards
-        if shards is not None:  # a rank may hold no part of it
-            shards.add_up(remains)
-        if added and not several and bool(remains):
-            raise RuntimeError(
-                f"objective {name!r} calls backward without clearing gradients, and there are "
-                "some from before the step, which it cannot add to; pass a generator that yields "
-                "the loss of each micro-batch, or call zero_grad() in the closure"
-            )
-        elsewhere = any(leaf.grad is not None for t, leaf in enumerate(leaves) if t != self._marked)
-        # zero_grad(set_to_none=False) writes once; a backward would have written again.
-        if not added or (not elsewhere and mark._version == 1 and not local(mark).any()):
-            leaves[self._marked].grad = None
+            self._mark.forget()
 
     def _agree_on(self, names: tuple[str, ...], only: Container[str] | None) -> tuple[str, ...]:
         """The objectives' names, which must not change within a step."""
@@ -353,7 +313,7 @@ class Evaluator:
         checked = {name: checked_loss(loss, name) for name, loss in losses.items()}
         for name, loss in checked.items():
             rows.add_loss(name, loss)
-        self._take_mark(leaves, next(iter(checked)), several=len(checked) > 1)
+        self._mark.take(leaves, next(iter(checked)), several=len(checked) > 1)
         own = self._session.collect(leaves)
         if own is not None:
             if len(checked) > 1:
@@ -418,40 +378,3 @@ def _check_known(only: Container[str] | None, names: Sequence[str]) -> None:
         raise ValueError(
             f"there is no objective {unknown[0]!r}; there are {', '.join(map(repr, names))}"
         )
-
-
-class StoredGradients:
-    """`oracle(at, only)` over the gradients that `.grad` held before a step without a closure."""
-
-    def __init__(
-        self,
-        name: str,
-        grads: Sequence[Tensor | None],
-        loss: Tensor | None,
-        context: Context,
-        processes: Processes,
-    ) -> None:
-        context.names = (name,)
-        rows = Rows((name,), context.layout.parameters, context)
-        rows.add_loss(name, loss)
-        rows.add(name, grads)
-        processes.check_clear(1)
-        reduced = processes.replicas or not processes.averages  # DDP has reduced its own
-        rows.finish(Processes() if reduced else processes, 0, None)
-        self._gradients = rows.gradients()
-        self.first_losses = {name: rows.loss(name)}
-        context.without_loss |= rows.without_loss()
-        self.without_loss = context.without_loss
-        self.measured = [self._gradients.without_rows()]
-
-    def evaluate(
-        self, at: Float[Tensor, " P"] | None = None, only: Container[str] | None = None
-    ) -> Gradients:
-        """The stored gradients; there are none at other weights."""
-        if at is not None:
-            raise RuntimeError(
-                "a transform of this optimizer evaluates the loss at other weights too: "
-                "pass step() a closure that returns the loss (and a GradScaler as scaler= to "
-                "gk.wrap(), instead of calling scaler.step(optimizer))"
-            )
-        return self._gradients

@@ -1,0 +1,50 @@
+"""The oracle of a step without a closure."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Sequence
+
+from jaxtyping import Float
+from torch import Tensor
+
+from gradkit.engines.rows import Rows
+from gradkit.gradients import Gradients
+from gradkit.oracle import Context
+from gradkit.processes import Processes
+
+
+class StoredGradients:
+    """`oracle(at, only)` over the gradients that `.grad` held before a step without a closure."""
+
+    def __init__(
+        self,
+        name: str,
+        grads: Sequence[Tensor | None],
+        loss: Tensor | None,
+        context: Context,
+        processes: Processes,
+    ) -> None:
+        context.names = (name,)
+        rows = Rows((name,), context.layout.parameters, context)
+        rows.add_loss(name, loss)
+        rows.add(name, grads)
+        processes.check_clear(1)
+        reduced = processes.replicas or not processes.averages  # DDP has reduced its own
+        rows.finish(Processes() if reduced else processes, 0, None)
+        self._gradients = rows.gradients()
+        self.first_losses = {name: rows.loss(name)}
+        context.without_loss |= rows.without_loss()
+        self.without_loss = context.without_loss
+        self.measured = [self._gradients.without_rows()]
+
+    def evaluate(
+        self, at: Float[Tensor, " P"] | None = None, only: Container[str] | None = None
+    ) -> Gradients:
+        """The stored gradients; there are none at other weights."""
+        if at is not None:
+            raise RuntimeError(
+                "a transform of this optimizer evaluates the loss at other weights too: "
+                "pass step() a closure that returns the loss (and a GradScaler as scaler= to "
+                "gk.wrap(), instead of calling scaler.step(optimizer))"
+            )
+        return self._gradients
