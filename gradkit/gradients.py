@@ -142,11 +142,12 @@ class Gradients:
             losses: The objectives' losses.
             total: The gradient of their weighted sum, as that of a single objective.
         """
-        count = len(self.names)
+        # The function must not hold `self`, whose own one holds the step and its graph.
+        count, like = len(self.names), self.weights
         made = self._changed(
             losses=losses,
             reached=None if total.reached is None else total.reached * count,
-            _make_gram=lambda: torch.full((count, count), torch.nan).to(self.weights),
+            _make_gram=lambda: torch.full((count, count), torch.nan).to(like),
             _total=total,
         )
         del made.__dict__["update"]  # until somebody asks for a flat vector

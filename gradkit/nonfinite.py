@@ -86,7 +86,7 @@ def judge(
             for weight, square in zip(weights, squares, strict=True)
             if weight != 0
         )
-    culprit = _culprit(source, rest)
+    culprit, by_itself = _culprit(source, rest)
     if culprit is None:
         bad = [
             f"the loss of objective {name!r} is {loss}"
@@ -101,9 +101,11 @@ def judge(
     if culprit is None and not all(map(math.isfinite, (*weights, bound))):
         named = ", ".join(f"{name} {w:g}" for name, w in zip(gradients.names, weights, strict=True))
         culprit = f"the transforms' result is not finite (weights: {named})"
-    if culprit is not None and all(map(math.isfinite, first_losses)):
+    if culprit is not None and not by_itself and not all(map(math.isfinite, weights)):
+        weighed = [name for name, w in zip(gradients.names, weights, strict=True) if w != 0]
         known = dict(zip(firsts, first_losses, strict=True))
-        reason = explain({name: known[name] for name in gradients.names if name in known})
+        found = {name: known[name] for name in weighed if name in known}
+        reason = explain(found) if all(map(math.isfinite, first_losses)) else None
         culprit = culprit if reason is None else f"{reason}, so that {culprit}"
     if culprit is not None and nonfinite == "raise":
         raise NonFiniteError(
@@ -113,8 +115,11 @@ def judge(
     return Verdict(culprit, factor if float_lr else scale, weights)
 
 
-def _culprit(source: Source, values: Sequence[float]) -> str | None:
-    """What is not finite first, in words; None if everything is finite."""
+def _culprit(source: Source, values: Sequence[float]) -> tuple[str | None, bool]:
+    """What is not finite first, in words, and whether no transform can have caused it.
+
+    None if everything is finite.
+    """
     position = 0
     for number, one in enumerate(source.measured):
         count = len(one.names)
@@ -132,5 +137,11 @@ def _culprit(source: Source, values: Sequence[float]) -> str | None:
             if not math.isfinite(square)
         ]
         if bad:
-            return ", ".join(bad)
-    return None
+            # A weighted sum's gradient depends on the weights.
+            own = [
+                name in source.first_losses
+                for name, square in zip(one.names, squares, strict=True)
+                if not math.isfinite(square)
+            ]
+            return ", ".join(bad), number == 0 and any(own)
+    return None, False

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -276,6 +278,29 @@ def test_the_one_gradient_is_made_flat_only_for_those_who_ask(engine, monkeypatc
     assert relative_error(flat, -step / 0.1) < 1e-12
     assert torch.equal(parts, flat)
     assert relative_error(norm, flat.norm()) < 1e-12
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    "chain", [(), (ByLosses(),), (gk.UW(),), (gk.UW(), gk.SAM()), (gk.PCGrad(),)], ids=str
+)
+def test_a_step_does_not_keep_its_gradients_alive(chain, engine):
+    model = network()
+    base = torch.optim.SGD(model.parameters(), lr=0.01)
+    rows = "auto" if chain and not isinstance(chain[0], gk.PCGrad) else "stream"
+    optimizer = gk.wrap(base, *copy.deepcopy(chain), model=model, engine=engine, rows=rows)
+    kept = []
+    enabled = gc.isenabled()
+    gc.disable()  # no reference cycle is to need it
+    try:
+        for x in batches(4):
+            optimizer.step(lambda x=x: losses_of(model, x))
+            kept += [weakref.ref(parameter.grad) for parameter in model.parameters()]
+        optimizer.zero_grad()
+        assert not any(ref() is not None for ref in kept)
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def test_no_rows_can_be_looked_at():

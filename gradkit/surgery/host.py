@@ -46,7 +46,7 @@ def rows_of(matrices: Any, rows: Any, out: Any) -> Any:
     """Rows of matrices [..., K, L], given by their numbers [N]: [..., N, L].
 
     In a loop, memory that is asked for and given back each time can take longer than all else, so
-    numpy writes to `out`; torch, which may have to differentiate the result, does not.
+    numpy writes to `out`; torch has an allocator of its own.
     """
     if isinstance(matrices, Tensor):
         return matrices[..., rows, :]

@@ -44,4 +44,4 @@ class GLS(LossWeighting):
         return (logs.mean() - logs).exp() / len(losses)
 
     def objection(self, losses: Mapping[str, float]) -> str | None:  # noqa: D102 # inherited
-        return too_low(self, losses, 0.0, "positive losses") if len(losses) > 1 else None
+        return too_low(self, losses, 0.0, "positive losses")

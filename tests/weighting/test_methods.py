@@ -239,3 +239,31 @@ def test_a_loss_that_is_too_low_is_named(case, rows):
         optimizer.step(closure(math.nan))
     optimizer.step(closure(1.5))
     assert parameter.item() != 1.0
+
+
+class Broken(torch.autograd.Function):
+    """A number whose gradient is NaN."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * math.nan
+
+
+@pytest.mark.parametrize(
+    "chain",
+    [
+        lambda: (gk.LookAhead("a", "b"), gk.STCH()),
+        lambda: (gk.LookAhead("a", "b"), gk.GLS()),
+        lambda: (gk.Constant([0.0, 1.0]), gk.STCH()),
+        lambda: (gk.STCH(), gk.PCGrad()),
+    ],
+)
+def test_no_loss_is_blamed_for_what_it_has_no_part_in(chain):
+    parameters = nn.Parameter(torch.ones(2))
+    optimizer = gk.wrap(torch.optim.SGD([parameters], lr=0.1), *chain())
+    with pytest.raises(gk.NonFiniteError, match=r"^the gradient of objective 'b' is not finite"):
+        optimizer.step(lambda: {"a": -parameters[0], "b": Broken.apply(parameters[1])})
