@@ -282,7 +282,9 @@ def test_the_one_gradient_is_made_flat_only_for_those_who_ask(engine, monkeypatc
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(
-    "chain", [(), (ByLosses(),), (gk.UW(),), (gk.UW(), gk.SAM()), (gk.PCGrad(),)], ids=str
+    "chain",
+    [(), (ByLosses(),), (gk.UW(),), (gk.UW(), gk.SAM()), (gk.PCGrad(),)],
+    ids=lambda chain: " ".join(type(transform).__name__ for transform in chain),
 )
 def test_a_step_does_not_keep_its_gradients_alive(chain, engine):
     model = network()

@@ -141,7 +141,7 @@ def gradvac_weights(
     tensors = (parts, found, aims, cotangents, cosines(gram), visited, each)
     with lightest(*tensors) as (module, arrays):
         _visit(module, *arrays)
-    sums = (norms[..., None, :] @ parts)[..., 0, :]
+    sums = (norms[..., None] * parts).sum(-2)
     weights = torch.where(norms > 0, sums / norms, torch.ones_like(norms))
     new = targets.clone()
     new[..., each, visited] = torch.where(other, (1 - beta) * target + beta * found, target)
