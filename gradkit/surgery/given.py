@@ -203,6 +203,8 @@ class Memory:
         return whole if self._count is None else whole[: self._count]
 
     def _where(self, key: str) -> tuple[Any, ...]:
+        if self._places == list(range(len(self.known))):  # all, in order: nothing to look up
+            return (...,)
         places = torch.tensor(self._places, device="cpu")
         if self._axes[key] == 2:
             return (..., places[:, None], places)

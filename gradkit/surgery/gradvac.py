@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +16,7 @@ from gradkit.oracle import check_number
 from gradkit.surgery.given import Given
 from gradkit.surgery.host import lightest, products_of, rows_of
 from gradkit.surgery.rule import GramRule, check_scope, own_generator
-from gradkit.surgery.spectrum import lengths, narrowed, reciprocal, widened
+from gradkit.surgery.spectrum import lengths, narrowed, widened
 
 # Nearer to 1 than this no cosine of float32 gradients is told from another.
 _LARGEST_TARGET = 1 - 1e-8
@@ -130,35 +131,32 @@ def gradvac_weights(
         order = torch.arange(count, device=gram.device).expand(count, count)
     norms, each = lengths(gram), torch.arange(count, device=gram.device)
     visited = order.to(gram.device).T  # [visit, objective], as all that is taken from it
-    target, other = targets[..., each, visited], visited != each
-    aims = target.clamp(max=_LARGEST_TARGET)
-    cotangents = aims * reciprocal(_sine(aims))
-    # Nothing is to be added of the objective's own gradient, nor of one without a direction.
-    aims = torch.where(other & (norms[..., visited] > 0), aims, -torch.inf)
     # Row i of `parts` expresses g'_i/‖g_i‖ in the directions of the original gradients.
     parts = torch.eye(count, dtype=gram.dtype, device=gram.device).expand_as(gram).clone()
-    found = torch.empty_like(aims)
-    tensors = (parts, found, aims, cotangents, cosines(gram), visited, each)
-    with lightest(*tensors) as (module, arrays):
-        _visit(module, *arrays)
+    targets = targets.clone()
+    with lightest(parts, targets, cosines(gram), norms, visited, each) as (module, arrays):
+        _visit(module, beta, *arrays)
     sums = (norms[..., None] * parts).sum(-2)
-    weights = torch.where(norms > 0, sums / norms, torch.ones_like(norms))
-    new = targets.clone()
-    new[..., each, visited] = torch.where(other, (1 - beta) * target + beta * found, target)
-    return weights, new
+    return torch.where(norms > 0, sums / norms, torch.ones_like(norms)), targets
 
 
 def _visit(
     module: Any,
+    beta: float,
     parts: Any,
-    found: Any,
-    aims: Any,
-    cotangents: Any,
+    targets: Any,
     cosines: Any,
+    norms: Any,
     visited: Any,
     each: Any,
 ) -> None:
-    """The loop for all objectives at once on `parts`, in place; `found` takes the cosines."""
+    """The loop for all objectives at once on `parts` and `targets`, in place."""
+    target, other = targets[..., each, visited], visited != each
+    aims = module.clip(target, None, _LARGEST_TARGET)
+    cotangents = aims / module.sqrt(1 - aims * aims)
+    # Nothing is to be added of the objective's own gradient, nor of one without a direction.
+    aims = module.where(other & (norms[..., visited] > 0), aims, -math.inf)
+    found = module.empty_like(aims)
     products = 1.0 * cosines  # of each g'_i with each direction
     memory = module.empty_like(cosines)
     spans = products[..., each, each]  # Σ|part|, the length if all parts had one direction
@@ -175,7 +173,4 @@ def _visit(
         products += theirs
         spans += abs(step)
         found[..., visit, :] = cosine
-
-
-def _sine(cosine: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    return (1 - cosine.square()).sqrt()
+    targets[..., each, visited] = module.where(other, (1 - beta) * target + beta * found, target)

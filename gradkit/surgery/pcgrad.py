@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from operator import add, mul
 from typing import Any, Literal
@@ -103,11 +104,9 @@ def pcgrad_weights(
         return (1 - wide[..., 0, 1, None].clamp(max=0) / squares).to(gram.dtype)
     each = torch.arange(count, device=gram.device)
     visited = order.to(gram.device).T  # [visit, objective]
-    # Nor is anything projected on itself.
-    divisors = torch.where(visited == each, torch.inf, squares[..., visited])
     # Row i of `weights` expresses g'_i in the original gradients.
     weights = torch.eye(count, dtype=wide.dtype, device=gram.device).expand_as(wide).clone()
-    with lightest(weights, wide, divisors, visited, each) as (module, arrays):
+    with lightest(weights, wide, squares, visited, each) as (module, arrays):
         _project(module, *arrays)
     return weights.sum(-2).to(gram.dtype)
 
@@ -116,9 +115,11 @@ def pcgrad_weights(
 # so agree to 1e-15 of the largest weight.
 
 
-def _project(module: Any, weights: Any, gram: Any, divisors: Any, visited: Any, each: Any) -> None:
+def _project(module: Any, weights: Any, gram: Any, squares: Any, visited: Any, each: Any) -> None:
     """PCGrad's loop for all objectives at once on `weights`, in place, in torch or in numpy."""
     memory = module.empty_like(gram)
+    # Nothing is projected on itself.
+    divisors = module.where(visited == each, math.inf, squares[..., visited])
     for visit, others in enumerate(visited):
         products = products_of(rows_of(gram, others, memory), weights)
         weights[..., each, others] -= products * (products < 0) / divisors[..., visit, :]
