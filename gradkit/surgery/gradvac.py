@@ -14,7 +14,7 @@ from gradkit.flat import Scope
 from gradkit.gram import cosines
 from gradkit.oracle import check_number
 from gradkit.surgery.given import Given
-from gradkit.surgery.host import lightest, products_of, rows_of
+from gradkit.surgery.host import lightest, products_of, random_orders, rows_of
 from gradkit.surgery.rule import GramRule, check_scope, own_generator
 from gradkit.surgery.spectrum import lengths, narrowed, widened
 
@@ -79,12 +79,7 @@ class GradVac(GramRule):
 
     def draw(self, count: int) -> Int[Tensor, "K K"] | None:
         """For each objective, the order in which the others are visited."""
-        if count <= 2:
-            return None
-        uniform = torch.rand(
-            count, count, generator=self.generator, device="cpu", dtype=torch.float32
-        )
-        return uniform.argsort(dim=1)
+        return random_orders(count, self.generator) if count > 2 else None
 
     def initial_memory(self, count: int) -> dict[str, Tensor]:
         """The targets φ̂, 0 at first."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 
@@ -59,3 +60,14 @@ def rows_of(matrices: Any, rows: Any, out: Any) -> Any:
 def products_of(a: Any, b: Any) -> Any:
     """The inner products of vectors [..., L], by an operation that asks for no memory beside."""
     return (a[..., None, :] @ b[..., None])[..., 0, 0]
+
+
+def random_orders(count: int, generator: torch.Generator | None) -> Int[Tensor, "K K"]:
+    """K random orders of K objectives, one a row, on the CPU.
+
+    Args:
+        count: K.
+        generator: Where random numbers are drawn from.
+    """
+    uniform = torch.rand(count, count, generator=generator, device="cpu", dtype=torch.float32)
+    return torch.from_numpy(uniform.numpy().argsort(axis=1, kind="stable"))

@@ -14,7 +14,7 @@ from torch import Tensor
 from gradkit.flat import Scope
 from gradkit.gram import accumulator
 from gradkit.surgery.given import Given
-from gradkit.surgery.host import lightest, on_host, products_of, rows_of
+from gradkit.surgery.host import lightest, on_host, products_of, random_orders, rows_of
 from gradkit.surgery.rule import GramRule, check_scope, own_generator
 
 _FEW = 8
@@ -60,12 +60,7 @@ class PCGrad(GramRule):
 
     def draw(self, count: int) -> Int[Tensor, "K K"] | None:
         """For each objective, the order in which the others are visited."""
-        if count <= 2:
-            return None
-        uniform = torch.rand(
-            count, count, generator=self.generator, device="cpu", dtype=torch.float32
-        )
-        return uniform.argsort(dim=1)
+        return random_orders(count, self.generator) if count > 2 else None
 
     def weigh(  # noqa: D102 # inherited
         self, gram: Float[Tensor, "*batch K K"], given: Given
