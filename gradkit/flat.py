@@ -23,6 +23,9 @@ from gradkit.processes import Shards, local
 Scope = Literal["global", "group", "tensor"]
 SCOPES: tuple[Scope, ...] = ("global", "group", "tensor")
 
+LARGE = 1 << 14
+"""The numbers from which on a parameter counts as large; 64 KiB of float32."""
+
 
 @dataclass(frozen=True, eq=False)
 class Layout:
@@ -112,6 +115,12 @@ class Layout:
             device=devices.pop(),
             shards=Shards.of(parameters),
         )
+
+    @functools.cached_property
+    def large(self) -> tuple[int, ...]:
+        """The parameters whose memory matters more than the time to look at each by itself."""
+        sizes = [stop - start for start, stop in pairwise(self.offsets)]
+        return tuple(t for t, size in enumerate(sizes) if size >= LARGE)
 
     def has(self, dtype: torch.dtype) -> bool:
         """Whether a parameter is of this dtype."""

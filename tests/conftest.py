@@ -7,6 +7,16 @@ from collections.abc import Iterator
 
 import pytest
 
+from gradkit import flat
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _a_few_numbers_are_many() -> Iterator[None]:
+    """Tests' networks are small, and are to take the way of large parameters, too."""
+    before, flat.LARGE = flat.LARGE, 4
+    yield
+    flat.LARGE = before
+
 
 @pytest.fixture
 def interruptible() -> Iterator[None]:

@@ -324,8 +324,10 @@ def test_memory_of_known_size() -> None:
     assert [row["variant"] for row in rows] == [CONTROL]
     assert rows[0]["value"] == pytest.approx(3, abs=0.25)
     surgery = {"objectives": 2, "variant": gradkit_name("functional"), "width": 512}
-    # Two rows and the direction, beside what is not told apart.
-    assert memory.measure_one({**surgery, "device": "cpu"})["value"] > 2.5
+    # Two rows and the direction, in place of one gradient: no objective's is held as a whole beside
+    # its row. One layer's is, a quarter of all, and what is not told apart.
+    value = memory.measure_one({**surgery, "device": "cpu"})["value"]
+    assert 1.75 < value < 2.75
 
 
 def test_memory_reports_what_failed() -> None:

@@ -245,7 +245,8 @@ class Evaluator:
             loss = together.sum() * 0
         refuse_reentrant_checkpoints(loss, total, set())
         scaled = loss if self._loss_scale is None else self._loss_scale.scaled(loss)
-        rows.add(total, self._session.differentiate(scaled, leaves, retain_graph=False))
+        grads = self._session.differentiate(scaled, leaves, retain_graph=False, receivers={})
+        rows.add(total, grads)
         return rows, weighed
 
     def _pending(
@@ -328,7 +329,12 @@ class Evaluator:
                 raise NoGradientError(no_gradient(name), loss)
             refuse_reentrant_checkpoints(loss, name, seen)
             scaled = loss if self._loss_scale is None else self._loss_scale.scaled(loss)
-            grads = self._session.differentiate(scaled, leaves, retain_graph=name != pending[-1])
+            grads = self._session.differentiate(
+                scaled,
+                leaves,
+                retain_graph=name != pending[-1],
+                receivers=rows.receivers(name),
+            )
             rows.add(name, grads)
             del grads  # so that they do not lie beside the next objective's
 

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from gradkit.engines.backward import Receivers, handing_on, take_grads
 from gradkit.engines.choice import ParameterPlaces
 from gradkit.engines.displace import write_sums
 from gradkit.engines.session import Result
@@ -117,26 +118,25 @@ class FunctionalSession:
         self._put_buffers(self._live_buffers)
 
     def differentiate(  # noqa: D102
-        self, loss: Tensor, leaves: Sequence[Tensor], *, retain_graph: bool
+        self,
+        loss: Tensor,
+        leaves: Sequence[Tensor],
+        *,
+        retain_graph: bool,
+        receivers: Receivers,
     ) -> list[Tensor | None]:
         # The live parameters are asked for too: a graph that reaches one bypasses the leaves.
-        grads = torch.autograd.grad(
-            loss,
-            [*leaves, *self._layout.parameters],
-            retain_graph=retain_graph,
-            allow_unused=True,
-        )
-        self._refuse_live(grads[len(leaves) :])
-        return list(grads[: len(leaves)])
+        live = self._layout.parameters
+        with handing_on(loss, leaves, receivers):
+            torch.autograd.backward(loss, inputs=[*leaves, *live], retain_graph=retain_graph)
+        self._refuse_live([parameter.grad for parameter in live])
+        return take_grads(leaves)
 
     def collect(self, leaves: Sequence[Tensor]) -> list[Tensor | None] | None:  # noqa: D102
         self._refuse_live([parameter.grad for parameter in self._layout.parameters])
         if all(leaf.grad is None for leaf in leaves):
             return None
-        grads = [leaf.grad for leaf in leaves]
-        for leaf in leaves:
-            leaf.grad = None
-        return grads
+        return take_grads(leaves)
 
     def _refuse_live(self, grads: Sequence[Tensor | None]) -> None:
         for t, grad in enumerate(grads):

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from gradkit.engines.backward import Receivers, take_grads
 from gradkit.engines.choice import ParameterPlaces
 from gradkit.engines.displace import write_sums
 from gradkit.engines.session import Result
@@ -106,18 +107,24 @@ class InplaceSession:
             before.restore()
 
     def differentiate(  # noqa: D102
-        self, loss: Tensor, leaves: Sequence[Tensor], *, retain_graph: bool
+        self,
+        loss: Tensor,
+        leaves: Sequence[Tensor],
+        *,
+        retain_graph: bool,
+        receivers: Receivers,
     ) -> list[Tensor | None]:
+        # Nothing is handed on: others' hooks look for gradients in the live parameters.
         if self._layout.shards is None:
             torch.autograd.backward(loss, inputs=list(leaves), retain_graph=retain_graph)
-            return _take_grads(leaves)
+            return take_grads(leaves)
         # The graph holds the gathered weights, and hooks bring their gradients to the shards.
         grads = [other.grad for other in self._others]
         for other in self._others:
             other.grad = None
         try:
             torch.autograd.backward(loss, retain_graph=retain_graph)
-            return _take_grads(leaves)
+            return take_grads(leaves)
         finally:
             for other, grad in zip(self._others, grads, strict=True):
                 other.grad = grad
@@ -125,7 +132,7 @@ class InplaceSession:
     def collect(self, leaves: Sequence[Tensor]) -> list[Tensor | None] | None:  # noqa: D102
         if all(leaf.grad is None for leaf in leaves):
             return None
-        return _take_grads(leaves)
+        return take_grads(leaves)
 
     def commit(self) -> None:
         """Nothing to do: kept changes were made to the live buffers."""
@@ -165,10 +172,3 @@ class _BufferValues:
             if buffer.shape != value.shape:
                 buffer.resize_(value.shape)
             buffer.copy_(value)
-
-
-def _take_grads(leaves: Sequence[Tensor]) -> list[Tensor | None]:
-    grads = [leaf.grad for leaf in leaves]
-    for leaf in leaves:
-        leaf.grad = None
-    return grads

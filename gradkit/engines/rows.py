@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gradkit.engines.backward import Receivers
 from gradkit.flat import are_unshared
 from gradkit.gradients import Gradients, Parts
 from gradkit.gram import accumulator
@@ -77,9 +79,35 @@ class Rows:
         """The objectives whose closure called backward and returned None."""
         return {name for name, loss in self._losses.items() if loss is None}
 
+    def receivers(self, name: str) -> Receivers:
+        """What takes large gradients into an objective's row as soon as autograd has made them.
+
+        A gradient that is copied while the cache still holds it costs little, and its memory
+        serves for the next one at once. There are none where that gains nothing: for a single
+        gradient, which is left in its own tensors, and on accelerators, whose allocators keep
+        memory and which would have one more kernel to start for each parameter.
+        """
+        layout = self._layout
+        reached = self._reached[name]
+        alone = len(self._names) == 1 and not any(reached)
+        if alone or layout.device.type != "cpu":
+            return {}
+        views = self._flat()[1][self._names.index(name)]
+
+        def take(t: int, grad: Tensor) -> None:
+            if reached[t]:
+                views[t].add_(grad)
+            else:
+                views[t].copy_(grad)
+                reached[t] = True
+
+        return {t: functools.partial(take, t) for t in layout.large}
+
     @torch.no_grad()
     def add(self, name: str, grads: Sequence[Tensor | None]) -> None:
-        """Add a micro-batch's gradients; None for a parameter that its graph did not reach.
+        """Add a micro-batch's gradients.
+
+        None for a parameter that its graph did not reach, or whose gradient has been received.
 
         Raises:
             NoGradientError: If the objective has reached no parameter at all.

@@ -9,6 +9,7 @@ from typing import Protocol, TypeVar, runtime_checkable
 from jaxtyping import Float
 from torch import Tensor
 
+from gradkit.engines.backward import Receivers
 from gradkit.oracle import Along
 
 Result = TypeVar("Result")
@@ -31,9 +32,25 @@ class Session(Protocol):
         """Run `body` inside `displaced`; its changes to buffers count if `keep_buffers`."""
 
     def differentiate(
-        self, loss: Tensor, leaves: Sequence[Tensor], *, retain_graph: bool
+        self,
+        loss: Tensor,
+        leaves: Sequence[Tensor],
+        *,
+        retain_graph: bool,
+        receivers: Receivers,
     ) -> list[Tensor | None]:
-        """The loss's gradients with respect to the leaves; None for one it does not reach."""
+        """The loss's gradients with respect to the leaves.
+
+        Args:
+            loss: A scalar with its graph.
+            leaves: The leaves.
+            retain_graph: Whether the graph is kept.
+            receivers: What may take a leaf's gradient while the backward pass goes on, where the
+                leaves are the engine's own.
+
+        Returns:
+            One per leaf; None for one that the loss does not reach, or that has been received.
+        """
 
     def collect(self, leaves: Sequence[Tensor]) -> list[Tensor | None] | None:
         """Take the gradients that a closure's own backward left; None if it ran none."""

@@ -1,0 +1,68 @@
+"""Gradients by `backward`, of which the large ones are handed on as soon as they are made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+Receivers = Mapping[int, Callable[[Tensor], None]]
+"""For some leaves, by position, what takes their gradient."""
+
+# Which backward pass is under way. Not part of torch's public interface; without it nothing is
+# handed on, and all gradients are collected at the end.
+_current_pass: Callable[[], int] | None = getattr(torch._C, "_current_graph_task_id", None)
+
+
+def take_grads(leaves: Sequence[Tensor]) -> list[Tensor | None]:
+    """The leaves' `.grad`, which is None from then on."""
+    grads = [leaf.grad for leaf in leaves]
+    for leaf in leaves:
+        leaf.grad = None
+    return grads
+
+
+@contextmanager
+def handing_on(loss: Tensor, leaves: Sequence[Tensor], receivers: Receivers) -> Iterator[None]:
+    """A context in which `loss.backward()` hands gradients on to receivers as it makes them.
+
+    Such a leaf's `.grad` is None again then. It must be nobody else's: a hook or a function of
+    somebody's own would look for it there in vain.
+
+    Args:
+        loss: A scalar with its graph.
+        leaves: The leaves.
+        receivers: What takes the gradients of some of them.
+    """
+    if not receivers or _current_pass is None:
+        yield
+        return
+    current, outermost = _current_pass, [-1]
+
+    def begin(grad: Tensor) -> None:
+        outermost[0] = current()
+
+    def hook_for(receive: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+        def hook(leaf: Tensor) -> None:
+            grad = leaf.grad
+            # A pass that a function begins inside this one is that function's own affair; and a
+            # sparse gradient is found to be an error where it is left.
+            ours = current() == outermost[0]
+            if ours and grad is not None and grad.layout == torch.strided:
+                leaf.grad = None
+                receive(grad)
+
+        return hook
+
+    handles = [loss.register_hook(begin)]  # type: ignore[no-untyped-call]
+    try:
+        for t, receive in receivers.items():
+            if leaves[t].requires_grad:
+                add = leaves[t].register_post_accumulate_grad_hook
+                handles.append(add(hook_for(receive)))  # type: ignore[no-untyped-call]
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
