@@ -53,7 +53,8 @@ class AgrRand(ElementwiseRule):
 
     with s the mean of |d_p| over all the parameters that agree, and 0 if none do. Noise keeps the
     weights of the others from never moving. s is taken from the authors' code, which differs in
-    one point: there, parameters whose gradients are all 0 are drawn too; here they stay.
+    two points: there, parameters whose gradients are all 0 are drawn too; here they stay. And
+    there s is NaN if none agree.
 
     Homogeneous of degree 1. Cost: none beyond the gradients. State: the generator.
 

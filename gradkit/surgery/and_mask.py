@@ -67,8 +67,9 @@ class SANDMask(ElementwiseRule):
 
     with σ_p² = Σ_i (g_ip − mean)²/(K − 1), the variance as the authors' code takes it (the paper's
     own text has not been compared). Where it is 0, or there is one objective only, m_p is 1 if
-    s_p > τ and 0 else. The authors' code also divides each layer's d by the mean of its mask; that
-    is left out here.
+    s_p > τ and 0 else. DomainBed's code, and the authors' if asked to, also divide each layer's d
+    by the mean of its mask; that is left out here. The authors' has no k; DomainBed's k is 10 and
+    its τ 1, which would leave nothing here.
 
     Not homogeneous: σ² is in units of the gradients. Where gradients are small beside 1 the tanh
     is 1, and this is the AND-mask.

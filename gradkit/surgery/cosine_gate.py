@@ -24,9 +24,16 @@ class CosineGate(GramRule):
         weighted     d = g_m + Σ_a max(0, cos(g_m, g_a))·g_a
         unweighted   d = g_m + Σ_a [cos(g_m, g_a) ≥ 0]·g_a
 
-    Either way ⟨d, g_m⟩ ≥ ‖g_m‖², so that critical points are those of the main loss. The paper has
-    one auxiliary loss; several are added up here. A gradient of length 0 has cosine 0. The rule is
-    written from a summary of the paper, not checked against its code.
+    Either way ⟨d, g_m⟩ ≥ ‖g_m‖². A gradient of length 0 has cosine 0, so that weighted critical
+    points are those of the main loss, while unweighted all g_a pass where g_m is 0. The paper has
+    one auxiliary loss; several are added up here.
+
+    The paper takes the cosine over parameters that the tasks share. Of others, such as heads, only
+    one of the gradients is not 0: they make the cosine smaller, and are gated as all else (with
+    scope "tensor" an auxiliary head is never trained). Give them an optimizer of their own.
+
+    The formulas were compared with two implementations by others; neither the authors' code nor
+    the paper's text was at hand. Where cos = 0 others have [cos > 0].
 
     Homogeneous of degree 1. Cost: none beyond the gradients. State: none.
 

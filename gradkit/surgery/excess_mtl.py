@@ -32,10 +32,12 @@ class ExcessMTL(VectorRule):
         w_i ← w_i·exp(η·e_i / (e_i(0) + 1e-7)) / Σ_j …
         d   = Σ_i w_i·g_i
 
-    In the first `n_warmup_steps` steps weights do not change, and e(0) is the mean of e over them,
-    as TorchJD reads the paper's Appendix C.1 (three epochs; not compared here). Without such steps
-    e(0) is the first step's e, and that step's weights follow from e itself, again as in TorchJD.
-    The authors' code leaves them equal then, has weights of sum K, and knows no warm-up.
+    In the first `n_warmup_steps` steps weights do not change, and e(0) is the mean of e over them.
+    The defaults are the authors' code, where the first step's e is e(0) and leaves weights equal;
+    only its weights have the sum K. TorchJD's defaults, a step size of 1 and no such steps, have
+    the first weights follow from e itself, which is about Σ_p |g_ip|: with networks of any size one
+    objective then has all the weight from the first step on. (More steps than one are how TorchJD
+    reads the paper's Appendix C.1, three epochs; not compared here.)
 
     Not homogeneous: e is in units of the gradients.
 
@@ -47,11 +49,11 @@ class ExcessMTL(VectorRule):
 
     Args:
         robust_step_size: η, positive.
-        n_warmup_steps: How many steps the first excess is averaged over, at least 0.
+        n_warmup_steps: How many steps the first excess is averaged over; 0 as in TorchJD.
 
     Examples:
         >>> import torch, gradkit as gk
-        >>> rule = gk.ExcessMTL(n_warmup_steps=1)
+        >>> rule = gk.ExcessMTL(robust_step_size=1.0)
         >>> jacobian = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
         >>> rule(jacobian)
         tensor([1.0000, 0.5000])
@@ -59,8 +61,8 @@ class ExcessMTL(VectorRule):
         tensor([0.5064, 1.4936])
     """
 
-    robust_step_size: float = 1.0
-    n_warmup_steps: int = 0
+    robust_step_size: float = 1e-2
+    n_warmup_steps: int = 1
 
     degree = None
     remembers = "squares"

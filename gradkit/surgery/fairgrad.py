@@ -20,9 +20,10 @@ class FairGrad(GramRule):
 
         G·a = a^(−1/α),  a > 0        d = Σ a_i g_i
 
-    d maximises the α-fair utility Σ ⟨g_i, d⟩^(1−α)/(1−α) within a ball. α = 1 is Nash-MTL; towards
-    0 it is the sum of the gradients but for its length, and large α is the best worst-case
-    improvement. Found by Newton's method on the convex function whose stationary point this is.
+    d maximises the α-fair utility Σ ⟨g_i, d⟩^(1−α)/(1−α) within a ball. α = 1 is Nash-MTL. Towards
+    0 it is the sum of the gradients projected so that it conflicts with none, K times
+    `DualProj(reg=0)`, and large α is the best worst-case improvement. Found by Newton's method on
+    the convex function whose stationary point this is.
 
     Where the gradients are Pareto-stationary there is no solution: then G's cosines are
     regularised (see `fair_weights`). A gradient that is 0 gets weight 0.

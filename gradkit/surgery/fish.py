@@ -31,8 +31,8 @@ class Fish(Transform):
     Since θ − θ̃ = α·Σ g̃_i, the last line is gradient descent along d = Σ g̃_i. This transform
     returns the rows g̃_i, so d is the direction and has the length of a sum of gradients, whatever
     α is. On the base `SGD(lr=ε·α)` it is Algorithm 1 exactly. The authors' code divides ε by the
-    number S of domains, which is `SGD(lr=ε·α/S)`. Its inner steps are Adam's or momentum's, with a
-    state that is kept from step to step; here they are plain, as in the paper.
+    number S of domains that a step visits, which is `SGD(lr=ε·α/S)`. Its inner steps are Adam's or
+    momentum's, with a state that is kept from step to step; here they are plain, as in the paper.
 
     In the mean over all orders, d is to first order in α the gradient of
     Σ L_i − (α/2)·Σ_{i<j} ⟨∇L_i, ∇L_j⟩: S times that of `IDGM(gamma=α·(S − 1)/4)`.

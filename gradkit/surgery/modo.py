@@ -23,8 +23,9 @@ class MoDo(GramRule):
         d = Σ λ_{t+1,i} g_i
 
     One projected gradient step per step of the optimizer follows MGDA's weights. The paper's G is
-    J₁J₂ᵀ of two independent batches, which keeps λ unbiased; here, as in other libraries' default
-    use, it is the Gram matrix of the batch at hand. Alone, `rule.weights(gram)` takes a J₁J₂ᵀ, too.
+    J₁J₂ᵀ of two independent batches, which keeps λ's steps unbiased, and the authors' d is of both
+    batches added up. In `wrap` G is the Gram matrix of the batch at hand, which makes λ's steps
+    biased; alone, `rule.weights(gram)` takes a J₁J₂ᵀ, too.
 
     Not homogeneous: γ is a step in units of 1/‖g‖². Cost: none beyond the gradients. State: λ.
 

@@ -30,9 +30,13 @@ class PCD(GramRule):
         d̃ = argmin ½‖d − ĝ_m‖²    subject to  ⟨ĝ_j, d⟩ ≥ τ_j·‖ĝ_j‖²  for every other j
         d = ‖g_m‖·d̃/‖d̃‖
 
-    Each of the others gets at least the part τ of what a step along its own gradient would give it.
-    If that cannot be had at once d = g_m; if g_m or d̃ is 0, so is d. Made from how another library
-    describes the method and tested against it, not from the paper.
+    Along d̃ each of the others gets at least the part τ of what a step along its own normalised
+    gradient would give it. If that cannot be had at once d = g_m; if g_m or d̃ is 0, so is d. A d̃
+    counts as 0 where its square is less than 1e-7 of its terms', as where g_m and another gradient
+    are within 6e-4 of opposite: inner products of float32 gradients say no more.
+
+    Made from how another library describes the method, and compared with it and with the authors'
+    code; the paper's text was not at hand.
 
     Homogeneous of degree 1 but for ε. Cost: none beyond the gradients. State: v and a count for
     each objective.

@@ -133,6 +133,16 @@ def test_excess_mtl_is_its_definition(warmup, count):
         torch.testing.assert_close(rule(rows), expected)
 
 
+def test_excess_mtl_begins_with_equal_weights_however_many_numbers_there_are():
+    """The authors' first step; from e itself one weight would be nearly 1 at once."""
+    rows = torch.randn(3, 5000, generator=seeded(0), dtype=torch.float64)
+    rows = rows * torch.tensor([[1.0], [1.5], [0.5]], dtype=torch.float64)
+    rule = gk.ExcessMTL()
+    torch.testing.assert_close(rule(rows), rows.mean(0))
+    second = torch.linalg.lstsq(rows.T, rule(rows)[:, None]).solution
+    assert second.flatten().tolist() == pytest.approx([1 / 3] * 3, rel=0.05)
+
+
 def test_a_weight_of_excess_mtl_comes_back():
     """Logarithms do not underflow."""
     rule = gk.ExcessMTL(n_warmup_steps=1)
