@@ -18,6 +18,7 @@ from benchmarks.speed.comparison import FLOOR, Comparison, Traffic
 from benchmarks.speed.goals import Goal, judge, verdict
 from benchmarks.speed.grata import grata
 from benchmarks.speed.methods import gated_ema, gradkit_name, pcgrad, sam
+from benchmarks.speed.passes import BATCHED
 from benchmarks.speed.peak import CONTROL
 from benchmarks.speed.plot import plot
 from benchmarks.speed.problem import resunet, transformer, wide_mlp
@@ -119,7 +120,7 @@ def test_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     methods = {"PCGrad, K = 2", "PCGrad, K = 3", "SAM", "GatedEMA's update"}
     assert by_network == {networks[0]: methods | {"GraTa's step"}, networks[1]: methods}
     for row in timed:
-        peer = row["variant"].startswith(("TorchJD", "pytorch-optimizer", "torch "))
+        peer = row["variant"].startswith(("TorchJD", "pytorch-optimizer", "torch ", BATCHED))
         assert row["rounds"] == (1 if peer else 2)
         assert row["low"] <= row["value"] <= row["high"]
         assert row["excess_low"] <= row["excess"] <= row["excess_high"]
@@ -133,7 +134,7 @@ def test_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
                 for row in timed
                 if (row["network"], row["method"]) == (network, method)
             }
-            peers = {"TorchJD", "pytorch-optimizer"} if "PCGrad" in method else set()
+            peers = {"TorchJD", "pytorch-optimizer", "the"} if "PCGrad" in method else set()
             peers |= {"pytorch-optimizer"} if method == "SAM" else set()
             assert {FLOOR, "gradkit,"} | peers <= variants
     assert {row["method"] for row in rows if row["measure"] == overhead.OVERHEAD} == {

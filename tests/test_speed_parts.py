@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 import gradkit as gk
@@ -16,7 +17,8 @@ from benchmarks.__main__ import main
 from benchmarks.speed import memory, rules, stream, weights
 from benchmarks.speed.comparison import FLOOR
 from benchmarks.speed.goals import judge, rule_goals, weight_goals
-from benchmarks.speed.methods import TORCHJD, gradkit_name, pcgrad, weighting
+from benchmarks.speed.methods import PYTORCH_OPTIMIZER, TORCHJD, gradkit_name, pcgrad, weighting
+from benchmarks.speed.passes import BATCHED, backward_passes, batched_passes
 from benchmarks.speed.problem import CLASSIFIER, Problem, classifier, resunet
 from benchmarks.speed.report import report
 from benchmarks.speed.slope import by_objectives, plot_slopes, slope, slope_table
@@ -245,5 +247,23 @@ def test_peak_memory_of_kept_rows() -> None:
 
 def test_peers_that_work_by_pairs_stop_at_few_objectives() -> None:
     problem = resunet("2x32", 2, CPU)
-    assert len(pcgrad(problem, 8).peers) == 2
-    assert list(pcgrad(problem, 16).peers) == [TORCHJD]
+    assert list(pcgrad(problem, 8).peers) == [TORCHJD, BATCHED, PYTORCH_OPTIMIZER]
+    assert list(pcgrad(problem, 16).peers) == [TORCHJD, BATCHED]
+
+
+def test_batched_passes_are_the_floors(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, models = resunet("2x32", 2, CPU), []
+    pair = type(problem).pair
+
+    def kept(self: Problem) -> tuple[nn.Module, torch.optim.Optimizer]:
+        model, _ = pair(self)
+        models.append(model)
+        return model, torch.optim.SGD(model.parameters(), lr=1.0)
+
+    monkeypatch.setattr(type(problem), "pair", kept)
+    for make in (backward_passes, batched_passes):
+        make(problem, 3)()
+    start = problem.model().state_dict()
+    for name, value in models[0].state_dict().items():
+        torch.testing.assert_close(value, models[1].state_dict()[name], rtol=1e-4, atol=1e-5)
+    assert not torch.equal(start["res.conv1.weight"], models[0].state_dict()["res.conv1.weight"])

@@ -13,6 +13,14 @@ from torchjd.autojac import jac_to_grad
 
 import gradkit as gk
 from benchmarks.speed.comparison import Comparison, Step, Traffic
+from benchmarks.speed.passes import (
+    BATCHED,
+    GRAPHED,
+    backward_passes,
+    batched_passes,
+    graphed_passes,
+    summed_losses,
+)
 from benchmarks.speed.problem import Problem
 from gradkit.engines import EngineName
 from gradkit.teacher import follow
@@ -28,35 +36,6 @@ MOST_BY_PAIRS = 8
 def gradkit_name(engine: str) -> str:
     """How gradkit's variants are called."""
     return f"gradkit, {engine}"
-
-
-def backward_passes(problem: Problem, count: int) -> Step:
-    """One forward pass, K backward passes and the base's step on the last gradient."""
-    model, base = problem.pair()
-    parameters = list(model.parameters())
-
-    def step() -> None:
-        losses = problem.losses(model, count)
-        for number, loss in enumerate(losses):
-            grads = torch.autograd.grad(loss, parameters, retain_graph=number < count - 1)
-        for parameter, grad in zip(parameters, grads, strict=True):
-            parameter.grad = grad
-        base.step()
-        base.zero_grad()
-
-    return step
-
-
-def summed_losses(problem: Problem, count: int) -> Step:
-    """One forward pass, one backward pass of the sum of the losses, and the base's step."""
-    model, base = problem.pair()
-
-    def step() -> None:
-        torch.stack(problem.losses(model, count)).sum().backward()
-        base.step()
-        base.zero_grad()
-
-    return step
 
 
 def surgery(
@@ -106,6 +85,11 @@ def pcgrad(problem: Problem, count: int) -> Comparison:
 
         return step
 
+    peers = {TORCHJD: torchjd, BATCHED: functools.partial(batched_passes, problem, count)}
+    if count <= MOST_BY_PAIRS:
+        peers[PYTORCH_OPTIMIZER] = pytorch_optimizer_step
+    if problem.x.device.type == "cuda":
+        peers[GRAPHED] = functools.partial(graphed_passes, problem, count)
     return Comparison(
         method=f"PCGrad, K = {count}",
         passes=f"1 forward, {count} backward, base step (2R 1W)",
@@ -114,9 +98,7 @@ def pcgrad(problem: Problem, count: int) -> Comparison:
             gradkit_name(engine): functools.partial(surgery, problem, count, gk.PCGrad, engine)
             for engine in ENGINES
         },
-        peers={TORCHJD: torchjd}
-        if count > MOST_BY_PAIRS
-        else {TORCHJD: torchjd, PYTORCH_OPTIMIZER: pytorch_optimizer_step},
+        peers=peers,
         traffic=Traffic(
             (("rows", count, count), ("Gram", count, 0), ("combination", count, 1)),
             problem.parameters(),

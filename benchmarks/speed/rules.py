@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from benchmarks.speed.comparison import FLOOR, Comparison, Traffic
-from benchmarks.speed.methods import backward_passes, gradkit_name, surgery
+from benchmarks.speed.methods import gradkit_name, surgery
+from benchmarks.speed.passes import backward_passes
 from benchmarks.speed.problem import Problem
 from benchmarks.speed.tables import Row, interval, table
 from benchmarks.speed.timing import Clock, Rounds, summarise, time_in_turn
