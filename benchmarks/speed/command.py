@@ -82,7 +82,8 @@ class Speed:
     rule_rounds: int = 7
     """Rounds for each rule."""
     weight_seconds: float = 0.2
-    """For how long a rule's weights are computed, for each K and kind of Gram matrix."""
+    """For how long a rule's weights are computed, for each K and kind of Gram matrix; half of it by
+    the peer."""
     stream_objectives: str = "32,64"
     """K, the numbers of samples whose losses are a classifier's objectives."""
     stream_width: int = 1024

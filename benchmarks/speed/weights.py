@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any
 
 import torch
@@ -29,10 +29,15 @@ ABOUT = (
     "Microseconds of `rule.weights(gram)`, medians of many calls, on Gram matrices of K random "
     "vectors of 1000 numbers; on one of K vectors of lengths 0.1 to 10, each in conflict with all "
     'others; and on a batch of 150 of the first kind, as `scope="tensor"` makes. '
-    f"{TORCHJD}'s weighting of the same name, where it takes this Gram matrix, in turn with it; it "
-    "has no batches, and its own tolerances and iterations."
+    f"{TORCHJD}'s weighting of the same name, where it takes this Gram matrix, in the same "
+    "process; it has no batches, and its own tolerances and iterations. The two take turns of many "
+    "calls, with a rest before each: threads of one library wait for work for a while, and would "
+    "keep a core from the other."
 )
+_TURNS = 2
 _LEAST_CALLS = 5
+_REST = 0.25
+"""Seconds before a turn; OpenMP's threads wait actively for 0.2."""
 _VECTOR = 1000
 _BATCH = 150
 # What TorchJD has no default for.
@@ -131,16 +136,18 @@ def _works(call: Step) -> bool:
 
 
 def _in_turn(calls: Mapping[str, Step], clock: Clock, seconds: float) -> dict[str, list[float]]:
-    """Seconds of each call; the peer's, which may be slow, for no more than half of the time."""
+    """Seconds of each call, of each library for half of the time."""
     times: dict[str, list[float]] = {variant: [] for variant in calls}
-    for call in calls.values():
-        call()
-    start = perf_counter()
-    while len(times[OURS]) < _LEAST_CALLS or perf_counter() - start < seconds:
+    for _ in range(_TURNS):
         for variant, call in calls.items():
-            taken = times[variant]
-            if variant == OURS or len(taken) < _LEAST_CALLS or sum(taken) < seconds / 2:
-                taken.append(clock.time(call))
+            if len(calls) > 1:
+                sleep(min(_REST, seconds))
+            call()
+            turn: list[float] = []
+            start = perf_counter()
+            while len(turn) < _LEAST_CALLS or perf_counter() - start < seconds / _TURNS / 2:
+                turn.append(clock.time(call))
+            times[variant] += turn
     return times
 
 
