@@ -58,16 +58,10 @@ class Attempt:
             for parameter in group["params"]
             if parameter not in placed and _is_ours(parameter.grad)
         ]
-        # A closure's zero_grad() may clear, or write to, those of frozen parameters.
-        known = placed | set(others)
-        self._frozen = [
-            (parameter, parameter.grad, parameter.grad.clone(), parameter.grad._version)
-            for parameter in frozen
-            if parameter not in known and parameter.grad is not None
-        ]
-        self._ungraded = [p for p in frozen if p not in known and p.grad is None]
+        # A closure may clear, write or add to the gradients of parameters that are not optimised.
+        beside = dict.fromkeys((*others, *(p for p in frozen if p not in placed)))
+        self._beside = [_GradientBefore(parameter) for parameter in beside]
         self._grads = [parameter.grad for parameter in self._parameters]
-        self._other_grads = [other.grad for other in others]
         # Where gradients lie that neither a step has left nor this one will clear.
         self._accumulated = [
             t
@@ -109,35 +103,27 @@ class Attempt:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Set the old gradients aside, so that closures find none."""
-        for parameter in (*self._parameters, *self._others):
+        """Set the old gradients aside, so that closures find none.
+
+        Those of parameters that are not optimised stay, and are the closures' to clear or add to.
+        """
+        for parameter in self._parameters:
             parameter.grad = None
         yield
-        for other, old in zip(self._others, self._other_grads, strict=True):
-            # Gradients beside the optimised ones come from closures that call backward, and add
-            # to what was there.
-            if other.grad is None:
-                other.grad = old
-            elif old is not None:
-                other.grad = old + other.grad
 
     @torch.no_grad()
     def average_others(self) -> None:
         """Average the gradients that closures have left beside the optimised ones."""
-        processes, others = self.processes, self._others
+        processes, others = self.processes, self._beside[: len(self._others)]
         if not (processes.averages and others):
             return
-        pairs = list(zip(others, self._other_grads, strict=True))
-        mine = [other.grad is not None and other.grad is not old for other, old in pairs]
-        anywhere = processes.any([mine], self.context.layout.device)[0]
-        for (other, old), found in zip(pairs, anywhere, strict=True):
+        anywhere = processes.any([[o.has_changed for o in others]], self.context.layout.device)[0]
+        for other, found in zip(others, anywhere, strict=True):
             if not found:
                 continue
-            grad = torch.zeros_like(other)
-            if other.grad is not None and other.grad is not old:
-                grad.copy_(other.grad if old is None else other.grad - old)
-            processes.add_up(grad).div_(processes.size)
-            other.grad = grad if old is None else old + grad
+            new, kept = other.new_and_kept()
+            processes.add_up(new).div_(processes.size)
+            other.parameter.grad = new if kept is None else kept + new
 
     def evaluator(self, objectives: Objectives) -> Evaluator:
         """The innermost oracle over these objectives."""
@@ -247,21 +233,46 @@ class Attempt:
         self._session.rollback()
         for parameter, grad in zip(self._parameters, self._grads, strict=True):
             parameter.grad = grad
-        for other, grad in zip(self._others, self._other_grads, strict=True):
-            other.grad = grad
         for parameter, grad in self._stale:
             parameter.grad = grad
-        for parameter, grad, value, version in self._frozen:
-            parameter.grad = grad
-            if grad._version != version:
-                with torch.no_grad():
-                    grad.copy_(value)
-        for parameter in self._ungraded:
-            parameter.grad = None
+        for beside in self._beside:
+            beside.put_back()
         for generator, state in self._generators:
             generator.set_state(state)
         if rng:
             self._random.restore()
+
+
+class _GradientBefore:
+    """The gradient of a parameter that is not optimised, as it was before the attempt."""
+
+    def __init__(self, parameter: Tensor) -> None:
+        self.parameter = parameter
+        self._grad = parameter.grad
+        self._value = None if self._grad is None else self._grad.detach().clone()
+        self._version = None if self._grad is None else self._grad._version
+
+    @property
+    def has_changed(self) -> bool:
+        """Whether a closure has put another there, or written to it."""
+        grad = self.parameter.grad
+        return grad is not self._grad or (grad is not None and grad._version != self._version)
+
+    def new_and_kept(self) -> tuple[Tensor, Tensor | None]:
+        """What closures have added, 0 if nothing, and what they have added it to."""
+        grad = self.parameter.grad
+        if grad is None:
+            return torch.zeros_like(self.parameter), None
+        if grad is not self._grad or self._value is None:
+            return grad.detach().clone(), None
+        return grad - self._value, self._value
+
+    def put_back(self) -> None:
+        """Undo whatever a closure has done to it."""
+        self.parameter.grad = self._grad
+        if self._grad is not None and self._value is not None and self.has_changed:
+            with torch.no_grad():
+                self._grad.copy_(self._value)
 
 
 _MARK = "_gradkit_version"
