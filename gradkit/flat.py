@@ -20,8 +20,8 @@ from torch.nn.parameter import is_lazy
 
 from gradkit.processes import Shards, local
 
-Scope = Literal["global", "group", "tensor"]
-SCOPES: tuple[Scope, ...] = ("global", "group", "tensor")
+Scope = Literal["global", "group", "tensor", "shared"]
+SCOPES: tuple[Scope, ...] = ("global", "group", "tensor", "shared")
 
 LARGE = 1 << 14
 """The numbers from which on a parameter counts as large; 64 KiB of float32."""
@@ -197,7 +197,8 @@ class Layout:
         """The half-open ranges of the flat vector that `scope` treats one by one.
 
         Raises:
-            ValueError: If `scope` is not "global", "group" or "tensor".
+            ValueError: If `scope` is not "global", "group" or "tensor"; which parameters are
+                shared depends on the gradients.
         """
         if scope == "global":
             return ((0, self.numel),)
@@ -206,7 +207,7 @@ class Layout:
         if scope == "group":
             ends = dict(zip(self.groups, self.offsets[1:], strict=True))
             return tuple(pairwise([0, *ends.values()]))
-        raise ValueError(f"scope is {scope!r}; choose one of {', '.join(SCOPES)}")
+        raise ValueError(f"scope is {scope!r}; choose one of global, group, tensor")
 
     def flatten(self, tensors: Iterable[Tensor]) -> Shaped[Tensor, " P"]:
         """One new flat vector from tensors shaped (and sharded) as the parameters."""

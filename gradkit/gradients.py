@@ -325,6 +325,34 @@ class Gradients:
             )
         return self.layout.segments(scope)
 
+    def shared_segments(
+        self, rows: Sequence[int]
+    ) -> tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]]:
+        """The column ranges of parameters that at least two of these rows' graphs reach.
+
+        Returns:
+            These, and the others; neighbours make one range. All are shared if it is not known
+            what the graphs reach.
+
+        Raises:
+            ValueError: If the gradients have no layout.
+        """
+        by_tensor = self.segments("tensor")
+        flags = self.reached
+        shared: list[tuple[int, int]] = []
+        others: list[tuple[int, int]] = []
+        for t, (start, stop) in enumerate(by_tensor):
+            several = flags is None or sum(flags[k][t] for k in rows) > 1
+            ranges = shared if several else others
+            if ranges and ranges[-1][1] == start:
+                start = ranges.pop()[0]
+            ranges.append((start, stop))
+        return tuple(shared), tuple(others)
+
+    def gram_over(self, segments: Sequence[tuple[int, int]]) -> Float[Tensor, "K K"]:
+        """The Gram matrix over some column ranges, at least one."""
+        return block_grams(self.rows, segments, over=self._shards).sum(0)
+
     def cosine(self, a: str, b: str, *, signs: bool = False) -> Float[Tensor, ""]:
         """The cosine of two objectives' gradients; 0 if one of them is zero."""
         i, j = self.index(a), self.index(b)

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gradkit.flat import Scope
-from gradkit.gradients import Gradients
+from gradkit.gradients import Gradients, combine
 from gradkit.oracle import Along, Context, Oracle, takes_along
 from gradkit.surgery.given import Given
 from gradkit.surgery.rule import GramRule, Rule, active_rows, check_scope
@@ -44,8 +44,9 @@ class Aggregate(Rule):
     Args:
         function: What to call.
         of: "rows" or "gram", what it is a function of. "auto" is "gram" for TorchJD's
-            GramianWeightedAggregator and Gramian weightings, and "rows" for everything else.
-        scope: What it is called for: "global", all parameters at once; each "group"; each "tensor".
+            GramianWeightedAggregator and its weightings, and "rows" for everything else.
+        scope: What it is called for: "global", all parameters at once; each "group"; each "tensor";
+            those that are "shared" by objectives, at once.
 
     Examples:
         >>> import torch, gradkit as gk
@@ -132,13 +133,26 @@ class Aggregate(Rule):
         if not active:
             return gradients
         update = context.pool.take_vector()
-        for start, stop in gradients.segments(self.scope):
-            if start == stop:
+        if self.scope == "shared":
+            shared, others = gradients.shared_segments(active)
+            for start, stop in others:
+                part = gradients.rows[:, start:stop]
+                combine(part, gradients.weights, active, update[start:stop])
+            blocks = [shared] if shared else []
+        else:
+            blocks = [((start, stop),) for start, stop in gradients.segments(self.scope)]
+        for spans in blocks:
+            columns = [gradients.rows[active, start:stop] for start, stop in spans]
+            rows = columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
+            del columns
+            if rows.numel() == 0:
                 continue
-            rows = gradients.rows[active, start:stop]
             if not gradients.has_unit_weights:
                 rows *= gradients.weights[active, None].to(rows.dtype)
-            update[start:stop] = self._direction(rows)
+            direction = self._direction(rows)
+            pieces = torch.split(direction, [stop - start for start, stop in spans])
+            for (start, stop), piece in zip(spans, pieces, strict=True):
+                update[start:stop] = piece
         return gradients.replace(update=update)
 
     def _direction(self, rows: Float[Tensor, "K n"]) -> Float[Tensor, " n"]:
@@ -205,4 +219,8 @@ def _gramian_weighting(function: object) -> Any:
         return inner
     # By name, since TorchJD is not needed otherwise.
     names = [each.__name__ for each in type(function).__mro__]
-    return function if "_GramianWeighting" in names else None
+    if names[0] == "CRMOGMWeighting":  # takes what the weighting inside it takes
+        inside = getattr(function, "weighting", None)
+        return None if _gramian_weighting(inside) is None else function
+    known = ("_GramianWeighting", "MoDoWeighting", "SDMGradWeighting")
+    return function if any(name in known for name in names) else None

@@ -45,7 +45,8 @@ class AlignedMTL(GramRule):
             names. None: 1/K each.
         scale_mode: Which eigenvalue sets the common length: "min" (the paper), "median" (the lower
             one of two in the middle) or "rmse" (the mean), as in the authors' code.
-        scope: What inner products are taken over: all parameters, each "group", each "tensor".
+        scope: What inner products are taken over: all parameters, each "group", each "tensor",
+            or those that are "shared" by objectives.
 
     Examples:
         >>> import torch, gradkit as gk

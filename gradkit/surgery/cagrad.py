@@ -43,7 +43,8 @@ class CAGrad(GramRule):
         c: How far from the mean gradient d may be, as a part of its length.
         rescale: What d is divided by: "none" 1 (the paper), "square" 1 + c² (rescale=1, the default
             of the authors' code, whose d is K times as long besides), "linear" 1 + c (rescale=2).
-        scope: What inner products are taken over: all parameters, each "group", each "tensor".
+        scope: What inner products are taken over: all parameters, each "group", each "tensor",
+            or those that are "shared" by objectives.
 
     Examples:
         >>> import torch, gradkit as gk

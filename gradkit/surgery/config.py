@@ -35,7 +35,8 @@ class ConFIG(GramRule):
     Args:
         preference: p, one number of at least 0 for each objective, in their order or by their
             names; only their ratios matter. None: 1 each.
-        scope: What inner products are taken over: all parameters, each "group", each "tensor".
+        scope: What inner products are taken over: all parameters, each "group", each "tensor",
+            or those that are "shared" by objectives.
 
     Examples:
         >>> import torch, gradkit as gk

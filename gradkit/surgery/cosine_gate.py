@@ -28,9 +28,9 @@ class CosineGate(GramRule):
     points are those of the main loss, while unweighted all g_a pass where g_m is 0. The paper has
     one auxiliary loss; several are added up here.
 
-    The paper takes the cosine over parameters that the tasks share. Of others, such as heads, only
-    one of the gradients is not 0: they make the cosine smaller, and are gated as all else (with
-    scope "tensor" an auxiliary head is never trained). Give them an optimizer of their own.
+    The paper takes the cosine over parameters that the tasks share, as scope "shared" does. With
+    the other scopes heads count, though only one of the gradients is not 0 there: they make the
+    cosine smaller and are gated as all else, an auxiliary head by "tensor" for ever.
 
     The formulas were compared with two implementations by others; neither the authors' code nor
     the paper's text was at hand. Where cos = 0 others have [cos > 0].
@@ -38,9 +38,11 @@ class CosineGate(GramRule):
     Homogeneous of degree 1. Cost: none beyond the gradients. State: none.
 
     Args:
-        main: The main objective, by name or position.
+        main: The main objective, by name or position; a position counts those that take part in a
+            step, so give the name where some may be absent.
         mode: "weighted" or "unweighted".
-        scope: What inner products are taken over: all parameters, each "group", each "tensor".
+        scope: What inner products are taken over: all parameters, each "group", each "tensor",
+            or those that are "shared" by objectives.
 
     Examples:
         >>> import torch, gradkit as gk

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from gradkit.gradients import Gradients
 from gradkit.oracle import check_number
-from gradkit.surgery.given import Given
+from gradkit.surgery.given import Given, too_low
 from gradkit.surgery.vectors import VectorRule
 
 
@@ -77,6 +78,9 @@ class DBMTL(VectorRule):
         torch.mul(row, ((1 - self.beta) * slope).to(row.dtype), out=out)
         if old is not None:
             out.add_(old, alpha=self.beta)
+
+    def objection(self, losses: Mapping[str, float]) -> str | None:  # noqa: D102 # inherited
+        return too_low(self, losses, -self.eps, f"losses above -{self.eps:g}")
 
     def respond(  # noqa: D102 # inherited
         self,

@@ -32,7 +32,8 @@ class FairGrad(GramRule):
 
     Args:
         alpha: α > 0, how much the worst-off objective counts.
-        scope: What inner products are taken over: all parameters, each "group", each "tensor".
+        scope: What inner products are taken over: all parameters, each "group", each "tensor",
+            or those that are "shared" by objectives.
 
     Examples:
         >>> import torch, gradkit as gk

@@ -46,7 +46,8 @@ class Given:
         if isinstance(objective, int) and -len(self.names) <= objective < len(self.names):
             return objective % len(self.names)
         raise ValueError(
-            f"there is no objective {objective!r}; there are {', '.join(map(repr, self.names))}"
+            f"there is no objective {objective!r}; there are {', '.join(map(repr, self.names))}. A "
+            "main objective (main=) takes part in every step"
         )
 
     def numbers(self, preference: Preference, like: Tensor) -> Float[Tensor, " K"]:
@@ -70,7 +71,8 @@ class Given:
         elif len(preference) != len(self.names):
             raise ValueError(
                 f"there are {len(preference)} numbers ({', '.join(map(str, preference))}) for "
-                f"{len(self.names)} objectives ({', '.join(self.names)}); pass one for each"
+                f"{len(self.names)} objectives ({', '.join(self.names)}); pass one for each, or a "
+                "mapping from names where some may be absent"
             )
         else:
             chosen = [float(number) for number in preference]
@@ -90,7 +92,10 @@ class Given:
             ValueError: If nobody knows them.
         """
         if self.losses is None:
-            raise ValueError(f"{who!r} works on losses, too; pass losses= beside the gradients")
+            raise ValueError(
+                f"{who!r} works on losses, too; pass losses= beside the gradients, and let its "
+                "needs_losses be True in gk.wrap()"
+            )
         return self.losses
 
 
@@ -118,6 +123,39 @@ def check_preference(name: str, preference: Preference | None, *, positive: bool
             raise ValueError(f"{name} holds {number}; its numbers must be finite")
         if positive and number < 0:
             raise ValueError(f"{name} holds {number}; its numbers must be at least 0")
+
+
+def too_low(
+    who: object, losses: Mapping[str, float], least: Mapping[str, float] | float, what: str
+) -> str | None:
+    """Says which loss is not above its bound; None if all are.
+
+    Args:
+        who: The transform.
+        losses: The objectives' losses.
+        least: The bound, or each objective's.
+        what: What losses must be, in words.
+    """
+    for name, loss in losses.items():
+        if not loss > (least if isinstance(least, (int, float)) else least[name]):
+            return f"{who!r} takes {what}, and that of objective {name!r} is {loss:g}"
+    return None
+
+
+def check_remembered(
+    who: object, remembered: Mapping[str, Tensor], known: Mapping[str, Tensor]
+) -> None:
+    """Check that a rule remembers nothing that it would not be given again.
+
+    Raises:
+        ValueError: If it does.
+    """
+    unknown = remembered.keys() - known.keys()
+    if unknown:
+        raise ValueError(
+            f"{who!r} remembers {min(unknown)!r}, which its initial_memory() does not name; return "
+            "there what it is at first"
+        )
 
 
 class Memory:
@@ -151,6 +189,7 @@ class Memory:
         Raises:
             ValueError: If the state is that of another scope.
         """
+        self._who = who
         self.known = known_objectives(state, names)
         self._places = [self.known.index(name) for name in names]
         self._count = None if blocks is None else len(blocks)
@@ -187,7 +226,12 @@ class Memory:
         }
 
     def with_present(self, remembered: Mapping[str, Tensor]) -> dict[str, Any]:
-        """The state in which what is remembered of those that take part has changed."""
+        """The state in which what is remembered of those that take part has changed.
+
+        Raises:
+            ValueError: If something is remembered that `initial_memory` does not know.
+        """
+        check_remembered(self._who, remembered, self._whole)
         state: dict[str, Any] = {"objectives": list(self.known)}
         if self._blocks is not None:
             state["blocks"] = self._blocks

@@ -35,6 +35,7 @@ class GradNorm(GramRule):
     before it have learned, and the weights' own optimizer is Adam of learning rate 0.025; here
     without its ε, so that the gradients' scale does not matter. The paper measures G in the last
     layer that objectives share; here it is measured in all optimised parameters (see `scope`).
+    There, weights are those of whole losses, heads included; with scope "shared" heads have none.
 
     Where the algorithm is not defined: a weight that a step would make negative is made 0, from
     where it can rise again; an objective whose first loss is not positive, or whose loss is
@@ -47,8 +48,8 @@ class GradNorm(GramRule):
     Args:
         alpha: α ≥ 0, how strongly training rates are balanced; 0 makes lengths equal.
         lr: The weights' own learning rate.
-        scope: What lengths are taken over: all parameters, each "group", each "tensor", which then
-            have weights of their own.
+        scope: What lengths are taken over: all parameters, those that are "shared" by objectives,
+            each "group", or each "tensor"; the last two have weights of their own.
 
     Examples:
         >>> import torch, gradkit as gk

@@ -52,7 +52,8 @@ class GradVac(GramRule):
     Args:
         beta: β in [0, 1], how fast targets move. 0.5 is the default of LibMTL and TorchJD; smaller
             ones, such as 0.01, are in use, too.
-        scope: What inner products are taken over: all parameters, each "group", each "tensor".
+        scope: What inner products are taken over: all parameters, each "group", each "tensor",
+            or those that are "shared" by objectives.
             Each block has targets of its own.
         generator: A CPU generator for the order; by default one of its own with seed 0, the same
             in every process.

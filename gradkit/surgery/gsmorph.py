@@ -34,9 +34,10 @@ class GSMorph(GramRule):
     Homogeneous of degree 1. Cost: none beyond the gradients. State: none.
 
     Args:
-        main: The main objective, by name or position.
-        scope: What inner products are taken over: each "tensor" (the paper), each "group", or
-            "global", all parameters.
+        main: The main objective, by name or position; a position counts those that take part in a
+            step, so give the name where some may be absent.
+        scope: What inner products are taken over: each "tensor" (the paper), each "group",
+            "global", all parameters, or those that are "shared" by objectives.
 
     Examples:
         >>> import torch, gradkit as gk

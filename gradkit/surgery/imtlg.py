@@ -46,7 +46,8 @@ class IMTLG(GramRule):
     K × K, for which the host waits where it runs on a GPU. State: none.
 
     Args:
-        scope: What inner products are taken over: all parameters, each "group", each "tensor".
+        scope: What inner products are taken over: all parameters, each "group", each "tensor",
+            or those that are "shared" by objectives.
 
     Examples:
         >>> import torch, gradkit as gk

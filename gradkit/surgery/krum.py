@@ -35,7 +35,8 @@ class Krum(GramRule):
     Args:
         n_byzantine: f ≥ 0, how many gradients may be arbitrary.
         n_selected: m ≥ 1, how many are averaged.
-        scope: What distances are taken over: all parameters, each "group", each "tensor".
+        scope: What distances are taken over: all parameters, each "group", each "tensor",
+            or those that are "shared" by objectives.
 
     Examples:
         >>> import torch, gradkit as gk

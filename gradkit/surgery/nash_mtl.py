@@ -34,7 +34,8 @@ class NashMTL(GramRule):
 
     Args:
         max_norm: Clip ‖d‖ to this, as the authors' code does (to 1); None for d itself.
-        scope: What inner products are taken over: all parameters, each "group", each "tensor".
+        scope: What inner products are taken over: all parameters, each "group", each "tensor",
+            or those that are "shared" by objectives.
 
     Examples:
         >>> import torch, gradkit as gk

@@ -46,8 +46,10 @@ class PCD(GramRule):
             (the main one's is not looked at).
         beta: β in [0, 1).
         eps: ε ≥ 0.
-        main: The main objective, by position or name.
-        scope: What inner products are taken over: all parameters, each "group", each "tensor".
+        main: The main objective, by name or position; a position counts those that take part in a
+            step, so give the name where some may be absent.
+        scope: What inner products are taken over: all parameters, each "group", each "tensor",
+            or those that are "shared" by objectives.
 
     Examples:
         >>> import torch, gradkit as gk

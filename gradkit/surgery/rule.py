@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from gradkit.gradients import Gradients, combine
 from gradkit.gram import accumulator
 from gradkit.gram import gram as gram_matrix
 from gradkit.oracle import Context, Oracle, Transform, reweighing
-from gradkit.surgery.given import Given
+from gradkit.surgery.given import Given, check_remembered
 from gradkit.surgery.remembering import Remembering
 
 
@@ -45,7 +46,9 @@ class GramRule(Remembering, Rule):
 
     In `wrap` the rule multiplies the weights of the rows it sees by its own. With `scope` "group"
     or "tensor", inner products are taken and gradients combined for each parameter group or tensor
-    by itself; the result is then no weighted sum of whole rows, so no other rule can follow.
+    by itself. With "shared" they are taken over the parameters that at least two objectives reach,
+    a trunk's; what belongs to one objective, such as its head, gets that one's gradient as it is.
+    The result is then no weighted sum of whole rows, so no other rule can follow.
 
     A rule may remember something of each objective: see `initial_memory`. In an optimizer only
     applied steps change what it remembers, and it is saved with the optimizer's state. Alone, each
@@ -81,9 +84,21 @@ class GramRule(Remembering, Rule):
         with self._called_alone() as state:
             memory = self._recall(names, wide, gram.shape[:-2], state)
             given = Given(self.draw(count), losses, names, memory.of_present())
-            weights = self.weigh(wide, given)
+            weights = self._checked(self.weigh(wide, given), wide)
             state.update(memory.with_present(given.remembered))
         return weights.to(gram.dtype)
+
+    def _checked(
+        self, weights: object, gram: Float[Tensor, "*batch K K"]
+    ) -> Float[Tensor, "*batch K"]:
+        """What `weigh` returned, if it can be weights."""
+        if isinstance(weights, Tensor) and weights.shape == gram.shape[:-1]:
+            return weights
+        what = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
+        raise ValueError(
+            f"weigh() of {self!r} returned {what} for Gram matrices of shape {tuple(gram.shape)}; "
+            f"return one weight for each objective, a tensor of shape {tuple(gram.shape[:-1])}"
+        )
 
     def __call__(
         self, jacobian: Float[Tensor, "K P"], losses: Float[Tensor, " K"] | None = None
@@ -109,7 +124,7 @@ class GramRule(Remembering, Rule):
 
     @property
     def sets_update(self) -> bool:
-        """Whether the rule works by group or tensor."""
+        """Whether the rule works by group or tensor, or on shared parameters."""
         return self.scope != "global"
 
     @property
@@ -138,8 +153,14 @@ class GramRule(Remembering, Rule):
             drawn[len(active)] = self.draw(len(active))
         every = len(active) == len(gradients.names)
         old = gradients.weights if every else gradients.weights[active]
+        shared: Sequence[tuple[int, int]] = ()
+        others: Sequence[tuple[int, int]] = ()
+        if self.scope == "shared":
+            shared, others = gradients.shared_segments(active)
+            if not shared:
+                return gradients
         if self.needs_gram:
-            gram = gradients.gram(self.scope)
+            gram = gradients.gram_over(shared) if shared else gradients.gram(self.scope)
             chosen = gram if every else gram[..., active, :][..., :, active]
         else:
             chosen = old.new_zeros(len(active), len(active))
@@ -153,7 +174,10 @@ class GramRule(Remembering, Rule):
             blocks = block_keys(self.scope, context)
             memory = self._recall(names, chosen, chosen.shape[:-2], self.state, blocks)
             given.memory = memory.of_present()
-        new = old * self.weigh(old[:, None] * old * chosen, given)
+        seen = old[:, None] * old * chosen
+        new = old * self._checked(self.weigh(seen, given), seen)
+        if memory is None:
+            check_remembered(self, given.remembered, {})
         # A second look at some of the objectives, at displaced weights, teaches nothing of all.
         partial = any(set(names) < earlier for earlier in evaluated)
         evaluated.append(set(names))
@@ -169,8 +193,13 @@ class GramRule(Remembering, Rule):
             new = spread
         if self.scope == "global":
             return gradients.replace(weights=new)
+        if self.scope == "shared":
+            parts = [(new, span) for span in shared]
+            parts += [(gradients.weights, span) for span in others]
+        else:
+            parts = list(zip(new, gradients.segments(self.scope), strict=True))
         update = context.pool.take_vector()
-        for weights, (start, stop) in zip(new, gradients.segments(self.scope), strict=True):
+        for weights, (start, stop) in parts:
             combine(gradients.rows[:, start:stop], weights, active, update[start:stop])
         return gradients.replace(update=update)
 
@@ -247,7 +276,7 @@ def block_keys(scope: Scope, context: Context) -> list[str] | None:
 
     Positions of groups, or of tensors in them.
     """
-    if scope == "global":
+    if scope in ("global", "shared"):
         return None
     if scope == "group":
         return [f"group {group}" for group in dict.fromkeys(context.layout.groups)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gradkit.oracle import check_number
-from gradkit.surgery.given import Given
+from gradkit.surgery.given import Given, too_low
 from gradkit.weighting.loss_weighting import LossWeighting, check_count
 
 
@@ -72,6 +73,9 @@ class DWA(LossWeighting):
             "steps": torch.where(ends, zero, steps),
             "epochs": memory["epochs"] + ends,
         }
+
+    def objection(self, losses: Mapping[str, float]) -> str | None:  # noqa: D102 # inherited
+        return too_low(self, losses, 0.0, "positive losses")
 
     def weigh(  # noqa: D102 # inherited
         self, losses: Float[Tensor, " K"], given: Given

@@ -11,9 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gradkit.oracle import check_number
-from gradkit.surgery.given import Given, Preference, check_preference
+from gradkit.surgery.given import Given, Preference, check_preference, too_low
 from gradkit.weighting.adam import adam, adam_memory
-from gradkit.weighting.loss_weighting import LossWeighting, too_low
+from gradkit.weighting.loss_weighting import LossWeighting
 
 # Added to losses less their lowest, as in the authors' code: a loss of 0 has a logarithm then.
 _EPS = 1e-8

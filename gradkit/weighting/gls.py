@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gradkit.surgery.given import Given
-from gradkit.weighting.loss_weighting import LossWeighting, too_low
+from gradkit.surgery.given import Given, too_low
+from gradkit.weighting.loss_weighting import LossWeighting
 
 
 @dataclass(eq=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -167,23 +166,6 @@ class LossWeighting(Remembering, ABC):
         given = Given(losses=losses, names=names, memory=memory.of_present())
         seen.state = memory.with_present(self.learn(losses, given))
         seen.names.update(names)
-
-
-def too_low(
-    who: LossWeighting, losses: Mapping[str, float], least: Mapping[str, float] | float, what: str
-) -> str | None:
-    """Says which loss is not above its bound; None if all are.
-
-    Args:
-        who: The weighting.
-        losses: The objectives' losses.
-        least: The bound, or each objective's.
-        what: What losses must be, in words.
-    """
-    for name, loss in losses.items():
-        if not loss > (least if isinstance(least, (int, float)) else least[name]):
-            return f"{who!r} takes {what}, and that of objective {name!r} is {loss:g}"
-    return None
 
 
 def check_count(name: str, value: object, least: int) -> None:

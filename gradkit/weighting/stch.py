@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gradkit.oracle import check_number
-from gradkit.surgery.given import Given
-from gradkit.weighting.loss_weighting import LossWeighting, check_count, too_low
+from gradkit.surgery.given import Given, too_low
+from gradkit.weighting.loss_weighting import LossWeighting, check_count
 
 # Added within logarithms, as in the authors' code: a loss of 0 has one then.
 _EPS = 1e-20

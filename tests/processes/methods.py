@@ -19,10 +19,10 @@ STEPS = 4
 
 
 def cases() -> dict[str, tuple[str, dict[str, str]]]:
-    """Every method; and a rule that remembers and one that draws, by tensor and by group."""
+    """Every method; and a rule that remembers and one that draws, with other scopes."""
     found: dict[str, tuple[str, dict[str, str]]] = {name: (name, {}) for name in METHODS}
     for name in ("Recalling", "Drawn"):
-        for scope in ("group", "tensor"):
+        for scope in ("group", "tensor", "shared"):
             found[f"{name} by {scope}"] = (name, {"scope": scope})
     return found
 
