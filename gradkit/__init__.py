@@ -4,6 +4,7 @@ from gradkit import testing, tta, weighting
 from gradkit.gradients import Gradients
 from gradkit.lookahead import LookAhead
 from gradkit.nonfinite import NonFiniteError
+from gradkit.objectives import NoGradientError
 from gradkit.optimizer import GradientOptimizer
 from gradkit.oracle import Context, Oracle, Transform
 from gradkit.processes import RankError
@@ -98,6 +99,7 @@ __all__ = [
     "Mean",
     "MoDo",
     "NashMTL",
+    "NoGradientError",
     "NonFiniteError",
     "Oracle",
     "PCGrad",

@@ -39,9 +39,15 @@ def check_objectives(objectives: object) -> None:
                 raise TypeError(f"the name of an objective is {name!r}; names are strings")
             if not callable(closure):
                 raise TypeError(
-                    f"objective {name!r} is a {type(closure).__name__}, not a closure; "
-                    f'write {{"{name}": lambda: loss}}, so that it can be evaluated again'
+                    f"objective {name!r} is a {type(closure).__name__}, not a closure; pass a "
+                    "function that runs the model and returns the loss, so that it can be "
+                    f'evaluated again: {{"{name}": lambda: criterion(model(x), y)}}'
                 )
+    elif isinstance(objectives, (list, tuple)):
+        raise TypeError(
+            f"step() takes a closure or a mapping of closures, not a {type(objectives).__name__}; "
+            'give each objective a name: step({"a": first, "b": second})'
+        )
     elif not callable(objectives):
         raise TypeError(
             f"step() takes a closure or a mapping of closures, not a "
@@ -70,6 +76,11 @@ def checked_loss(loss: object, name: str) -> Tensor | None:
     """
     if loss is None:
         return None
+    if isinstance(loss, (list, tuple)):
+        raise TypeError(
+            f"objective {name!r} returned a {type(loss).__name__}; return one loss as a tensor, or "
+            'several as a mapping from their names: {"a": first, "b": second}'
+        )
     if not isinstance(loss, Tensor):
         raise TypeError(
             f"objective {name!r} returned a {type(loss).__name__}; return the loss as a tensor"

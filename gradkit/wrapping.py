@@ -146,10 +146,16 @@ def _check_chain(transforms: Sequence[Transform]) -> None:
     for position, transform in enumerate(transforms):
         if isinstance(transform, type) and issubclass(transform, Transform):
             raise TypeError(f"{transform.__name__} is a class; write {transform.__name__}()")
-        if not isinstance(transform, Transform):
+        if isinstance(transform, (list, tuple)):
             raise TypeError(
-                f"a transform is a {type(transform).__name__}; pass gradkit transforms, and the "
-                "model as model="
+                f"a transform is a {type(transform).__name__}; pass transforms one after the "
+                "other, or unpack it: gk.wrap(base, *transforms)"
+            )
+        if not isinstance(transform, Transform):
+            own = " (a function of gradients, or another library's rule, as gk.Aggregate(...))"
+            raise TypeError(
+                f"a transform is a {type(transform).__name__}; pass gradkit transforms"
+                f"{own if callable(transform) else ''}, and the model as model="
             )
         if any(transform is other for other in transforms[:position]):
             raise ValueError(

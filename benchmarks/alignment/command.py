@@ -13,7 +13,7 @@ import torch
 from benchmarks.alignment import digits, fronts, fundus, toy
 from benchmarks.alignment.plot import plot_differences, plot_front, plot_toy
 from benchmarks.alignment.report import report
-from benchmarks.alignment.strategies import REFERENCE, suitable
+from benchmarks.alignment.strategies import REFERENCE, STRATEGIES, suitable
 from benchmarks.alignment.summary import summarise
 from benchmarks.machine import describe_machine
 from examples.fundus.data import SYNTHETIC, available_domains, check
@@ -92,6 +92,7 @@ class Alignment:
         (out / f"{self.problem}.json").write_text(json.dumps(record, indent=1) + "\n")
         (out / f"{self.problem}.md").write_text(text)
         print(text)
+        print(f"The files are in {out}.")
 
     def command_line(self) -> str:
         """The command that makes these results."""
@@ -130,6 +131,13 @@ class Alignment:
         choices = suitable(objectives)
         if self.strategies == "all":
             return choices
+        given = [name.strip() for name in self.strategies.split(",")]
+        too_few = [name for name in given if name in STRATEGIES and name not in choices]
+        require(
+            not too_few,
+            f"{', '.join(too_few)} is for more objectives than the {objectives} of {self.problem}; "
+            "leave it out",
+        )
         names = split_names("--strategies", self.strategies, choices)
         return names if not compared or REFERENCE in names else [REFERENCE, *names]
 

@@ -178,6 +178,7 @@ class Speed:
         plot(record, self.out / "speed.png")
         plot_slopes(record, self.out / "speed-objectives.png")
         print(text)
+        print(f"The files are in {self.out}.")
 
     def command_line(self) -> str:
         """The command that measures this."""

@@ -229,7 +229,7 @@ class Evaluator:
         for name in wanted:
             loss = checked[name]
             if loss is None or not loss.requires_grad:
-                raise NoGradientError(no_gradient(name), loss)
+                raise NoGradientError(no_gradient(name, none=loss is None), loss)
             chosen.append(loss)
         together = stacked(chosen, rows.device)
         weighed = weigh(self._pending(wanted, together, leaves))
@@ -326,7 +326,7 @@ class Evaluator:
         for name in pending:
             loss = checked[name]
             if loss is None or not loss.requires_grad:
-                raise NoGradientError(no_gradient(name), loss)
+                raise NoGradientError(no_gradient(name, none=loss is None), loss)
             refuse_reentrant_checkpoints(loss, name, seen)
             scaled = loss if self._loss_scale is None else self._loss_scale.scaled(loss)
             grads = self._session.differentiate(

@@ -244,10 +244,21 @@ def _chosen(grads: Sequence[Tensor | None], indices: Sequence[int]) -> list[Tens
     return [grad for grad in (grads[t] for t in indices) if grad is not None]
 
 
-def no_gradient(name: str) -> str:
-    """What to say when an objective has no gradient."""
+def no_gradient(name: str, *, none: bool = False) -> str:
+    """What to say when an objective has no gradient.
+
+    Args:
+        name: The objective.
+        none: Whether its loss is None.
+    """
     what = "the closure" if name == LOSS else f"the closure of objective {name!r}"
+    leave_out = "" if name == LOSS else "; leave out an objective that has no loss in this step"
+    if none:
+        return (
+            f"{what} produced no gradient: the loss is None, and nothing has called backward (is "
+            f"there a return?){leave_out}"
+        )
     return (
         f"{what} produced no gradient: its loss does not depend on any optimised parameter "
-        "(was it computed under no_grad, detached, or from frozen parameters only?)"
+        f"(was it computed under no_grad, detached, or from frozen parameters only?){leave_out}"
     )

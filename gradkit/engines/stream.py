@@ -52,13 +52,13 @@ def streamed_gram(losses: Float[Tensor, " K"], leaves: Sequence[Tensor]) -> Floa
     hooks = [leaf.register_hook(let_go) for leaf in leaves]  # type: ignore[no-untyped-call]
     try:
         torch.func.vmap(pull, randomness="same")(identity)
-    except RuntimeError as error:
-        if "vmap" in str(error):
-            raise RuntimeError(
-                "the losses cannot be differentiated in one batch (see above for the operation); "
-                "pass rows='keep' to gk.wrap(), which takes them one by one"
-            ) from error
+    except torch.OutOfMemoryError:
         raise
+    except RuntimeError as error:  # few of these say that it is batching that fails
+        raise RuntimeError(
+            "the losses cannot be differentiated in one batch (see above for the operation); "
+            "pass rows='keep' to gk.wrap(), which takes them one by one"
+        ) from error
     finally:
         for hook in hooks:
             hook.remove()
