@@ -121,9 +121,9 @@ class Attempt:
         for other, found in zip(others, anywhere, strict=True):
             if not found:
                 continue
-            new, kept = other.new_and_kept()
-            processes.add_up(new).div_(processes.size)
-            other.parameter.grad = new if kept is None else kept + new
+            grad = other.parameter.grad
+            grad = torch.zeros_like(other.parameter) if grad is None else grad.detach().clone()
+            other.parameter.grad = processes.add_up(grad).div_(processes.size)
 
     def evaluator(self, objectives: Objectives) -> Evaluator:
         """The innermost oracle over these objectives."""
@@ -237,6 +237,8 @@ class Attempt:
             parameter.grad = grad
         for beside in self._beside:
             beside.put_back()
+        for beside in self._beside:  # a step's gradients share memory, and its count of writes
+            beside.mark()
         for generator, state in self._generators:
             generator.set_state(state)
         if rng:
@@ -250,29 +252,35 @@ class _GradientBefore:
         self.parameter = parameter
         self._grad = parameter.grad
         self._value = None if self._grad is None else self._grad.detach().clone()
-        self._version = None if self._grad is None else self._grad._version
+        self._version = _version(self._grad)
+        self._is_ours = _is_ours(self._grad)
 
     @property
     def has_changed(self) -> bool:
         """Whether a closure has put another there, or written to it."""
         grad = self.parameter.grad
-        return grad is not self._grad or (grad is not None and grad._version != self._version)
-
-    def new_and_kept(self) -> tuple[Tensor, Tensor | None]:
-        """What closures have added, 0 if nothing, and what they have added it to."""
-        grad = self.parameter.grad
-        if grad is None:
-            return torch.zeros_like(self.parameter), None
-        if grad is not self._grad or self._value is None:
-            return grad.detach().clone(), None
-        return grad - self._value, self._value
+        return grad is not self._grad or _version(grad) != self._version
 
     def put_back(self) -> None:
         """Undo whatever a closure has done to it."""
-        self.parameter.grad = self._grad
-        if self._grad is not None and self._value is not None and self.has_changed:
-            with torch.no_grad():
-                self._grad.copy_(self._value)
+        self.parameter.grad = grad = self._grad
+        if grad is None or self._value is None:
+            return
+        now, before = local(grad), local(self._value)
+        # Not every way of writing to it shows in its version.
+        if self.has_changed or not torch.equal(now, before):
+            with torch.inference_mode(now.is_inference()), torch.no_grad():
+                now.copy_(before)
+
+    def mark(self) -> None:
+        """Make it recognisable again as one that a step has left, if it was."""
+        if self._grad is not None and self._is_ours:
+            _marked(self._grad)
+
+
+def _version(tensor: Tensor | None) -> int | None:
+    """How often a tensor has been written to; None for one that does not count."""
+    return None if tensor is None or tensor.is_inference() else local(tensor)._version
 
 
 _MARK = "_gradkit_version"
@@ -285,7 +293,8 @@ def _marked(grad: Tensor) -> Tensor:
 
 
 def _is_ours(grad: Tensor | None) -> bool:
-    return grad is not None and getattr(grad, _MARK, None) == grad._version
+    mark = getattr(grad, _MARK, None)
+    return grad is not None and mark is not None and mark == grad._version
 
 
 @contextmanager

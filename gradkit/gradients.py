@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Float
@@ -25,6 +25,22 @@ from gradkit.processes import Shards
 
 Parts = Sequence[Tensor | None]
 """A flat vector as one tensor per parameter; None where it is 0."""
+
+
+class Shared(NamedTuple):
+    """What objectives have in common.
+
+    Attributes:
+        rows: Those that have part in it.
+        gram: The Gram matrix [K, K] over it, of all rows.
+        spans: The column ranges that it takes; neighbours make one.
+        others: The other column ranges.
+    """
+
+    rows: tuple[int, ...]
+    gram: Float[Tensor, "K K"]
+    spans: tuple[tuple[int, int], ...]
+    others: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -325,33 +341,36 @@ class Gradients:
             )
         return self.layout.segments(scope)
 
-    def shared_segments(
-        self, rows: Sequence[int]
-    ) -> tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]]:
-        """The column ranges of parameters that at least two of these rows' graphs reach.
+    def shared(self, rows: Sequence[int]) -> Shared:
+        """What at least two of these rows have in common, parameter by parameter.
 
-        Returns:
-            These, and the others; neighbours make one range. All are shared if it is not known
-            what the graphs reach.
+        A row has part in a parameter if its gradient is not 0 there. (Compiled and concatenated
+        losses have zeros where others' graphs do not reach.) One that is 0 everywhere has part in
+        all that its graph reaches. Reads from the device which gradients are 0.
 
         Raises:
             ValueError: If the gradients have no layout.
         """
-        by_tensor = self.segments("tensor")
-        flags = self.reached
-        shared: list[tuple[int, int]] = []
-        others: list[tuple[int, int]] = []
-        for t, (start, stop) in enumerate(by_tensor):
-            several = flags is None or sum(flags[k][t] for k in rows) > 1
-            ranges = shared if several else others
+        segments, grams = self.segments("tensor"), self.gram("tensor")
+        nonzero: list[list[bool]] = (grams.diagonal(dim1=-2, dim2=-1) != 0).tolist()
+        has_part = {k: [flags[k] for flags in nonzero] for k in rows}
+        for k in rows:
+            if not any(has_part[k]):
+                has_part[k] = [True] * len(segments) if self.reached is None else [*self.reached[k]]
+        several = [sum(has_part[k][t] for k in rows) > 1 for t in range(len(segments))]
+        spans: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
+        for (start, stop), flag in zip(segments, several, strict=True):
+            ranges = spans[flag]
             if ranges and ranges[-1][1] == start:
                 start = ranges.pop()[0]
             ranges.append((start, stop))
-        return tuple(shared), tuple(others)
-
-    def gram_over(self, segments: Sequence[tuple[int, int]]) -> Float[Tensor, "K K"]:
-        """The Gram matrix over some column ranges, at least one."""
-        return block_grams(self.rows, segments, over=self._shards).sum(0)
+        tensors = [t for t, flag in enumerate(several) if flag]
+        return Shared(
+            tuple(k for k in rows if any(has_part[k][t] for t in tensors)),
+            grams[tensors].sum(0),
+            tuple(spans[True]),
+            tuple(spans[False]),
+        )
 
     def cosine(self, a: str, b: str, *, signs: bool = False) -> Float[Tensor, ""]:
         """The cosine of two objectives' gradients; 0 if one of them is zero."""

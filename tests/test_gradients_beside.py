@@ -152,6 +152,45 @@ def test_a_failed_step_leaves_them_as_they_were(engine, frozen, what):
 
 
 @each_engine
+def test_a_head_that_is_unfrozen_later_is_put_back_too(engine):
+    model, head, optimizer, x = problem(engine, gk.PCGrad(), frozen=True)
+    optimizer.step(lambda: losses(model, x))
+    head.requires_grad_(True)
+    before = head.weight.grad = torch.full_like(head.weight, 3.0)
+
+    def closure():
+        head.weight.grad.data.add_(1.0)  # which its version does not show
+        raise KeyError("after it")
+
+    with pytest.raises(KeyError):
+        optimizer.step(closure)
+    assert head.weight.grad is before
+    assert torch.equal(before, torch.full_like(before, 3.0))
+
+
+@each_engine
+def test_two_wrapped_optimizers_take_turns_after_a_failure(engine):
+    """What the other one's step left in `.grad` is still known to be no accumulated gradient."""
+    model, head, optimizer, x = problem(engine, gk.PCGrad())
+    own = gk.wrap(torch.optim.SGD(head.parameters(), lr=0.1), model=model, engine=engine)
+    optimizer.step(lambda: losses(model, x))
+
+    def fails():
+        model.zero_grad(set_to_none=False)
+        raise KeyError("after it")
+
+    def calls_backward():
+        loss = losses(model, x)["a"]
+        loss.backward()
+        return loss
+
+    with pytest.raises(KeyError):
+        own.step(fails)
+    optimizer.step(calls_backward)  # without clearing what a step has left
+    assert optimizer.last_step.applied
+
+
+@each_engine
 def test_looking_at_gradients_leaves_them_as_they_were(engine):
     model, head, optimizer, x = problem(engine)
     before = head.weight.grad = torch.full_like(head.weight, 3.0)

@@ -54,9 +54,7 @@ def test_a_main_objective_that_is_absent():
     def closures(*names):
         return {name: (lambda k=k: model(x)[:, k].mean()) for k, name in enumerate(names)}
 
-    with pytest.raises(
-        ValueError, match=r"no objective 'seg'; there are 'a', 'b'.*main objective"
-    ):
+    with pytest.raises(ValueError, match=r"no objective 'seg'; there are 'a', 'b'.*main objective"):
         optimizer.step(closures("a", "b"))
 
 

@@ -30,17 +30,22 @@ class ParameterPlaces:
         self.layout = layout
         self._model = model
         self.modules = list(model.modules())
-        own = set(map(id, layout.parameters))
-        self.others = [
-            parameter
-            for parameter in model.parameters()
-            if parameter.requires_grad and id(parameter) not in own
-        ]
-        self.frozen = [p for p in model.parameters() if not p.requires_grad]
         self.writes_weights = any(
             getattr(module, "max_norm", None) is not None for module in model.modules()
         )
         """Whether an embedding with `max_norm` changes its weight in forward."""
+
+    @property
+    def others(self) -> list[nn.Parameter]:
+        """The model's parameters that require a gradient and are not optimised, as they are now."""
+        own = set(map(id, self.layout.parameters))
+        parameters = self._model.parameters()
+        return [each for each in parameters if each.requires_grad and id(each) not in own]
+
+    @property
+    def frozen(self) -> list[nn.Parameter]:
+        """Those that require none."""
+        return [each for each in self._model.parameters() if not each.requires_grad]
 
     def name(self, index: int) -> str:
         """The model's first name for a parameter."""

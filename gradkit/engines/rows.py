@@ -255,8 +255,8 @@ def no_gradient(name: str, *, none: bool = False) -> str:
     leave_out = "" if name == LOSS else "; leave out an objective that has no loss in this step"
     if none:
         return (
-            f"{what} produced no gradient: the loss is None, and nothing has called backward (is "
-            f"there a return?){leave_out}"
+            f"{what} produced no gradient: the loss is None, and no optimised parameter has a "
+            f"gradient (is there a return?){leave_out}"
         )
     return (
         f"{what} produced no gradient: its loss does not depend on any optimised parameter "

@@ -52,9 +52,9 @@ def streamed_gram(losses: Float[Tensor, " K"], leaves: Sequence[Tensor]) -> Floa
     hooks = [leaf.register_hook(let_go) for leaf in leaves]  # type: ignore[no-untyped-call]
     try:
         torch.func.vmap(pull, randomness="same")(identity)
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:  # few of these say that it is batching that fails
+        if type(error) is not RuntimeError:
+            raise
         raise RuntimeError(
             "the losses cannot be differentiated in one batch (see above for the operation); "
             "pass rows='keep' to gk.wrap(), which takes them one by one"

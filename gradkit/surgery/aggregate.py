@@ -38,7 +38,8 @@ class Aggregate(Rule):
     all of this.
 
     Homogeneity: the function's. Cost: none beyond the gradients and the function. Memory: of rows,
-    a copy of them (K·P numbers, or the largest block's with another scope) and one flat vector.
+    a copy of them (K·P numbers, or the largest block's with another scope; for a moment two of what
+    is shared, if it is no one range) and one flat vector.
     State: none.
 
     Args:
@@ -134,11 +135,11 @@ class Aggregate(Rule):
             return gradients
         update = context.pool.take_vector()
         if self.scope == "shared":
-            shared, others = gradients.shared_segments(active)
-            for start, stop in others:
+            shared = gradients.shared(active)
+            for start, stop in shared.others:
                 part = gradients.rows[:, start:stop]
                 combine(part, gradients.weights, active, update[start:stop])
-            blocks = [shared] if shared else []
+            active, blocks = list(shared.rows), [shared.spans] if shared.spans else []
         else:
             blocks = [((start, stop),) for start, stop in gradients.segments(self.scope)]
         for spans in blocks:

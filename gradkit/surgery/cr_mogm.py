@@ -83,6 +83,7 @@ class CRMOGM(GramRule):
             given.losses,
             given.names,
             {key.removeprefix(_INNER): value for key, value in of_rule.items()},
+            every=given.every,
         )
         new = self.rule.weigh(gram, inner)
         seen = given.memory["seen"]

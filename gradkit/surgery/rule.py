@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -46,8 +45,9 @@ class GramRule(Remembering, Rule):
 
     In `wrap` the rule multiplies the weights of the rows it sees by its own. With `scope` "group"
     or "tensor", inner products are taken and gradients combined for each parameter group or tensor
-    by itself. With "shared" they are taken over the parameters that at least two objectives reach,
-    a trunk's; what belongs to one objective, such as its head, gets that one's gradient as it is.
+    by itself. With "shared" they are taken over the parameters in which at least two objectives
+    have a gradient that is not 0, a trunk's; what belongs to one of them, such as its head, gets
+    that one's gradient as it is.
     The result is then no weighted sum of whole rows, so no other rule can follow.
 
     A rule may remember something of each objective: see `initial_memory`. In an optimizer only
@@ -146,21 +146,17 @@ class GramRule(Remembering, Rule):
         evaluated: list[set[str]],
         context: Context,
     ) -> Gradients:
-        active = list(active_rows(self, gradients))
+        seen_rows = active_rows(self, gradients)
+        shared = gradients.shared(seen_rows) if self.scope == "shared" else None
+        active = list(seen_rows if shared is None else shared.rows)
         if not active:
             return gradients
         if len(active) not in drawn:
             drawn[len(active)] = self.draw(len(active))
         every = len(active) == len(gradients.names)
         old = gradients.weights if every else gradients.weights[active]
-        shared: Sequence[tuple[int, int]] = ()
-        others: Sequence[tuple[int, int]] = ()
-        if self.scope == "shared":
-            shared, others = gradients.shared_segments(active)
-            if not shared:
-                return gradients
         if self.needs_gram:
-            gram = gradients.gram_over(shared) if shared else gradients.gram(self.scope)
+            gram = gradients.gram(self.scope) if shared is None else shared.gram
             chosen = gram if every else gram[..., active, :][..., :, active]
         else:
             chosen = old.new_zeros(len(active), len(active))
@@ -171,11 +167,11 @@ class GramRule(Remembering, Rule):
             given.losses = gradients.losses[active].to(old) * old
         memory = None
         if self.state:
-            blocks = block_keys(self.scope, context)
-            memory = self._recall(names, chosen, chosen.shape[:-2], self.state, blocks)
+            keys = block_keys(self.scope, context)
+            memory = self._recall(names, chosen, chosen.shape[:-2], self.state, keys)
             given.memory = memory.of_present()
-        seen = old[:, None] * old * chosen
-        new = old * self._checked(self.weigh(seen, given), seen)
+        weighted = old[:, None] * old * chosen
+        new = old * self._checked(self.weigh(weighted, given), weighted)
         if memory is None:
             check_remembered(self, given.remembered, {})
         # A second look at some of the objectives, at displaced weights, teaches nothing of all.
@@ -185,7 +181,7 @@ class GramRule(Remembering, Rule):
             learnt = context.proposed(self)
             if learnt:  # from another evaluation in this step, perhaps of other objectives
                 state = {**self.state, **learnt}
-                memory = self._recall(names, chosen, chosen.shape[:-2], state, blocks)
+                memory = self._recall(names, chosen, chosen.shape[:-2], state, keys)
             context.propose(self, **memory.with_present(given.remembered))
         if not every:
             spread = new.new_zeros((*new.shape[:-1], len(gradients.names)))
@@ -193,14 +189,15 @@ class GramRule(Remembering, Rule):
             new = spread
         if self.scope == "global":
             return gradients.replace(weights=new)
-        if self.scope == "shared":
-            parts = [(new, span) for span in shared]
-            parts += [(gradients.weights, span) for span in others]
+        if shared is None:
+            blocks = zip(new, gradients.segments(self.scope), strict=True)
+            parts = [(weights, span, active) for weights, span in blocks]
         else:
-            parts = list(zip(new, gradients.segments(self.scope), strict=True))
+            parts = [(new, span, active) for span in shared.spans]
+            parts += [(gradients.weights, span, list(seen_rows)) for span in shared.others]
         update = context.pool.take_vector()
-        for weights, (start, stop) in parts:
-            combine(gradients.rows[:, start:stop], weights, active, update[start:stop])
+        for weights, (start, stop), rows in parts:
+            combine(gradients.rows[:, start:stop], weights, rows, update[start:stop])
         return gradients.replace(update=update)
 
 

@@ -129,6 +129,54 @@ def test_what_only_an_observer_shares_is_not():
     torch.testing.assert_close(direction, expected)
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_zeros_do_not_make_heads_shared(engine):
+    """Compiled and concatenated losses give zeros where another objective's graph would end."""
+    torch.manual_seed(0)
+    trunk, heads = nn.Linear(3, 4), nn.ModuleList(nn.Linear(4, 1) for _ in range(3))
+    model = nn.ModuleList([trunk, heads]).double()
+    x = torch.randn(8, 3, dtype=torch.float64)
+
+    def apart():
+        features = torch.tanh(trunk(x))
+        return {name: h(features).square().mean() for name, h in zip("abc", heads, strict=True)}
+
+    def joined():
+        features = torch.tanh(trunk(x))
+        outputs = torch.cat([head(features) for head in heads], 1)
+        return {name: outputs[:, k].square().mean() for k, name in enumerate("abc")}
+
+    found = []
+    for closure in (apart, joined):
+        base = torch.optim.SGD(model.parameters(), lr=0.0)
+        gk.wrap(base, gk.MGDA(scope="shared"), model=model, engine=engine).step(closure)
+        found.append([parameter.grad.clone() for parameter in model.parameters()])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_an_objective_beside_the_trunk_has_no_say_in_it():
+    layout = (("trunk", 3), ("a", 2), ("c", 1))
+    rows = rows_for(layout=layout)
+    trunk = columns("trunk", layout)
+    rows[2, trunk] = 0
+    direction, _ = step(rows, gk.MGDA(scope="shared"), layout=layout)
+    expected = rows.sum(0)
+    expected[trunk] = gk.MGDA()(rows[:2, trunk])  # a row of zeros would be the shortest
+    torch.testing.assert_close(direction, expected)
+    called = gk.Aggregate(lambda matrix: matrix.mean(0), of="rows", scope="shared")
+    direction, _ = step(rows, called, layout=layout)
+    torch.testing.assert_close(direction[trunk], rows[:2, trunk].mean(0))
+
+
+def test_an_objective_at_its_minimum_still_has_a_say():
+    rows = rows_for()
+    rows[1] = 0
+    direction, _ = step(rows, gk.MGDA(scope="shared"))
+    assert direction[TRUNK].abs().max() < 1e-12  # nothing improves all
+    torch.testing.assert_close(direction[~TRUNK], rows.sum(0)[~TRUNK])
+
+
 def test_weights_from_inside_hold_for_heads():
     rows = rows_for()
     inside = torch.tensor([2.0, 0.5, 1.0], dtype=torch.float64)
