@@ -299,8 +299,11 @@ class Gradients:
         """
         key = (scope, signs)
         if key not in self._products:
+            by_tensor = self._products.get(("tensor", signs))
             if "_make_gram" in self.__dict__ and key == ("global", False):
                 self._products[key] = self.__dict__["_make_gram"]()
+            elif scope == "global" and by_tensor is not None:
+                self._products[key] = by_tensor.sum(0)
             elif scope == "global":
                 square = self._squared_norm(signs=signs)
                 self._products[key] = (

@@ -368,6 +368,10 @@ class GradientOptimizer(Optimizer):
             self._stepping = False
             interrupts.end()
 
+    @property
+    def _by_tensor(self) -> bool:
+        return any(getattr(each, "scope", None) in ("tensor", "shared") for each in self.transforms)
+
     def _frozen(self) -> list[Tensor]:
         """The parameters, of the optimizer and of the model, that do not require a gradient."""
         grouped = [p for group in self.base.param_groups for p in group["params"]]
@@ -415,7 +419,7 @@ class GradientOptimizer(Optimizer):
         return Attempt(
             self.base,
             session,
-            Context(layout, self._pool, self.base, streams=self.streams),
+            Context(layout, self._pool, self.base, streams=self.streams, by_tensor=self._by_tensor),
             generators=[transform.generator for transform in self.transforms],
             others=[] if places is None else places.others,
             processes=processes,

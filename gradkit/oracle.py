@@ -228,6 +228,8 @@ class Context:
         gate: Set by a gated transform: 1 aligned, 0 conflict.
         decay: Set by a teacher: the decay it used.
         streams: Whether objectives may be weighed before they are back-propagated.
+        by_tensor: Whether a transform takes inner products tensor by tensor; those over all
+            parameters are their sum then.
         without_loss: The objectives whose closure returned no loss, but called backward.
     """
 
@@ -239,6 +241,7 @@ class Context:
     gate: Float[Tensor, ""] | None = None
     decay: Float[Tensor, ""] | None = None
     streams: Streams = "no"
+    by_tensor: bool = False
     without_loss: set[str] = field(default_factory=set)
     _proposals: dict[int, dict[str, Any]] = field(default_factory=dict, repr=False)
     _vectors: dict[int, dict[str, Tensor]] = field(default_factory=dict, repr=False)

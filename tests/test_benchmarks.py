@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import torch
 from benchmarks.__main__ import main
 from benchmarks.fundus import STRATEGIES, pooled_interval
 from benchmarks.speed import memory, overhead
-from benchmarks.speed.comparison import FLOOR, Comparison, Traffic
+from benchmarks.speed.comparison import FLOOR, Comparison, Step, Traffic
 from benchmarks.speed.goals import Goal, judge, verdict
 from benchmarks.speed.grata import grata
 from benchmarks.speed.methods import gated_ema, gradkit_name, pcgrad, sam
@@ -209,6 +210,18 @@ def test_order_rotates_and_peers_stop_first(monkeypatch: pytest.MonkeyPatch) -> 
     assert {name: len(values) for name, values in times.items()} == {
         FLOOR: 3, "ours": 3, "peer": 2,
     }  # fmt: skip
+
+
+def test_peers_that_take_no_part_are_not_made() -> None:
+    def refuse() -> Step:
+        raise AssertionError("it was made")
+
+    comparison = dataclasses.replace(
+        _comparison(floor=lambda: None, ours=lambda: None, peer=lambda: None),
+        peers={"peer": refuse},
+    )
+    times = time_in_turn(comparison, Clock(CPU), Rounds(1, 0, seconds=0))
+    assert times.keys() == {FLOOR, "ours"}
 
 
 def test_what_a_method_adds_is_a_difference_within_rounds() -> None:

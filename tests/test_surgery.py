@@ -17,6 +17,7 @@ from torch import nn
 from torchjd.aggregation import PCGrad as TorchjdPCGrad
 
 import gradkit as gk
+from gradkit import gradients as gradients_module
 from gradkit.surgery.given import Given
 from gradkit.surgery.pcgrad import pcgrad_weights
 
@@ -297,6 +298,19 @@ def test_scopes_differ():
     ]
     for i in range(3):
         assert not torch.allclose(results[i], results[i - 1])
+
+
+def test_products_by_tensor_serve_for_the_whole(monkeypatch):
+    """Rows are read once for both."""
+    whole = []
+    real = gradients_module.gram
+    monkeypatch.setattr(gradients_module, "gram", lambda *a, **k: whole.append(a) or real(*a, **k))
+    rows = torch.randn(3, 10, generator=seeded(0), dtype=torch.float64)
+    _, record = step_with(rows, gk.PCGrad(scope="tensor"))
+    assert not whole
+    torch.testing.assert_close(record.gram, rows @ rows.T)
+    step_with(rows, gk.PCGrad())
+    assert len(whole) == 1
 
 
 @pytest.mark.parametrize("scope", ["global", "group", "tensor"])

@@ -70,7 +70,8 @@ class Speed:
     rounds: int = 5
     """Rounds in which the floor and gradkit's variants take one step each."""
     peer_rounds: int = 3
-    """The first of these, in which the peers, which are slow, take part."""
+    """The first of these, in which the peers, which are slow, take part; 0 leaves them out, with
+    what they do to the allocator."""
     seconds: float = 8.0
     """For how long gradkit and the floor go on with further rounds, each method at each case."""
     rule_objectives: str = "4"

@@ -22,7 +22,8 @@ class Rounds:
 
     Attributes:
         at_least: Rounds in which gradkit and the floor take part.
-        peers: The first of these rounds, in which the peers take part too.
+        peers: The first of these rounds, in which the peers take part too; with 0 they are not
+            even made, and the process's memory is gradkit's and the floor's own.
         seconds: For how long gradkit and the floor go on with further rounds.
     """
 
@@ -61,7 +62,8 @@ def time_in_turn(comparison: Comparison, clock: Clock, rounds: Rounds) -> dict[s
     The order is rotated from round to round. Peers take part in the first few, so that their
     lists may be shorter. Where the comparison says so, another step's time is taken off.
     """
-    makers: dict[str, MakeStep] = {FLOOR: comparison.floor, **comparison.ours, **comparison.peers}
+    peers = comparison.peers if rounds.peers else {}
+    makers: dict[str, MakeStep] = {FLOOR: comparison.floor, **comparison.ours, **peers}
     less = {name: f"{name}, without the method" for name in comparison.without}
     makers |= {less[name]: make for name, make in comparison.without.items()}
     with warnings.catch_warnings():

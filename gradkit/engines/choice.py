@@ -34,18 +34,19 @@ class ParameterPlaces:
             getattr(module, "max_norm", None) is not None for module in model.modules()
         )
         """Whether an embedding with `max_norm` changes its weight in forward."""
+        self._look_beside()
 
-    @property
-    def others(self) -> list[nn.Parameter]:
-        """The model's parameters that require a gradient and are not optimised, as they are now."""
+    def _look_beside(self) -> None:
+        """Find the parameters beside the optimised ones, with and without a gradient, as of now."""
         own = set(map(id, self.layout.parameters))
-        parameters = self._model.parameters()
-        return [each for each in parameters if each.requires_grad and id(each) not in own]
-
-    @property
-    def frozen(self) -> list[nn.Parameter]:
-        """Those that require none."""
-        return [each for each in self._model.parameters() if not each.requires_grad]
+        found: dict[int, nn.Parameter] = {
+            id(parameter): parameter
+            for module in self.modules
+            for parameter in module._parameters.values()
+            if parameter is not None and id(parameter) not in own
+        }
+        self.others = [each for each in found.values() if each.requires_grad]
+        self.frozen = [each for each in found.values() if not each.requires_grad]
 
     def name(self, index: int) -> str:
         """The model's first name for a parameter."""
@@ -58,6 +59,7 @@ class ParameterPlaces:
             RuntimeError: If one has been replaced since.
         """
         self.modules = list(self._model.modules())
+        self._look_beside()
         present = set(map(id, self.modules))
         for places, parameter in zip(self._places, self.layout.parameters, strict=True):
             for name, owner, key in places:

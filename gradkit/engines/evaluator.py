@@ -116,6 +116,8 @@ class Evaluator:
             if self._measure:
                 self.measured.append(_measured_together(gradients, weighed.names, losses))
             return weighed.taken_together(losses, gradients)
+        if self._context.by_tensor and len(gradients.names) > 1:
+            gradients.gram("tensor")  # so that the whole is not read once more
         if self._measure:
             self.measured.append(gradients.without_rows())
         return gradients if weigh is None else weigh(gradients)
