@@ -76,7 +76,8 @@ def graph_from_outside(world: World) -> object:
 
 NO_GRADIENT = (
     r"(the closure|the closure of objective {victim}) produced no gradient.*"
-    r"\(was it computed under no_grad, detached, or from frozen parameters only\?\)"
+    r"\((was it computed under no_grad, detached, or from frozen parameters only|is there a return)"
+    r"\?\)"
 )
 TENSOR = "return the loss as a tensor"
 NUMBER = r"a loss is one number: take its mean\(\) or sum\(\)"
@@ -85,7 +86,9 @@ REAL = "it must be a real floating-point number"
 NO_TENSOR: dict[str, tuple[Callable[[World, Tensor], object], type[Exception], str]] = {
     "a float": (lambda w, loss: loss.item(), TypeError, f"{{victim}} returned a float; {TENSOR}"),
     "a string": (lambda w, loss: "low", TypeError, f"{{victim}} returned a str; {TENSOR}"),
-    "a tuple": (lambda w, loss: (loss, 1), TypeError, f"{{victim}} returned a tuple; {TENSOR}"),
+    "a tuple": (
+        lambda w, loss: (loss, 1), TypeError, "{victim} returned a tuple; return one loss as a ten"
+    ),
     "an array": (
         lambda w, loss: loss.detach().numpy(), TypeError, f"{{victim}} returned a ndarray; {TENSOR}"
     ),
