@@ -101,15 +101,13 @@ class Attempt:
             found = bool(shards.add_up(count))
         return not found
 
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Set the old gradients aside, so that closures find none.
+    def set_gradients_aside(self) -> None:
+        """Let closures find no old gradients.
 
         Those of parameters that are not optimised stay, and are the closures' to clear or add to.
         """
         for parameter in self._parameters:
             parameter.grad = None
-        yield
 
     @torch.no_grad()
     def average_others(self) -> None:

@@ -260,8 +260,8 @@ class GradientOptimizer(Optimizer):
         with self._attempt() as attempt:
             check_objectives(objectives)
             try:
-                with attempt.evaluating():
-                    return attempt.evaluator(objectives).evaluate(at, only)
+                attempt.set_gradients_aside()
+                return attempt.evaluator(objectives).evaluate(at, only)
             finally:
                 attempt.undo(rng=False)
 
@@ -280,11 +280,11 @@ class GradientOptimizer(Optimizer):
                 )
             nonfinite = self.nonfinite if scale is None else "skip"
             try:
-                with attempt.evaluating():
-                    gradients, source = self._evaluate(attempt, closure, nonfinite)
-                    verdict = judge(gradients, source, nonfinite, self.base, self._objection)
-                    if verdict.culprit is None:
-                        direction = attempt.direction(gradients, self.max_norm)
+                attempt.set_gradients_aside()
+                gradients, source = self._evaluate(attempt, closure, nonfinite)
+                verdict = judge(gradients, source, nonfinite, self.base, self._objection)
+                if verdict.culprit is None:
+                    direction = attempt.direction(gradients, self.max_norm)
                 attempt.processes.agree("step", attempt.context.layout.device)
                 if verdict.culprit is None:
                     if closure is not None:
