@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gradkit.engines.displace import HALF
 from gradkit.engines.evaluator import Evaluator
 from gradkit.engines.session import Session
 from gradkit.engines.stored import StoredGradients
@@ -58,6 +59,12 @@ class Attempt:
             for parameter in group["params"]
             if parameter not in placed and _is_ours(parameter.grad)
         ]
+        self._unplaced = [
+            parameter
+            for group in base.param_groups
+            for parameter in group["params"]
+            if parameter not in placed
+        ]
         # A closure may clear, write or add to the gradients of parameters that are not optimised.
         beside = dict.fromkeys((*others, *(p for p in frozen if p not in placed)))
         self._beside = [_GradientBefore(parameter) for parameter in beside]
@@ -85,6 +92,12 @@ class Attempt:
         what = "nothing to step on" if initialises else "gradients to step on"
         self.processes.agree("step", self.context.layout.device, names=(what,))
         return initialises
+
+    @property
+    def has_no_gradient(self) -> bool:
+        """Whether no parameter has a gradient while a learning rate is not 0."""
+        moving = any(group.get("lr", 1) != 0 for group in self._base.param_groups)
+        return moving and all(grad is None for grad in self._grads)
 
     def initialise(self, transforms: Sequence[Transform]) -> None:
         """Let the base optimizer make its state, where nothing can change."""
@@ -126,7 +139,11 @@ class Attempt:
     def evaluator(self, objectives: Objectives) -> Evaluator:
         """The innermost oracle over these objectives."""
         return self._make_evaluator(
-            objectives, self._session, self.context, accumulated=self._accumulated
+            objectives,
+            self._session,
+            self.context,
+            accumulated=self._accumulated,
+            beside=self._unplaced,
         )
 
     def evaluate(self, objectives: Objectives | None, transforms: Sequence[Transform]) -> Gradients:
@@ -144,9 +161,16 @@ class Attempt:
             # an earlier step left in `.grad` is no such gradient.
             names = self.context.names
             stored = any(grad is not None and not _is_ours(grad) for grad in self._grads)
-            if source.measured or names is None or len(names) > 1 or not stored:
+            if not self.may_be_idle() or names is None or not stored:
                 raise
             return self._evaluate_stored(names[0], error.loss, transforms)
+
+    def may_be_idle(self) -> bool:
+        """Whether closures have left nothing to step on, in a step that has one objective."""
+        source, names = self.source, self.context.names
+        if not isinstance(source, Evaluator) or (names is not None and len(names) > 1):
+            return False
+        return not source.measured and not source.found_gradient
 
     def _evaluate_stored(
         self, name: str, loss: Tensor | None, transforms: Sequence[Transform]
@@ -186,8 +210,11 @@ class Attempt:
         if max_norm is None:
             return direction
         length = norm(direction, over=self.context.layout.shards)
-        factor = (max_norm / (length + 1e-6)).clamp(max=1).to(direction.dtype)
-        return torch.mul(direction, factor, out=self.context.pool.take_vector())
+        factor = (max_norm / (length + 1e-6)).clamp(max=1)
+        result = self.context.pool.take_vector()
+        if direction.dtype in HALF:  # which would round the factor before it is used
+            return result.copy_(direction.float() * factor)
+        return torch.mul(direction, factor.to(direction.dtype), out=result)
 
     def apply(
         self,
@@ -199,15 +226,26 @@ class Attempt:
     ) -> None:
         """Let the base optimizer step along `direction`, then commit everything else."""
         reached = gradients.reached_by_direction(weights) or (True,) * len(self._parameters)
-        for parameter, part, flag in zip(self._parameters, direction, reached, strict=True):
+        ascended = set(self.context.ascended)
+        # Whoever keeps or pickles a small part of a flat vector shall not keep the whole.
+        large = range(len(direction)) if direction is gradients.parts else self.context.layout.large
+        kept = set(large)
+        for t, (parameter, part, flag) in enumerate(
+            zip(self._parameters, direction, reached, strict=True)
+        ):
             if part is None or not flag:
                 parameter.grad = None
                 continue
             if part.dtype != parameter.dtype:
                 part = part.to(parameter.dtype)
+            if t in ascended:  # back to the gradient of what is maximised
+                part = part.neg()
+            elif t not in kept:
+                part = part.clone()
             parameter.grad = _marked(as_part_of(part, parameter))
         for parameter, _ in self._stale:
             parameter.grad = None
+        self._set_thawed(gradients)
         with scaled_learning_rates(self._base, scale):
             self._base.step()
         for parameter in self._parameters:
@@ -226,13 +264,45 @@ class Attempt:
             for transform in reversed(transforms):
                 stack.callback(transform.after_step, self.context)
 
+    def _set_thawed(self, gradients: Gradients) -> None:
+        """Give parameters that a closure has unfrozen the weighted sum of their gradients.
+
+        They are stepped on at once, as by the base alone; transforms see them from the next step
+        on, when they have a place in the flat vector.
+        """
+        thawed = self.source.thawed if isinstance(self.source, Evaluator) else {}
+        total: dict[Tensor, Tensor] = {}
+        for name, grads in thawed.items():
+            known = name in gradients.names and not gradients.has_update
+            weight = gradients.weights[gradients.index(name)] if known else 1.0
+            for parameter, grad in grads.items():
+                part = (grad * weight).to(parameter.dtype)
+                total[parameter] = total[parameter] + part if parameter in total else part
+        for parameter, grad in total.items():
+            parameter.grad = _marked(grad)
+
+    def idle(self) -> None:
+        """Let the base optimizer step where closures have left no gradient: on nothing.
+
+        What closures have done to buffers stays; old gradients come back.
+        """
+        self.processes.agree("idle", self.context.layout.device)
+        self._step_base_on_nothing()
+        self._session.commit()
+        self.processes.share_buffers(self._buffers)
+        self.put_gradients_back()
+
+    def _step_base_on_nothing(self) -> None:
+        for parameter in self._parameters:
+            parameter.grad = None
+        for parameter, _ in self._stale:
+            parameter.grad = None
+        self._base.step()
+
     def undo(self, *, rng: bool) -> None:
         """Put everything back as it was before the attempt; the random numbers only if `rng`."""
         self._session.rollback()
-        for parameter, grad in zip(self._parameters, self._grads, strict=True):
-            parameter.grad = grad
-        for parameter, grad in self._stale:
-            parameter.grad = grad
+        self.put_gradients_back()
         for beside in self._beside:
             beside.put_back()
         for beside in self._beside:  # a step's gradients share memory, and its count of writes
@@ -241,6 +311,13 @@ class Attempt:
             generator.set_state(state)
         if rng:
             self._random.restore()
+
+    def put_gradients_back(self) -> None:
+        """Put back what the optimised parameters' `.grad` held before the attempt."""
+        for parameter, grad in zip(self._parameters, self._grads, strict=True):
+            parameter.grad = grad
+        for parameter, grad in self._stale:
+            parameter.grad = grad
 
 
 class _GradientBefore:

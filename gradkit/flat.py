@@ -32,9 +32,9 @@ class Layout:
     """Where each trainable parameter of an optimizer lies in the flat vector.
 
     Parameters keep the order of the optimizer's groups; those that do not require a gradient
-    have no place in the vector. The vector has the widest dtype among its parameters, so that
-    bfloat16 beside float32 loses nothing. Where parameters are sharded over ranks, the vector is
-    this rank's part: the shards it holds, one after the other.
+    have no place in the vector, which is empty if none does. The vector has the widest dtype
+    among its parameters, so that bfloat16 beside float32 loses nothing. Where parameters are
+    sharded over ranks, the vector is this rank's part: the shards it holds, one after the other.
 
     Attributes:
         parameters: The T parameters, each once.
@@ -73,9 +73,8 @@ class Layout:
         """The layout of an optimizer's parameter groups, as they are now.
 
         Raises:
-            ValueError: If no parameter requires a gradient, if one is complex, on the meta
-                device or not yet initialised, if they are on more than one device, or if they
-                are sharded in different ways.
+            ValueError: If a parameter is complex, on the meta device or not yet initialised, if
+                they are on more than one device, or if they are sharded in different ways.
         """
         parameters: list[Tensor] = []
         groups: list[int] = []
@@ -89,10 +88,9 @@ class Layout:
                 groups.append(index)
                 offsets.append(offsets[-1] + local(parameter).numel())
         if not parameters:
-            raise ValueError(
-                "no parameter of the optimizer requires a gradient; "
-                "unfreeze one with requires_grad_(True)"
-            )
+            frozen = next((p for group in param_groups for p in group["params"]), None)
+            device = torch.device("cpu") if frozen is None else frozen.device
+            return cls((), (), (0,), (), (), (), torch.float32, device)
         devices = {parameter.device for parameter in parameters}
         if len(devices) > 1:
             names = ", ".join(sorted(map(str, devices)))
@@ -212,8 +210,14 @@ class Layout:
     def flatten(self, tensors: Iterable[Tensor]) -> Shaped[Tensor, " P"]:
         """One new flat vector from tensors shaped (and sharded) as the parameters."""
         vector = torch.empty(self.numel, dtype=self.dtype, device=self.device)
-        torch._foreach_copy_(self.views(vector), [local(tensor) for tensor in tensors])
+        copy_all(self.views(vector), [local(tensor) for tensor in tensors])
         return vector
+
+
+def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy tensors to others, of which there may be none."""
+    if targets:
+        torch._foreach_copy_(list(targets), list(sources))
 
 
 def _check(parameter: Tensor, what: str) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Container, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -85,6 +86,7 @@ def checked_loss(loss: object, name: str) -> Tensor | None:
         raise TypeError(
             f"objective {name!r} returned a {type(loss).__name__}; return the loss as a tensor"
         )
+    loss = as_plain(loss)
     if loss.numel() != 1:
         raise ValueError(
             f"objective {name!r} returned a tensor of shape {tuple(loss.shape)}; "
@@ -103,34 +105,106 @@ def checked_loss(loss: object, name: str) -> Tensor | None:
     return loss.reshape(())
 
 
-def refuse_reentrant_checkpoints(loss: Tensor, name: str, seen: set[object]) -> None:
-    """Check that no reentrant checkpoint hides parameters from autograd.
+@dataclass
+class GraphCheck:
+    """What the graphs of one evaluation's losses are searched for; each node is visited once.
 
-    It calls backward inside its own backward, and is passed over where only gradients with
-    respect to given tensors are asked for: the parameters in it would silently not be trained.
-
-    Args:
-        loss: Where the graph ends.
-        name: The objective's name.
-        seen: The nodes that have been looked at already, of other losses; it is added to.
-
-    Raises:
-        RuntimeError: If there is one.
+    Attributes:
+        leaves: The ids of the tensors that are differentiated with respect to.
+        begin: The number that autograd gave to a node just before the closure ran.
+        outside: A node from before the closure ran by which a loss depends on one of the leaves,
+            if there is one: at other weights it would be the same.
+        known: Such a node of an earlier evaluation.
     """
-    ahead = [] if loss.grad_fn in seen else [loss.grad_fn]
-    while ahead:
-        node = ahead.pop()
-        if node is None:
-            continue
-        if "CheckpointFunction" in type(node).__name__:
-            raise RuntimeError(
-                f"objective {name!r} uses torch.utils.checkpoint with use_reentrant=True, which "
-                "hides parameters from the gradient; pass use_reentrant=False"
-            )
-        for following, _ in node.next_functions:
-            if following not in seen:
-                seen.add(following)
-                ahead.append(following)
+
+    leaves: Container[int]
+    begin: int
+    outside: Any = None
+    known: Any = None
+    _seen: set[object] = field(default_factory=set, repr=False)
+
+    @classmethod
+    def starting(
+        cls, leaves: Sequence[Tensor], known: Any = None, *, suspicious: bool = True
+    ) -> GraphCheck:
+        """The check of what a closure computes from now on.
+
+        Args:
+            leaves: The tensors that are differentiated with respect to.
+            known: What an earlier evaluation has found in the place of `outside`.
+            suspicious: Whether to look for such nodes by their number, or for `known` only.
+        """
+        if not suspicious:
+            return cls((), 0, known=known)
+        with torch.enable_grad():
+            probe: Any = torch.zeros((), requires_grad=True).clone().grad_fn
+        return cls(set(map(id, leaves)), probe._sequence_nr(), known=known)
+
+    def forget(self) -> None:
+        """Let go of the nodes that have been visited."""
+        self._seen.clear()
+
+    def visit(self, loss: Tensor, name: str, *, differentiated: bool = False) -> None:
+        """Search a loss's graph.
+
+        A reentrant checkpoint calls backward inside its own backward, and is passed over where
+        only gradients with respect to given tensors are asked for: the parameters in it would
+        silently not be trained.
+
+        Args:
+            loss: Where the graph ends.
+            name: The objective's name.
+            differentiated: Whether the closure has called backward itself.
+
+        Raises:
+            RuntimeError: If there is a reentrant checkpoint in a graph yet to be differentiated.
+        """
+        seen = self._seen
+        ahead = [] if loss.grad_fn in seen else [loss.grad_fn]
+        while ahead:
+            node: Any = ahead.pop()
+            if node is None:
+                continue
+            if not differentiated and "CheckpointFunction" in type(node).__name__:
+                raise RuntimeError(
+                    f"objective {name!r} uses torch.utils.checkpoint with use_reentrant=True, "
+                    "which hides parameters from the gradient; pass use_reentrant=False"
+                )
+            if node is self.known:
+                self.outside = node
+            old = self.outside is None and node._sequence_nr() < self.begin
+            for following, _ in node.next_functions:
+                if old and id(getattr(following, "variable", None)) in self.leaves:
+                    self.outside = node
+                if following not in seen:
+                    seen.add(following)
+                    ahead.append(following)
+
+
+def computed_outside(name: str) -> str:
+    """What to say of an objective whose graph is from before its closure ran."""
+    what = "the loss" if name == LOSS else f"the loss of objective {name!r}"
+    return (
+        f"{what} was computed outside the closure, so that it would be the same at other weights; "
+        "call the model inside the closure"
+    )
+
+
+def as_plain(tensor: Tensor) -> Tensor:
+    """The tensor without the subclass that a data loader has given it (MONAI's MetaTensor, say).
+
+    Subclasses that are more than a name for a plain tensor, such as `DTensor`, stay.
+
+    Examples:
+        >>> class Tagged(torch.Tensor): ...
+        >>> type(as_plain(torch.ones(2).as_subclass(Tagged))).__name__
+        'Tensor'
+    """
+    kind = type(tensor)
+    if kind is Tensor or kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return tensor
+    with torch._C.DisableTorchFunctionSubclass():
+        return tensor.as_subclass(Tensor)
 
 
 def checked_grad(grad: Tensor | None, name: str, parameter: Tensor) -> Tensor | None:

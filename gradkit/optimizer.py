@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import warnings
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
@@ -34,11 +36,20 @@ from gradkit.flat import Layout, Pool
 from gradkit.gradients import Gradients
 from gradkit.interrupts import Interrupts
 from gradkit.nonfinite import Nonfinite, NonFiniteError, judge
-from gradkit.objectives import Objectives, check_objectives
+from gradkit.objectives import LOSS, NoGradientError, Objectives, check_objectives
 from gradkit.oracle import Context, Streams, Transform
 from gradkit.processes import Processes, ProcessGroupChoice, reshard
 from gradkit.record import StepRecord
 from gradkit.scaling import LossScale
+
+_IDLE = (
+    "step() had nothing to step on: {}. As with a bare optimizer nothing was changed, and "
+    "last_step.applied is False; this is said once"
+)
+_ALONE = (
+    "{!r} acts between objectives, and the step has one only, {!r}; pass step() a mapping of "
+    "named objectives. This is said once"
+)
 
 
 class GradientOptimizer(Optimizer):
@@ -90,6 +101,12 @@ class GradientOptimizer(Optimizer):
             layout = Layout.of(base.param_groups)
             places = None if model is None else ParameterPlaces(model, layout)
             choose_engine(engine, places, layout)
+        if model is not None and not _share_parameters(model, base):
+            raise ValueError(
+                "model= holds none of the parameters that the optimizer was made with, so that "
+                "nothing of what closures do to its buffers could be undone; pass the module that "
+                "is optimised"
+            )
         for transform in transforms:
             transform.check_free(self)
         # Whoever looks at the groups finds the key from the start: some checkpoint formats save
@@ -97,8 +114,6 @@ class GradientOptimizer(Optimizer):
         self.base.param_groups[0][saved_state.KEY] = saved_state.encode(self.transforms)
         for transform in transforms:
             transform.belong_to(self)
-        with contextlib.suppress(ValueError):  # parameters may still change before the first step
-            self._layout()
 
     def _prepare_scratch(self) -> None:
         """Make what is neither copied nor saved."""
@@ -106,6 +121,7 @@ class GradientOptimizer(Optimizer):
         self._places: ParameterPlaces | None = None
         self._stepping = False
         self._applied = 0
+        self._warned: set[str] = set()
         self._optimizer_step_pre_hooks: OrderedDict[int, Any] = OrderedDict()
         self._optimizer_step_post_hooks: OrderedDict[int, Any] = OrderedDict()
         self._optimizer_state_dict_pre_hooks: OrderedDict[int, Any] = OrderedDict()
@@ -183,6 +199,7 @@ class GradientOptimizer(Optimizer):
 
     # The step.
 
+    @_disable_dynamo  # as torch's own; the model's calls inside are compiled all the same
     def step(self, closure: Objectives | None = None) -> Tensor | None:  # type: ignore[override]  # takes mappings too
         """Evaluate the objectives, bend their gradients, and let the base optimizer step.
 
@@ -234,6 +251,7 @@ class GradientOptimizer(Optimizer):
             raise
         return closure
 
+    @_disable_dynamo
     def gradients(
         self,
         objectives: Objectives,
@@ -261,18 +279,33 @@ class GradientOptimizer(Optimizer):
             check_objectives(objectives)
             try:
                 attempt.set_gradients_aside()
+                attempt.context.ascended = ()  # whatever the base makes of them
                 return attempt.evaluator(objectives).evaluate(at, only)
             finally:
                 attempt.undo(rng=False)
 
     def _step(self, closure: Objectives | None) -> Tensor | None:
+        loss, warning = self._step_quietly(closure)
+        if warning is not None:
+            self._warn(*warning)
+        return loss
+
+    def _step_quietly(
+        self, closure: Objectives | None
+    ) -> tuple[Tensor | None, tuple[str, str] | None]:
+        """The loss, and what is to be warned of once the step is done: its kind and the text."""
         with self._attempt() as attempt:
+            scale = self._loss_scale
+            if scale is not None:
+                scale.refuse_unscaled()
             if closure is not None:
                 check_objectives(closure)
             elif attempt.can_only_initialise():
                 attempt.initialise(self.transforms)
-                return None
-            scale = self._loss_scale
+                if not attempt.has_no_gradient:
+                    return None, None
+                self._record_idle(attempt, None)
+                return None, ("idle", _IDLE.format("no parameter has a gradient"))
             if closure is None and scale is not None:
                 raise RuntimeError(
                     "this optimizer scales losses itself (scaler=), so that it cannot know the "
@@ -281,7 +314,15 @@ class GradientOptimizer(Optimizer):
             nonfinite = self.nonfinite if scale is None else "skip"
             try:
                 attempt.set_gradients_aside()
-                gradients, source = self._evaluate(attempt, closure, nonfinite)
+                try:
+                    gradients, source = self._evaluate(attempt, closure, nonfinite)
+                except NoGradientError as error:
+                    if not attempt.may_be_idle():
+                        raise
+                    attempt.idle()
+                    self._record_idle(attempt, error.loss)
+                    given = None if error.loss is None else error.loss.detach()
+                    return given, ("idle", _IDLE.format(error))
                 verdict = judge(gradients, source, nonfinite, self.base, self._objection)
                 if verdict.culprit is None:
                     direction = attempt.direction(gradients, self.max_norm)
@@ -303,9 +344,22 @@ class GradientOptimizer(Optimizer):
                 scale.update(attempt.context.layout.device, overflowed=overflowed)
             self._applied += attempt.applied
             self._record(attempt, gradients, source)
+            alone = [each for each in self.transforms if each.needs_several]
+            warning = None
+            if len(gradients.names) > 1:
+                self._warned.add("alone")  # an objective may be absent now and then
+            elif alone:
+                warning = ("alone", _ALONE.format(alone[0], gradients.names[0]))
             if closure is None:
-                return None
-            return stacked([*source.first_losses.values()], attempt.context.layout.device).sum()
+                return None, warning
+            firsts = [*source.first_losses.values()]
+            return stacked(firsts, attempt.context.layout.device).sum(), warning
+
+    def _warn(self, kind: str, text: str) -> None:
+        """Warn of something once."""
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(text, UserWarning, stacklevel=5)
 
     def _evaluate(
         self, attempt: Attempt, closure: Objectives | None, nonfinite: Nonfinite
@@ -381,7 +435,9 @@ class GradientOptimizer(Optimizer):
     @property
     def _loss_scale(self) -> LossScale | None:
         enabled = self.scaler is not None and self.scaler.is_enabled()
-        return LossScale(self.scaler) if self.scaler is not None and enabled else None
+        if self.scaler is None or not enabled:
+            return None
+        return LossScale(self.scaler, owners=(self, self.base))
 
     def _settings(self, processes: Processes, layout: Layout) -> int:
         """A number that says whether ranks would step alike on the same gradients."""
@@ -419,7 +475,14 @@ class GradientOptimizer(Optimizer):
         return Attempt(
             self.base,
             session,
-            Context(layout, self._pool, self.base, streams=self.streams, by_tensor=self._by_tensor),
+            Context(
+                layout,
+                self._pool,
+                self.base,
+                streams=self.streams,
+                by_tensor=self._by_tensor,
+                ascended=self._ascended(layout),
+            ),
             generators=[transform.generator for transform in self.transforms],
             others=[] if places is None else places.others,
             processes=processes,
@@ -434,6 +497,29 @@ class GradientOptimizer(Optimizer):
                 settings=self._settings(processes, layout),
                 loss_scale=scale,
             ),
+        )
+
+    def _ascended(self, layout: Layout) -> tuple[int, ...]:
+        """The parameters that the base moves along the gradient rather than against it."""
+        flags = [bool(group.get("maximize", False)) for group in self.base.param_groups]
+        if not any(flags):
+            return ()
+        return tuple(t for t, group in enumerate(layout.groups) if flags[group])
+
+    def _record_idle(self, attempt: Attempt, loss: Tensor | None) -> None:
+        """Record a step in which there was nothing to step on."""
+        device = attempt.context.layout.device
+        value = torch.tensor(torch.nan, device=device) if loss is None else loss.detach()
+        zero = torch.zeros(1, device=device)
+        self.last_step = StepRecord(
+            names=attempt.context.names or (LOSS,),
+            losses=stacked([value], device),
+            applied=False,
+            _gram=zero[None],
+            _weights=zero + 1,
+            _lr_scale=zero[0] + 1,
+            _gate=None,
+            _decay=None,
         )
 
     def _record(
@@ -561,3 +647,8 @@ class GradientOptimizer(Optimizer):
             saved_state.lay_out_vectors(self.transforms, layout, layout, self.base, loaded)
         for post in list(self._optimizer_load_state_dict_post_hooks.values()):
             post(self)
+
+
+def _share_parameters(model: nn.Module, base: Optimizer) -> bool:
+    own = set(map(id, model.parameters()))
+    return any(id(parameter) in own for group in base.param_groups for parameter in group["params"])

@@ -231,6 +231,9 @@ class Context:
         by_tensor: Whether a transform takes inner products tensor by tensor; those over all
             parameters are their sum then.
         without_loss: The objectives whose closure returned no loss, but called backward.
+        ascended: The parameters in groups with `maximize`, by position in the layout. Their
+            gradients are negated as soon as they are known, so that what transforms see is to be
+            minimised; where all parameters are such, so are the losses.
     """
 
     layout: Layout
@@ -243,15 +246,27 @@ class Context:
     streams: Streams = "no"
     by_tensor: bool = False
     without_loss: set[str] = field(default_factory=set)
+    ascended: tuple[int, ...] = ()
     _proposals: dict[int, dict[str, Any]] = field(default_factory=dict, repr=False)
     _vectors: dict[int, dict[str, Tensor]] = field(default_factory=dict, repr=False)
+
+    @property
+    def ascends_everywhere(self) -> bool:
+        """Whether all parameters are in groups with `maximize`."""
+        return len(self.ascended) == len(self.layout.parameters) and bool(self.ascended)
 
     def propose(self, transform: Transform, **state: Any) -> None:
         """Note new state for `transform`; it takes effect if the step is applied.
 
         Of several proposals in one step the last one counts.
+
+        Raises:
+            ValueError: If a vector has another shape than the one it is to replace, or if a tensor
+                is too large for what is saved as text.
         """
         for name, value in state.items():
+            if name not in transform.vectors:
+                _check_small(transform, name, value, self.layout.numel)
             kept = transform.vectors.get(name)
             if kept is not None and value.shape != kept.shape:
                 raise ValueError(
@@ -315,6 +330,18 @@ class Context:
             )
 
 
+def _check_small(transform: Transform, name: str, value: object, numel: int) -> None:
+    if not isinstance(value, Tensor):
+        return
+    is_flat = value.shape == (numel,) and numel > 1 << 12
+    if is_flat or value.numel() * value.element_size() > 1 << 22:
+        raise ValueError(
+            f"{type(transform).__name__} proposed a tensor {name!r} of shape "
+            f"{tuple(value.shape)} as small state, which is saved as text; return a vector of the "
+            "length of the weights from initial_vectors(), or pass it to context.propose_vectors()"
+        )
+
+
 class Transform:
     """Turns an oracle into another oracle.
 
@@ -368,6 +395,9 @@ class Transform:
     divides: bool = False
     """Whether the transform evaluates objectives one by one, each at a point of its own."""
 
+    needs_several: bool = False
+    """Whether the transform does nothing where a step has one objective."""
+
     needs_rows: bool = True
     """Whether the transform, or its gate, looks at single objectives' gradients or their products.
 
@@ -409,7 +439,10 @@ class Transform:
         return {name: value for name, value in self.__dict__.items() if name != "_owned_by"}
 
     def initial_vectors(self, layout: Layout) -> dict[str, Tensor]:
-        """The flat vectors this transform keeps, as they are before the first step."""
+        """The flat vectors this transform keeps, as they are before the first step.
+
+        Called without gradients at the first step, and again where parameters have changed.
+        """
         return {}
 
     def around(self, inner: Oracle, context: Context) -> Oracle:

@@ -27,8 +27,8 @@ ProcessGroupChoice = Any  # "auto", None or a torch.distributed.ProcessGroup
 
 _MESSAGE_BYTES = 512
 
-Stage = Literal["evaluation", "step", "applied", "losses"]
-_STAGES: dict[Stage, int] = {"evaluation": 1, "step": 2, "applied": 3, "losses": 4}
+Stage = Literal["evaluation", "step", "applied", "losses", "idle"]
+_STAGES: dict[Stage, int] = {"evaluation": 1, "step": 2, "applied": 3, "losses": 4, "idle": 5}
 
 
 class RankError(RuntimeError):

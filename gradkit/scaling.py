@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.amp import GradScaler
+from torch.amp.grad_scaler import OptState
 
 
 class LossScale:
@@ -13,6 +16,10 @@ class LossScale:
 
     Losses are multiplied by the scale before they are differentiated, gradients divided by it
     once, and the scale is updated once per step, whatever number of evaluations it takes.
+
+    Args:
+        scaler: The scaler.
+        owners: The optimizer, and its base.
 
     Examples:
         >>> import torch
@@ -24,8 +31,34 @@ class LossScale:
         4.0
     """
 
-    def __init__(self, scaler: GradScaler) -> None:
+    def __init__(self, scaler: GradScaler, owners: Sequence[object] = ()) -> None:
         self.scaler = scaler
+        self._owners = set(map(id, owners))
+
+    def refuse_unscaled(self, *, in_closure: bool = False) -> None:
+        """Check that nobody has told the scaler to unscale the optimizer's gradients.
+
+        Args:
+            in_closure: Whether a closure can have done so, which the scaler is made to forget.
+
+        Raises:
+            RuntimeError: If somebody has.
+        """
+        states = getattr(self.scaler, "_per_optimizer_states", {})
+        found = [
+            owner
+            for owner in self._owners
+            if owner in states and states[owner].get("stage") is OptState.UNSCALED
+        ]
+        if in_closure:
+            for owner in found:
+                del states[owner]
+        if found:
+            raise RuntimeError(
+                "scaler.unscale_() was called on this optimizer, which unscales gradients itself, "
+                "so that they would be divided by the scale twice; leave the call out, and clip by "
+                "max_norm= of gk.wrap()"
+            )
 
     def scaled(self, loss: Float[Tensor, "*K"]) -> Float[Tensor, "*K"]:
         """The loss, or several, times the scale."""

@@ -177,7 +177,8 @@ def lay_out_vectors(
     state has kept from before it was frozen, or else as `initial_vectors` has it.
     """
     for number, transform in enumerate(transforms):
-        fresh = transform.initial_vectors(new)
+        with torch.no_grad():
+            fresh = transform.initial_vectors(new)
         for name, vector in fresh.items():
             key = f"{PREFIX}{number}.{name}"
             before: dict[Tensor, Tensor] = {}

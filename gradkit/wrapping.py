@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from itertools import dropwhile
 from typing import Literal
 
-import torch
 from torch import nn
 from torch.amp import GradScaler
 from torch.optim import LBFGS, Optimizer, SparseAdam
@@ -44,9 +43,10 @@ def wrap(
         model: The module whose parameters are optimised. With it, buffers such as BatchNorm's
             running statistics see each objective's first evaluation in a step and no other, and
             the functional engine can be used.
-        engine: "functional" runs closures on a copy of the parameters and never writes to the
-            live ones; "inplace" displaces them and puts them back, which also runs parameter
-            hooks and compiled modules; "auto" is functional where that is possible.
+        engine: "inplace", which is what "auto" takes, displaces the live parameters and puts them
+            back by copy: whatever hangs on them (attributes, hooks, compiled and scripted modules)
+            works as with `base`. "functional" runs closures on leaves in their place and never
+            writes to the live ones; what it cannot carry it refuses.
         nonfinite: On a NaN or an infinity in a loss or gradient, "raise" names the objective,
             "skip" leaves everything but the random numbers as it was, "ignore" does not look
             (and needs no copy to the host).
@@ -112,11 +112,6 @@ def wrap(
         raise TypeError(f"max_norm is {max_norm!r}; pass a positive number, or None")
     if max_norm is not None and not max_norm > 0:
         raise ValueError(f"max_norm is {max_norm}; it must be positive, or None for no clipping")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ValueError(
-            "model is a scripted module, whose parameters and buffers cannot be exchanged; pass "
-            "the module it was made from, or leave model= out"
-        )
     if scaler is not None and not isinstance(scaler, GradScaler):
         raise TypeError(f"scaler is a {type(scaler).__name__}; pass a torch.amp.GradScaler")
     if isinstance(process_group, str) and process_group != "auto":

@@ -200,8 +200,6 @@ def test_same_as_compares_objects_and_places():
 @pytest.mark.parametrize(
     ("groups", "message"),
     [
-        ([[parameter(2).requires_grad_(False)]], "no parameter of the optimizer requires"),
-        ([[]], "no parameter of the optimizer requires"),
         ([[parameter(1)], [parameter(1), parameter(2, dtype=torch.complex64)]], "parameter 1 of group 1 is complex"),  # noqa: E501
         ([[nn.Parameter(torch.zeros(2, device="meta"))]], "parameter 0 of group 0 is on the meta"),
         ([[nn.Parameter(torch.zeros(2, device="meta")), parameter(2)]], "on the meta device"),

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 Receivers = Mapping[int, Callable[[Tensor], None]]
 """For some leaves, by position, what takes their gradient."""
@@ -28,8 +29,8 @@ def take_grads(leaves: Sequence[Tensor]) -> list[Tensor | None]:
 def handing_on(loss: Tensor, leaves: Sequence[Tensor], receivers: Receivers) -> Iterator[None]:
     """A context in which `loss.backward()` hands gradients on to receivers as it makes them.
 
-    Such a leaf's `.grad` is None again then. It must be nobody else's: a hook or a function of
-    somebody's own would look for it there in vain.
+    Such a leaf's `.grad` becomes None when the next one's has been made: hooks that others have put
+    on the node that accumulates it, which run after those here, still find it there.
 
     Args:
         loss: A scalar with its graph.
@@ -40,6 +41,11 @@ def handing_on(loss: Tensor, leaves: Sequence[Tensor], receivers: Receivers) -> 
         yield
         return
     current, outermost = _current_pass, [-1]
+    waiting: list[Tensor] = []
+
+    def release() -> None:
+        while waiting:
+            waiting.pop().grad = None
 
     def begin(grad: Tensor) -> None:
         outermost[0] = current()
@@ -50,9 +56,10 @@ def handing_on(loss: Tensor, leaves: Sequence[Tensor], receivers: Receivers) -> 
             # A pass that a function begins inside this one is that function's own affair; and a
             # sparse gradient is found to be an error where it is left.
             ours = current() == outermost[0]
+            release()
             if ours and grad is not None and grad.layout == torch.strided:
-                leaf.grad = None
                 receive(grad)
+                waiting.append(leaf)
 
         return hook
 
@@ -64,5 +71,30 @@ def handing_on(loss: Tensor, leaves: Sequence[Tensor], receivers: Receivers) -> 
                 handles.append(add(hook_for(receive)))  # type: ignore[no-untyped-call]
         yield
     finally:
+        release()
         for handle in handles:
             handle.remove()
+
+
+def may_hand_on(modules: Sequence[nn.Module], leaves: Sequence[Tensor]) -> bool:
+    """Whether nobody can miss a gradient that is taken away while the backward pass goes on.
+
+    Hooks of others on a parameter or module may look at any parameter's `.grad`.
+    """
+    everywhere = nn.modules.module
+    if everywhere._global_backward_hooks or everywhere._global_backward_pre_hooks:
+        return False
+    if any(
+        module._backward_hooks or module._backward_pre_hooks or _reduces(module)
+        for module in modules
+        if not isinstance(module, torch.jit.ScriptModule)
+    ):
+        return False
+    return not any(
+        leaf._backward_hooks or getattr(leaf, "_post_accumulate_grad_hooks", None)
+        for leaf in leaves
+    )
+
+
+def _reduces(module: nn.Module) -> bool:
+    return isinstance(module, DistributedDataParallel)

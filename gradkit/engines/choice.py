@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gradkit.flat import Layout
@@ -21,7 +23,7 @@ class ParameterPlaces:
         # modules share has one place in each of them.
         places: dict[int, list[tuple[str, nn.Module, str]]] = {}
         for prefix, module in model.named_modules():
-            for key, parameter in module._parameters.items():
+            for key, parameter in module._parameters.items():  # a scripted module's, too
                 if parameter is not None:
                     name = f"{prefix}.{key}" if prefix else key
                     places.setdefault(id(parameter), []).append((name, module, key))
@@ -48,6 +50,10 @@ class ParameterPlaces:
         self.others = [each for each in found.values() if each.requires_grad]
         self.frozen = [each for each in found.values() if not each.requires_grad]
 
+    def buffers(self) -> Iterator[tuple[str, Tensor]]:
+        """The model's buffers by name, each as often as it is registered."""
+        return self._model.named_buffers(remove_duplicate=False)
+
     def name(self, index: int) -> str:
         """The model's first name for a parameter."""
         return self._places[index][0][0]
@@ -63,7 +69,8 @@ class ParameterPlaces:
         present = set(map(id, self.modules))
         for places, parameter in zip(self._places, self.layout.parameters, strict=True):
             for name, owner, key in places:
-                if id(owner) not in present or owner._parameters.get(key) is not parameter:
+                held = owner._parameters
+                if id(owner) not in present or key not in held or held[key] is not parameter:
                     raise RuntimeError(
                         f"the model's parameter {name!r} is no longer the one that the optimizer "
                         "holds, so stepping would not change the model; make a new optimizer and "
@@ -74,19 +81,17 @@ class ParameterPlaces:
 def choose_engine(
     wanted: EngineName, places: ParameterPlaces | None, layout: Layout
 ) -> Literal["functional", "inplace"]:
-    """The engine to use: the wanted one, or the functional one where its needs are met.
+    """The engine to use: the wanted one; "auto" is the one that keeps to torch's own semantics.
 
     Raises:
         ValueError: If the functional engine is wanted and something it needs is missing.
     """
-    if wanted == "inplace":
+    if wanted != "functional":
         return "inplace"
     problem = _functional_problem(places, layout)
-    if problem is None:
-        return "functional"
-    if wanted == "functional":
+    if problem is not None:
         raise ValueError(f"engine='functional' {problem}; or pass engine='inplace'")
-    return "inplace"
+    return "functional"
 
 
 def _functional_problem(places: ParameterPlaces | None, layout: Layout) -> str | None:
@@ -105,6 +110,11 @@ def _functional_problem(places: ParameterPlaces | None, layout: Layout) -> str |
     for module in places.modules:
         if "_orig_mod" in module._modules:
             return "cannot replace the parameters of a compiled module: pass the original as model="
+        if isinstance(module, torch.jit.ScriptModule):
+            return (
+                "cannot replace the parameters of a scripted or traced module: leave it unscripted "
+                "while it is trained"
+            )
         if isinstance(module, DistributedDataParallel):
             return (
                 "cannot replace the parameters of a DistributedDataParallel module: pass its "
@@ -112,8 +122,44 @@ def _functional_problem(places: ParameterPlaces | None, layout: Layout) -> str |
             )
     if places.writes_weights:
         return "would lose what an embedding with max_norm= writes to its weight in forward"
+    return _parameter_problem(places, layout) or _shared_memory_problem(places, layout)
+
+
+def _parameter_problem(places: ParameterPlaces, layout: Layout) -> str | None:
+    """What hangs on a parameter object and would be missing on the leaf in its place."""
     for index, parameter in enumerate(layout.parameters):
+        name = places.name(index)
         if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
-            name = places.name(index)
             return f"would not run the hooks registered on the parameter {name!r}: remove them"
+        if type(parameter) is not nn.Parameter:
+            return (
+                f"puts plain parameters in the place of the model's, and {name!r} is a "
+                f"{type(parameter).__name__}"
+            )
+        # Those of frameworks themselves, such as compilers' notes, begin with an underscore.
+        attributes = sorted(key for key in vars(parameter) if not key.startswith("_"))
+        if attributes:
+            return (
+                f"would lose the attribute {attributes[0]!r} of the parameter {name!r}: keep it "
+                "on the module"
+            )
+    return None
+
+
+def _shared_memory_problem(places: ParameterPlaces, layout: Layout) -> str | None:
+    """Buffers that would come apart from what they share their memory with."""
+    owners: dict[int, str] = {}
+    for index, parameter in enumerate(layout.parameters):
+        owners.setdefault(parameter.untyped_storage().data_ptr(), f"parameter {places.name(index)}")
+    seen: set[int] = set()
+    for name, buffer in places.buffers():
+        if id(buffer) in seen or not buffer.numel() or type(buffer) is not torch.Tensor:
+            continue
+        seen.add(id(buffer))
+        other = owners.setdefault(buffer.untyped_storage().data_ptr(), f"buffer {name}")
+        if other != f"buffer {name}":
+            return (
+                f"runs closures on copies, and the buffer {name!r} shares memory with the "
+                f"{other}: register a clone() of it"
+            )
     return None

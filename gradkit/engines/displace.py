@@ -11,6 +11,8 @@ from torch import Tensor
 from gradkit.flat import Layout
 from gradkit.oracle import Along
 
+HALF = (torch.float16, torch.bfloat16)
+
 
 def write_sums(
     out: Sequence[Tensor],
@@ -26,10 +28,11 @@ def write_sums(
     for value, weight, along in zip(out, weights, at.parts(layout), strict=True):
         if along is None:
             value.copy_(weight)
-        elif value.dtype == weight.dtype == along.dtype:
+        elif value.dtype == weight.dtype == along.dtype and value.dtype not in HALF:
             if isinstance(at.factor, float):
                 torch.add(weight, along, alpha=at.factor, out=value)
             else:
                 torch.addcmul(weight, along, at.factor.to(value.dtype), out=value)
-        else:
-            value.copy_(weight + along * at.factor)
+        else:  # half precision would round the factor, and the product, before the sum
+            wide = torch.promote_types(value.dtype, torch.float32)
+            value.copy_(weight.to(wide) + along.to(wide) * at.factor)

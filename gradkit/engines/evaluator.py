@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gradkit.engines.backward import Receivers, take_grads
 from gradkit.engines.mark import Mark
 from gradkit.engines.rows import Rows, no_gradient, stacked
 from gradkit.engines.session import Session
@@ -17,11 +18,12 @@ from gradkit.gradients import Gradients
 from gradkit.interrupts import Interrupts
 from gradkit.objectives import (
     LOSS,
+    GraphCheck,
     NoGradientError,
     Objectives,
     checked_loss,
+    computed_outside,
     micro_batches,
-    refuse_reentrant_checkpoints,
 )
 from gradkit.oracle import Along, Context, Weigh
 from gradkit.processes import Processes
@@ -58,6 +60,7 @@ class Evaluator:
         settings: int,
         loss_scale: LossScale | None,
         accumulated: Sequence[int] = (),
+        beside: Sequence[Tensor] = (),
     ) -> None:
         self._closures = objectives if isinstance(objectives, Mapping) else None
         self._joint = None if isinstance(objectives, Mapping) else objectives
@@ -70,9 +73,17 @@ class Evaluator:
         self._settings = settings
         self._loss_scale = loss_scale
         self._mark = Mark(context.layout, accumulated)
+        self._beside = beside
+        self._had_gradient = {parameter for parameter in beside if parameter.grad is not None}
+        self._check = GraphCheck((), 0)
+        self.found_gradient = False
+        self._is_displaced = False
+        self._outside: dict[str | None, Any] = {}
         if self._closures is not None:
             context.names = tuple(self._closures)
-        self._evaluated: set[str] = set()
+        self._evaluated: set[str | None] = set()
+        self.thawed: dict[str, dict[Tensor, Tensor]] = {}
+        """By objective, the gradients of parameters that a closure has unfrozen in this step."""
         self.first_losses: dict[str, Tensor] = {}
         self.without_loss = context.without_loss
         self.measured: list[Gradients] = []
@@ -100,6 +111,7 @@ class Evaluator:
                 f"the displacement at= has shape {tuple(at.shape)}, but the flat vector of the "
                 f"weights has {(self._context.layout.numel,)}"
             )
+        self._is_displaced = at is not None
         place = self._session.displaced(at)
         del at  # a point is not needed once the weights are there
         with place as leaves, self._processes.local_gradients():
@@ -130,11 +142,17 @@ class Evaluator:
         scale = self._loss_scale
         device = self._context.layout.device
         rows.finish(
-            self._processes, self._settings, None if scale is None else scale.inverse(device)
+            self._processes,
+            self._settings,
+            None if scale is None else scale.inverse(device),
+            self._context.ascended,
         )
         for name in rows.measured:
             self.first_losses.setdefault(name, rows.loss(name))
         self.without_loss |= rows.without_loss()
+        self.thawed.update(rows.thawed)
+        if self._context.ascends_everywhere:
+            rows.negate_losses()
 
     def _evaluate_one_by_one(self, leaves: Sequence[Tensor], only: Container[str] | None) -> Rows:
         assert self._closures is not None
@@ -153,7 +171,7 @@ class Evaluator:
                                 f"objective {name!r} returned a mapping; pass the closure itself "
                                 "to step() if it computes several objectives"
                             )
-                        self._back_propagate({name: item}, (name,), rows, leaves)
+                        self._back_propagate(name, {name: item}, (name,), rows, leaves)
                         del item  # and its graph, before the next micro-batch is computed
                     if empty:
                         raise NoGradientError(
@@ -161,9 +179,7 @@ class Evaluator:
                             "generator yielded nothing"
                         )
 
-            first = name not in self._evaluated
-            self._run_with_draws(name, body, first, leaves)
-            self._evaluated.add(name)
+            self._run_with_draws(name, body, leaves)
         return rows
 
     def _evaluate_jointly(
@@ -194,10 +210,10 @@ class Evaluator:
                         continue
                     if rows is None:
                         rows = Rows(wanted, leaves, self._context, losses=names)
-                    self._back_propagate(losses, wanted, rows, leaves)
+                    self._back_propagate(None, losses, wanted, rows, leaves)
                     del item, losses  # and their graphs, before the next micro-batch is computed
 
-        self._run_with_draws(None, body, not self.first_losses, leaves)
+        self._run_with_draws(None, body, leaves)
         if rows is None:
             raise NoGradientError("the closure produced no gradient: its generator yielded nothing")
         return rows, weighed
@@ -225,7 +241,7 @@ class Evaluator:
         for name, loss in checked.items():
             rows.add_loss(name, loss)
         self._mark.take(leaves, wanted[0], several=True)
-        if self._session.collect(leaves) is not None:
+        if self._collect(leaves) is not None:
             raise RuntimeError(_OWN_BACKWARD)
         chosen = []
         for name in wanted:
@@ -245,10 +261,10 @@ class Evaluator:
             loss = (weighed.weights[active].to(summed.dtype) * summed).sum()
         else:
             loss = together.sum() * 0
-        refuse_reentrant_checkpoints(loss, total, set())
+        self._look_into(loss, None, total)
         scaled = loss if self._loss_scale is None else self._loss_scale.scaled(loss)
-        grads = self._session.differentiate(scaled, leaves, retain_graph=False, receivers={})
-        rows.add(total, grads)
+        self._differentiate(total, scaled, leaves, rows, retain_graph=False, receivers={})
+        self._check.forget()
         return rows, weighed
 
     def _pending(
@@ -256,7 +272,7 @@ class Evaluator:
     ) -> Gradients:
         """Objectives that are yet to be weighed and back-propagated."""
         device = self._context.layout.device
-        values = losses.detach().clone()
+        values = -losses.detach() if self._context.ascends_everywhere else losses.detach().clone()
         if self._processes.together:
             self._processes.agree("losses", device, names=names)
             self._processes.add_up(values).div_(self._processes.size)
@@ -275,7 +291,14 @@ class Evaluator:
 
         return Gradients.of_losses(names, values, self._context.layout, gram)
 
-    def _run(self, body: Callable[[], None], first: bool, leaves: Sequence[Tensor]) -> None:
+    def _run(
+        self, key: str | None, body: Callable[[], None], first: bool, leaves: Sequence[Tensor]
+    ) -> None:
+        known = self._outside.get(key)
+        self._check = check = GraphCheck.starting(
+            (*leaves, *self._context.layout.parameters), known, suspicious=first
+        )
+
         def interruptible() -> None:
             self._mark.place(leaves)
             with torch.enable_grad(), self._interrupts.allowed():
@@ -284,9 +307,15 @@ class Evaluator:
         _forget_parametrizations()
         try:
             self._session.run(interruptible, keep_buffers=first)
+        except RuntimeError as error:
+            if known is None or not self._is_displaced or isinstance(error, NoGradientError):
+                raise
+            raise RuntimeError(computed_outside(key or LOSS)) from error
         finally:
             _forget_parametrizations()
             self._mark.forget()
+        if check.outside is not None:
+            self._outside[key] = check.outside
 
     def _agree_on(self, names: tuple[str, ...], only: Container[str] | None) -> tuple[str, ...]:
         """The objectives' names, which must not change within a step."""
@@ -308,6 +337,7 @@ class Evaluator:
 
     def _back_propagate(
         self,
+        key: str | None,
         losses: Mapping[str, object],
         wanted: tuple[str, ...],
         rows: Rows,
@@ -317,46 +347,114 @@ class Evaluator:
         for name, loss in checked.items():
             rows.add_loss(name, loss)
         self._mark.take(leaves, next(iter(checked)), several=len(checked) > 1)
-        own = self._session.collect(leaves)
+        own = self._collect(leaves)
         if own is not None:
             if len(checked) > 1:
                 raise RuntimeError(_OWN_BACKWARD)
-            rows.add(next(iter(checked)), own)
+            ((name, loss),) = checked.items()
+            if loss is not None:
+                self._look_into(loss, key, name, differentiated=True)
+                self._check.forget()
+            self._add(name, own, leaves, rows)
             return
         pending = [name for name in wanted if name in checked]
-        seen: set[object] = set()
         for name in pending:
             loss = checked[name]
             if loss is None or not loss.requires_grad:
                 raise NoGradientError(no_gradient(name, none=loss is None), loss)
-            refuse_reentrant_checkpoints(loss, name, seen)
+            self._look_into(loss, key, name)
             scaled = loss if self._loss_scale is None else self._loss_scale.scaled(loss)
-            grads = self._session.differentiate(
+            self._differentiate(
+                name,
                 scaled,
                 leaves,
+                rows,
                 retain_graph=name != pending[-1],
                 receivers=rows.receivers(name),
             )
-            rows.add(name, grads)
-            del grads  # so that they do not lie beside the next objective's
+        self._check.forget()
+
+    def _differentiate(
+        self,
+        name: str,
+        loss: Float[Tensor, ""],
+        leaves: Sequence[Tensor],
+        rows: Rows,
+        *,
+        retain_graph: bool,
+        receivers: Receivers,
+    ) -> None:
+        wanted = [*leaves, *self._thawed()]
+        grads = self._session.differentiate(
+            loss, wanted, retain_graph=retain_graph, receivers=receivers
+        )
+        self._add(name, grads, leaves, rows)
+
+    def _add(
+        self, name: str, grads: list[Tensor | None], leaves: Sequence[Tensor], rows: Rows
+    ) -> None:
+        if len(grads) > len(leaves):
+            rows.add_thawed(name, dict(zip(self._thawed(), grads[len(leaves) :], strict=True)))
+            del grads[len(leaves) :]
+        rows.add(name, grads)
+        self.found_gradient = True
+
+    def _thawed(self) -> list[Tensor]:
+        """The parameters of the optimizer that a closure has unfrozen in this step.
+
+        They have no place in the flat vectors of the step.
+        """
+        found = [parameter for parameter in self._beside if parameter.requires_grad]
+        if found and (self._processes.together or self._context.layout.shards is not None):
+            raise RuntimeError(
+                "a closure has unfrozen a parameter, which the other ranks would have to know "
+                "of; call requires_grad_(True) before step()"
+            )
+        return found
+
+    def _collect(self, leaves: Sequence[Tensor]) -> list[Tensor | None] | None:
+        """The gradients that the closure's own backward has left; None if it ran none."""
+        if self._loss_scale is not None:
+            self._loss_scale.refuse_unscaled(in_closure=True)
+        thawed = self._thawed()
+        own = self._session.collect(leaves)
+        fresh = [p for p in thawed if p.grad is not None and p not in self._had_gradient]
+        if own is None and not fresh:
+            return None
+        return [*(own or [None] * len(leaves)), *take_grads(thawed)]
+
+    def _look_into(
+        self, loss: Tensor, key: str | None, name: str, *, differentiated: bool = False
+    ) -> None:
+        """Search a loss's graph for what cannot be differentiated as it should be.
+
+        Raises:
+            RuntimeError: If it holds a reentrant checkpoint, or if it was made outside the closure
+                and the weights are displaced.
+        """
+        self._check.visit(loss, name, differentiated=differentiated)
+        if self._check.outside is not None and self._is_displaced:
+            raise RuntimeError(computed_outside(name))
 
     def _run_with_draws(
-        self, key: str | None, body: Callable[[], None], first: bool, leaves: Sequence[Tensor]
+        self, key: str | None, body: Callable[[], None], leaves: Sequence[Tensor]
     ) -> None:
         """Run, and replay the draws of the objective's first evaluation if that was asked for."""
+        first = key not in self._evaluated
         if self._draws is None:
-            self._run(body, first, leaves)
-            return
-        now = RandomState.capture(self._context.layout.device)
-        if first:
-            self._draws[key] = now
-            self._run(body, first, leaves)
-            return
-        self._draws[key].restore()
-        try:
-            self._run(body, first, leaves)
-        finally:
-            now.restore()
+            self._run(key, body, first, leaves)
+        else:
+            now = RandomState.capture(self._context.layout.device)
+            if first:
+                self._draws[key] = now
+                self._run(key, body, first, leaves)
+            else:
+                self._draws[key].restore()
+                try:
+                    self._run(key, body, first, leaves)
+                finally:
+                    now.restore()
+        self._evaluated.add(key)
 
 
 def _measured_together(

@@ -15,6 +15,7 @@ from gradkit.engines.choice import ParameterPlaces
 from gradkit.engines.displace import write_sums
 from gradkit.engines.session import Result
 from gradkit.flat import Layout, Pool
+from gradkit.objectives import NoGradientError
 from gradkit.oracle import Along
 from gradkit.processes import is_expanded
 
@@ -55,6 +56,8 @@ class FunctionalSession:
             if id(parameter) in index
         ]
         self._leaves: list[nn.Parameter] = []
+        self._memory: list[int] = []
+        self._flags = [(each, each.requires_grad) for each in (*places.others, *places.frozen)]
         self._groups = [(group, group["params"]) for group in base.param_groups]
         self._base, self._state = base, base.state
 
@@ -65,6 +68,7 @@ class FunctionalSession:
         parameters = self._layout.parameters
         with torch.no_grad():
             if at is None:
+                # Not copies: what a closure writes into a weight is to last.
                 points = [parameter.detach() for parameter in parameters]
             else:
                 values = self._layout.views(self._pool.take_vector())
@@ -75,6 +79,7 @@ class FunctionalSession:
                     for value, parameter in zip(values, parameters, strict=True)
                 ]
         self._leaves = [nn.Parameter(point) for point in points]
+        self._memory = [leaf.data_ptr() for leaf in self._leaves]
         torch.clear_autocast_cache()
         try:
             yield self._leaves
@@ -96,12 +101,48 @@ class FunctionalSession:
                 dict, {leaves.get(id(key), key): held for key, held in self._state.items()}
             )
             self._put_buffers(buffers)
-            result = body()
-            if keep_buffers:
-                self._kept_buffers = [dict(module._buffers) for module in self._modules]
+            try:
+                result = body()
+            except NoGradientError:  # which need not be an error
+                self._keep(keep_buffers)
+                raise
+            self._refuse_changes()
+            self._keep(keep_buffers)
             return result
         finally:
             self._put_back()
+
+    def _keep(self, keep_buffers: bool) -> None:
+        if keep_buffers:
+            self._kept_buffers = [dict(module._buffers) for module in self._modules]
+
+    @torch.no_grad()
+    def _refuse_changes(self) -> None:
+        """Check that a closure has done nothing to the leaves that would not reach the model.
+
+        Raises:
+            RuntimeError: If it has frozen or thawed one, or given it other memory.
+        """
+        changed = [
+            self._places.name(t) for t, leaf in enumerate(self._leaves) if not leaf.requires_grad
+        ]
+        for parameter, flag in self._flags:
+            if parameter.requires_grad != flag:
+                parameter.requires_grad_(flag)
+                changed.append("a parameter that is not optimised")
+        if changed:
+            raise RuntimeError(
+                f"a closure has changed requires_grad of {changed[0]}, which the functional "
+                "engine's copies do not carry to the model; do that before step(), or pass "
+                "engine='inplace' to gk.wrap()"
+            )
+        for t, (leaf, memory) in enumerate(zip(self._leaves, self._memory, strict=True)):
+            if leaf.data_ptr() != memory or leaf.shape != self._layout.shapes[t]:
+                raise RuntimeError(
+                    f"a closure has given the parameter {self._places.name(t)!r} another .data, "
+                    "which the functional engine's copies do not carry to the model; write to the "
+                    "values in place, or pass engine='inplace' to gk.wrap()"
+                )
 
     def _put_buffers(self, buffers: Buffers) -> None:
         for module, values in zip(self._modules, buffers, strict=True):
@@ -142,10 +183,11 @@ class FunctionalSession:
         for t, grad in enumerate(grads):
             if grad is not None:
                 raise RuntimeError(
-                    f"the loss depends on the parameter {self._places.name(t)!r} by way of a "
-                    "reference made outside the closure (a cached parameter list, say), which "
-                    "does not see displaced weights; look the parameter up in the model inside "
-                    "the closure, or pass engine='inplace' to gk.wrap()"
+                    "the loss was computed outside the closure, or depends on the parameter "
+                    f"{self._places.name(t)!r} by way of a reference made there (a cached "
+                    "parameter list, say), which does not see displaced weights; call the model "
+                    "inside the closure, and look parameters up in it there, or pass "
+                    "engine='inplace' to gk.wrap()"
                 )
 
     def commit(self) -> None:  # noqa: D102

@@ -13,11 +13,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gradkit.engines.backward import Receivers, take_grads
+from gradkit.engines.backward import Receivers, handing_on, may_hand_on, take_grads
 from gradkit.engines.choice import ParameterPlaces
 from gradkit.engines.displace import write_sums
 from gradkit.engines.session import Result
-from gradkit.flat import Layout, Pool
+from gradkit.flat import Layout, Pool, copy_all
 from gradkit.oracle import Along
 from gradkit.processes import is_expanded
 
@@ -52,7 +52,11 @@ class InplaceSession:
         self._data = (
             [parameter.data for parameter in layout.parameters] if layout.shards is None else []
         )
-        self._held = [(module._parameters, dict(module._parameters)) for module in self._modules]
+        self._held = [
+            (module._parameters, dict(module._parameters))
+            for module in self._modules
+            if not isinstance(module, torch.jit.ScriptModule)  # whose parameters stay
+        ]
 
     @contextmanager
     def displaced(  # noqa: D102
@@ -66,7 +70,7 @@ class InplaceSession:
         try:
             with torch.no_grad():
                 values = self._layout.local_parameters()
-                torch._foreach_copy_(self._layout.views(saved), values)
+                copy_all(self._layout.views(saved), values)
                 self._saved = saved
                 write_sums(values, values, at, self._layout)
                 del at  # not needed any more, and maybe the last reference
@@ -86,7 +90,7 @@ class InplaceSession:
         if saved is not None:
             self._put_data_back()
             with torch.no_grad():
-                torch._foreach_copy_(self._layout.local_parameters(), self._layout.views(saved))
+                copy_all(self._layout.local_parameters(), self._layout.views(saved))
             self._forget_copies()
 
     def _forget_copies(self) -> None:
@@ -114,9 +118,13 @@ class InplaceSession:
         retain_graph: bool,
         receivers: Receivers,
     ) -> list[Tensor | None]:
-        # Nothing is handed on: others' hooks look for gradients in the live parameters.
         if self._layout.shards is None:
-            torch.autograd.backward(loss, inputs=list(leaves), retain_graph=retain_graph)
+            # A closure may have frozen some.
+            inputs = [leaf for leaf in leaves if leaf.requires_grad]
+            if receivers and not may_hand_on(self._modules, leaves):
+                receivers = {}
+            with handing_on(loss, leaves, receivers):
+                torch.autograd.backward(loss, inputs=inputs, retain_graph=retain_graph)
             return take_grads(leaves)
         # The graph holds the gathered weights, and hooks bring their gradients to the shards.
         grads = [other.grad for other in self._others]
@@ -152,7 +160,7 @@ class _BufferValues:
     """The buffers of some modules, as objects and by value."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self._held = [(module._buffers, dict(module._buffers)) for module in modules]
+        self._held = [(module, dict(module._buffers.items())) for module in modules]
         self._values = [
             (buffer, buffer.detach().clone())
             for _, objects in self._held
@@ -162,8 +170,14 @@ class _BufferValues:
 
     @torch.no_grad()
     def restore(self) -> None:
-        for held, objects in self._held:
-            if [*held] != [*objects] or any(held[key] is not objects[key] for key in objects):
+        for module, objects in self._held:
+            held = module._buffers
+            if [*held.keys()] == [*objects] and all(held[key] is objects[key] for key in objects):
+                continue
+            if isinstance(module, torch.jit.ScriptModule):  # which has them in its own memory
+                for key, buffer in objects.items():
+                    setattr(module, key, buffer)
+            else:
                 held.clear()
                 held.update(objects)
         for buffer, value in self._values:

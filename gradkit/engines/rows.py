@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -13,7 +13,7 @@ from gradkit.engines.backward import Receivers
 from gradkit.flat import are_unshared
 from gradkit.gradients import Gradients, Parts
 from gradkit.gram import accumulator
-from gradkit.objectives import LOSS, NoGradientError, checked_grad
+from gradkit.objectives import LOSS, NoGradientError, as_plain, checked_grad
 from gradkit.oracle import Context, copy_parts
 from gradkit.processes import Processes, local
 
@@ -48,6 +48,8 @@ class Rows:
         self._parts: Parts | None = None
         self._reached = {name: [False] * len(leaves) for name in names}
         self._losses: dict[str, Tensor | None] = dict.fromkeys(names if losses is None else losses)
+        self.thawed: dict[str, dict[Tensor, Tensor]] = {}
+        """By objective, the gradients of parameters that have no place in the flat vector."""
 
     def add_loss(self, name: str, loss: Tensor | None) -> None:
         """Add a micro-batch's loss; None stands for one that the closure did not return."""
@@ -115,10 +117,13 @@ class Rows:
         if name not in self._reached:
             return
         reached = self._reached[name]
-        if all(grad is None for grad in grads) and not any(reached):
+        nothing = all(grad is None for grad in grads) and not any(reached)
+        if nothing and not self.thawed.get(name):
             raise NoGradientError(no_gradient(name))
         for index, parameter in enumerate(self._layout.parameters):
             checked_grad(grads[index], name, parameter)
+        if any(grad is not None and type(grad) is not Tensor for grad in grads):
+            grads = [None if grad is None else as_plain(grad) for grad in grads]
         if self._layout.shards is not None:
             grads = [None if grad is None else local(grad) for grad in grads]
         if len(self._names) == 1 and not any(reached) and self._are_their_own(grads):
@@ -134,6 +139,20 @@ class Rows:
             torch._foreach_add_([views[t] for t in more], _chosen(grads, more))
         for t in new:
             reached[t] = True
+
+    @torch.no_grad()
+    def add_thawed(self, name: str, grads: Mapping[Tensor, Tensor | None]) -> None:
+        """Add a micro-batch's gradients of parameters that have no place in the flat vector."""
+        held = self.thawed.setdefault(name, {}) if grads else {}
+        for parameter, grad in grads.items():
+            if checked_grad(grad, name, parameter) is not None and grad is not None:
+                grad = as_plain(grad)
+                held[parameter] = held[parameter] + grad if parameter in held else grad
+
+    def negate_losses(self) -> None:
+        """Turn losses that are maximised into ones that are minimised."""
+        for name, loss in self._losses.items():
+            self._losses[name] = None if loss is None else -loss
 
     def _are_their_own(self, grads: Sequence[Tensor | None]) -> bool:
         """Whether these tensors are laid out as the parameters and share memory with nothing."""
@@ -161,14 +180,19 @@ class Rows:
 
     @torch.no_grad()
     def finish(
-        self, processes: Processes, settings: int, unscale: Float[Tensor, ""] | None
+        self,
+        processes: Processes,
+        settings: int,
+        unscale: Float[Tensor, ""] | None,
+        ascended: Sequence[int],
     ) -> None:
-        """Undo the loss scale, and average over the ranks.
+        """Undo the loss scale, average over the ranks, and make all that is maximised minimised.
 
         Args:
             processes: The ranks.
             settings: A number that must be the same on all of them.
             unscale: What to multiply the gradients by; None for 1.
+            ascended: The parameters whose gradients are to be negated.
 
         Raises:
             RankError: If a rank has failed, or if they differ where they must not.
@@ -188,6 +212,12 @@ class Rows:
                 factor = share if unscale is None else unscale * share
         if factor is not None:
             self._flat()[0].mul_(factor)
+        if unscale is not None:
+            for held in self.thawed.values():
+                held.update({parameter: grad * unscale for parameter, grad in held.items()})
+        if ascended:
+            vectors = [self._parts] if self._parts is not None else self._flat()[1]
+            torch._foreach_neg_([part for parts in vectors for part in _chosen(parts, ascended)])
 
     def _average(self, processes: Processes, settings: int) -> None:
         device = self._layout.device

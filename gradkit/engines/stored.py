@@ -30,10 +30,12 @@ class StoredGradients:
         rows.add(name, grads)
         processes.check_clear(1)
         reduced = processes.replicas or not processes.averages  # DDP has reduced its own
-        rows.finish(Processes() if reduced else processes, 0, None)
+        rows.finish(Processes() if reduced else processes, 0, None, context.ascended)
         self._gradients = rows.gradients()
         self.first_losses = {name: rows.loss(name)}
         context.without_loss |= rows.without_loss()
+        if context.ascends_everywhere:
+            rows.negate_losses()
         self.without_loss = context.without_loss
         self.measured = [self._gradients.without_rows()]
 

@@ -35,6 +35,7 @@ class Constant(GramRule):
     """
 
     joins = False
+    needs_several = False
     needs_gram = False
 
     # `weights` as an attribute would hide the method of that name.

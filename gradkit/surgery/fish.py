@@ -73,6 +73,7 @@ class Fish(Transform):
     generator: torch.Generator | None = field(default=None, repr=False)
 
     divides = True
+    needs_several = True
 
     def __post_init__(self) -> None:
         check_number("inner_lr", self.inner_lr)

@@ -24,6 +24,7 @@ class Sum(GramRule):
     """
 
     joins = False
+    needs_several = False
     needs_gram = False
 
     def weigh(  # noqa: D102 # inherited
@@ -45,6 +46,7 @@ class Mean(GramRule):
     """
 
     needs_gram = False
+    needs_several = False
 
     def weigh(  # noqa: D102 # inherited
         self, gram: Float[Tensor, "*batch K K"], given: Given

@@ -74,6 +74,7 @@ class IDGM(Transform):
 
     gamma: float = 0.01
     epsilon: float | None = None
+    needs_several = True
 
     def __post_init__(self) -> None:
         check_number("gamma", self.gamma)

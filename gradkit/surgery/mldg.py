@@ -68,6 +68,7 @@ class MLDG(Transform):
     generator: torch.Generator | None = field(default=None, repr=False)
 
     divides = True
+    needs_several = True
 
     def __post_init__(self) -> None:
         check_number("alpha", self.alpha)

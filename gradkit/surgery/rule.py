@@ -26,6 +26,7 @@ class Rule(Transform, ABC):
     """
 
     joins = True
+    needs_several = True
     degree: float | None = 1.0
     """The rule's homogeneity: the direction for s·J is s^degree times that for J, for any s > 0.
 

@@ -61,6 +61,7 @@ class LossWeighting(Remembering, ABC):
     needs_rows = False
     reweighs = True
     joins = True
+    needs_several = True
 
     @abstractmethod
     def weigh(self, losses: Float[Tensor, " K"], given: Given) -> Float[Tensor, " K"]:
