@@ -87,7 +87,9 @@ class Adapter:
     ) -> None:
         # Statistics may have state of their own, which must not be shared between adapters.
         self.statistics = copy.deepcopy(resolve_statistics(statistics))
-        self.model = install_statistics(copy.deepcopy(model).eval(), self.statistics)
+        with torch.no_grad():  # scripted modules copy their parameters as operations
+            self.model = copy.deepcopy(model).eval()
+        install_statistics(self.model, self.statistics)
         self.objectives = _own(objectives or {})
         self.episodic = episodic
         self.optimizer: GradientOptimizer | None = None
