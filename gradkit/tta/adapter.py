@@ -179,7 +179,7 @@ class Adapter:
             self.reset()
         with torch.no_grad():
             logits: Tensor = self.model(images)
-        return logits
+        return _plain(logits)
 
     def _adapt(self, images: Tensor, optimizer: GradientOptimizer) -> None:
         # The optimizer undoes its own step; what it does not know of is put back here.
@@ -318,11 +318,12 @@ def _own(objectives: Mapping[str, Objective]) -> dict[str, Objective]:
     }
 
 
-def _plain(images: Tensor) -> Tensor:
-    """The images without what a subclass adds; those that wrap other tensors stay as they are."""
-    if type(images) is Tensor or hasattr(type(images), "__tensor_flatten__"):
-        return images
-    return images.as_subclass(Tensor)
+def _plain(value: Tensor) -> Tensor:
+    """The tensor without what a subclass adds; one that wraps other tensors stays as it is."""
+    kind = type(value)
+    if kind is Tensor or not isinstance(value, Tensor) or hasattr(kind, "__tensor_flatten__"):
+        return value
+    return value.as_subclass(Tensor)
 
 
 def _refuse_inference_mode() -> None:

@@ -28,12 +28,12 @@ def TENT(  # noqa: N802 # the method's name
         φ ← φ − Adam(∇_φ H(p(x; φ)))        φ the scales and shifts of normalisation layers
 
     H is an entropy that fits the logits. A classifier's [N, C] are taken for a softmax over
-    classes, as in the paper (`gradkit.tta.softmax_entropy`); pass `probabilities="sigmoid"` where several
-    labels may be right (`gradkit.tta.binary_entropy`), which is what a single logit [N, 1] gets by
-    itself. Dense logits [N, C, ...] are taken for independent sigmoids, with the one-sided entropy
-    (`gradkit.tta.entropy`): so the authors of GraTa used TENT for optic disc and cup, which are
-    nested; pass `probabilities="softmax"` where each pixel has exactly one class. The learning
-    rate, Adam and test statistics are theirs, too.
+    classes, as in the paper (`gradkit.tta.softmax_entropy`). Where several labels may be right,
+    pass `probabilities="sigmoid"` (`gradkit.tta.binary_entropy`), which is what a single logit
+    [N, 1] gets by itself. Dense logits [N, C, ...] are taken for independent sigmoids, with the
+    one-sided entropy (`gradkit.tta.entropy`): so the authors of GraTa used TENT for optic disc and
+    cup, which are nested. Where each pixel has exactly one class, pass `probabilities="softmax"`.
+    The learning rate, Adam and test statistics are theirs, too.
 
     Cost: 2 forward passes and 1 backward pass a batch. State: φ and Adam's moments.
 
