@@ -4,7 +4,7 @@ from gradkit.tta.adapter import Adapter
 from gradkit.tta.augment import StrongAugmentation
 from gradkit.tta.grata import GraTa
 from gradkit.tta.no_adapt import NoAdapt
-from gradkit.tta.objectives import Consistency, binary_entropy, entropy
+from gradkit.tta.objectives import Consistency, binary_entropy, entropy, softmax_entropy
 from gradkit.tta.ptbn import PTBN
 from gradkit.tta.statistics import (
     Mixed,
@@ -31,4 +31,5 @@ __all__ = [
     "entropy",
     "install_statistics",
     "norm_affine_parameters",
+    "softmax_entropy",
 ]

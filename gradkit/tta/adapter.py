@@ -39,7 +39,8 @@ class Adapter:
         statistics: Where BatchNorm layers take mean and variance: "source" (running statistics),
             "test" (the current images), `Mixed(share)` or another `Statistics`.
         objectives: Functions `(model, images) -> loss` by name; none adapts the statistics only.
-            Those with a state (a generator) are copied, so that adapters share nothing.
+            Those with a state (a generator) are copied, so that adapters share nothing. One that
+            has a method `check_images(images)` may refuse images by it before anything runs.
         transforms: gradkit's transforms between the objectives' gradients and the optimizer, or a
             function that makes them for the model's copy (a teacher needs it).
         optimizer: Makes the base optimizer from the list of trained parameters, for example
@@ -55,6 +56,7 @@ class Adapter:
         optimizer: The wrapped optimizer; None without objectives.
 
     Raises:
+        RuntimeError: If there are objectives, but `torch.inference_mode()` is on.
         TypeError: If objectives are no mapping of functions.
         ValueError: If there are objectives but no optimizer or nothing to train, if parameters or
             a teacher's student are not the copy's, or if the statistics do not fit the model.
@@ -85,9 +87,13 @@ class Adapter:
         parameters: Callable[[nn.Module], Iterable[nn.Parameter]] | None = None,
         **options: Any,
     ) -> None:
+        if objectives:
+            _refuse_inference_mode()
         # Statistics may have state of their own, which must not be shared between adapters.
         self.statistics = copy.deepcopy(resolve_statistics(statistics))
-        self.model = install_statistics(copy.deepcopy(model).eval(), self.statistics)
+        with torch.no_grad():  # scripted modules copy their parameters as operations
+            self.model = copy.deepcopy(model).eval()
+        install_statistics(self.model, self.statistics)
         self.objectives = _own(objectives or {})
         self.episodic = episodic
         self.optimizer: GradientOptimizer | None = None
@@ -151,15 +157,29 @@ class Adapter:
     def __call__(self, images: Tensor) -> Tensor:
         """Adapt to a batch of images, then predict: logits, detached.
 
+        Images may be of a subclass of tensors (MONAI's MetaTensor): the model sees plain ones.
+
         If an objective raises, the adapter is left as it was.
+
+        Raises:
+            RuntimeError: If there is something to adapt, but `torch.inference_mode()` is on.
+            ValueError: If an objective cannot work with these images.
         """
+        images = _plain(images)
         if self.optimizer is not None:
+            _refuse_inference_mode()
+            if images.is_inference():  # made under inference mode: autograd cannot save them
+                images = images.clone()
+            for objective in self.objectives.values():
+                check = getattr(objective, "check_images", None)
+                if check is not None:
+                    check(images)
             self._adapt(images, self.optimizer)
         elif self.episodic:
             self.reset()
         with torch.no_grad():
             logits: Tensor = self.model(images)
-        return logits
+        return _plain(logits)
 
     def _adapt(self, images: Tensor, optimizer: GradientOptimizer) -> None:
         # The optimizer undoes its own step; what it does not know of is put back here.
@@ -296,6 +316,23 @@ def _own(objectives: Mapping[str, Objective]) -> dict[str, Objective]:
         name: copy.deepcopy(objective) if isinstance(objective, Stateful) else objective
         for name, objective in objectives.items()
     }
+
+
+def _plain(value: Tensor) -> Tensor:
+    """The tensor without what a subclass adds; one that wraps other tensors stays as it is."""
+    kind = type(value)
+    if kind is Tensor or not isinstance(value, Tensor) or hasattr(kind, "__tensor_flatten__"):
+        return value
+    return value.as_subclass(Tensor)
+
+
+def _refuse_inference_mode() -> None:
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "adapting takes gradients, which torch.inference_mode() rules out. Lightning tests, "
+            "validates and predicts under it: pass lightning.Trainer(inference_mode=False). "
+            "Elsewhere use torch.no_grad() in its place, or none"
+        )
 
 
 def _norm_affine(model: nn.Module) -> list[nn.Parameter]:

@@ -19,16 +19,19 @@ PerSample = Float[Tensor, " batch"]
 PerChannel = Float[Tensor, "batch channels"]
 Range = tuple[float, float]
 
+_OVERSHOOT = 0.1  # of bicubic interpolation at an edge from 0 to 1
 
-def minmax(image: Images) -> Images:
+
+def minmax(image: Float[Tensor, "batch channels *spatial"]) -> Float[Tensor, ...]:
     """Each image stretched to [0, 1], jointly over its channels; a constant one becomes zeros.
 
     Examples:
         >>> minmax(torch.tensor([[[[2.0, 4.0]], [[6.0, 4.0]]]])).flatten().tolist()
         [0.0, 0.5, 1.0, 0.5]
     """
-    low = image.amin(dim=(1, 2, 3), keepdim=True)
-    extent = image.amax(dim=(1, 2, 3), keepdim=True) - low
+    dims = tuple(range(1, image.dim()))
+    low = image.amin(dim=dims, keepdim=True)
+    extent = image.amax(dim=dims, keepdim=True) - low
     return (image - low) / torch.where(extent > 0, extent, 1.0)
 
 
@@ -189,17 +192,39 @@ class StrongAugmentation:
             if field.name in ("contrast_range", "gamma_range") and not low <= 1.0 <= high:
                 raise ValueError(f"{field.name} must contain 1, but is {value}.")
 
-    def __call__(self, image: Images, generator: torch.Generator) -> Images:
-        """Augment [N, C, H, W], drawing from `generator`.
+    def check_images(self, image: Tensor) -> None:
+        """Raise ValueError unless these are floating-point images [N, C, H, W] in [0, 1].
 
-        Raises:
-            ValueError: If the image is not a batch of floating-point images.
+        Interpolation may overshoot the range by a tenth. Images that are not finite pass: what
+        becomes of them is for the step to decide (`nonfinite=`).
+
+        Examples:
+            >>> StrongAugmentation().check_images(torch.eye(4)[None, None])
         """
         if image.dim() != 4 or not image.is_floating_point():
             raise ValueError(
                 "the augmentation needs floating-point images [N, C, H, W] in [0, 1], but got "
                 f"{image.dtype} of shape {list(image.shape)}."
             )
+        if not image.numel():
+            return
+        low, high = torch.stack(torch.aminmax(image.detach())).tolist()
+        if (low < -_OVERSHOOT or high > 1 + _OVERSHOOT) and math.isfinite(high - low):
+            raise ValueError(
+                f"the strong augmentation works on images in [0, 1], but these lie in [{low:.4g}, "
+                f"{high:.4g}]: scale them to [0, 1]. If the model was trained on images that are "
+                "normalised by mean and standard deviation, make the normalisation its first "
+                "layer, torch.nn.Sequential(normalise, model), and adapt that. Images of another "
+                "range need an augmentation of their own: Consistency(augmentation=...)."
+            )
+
+    def __call__(self, image: Images, generator: torch.Generator) -> Images:
+        """Augment [N, C, H, W], drawing from `generator`.
+
+        Raises:
+            ValueError: If the image is not a batch of floating-point images in [0, 1].
+        """
+        self.check_images(image)
         samples, channels = image.shape[:1], image.shape[:2]
         draw = _Draw(generator, image)
 

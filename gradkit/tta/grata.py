@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -10,7 +11,12 @@ from torch import nn
 from gradkit.lookahead import LookAhead
 from gradkit.step_size import Activation, CosineLR
 from gradkit.tta.adapter import Adapter, Objective, OptimizerFactory
-from gradkit.tta.objectives import Consistency, entropy
+from gradkit.tta.objectives import (
+    Consistency,
+    Probabilities,
+    check_probabilities,
+    prediction_entropy,
+)
 from gradkit.tta.statistics import Statistics
 
 
@@ -22,9 +28,10 @@ def GraTa(  # noqa: N802 # the method's name
     activation: str | Activation = "quadratic",
     generator: torch.Generator | None = None,
     pseudo: Objective | None = None,
-    auxiliary: Objective = entropy,
+    auxiliary: Objective | None = None,
     optimizer: OptimizerFactory | None = None,
     episodic: bool = False,
+    probabilities: Probabilities = "auto",
     **options: Any,
 ) -> Adapter:
     """Gradient alignment-based test-time adaptation (GraTa, AAAI 2025).
@@ -45,6 +52,12 @@ def GraTa(  # noqa: N802 # the method's name
     as it was, so that the prediction is of the image itself; the learning rate is scaled in every
     parameter group; and a cosine with a zero gradient is 0.
 
+    Published for segmentation, where it takes dense logits [N, C, ...] for independent sigmoids:
+    the one-sided `gradkit.tta.entropy` and binary cross-entropy. A classifier's [N, C] are taken
+    for a softmax: `gradkit.tta.softmax_entropy`, and q the mean of softmaxes. `probabilities`
+    chooses, "sigmoid" for a classifier of several labels, "softmax" for pixels of exactly one
+    class; a single logit [N, 1] is a sigmoid.
+
     Cost: 9 forward passes and 2 backward passes a batch. State: φ, Adam's moments and the
     augmentation's generator.
 
@@ -56,13 +69,15 @@ def GraTa(  # noqa: N802 # the method's name
         activation: f; see `gradkit.CosineLR`.
         generator: The strong augmentation's random numbers; by default its own with seed 0.
         pseudo: Replaces the consistency objective, a function `(model, images) -> loss`.
-        auxiliary: The objective that is looked ahead along.
+        auxiliary: Replaces the entropy, along which is looked ahead.
         optimizer: Makes another base optimizer than Adam with `lr`.
         episodic: Whether to start anew for each batch.
+        probabilities: What the logits stand for in the built-in objectives; see above.
         **options: Further arguments of `Adapter`.
 
     Raises:
-        ValueError: If both `pseudo` and `generator` are given.
+        ValueError: If both `pseudo` and `generator` are given, or `probabilities` with both
+            objectives.
 
     Examples:
         >>> import torch, gradkit as gk
@@ -78,13 +93,20 @@ def GraTa(  # noqa: N802 # the method's name
             "generator is for the built-in consistency objective, which pseudo replaces; give "
             "your own objective its generator yourself"
         )
+    check_probabilities(probabilities)
+    if pseudo is not None and auxiliary is not None and probabilities != "auto":
+        raise ValueError(
+            f"probabilities={probabilities!r} is for the built-in objectives, both of which are "
+            "replaced; leave it out"
+        )
+    if pseudo is None:
+        pseudo = Consistency(generator=generator, probabilities=probabilities)
+    if auxiliary is None:
+        auxiliary = functools.partial(prediction_entropy, probabilities=probabilities)
     return Adapter(
         model,
         statistics=statistics,
-        objectives={
-            "pseudo": Consistency(generator=generator) if pseudo is None else pseudo,
-            "auxiliary": auxiliary,
-        },
+        objectives={"pseudo": pseudo, "auxiliary": auxiliary},
         transforms=(
             LookAhead(along="auxiliary", update="pseudo", step_size=look_ahead),
             CosineLR("pseudo", "auxiliary", activation=activation),

@@ -1,14 +1,17 @@
 """Losses that need no label: what a model is adapted by on a test image.
 
-An objective is called as `objective(model, image)`, where `model(image)` gives one logit for each
-class and pixel, and classes are independent of each other (sigmoid, not softmax: the optic cup lies
-within the disc). It returns a scalar to be minimised.
+An objective is called as `objective(model, image)`, where `model(image)` gives logits [N, C] or
+[N, C, ...], and returns a scalar to be minimised. Which probabilities the logits stand for depends
+on the task: a softmax where exactly one class is right, independent sigmoids where several may be
+(the optic cup lies within the disc). What is right for one is wrong for the other: a shift of all
+logits of an image changes every sigmoid and no softmax.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +19,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gradkit.tta.augment import StrongAugmentation, minmax
-from gradkit.tta.views import WEAK_VIEWS, View
+from gradkit.tta.views import WEAK_VIEWS, View, check_views
 
 Image = Float[Tensor, "batch channels *spatial"]
 Logits = Float[Tensor, "batch classes *positions"]
 Scalar = Float[Tensor, ""]
 Model = Callable[[Tensor], Tensor]
 Augmentation = Callable[[Tensor, torch.Generator], Tensor]
+Probabilities = Literal["auto", "sigmoid", "softmax"]
 
 
 def one_sided_entropy(logits: Logits, eps: float = 1e-6) -> Scalar:
@@ -50,6 +54,89 @@ def two_sided_entropy(logits: Logits) -> Scalar:
     # 1 − p is sigmoid(−z): every product below keeps its relative precision at large |z|.
     terms = torch.sigmoid(z) * F.logsigmoid(z) + torch.sigmoid(-z) * F.logsigmoid(-z)
     return -terms.sum(dim=1).mean()
+
+
+def categorical_entropy(logits: Logits) -> Scalar:
+    """−Σ_c p_c·log p_c with p = softmax(logits) over the classes, averaged over the rest.
+
+    Every term of the sum is positive, so that nothing cancels: exact at any logit, also where a
+    class is ruled out by a logit of −∞.
+
+    Raises:
+        ValueError: If there is a single class, whose softmax is always 1.
+
+    Examples:
+        >>> categorical_entropy(torch.zeros(1, 4)).item()  # log 4
+        1.386...
+    """
+    # With m the largest logit's class and d = z − z_m: H = log Σ e^d − Σ d·e^d / Σ e^d.
+    below, weights, log_total = _below_the_largest(_at_least_float32(logits))
+    # A d of −∞ has no part in it, but 0·∞ would be NaN.
+    finite = below.clamp_min(torch.finfo(below.dtype).min)
+    mean_below = (weights * finite).sum(dim=1) * torch.exp(-log_total.squeeze(1))
+    return (log_total.squeeze(1) - mean_below).mean()
+
+
+def _below_the_largest(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """D = z − max z; e^d, 0 for the largest itself; log Σ e^d, kept as an axis."""
+    if z.shape[1] == 1:
+        raise ValueError(
+            f"logits of shape {list(z.shape)} have a single class, whose softmax is always 1: take "
+            'sigmoid probabilities (gradkit.tta.binary_entropy, or probabilities="sigmoid").'
+        )
+    largest = z.argmax(dim=1, keepdim=True)
+    below = z - z.gather(1, largest)
+    weights = torch.exp(below).scatter(1, largest, 0.0)
+    return below, weights, torch.log1p(weights.sum(dim=1, keepdim=True))
+
+
+def log_softmax(logits: Logits) -> Logits:
+    """Logarithms of softmax probabilities over classes, the largest with all its digits, too.
+
+    `torch.log_softmax` gives 0 where the largest differs from 1 by less than 1e-7.
+
+    Examples:
+        >>> log_softmax(torch.tensor([[0.0, -20.0]]))
+        tensor([[-2.0612e-09, -2.0000e+01]])
+    """
+    below, _, log_total = _below_the_largest(_at_least_float32(logits))
+    return below - log_total
+
+
+def resolve_probabilities(probabilities: Probabilities, logits: Logits) -> str:
+    """What "auto" stands for: "softmax" for classifiers of more than one class, else "sigmoid".
+
+    A classifier has one position an image: logits [N, C], or [N, C, 1, 1]. Dense logits [N, C, ...]
+    are sigmoids, as in the segmentation of discs and cups that GraTa was published with.
+
+    Raises:
+        ValueError: If it is none of the three.
+
+    Examples:
+        >>> resolve_probabilities("auto", torch.zeros(8, 5))
+        'softmax'
+        >>> resolve_probabilities("auto", torch.zeros(8, 1)), resolve_probabilities(
+        ...     "auto", torch.zeros(8, 5, 16, 16)
+        ... )
+        ('sigmoid', 'sigmoid')
+    """
+    check_probabilities(probabilities)
+    if probabilities != "auto":
+        return probabilities
+    return "softmax" if is_classifier(logits) and logits.shape[1] > 1 else "sigmoid"
+
+
+def check_probabilities(probabilities: str) -> None:
+    """Raise ValueError unless it is "auto", "sigmoid" or "softmax"."""
+    if probabilities not in ("auto", "sigmoid", "softmax"):
+        raise ValueError(
+            f'probabilities must be "auto", "sigmoid" or "softmax", but are {probabilities!r}.'
+        )
+
+
+def is_classifier(logits: Logits) -> bool:
+    """Whether there is one prediction an image, not one a pixel."""
+    return math.prod(logits.shape[2:]) == 1
 
 
 def entropy(model: Model, image: Image) -> Scalar:
@@ -82,14 +169,67 @@ def binary_entropy(model: Model, image: Image) -> Scalar:
     return two_sided_entropy(_logits(model, image))
 
 
-def mean_prediction(model: Model, image: Image, views: Sequence[View] = WEAK_VIEWS) -> Logits:
-    """Probabilities [N, C, H, W], averaged over views that are each predicted and mapped back.
+def softmax_entropy(model: Model, image: Image) -> Scalar:
+    """Entropy of the prediction over classes of which exactly one is right, as TENT has it.
 
-    One forward pass a view, without gradients. Views may differ in shape (a quarter turn of an
-    image that is not square).
+    TENT (https://arxiv.org/abs/2006.10726): −Σ_c p_c·log p_c with p = softmax(logits), averaged
+    over images, and over positions where there are any. A shift of all logits changes nothing.
 
     Raises:
-        ValueError: If there is no view, or the model does not return logits [N, C, ...].
+        ValueError: If the model does not return logits [N, C, ...] with C > 1.
+
+    Examples:
+        >>> softmax_entropy(lambda image: image.mean((2, 3)), torch.zeros(2, 4, 8, 8))  # log 4
+        tensor(1.3863)
+    """
+    return categorical_entropy(_logits(model, image))
+
+
+def prediction_entropy(model: Model, image: Image, probabilities: Probabilities = "auto") -> Scalar:
+    """The entropy that fits the logits: what TENT and GraTa take by default.
+
+    - softmax, by default for logits [N, C] with C > 1: `softmax_entropy`;
+    - sigmoid, for dense logits [N, C, ...]: `entropy`, one-sided, as published;
+    - sigmoid, for logits [N, C], by default where C = 1: `binary_entropy`. For C = 1 that is the
+      softmax entropy of the two logits (z, 0).
+
+    Raises:
+        ValueError: If the model does not return logits [N, C, ...].
+
+    Examples:
+        >>> image = torch.rand(2, 4, 8, 8)
+        >>> classifier = lambda image: image.mean((2, 3))
+        >>> prediction_entropy(classifier, image) == softmax_entropy(classifier, image)
+        tensor(True)
+    """
+    logits = _logits(model, image)
+    if resolve_probabilities(probabilities, logits) == "softmax":
+        return categorical_entropy(logits)
+    return two_sided_entropy(logits) if is_classifier(logits) else one_sided_entropy(logits)
+
+
+def mean_prediction(
+    model: Model,
+    image: Image,
+    views: Sequence[View] = WEAK_VIEWS,
+    probabilities: Probabilities = "sigmoid",
+) -> Logits:
+    """Probabilities like the logits, averaged over views that are each predicted and mapped back.
+
+    One forward pass a view, without gradients. Views may differ in shape (a quarter turn of an
+    image that is not square). Logits that have the image's axes, [N, C, h, w] at any resolution or
+    as many axes as the image, are mapped back by the view's inverse. Others, [N, C] or [N, C, T],
+    belong to the whole image, and are averaged as they are.
+
+    Args:
+        model: From images to logits.
+        image: [N, channels, *spatial].
+        views: Weak views with their inverses.
+        probabilities: See `resolve_probabilities`.
+
+    Raises:
+        ValueError: If there is no view, one does not fit the image, the model does not return
+            logits [N, C, ...], or they are pixels in one axis, which a view cannot be undone on.
 
     Examples:
         >>> image = torch.tensor([[[[0.0, 9.0]]]])
@@ -98,6 +238,7 @@ def mean_prediction(model: Model, image: Image, views: Sequence[View] = WEAK_VIE
     """
     if not views:
         raise ValueError("at least one view is needed to average predictions.")
+    check_views(views, image)
     device = image.device.type
     # Autocast may cache weights that it casts here, without gradients, and then silently cut the
     # gradient of the next forward pass (pytorch/pytorch#158232): let it cache nothing.
@@ -108,11 +249,30 @@ def mean_prediction(model: Model, image: Image, views: Sequence[View] = WEAK_VIE
         cache_enabled=False,
     )
     with torch.no_grad(), autocast:
-        predictions = [
-            view.inverse(torch.sigmoid(_at_least_float32(_logits(model, view.forward(image)))))
-            for view in views
-        ]
+        predictions = []
+        for view in views:
+            logits = _logits(model, view.forward(image))
+            predicted = _predicted(logits, probabilities)
+            aligned = _has_axes_of(image, logits)
+            predictions.append(view.inverse(predicted) if aligned else predicted)
         return torch.stack(predictions).mean(dim=0)
+
+
+def _predicted(logits: Tensor, probabilities: Probabilities) -> Tensor:
+    if resolve_probabilities(probabilities, logits) == "softmax":
+        return log_softmax(logits).exp()
+    return torch.sigmoid(_at_least_float32(logits))
+
+
+def _has_axes_of(image: Tensor, logits: Tensor) -> bool:
+    """Whether the last two axes of logits [N, C, ...] are the image's."""
+    if logits.dim() == 3 and image.dim() > 3 and math.prod(image.shape[-2:]) in logits.shape[1:]:
+        raise ValueError(
+            f"the model returned logits of shape {list(logits.shape)} for images of shape "
+            f"{list(image.shape)}: their pixels lie in one axis, on which flips and rotations "
+            "cannot be undone. Wrap it in a module that returns [N, C, H, W]."
+        )
+    return logits.dim() >= min(image.dim(), 4)
 
 
 class Consistency:
@@ -123,6 +283,10 @@ class Consistency:
         q = mean over views of view⁻¹(sigmoid(model(view(x))))         a constant
         loss = BCE(sigmoid(model(minmax(strong(x)))), q)               mean over everything
 
+    With softmax probabilities, for classes of which exactly one is right, the loss is
+    −Σ_c q_c·log softmax(...)_c, averaged over the rest, q the mean of softmaxes. Predictions
+    without the image's axes, a classifier's, are not mapped back; see `mean_prediction`.
+
     Costs one forward pass a view and one with gradients. Every call, one at displaced weights in
     the same step too, draws a new augmentation from
     `generator`, which is the only state; restore it by `load_state_dict` to see the same again.
@@ -131,6 +295,11 @@ class Consistency:
         views: Weak views with their inverses.
         augmentation: `(image, generator) -> image`, of the same shape.
         generator: Where random numbers come from; by default one of its own, seeded with 0.
+        probabilities: "sigmoid", "softmax", or "auto" for the one that fits the logits (see
+            `resolve_probabilities`).
+
+    Raises:
+        ValueError: If `probabilities` are none of the three.
 
     Examples:
         >>> consistency = Consistency(generator=torch.Generator().manual_seed(1))
@@ -145,22 +314,36 @@ class Consistency:
         views: Sequence[View] = WEAK_VIEWS,
         augmentation: Augmentation | None = None,
         generator: torch.Generator | None = None,
+        probabilities: Probabilities = "sigmoid",
     ) -> None:
+        check_probabilities(probabilities)
+        self.probabilities = probabilities
         self.views = tuple(views)
         self.augmentation = StrongAugmentation() if augmentation is None else augmentation
         self.generator = torch.Generator().manual_seed(0) if generator is None else generator
 
     def __call__(self, model: Model, image: Image) -> Scalar:
-        """The loss on a batch of images [N, C, H, W] in [0, 1].
+        """The loss on a batch of images [N, channels, *spatial] in [0, 1].
 
         Raises:
-            ValueError: If the model does not return logits [N, C, ...], there is no view, or the
-                image is not one that the augmentation accepts.
+            ValueError: If the image is not one that the augmentation or a view accepts, there is no
+                view, or the model does not return logits [N, C, ...].
         """
-        target = mean_prediction(model, image, self.views)
-        strong = minmax(self.augmentation(image, self.generator))
+        strong = minmax(self.augmentation(image, self.generator))  # first, since it may refuse
+        target = mean_prediction(model, image, self.views, self.probabilities)
         logits = _at_least_float32(_logits(model, strong))
-        return F.binary_cross_entropy_with_logits(logits, target)
+        if resolve_probabilities(self.probabilities, logits) == "sigmoid":
+            return F.binary_cross_entropy_with_logits(logits, target)
+        log_p = log_softmax(logits)
+        log_p = log_p.clamp_min(torch.finfo(log_p.dtype).min)  # 0·∞ otherwise
+        return -(target * log_p).sum(dim=1).mean()
+
+    def check_images(self, image: Tensor) -> None:
+        """Raise ValueError if the images are not such as this objective works with."""
+        check_views(self.views, image)
+        check = getattr(self.augmentation, "check_images", None)
+        if check is not None:
+            check(image)
 
     def state_dict(self) -> dict[str, Any]:
         """The generator's state, a tensor."""
@@ -183,13 +366,20 @@ class Consistency:
 def _logits(model: Model, image: Tensor) -> Tensor:
     """The model's output, if it is what an objective can use."""
     logits = model(image)
-    if isinstance(logits, Tensor) and logits.dim() >= 2 and len(logits) == len(image):
-        return logits
-    got = f"shape {list(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-    raise ValueError(
-        f"the model must return logits [N, C, ...] for images of shape {list(image.shape)}, but "
-        f"returned {got}: wrap it in a module that returns its logits only."
-    )
+    if not isinstance(logits, Tensor) or logits.dim() < 2 or len(logits) != len(image):
+        tensor = isinstance(logits, Tensor)
+        got = f"shape {list(logits.shape)}" if tensor else type(logits).__name__
+        raise ValueError(
+            f"the model must return logits [N, C, ...] for images of shape {list(image.shape)}, "
+            f"but returned {got}: wrap it in a module that returns its logits only."
+        )
+    if image.dim() == 4 and logits.shape[1:] == image.shape[2:]:
+        raise ValueError(
+            f"the model returned logits of shape {list(logits.shape)} for images of shape "
+            f"{list(image.shape)}: pixels without an axis of classes. Wrap it in a module that "
+            "returns logits.unsqueeze(1), [N, 1, H, W]."
+        )
+    return logits
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

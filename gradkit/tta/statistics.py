@@ -18,7 +18,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.parameter import is_lazy
-from torch.nn.utils.parametrize import is_parametrized
+
+from gradkit.tta.own_forward import Adaptation, AdaptedForward, NormalisationCall, adapted_type
 
 Activations = Float[Tensor, "batch channels *spatial"]
 PerChannel = Float[Tensor, " channels"]
@@ -155,16 +156,20 @@ class SourceStatistics(Statistics):
         True
     """
 
-    uses_source: ClassVar[bool] = True
-
     def moments(self, layer: AdaptedBatchNorm, x: Activations) -> tuple[PerChannel, PerChannel]:
         """The layer's running mean and variance, whatever `x` is."""
         return source_moments(layer)
 
     def normalise(self, layer: AdaptedBatchNorm, x: Activations) -> Activations:
-        """BatchNorm's evaluation kernel."""
+        """BatchNorm in evaluation mode.
+
+        A layer built with `track_running_stats=False` then normalises by the batch.
+        """
         mean, var = layer.running_mean, layer.running_var
-        return F.batch_norm(x, mean, var, layer.weight, layer.bias, eps=layer.eps)
+        training = mean is None and var is None
+        return F.batch_norm(
+            x, mean, var, layer.weight, layer.bias, training, momentum=0.0, eps=layer.eps
+        )
 
 
 @dataclass(frozen=True)
@@ -193,7 +198,7 @@ class BatchStatistics(Statistics):
         """
         if x.numel() < 2 * x.shape[1]:
             raise ValueError(
-                f"BatchNorm layer {layer.name!r} got an input of shape {list(x.shape)}: the test "
+                f"layer {layer.name!r} got an input of shape {list(x.shape)}: the test "
                 "batch's statistics need at least 2 values a channel. Use a larger batch or image, "
                 'or "source" or Mixed statistics.'
             )
@@ -247,16 +252,19 @@ class AdaptedBatchNorm(_BatchNorm):
     names stay, and whoever holds the layer holds the adapted one. It behaves alike in training and
     in evaluation mode and never writes the running statistics itself.
 
+    Layers of other classes become an `AdaptedForward`; statistics see an `AdaptedBatchNorm` of the
+    same name, buffers and settings in their place.
+
     Attributes:
         name: Qualified name in the model, "" where the layer is the whole model. A layer used at
             several places has its first name.
         statistics: Where mean and variance come from.
-        predecessor_type: The BatchNorm class it was.
+        predecessor_type: The class it was.
     """
 
     name: str
     statistics: Statistics
-    predecessor_type: type[_BatchNorm]
+    predecessor_type: type[_NormBase]
 
     def forward(self, x: Activations) -> Activations:
         """Normalise [batch, channels, ...] by the chosen statistics."""
@@ -267,6 +275,26 @@ class AdaptedBatchNorm(_BatchNorm):
         """BatchNorm's own line, with the statistics."""
         line = super().extra_repr()  # type: ignore[no-untyped-call]  # torch's
         return f"{line}, statistics={self.statistics}"
+
+
+_PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+def _answer(layer: nn.Module, adaptation: Adaptation, call: NormalisationCall) -> Tensor:
+    """What a call that normalises returns with the adaptation's statistics."""
+    called = AdaptedBatchNorm.__new__(AdaptedBatchNorm)
+    vars(called).update(
+        vars(layer),
+        _parameters={"weight": call.weight, "bias": call.bias},
+        _buffers={"running_mean": call.mean, "running_var": call.var},
+        eps=call.eps,
+        name=adaptation.name,
+        statistics=adaptation.statistics,
+        predecessor_type=adaptation.predecessor_type,
+    )
+    batches = torch.split(call.x, 1) if call.by_image and len(call.x) else (call.x,)
+    normalised = [called.statistics.normalise(called, batch) for batch in batches]
+    return normalised[0] if len(normalised) == 1 else torch.cat(normalised)
 
 
 def resolve_statistics(statistics: str | Statistics) -> Statistics:
@@ -296,65 +324,124 @@ def install_statistics(model: nn.Module, statistics: str | Statistics) -> nn.Mod
 
     Each BatchNorm (1d, 2d, 3d and synchronised) becomes an `AdaptedBatchNorm`; parameters,
     buffers, their names, hooks and the tying of layers stay. Installing again replaces the
-    statistics. Other layers, dropout and InstanceNorm included, still follow `model.training`.
+    statistics.
+
+    Subclasses keep their own forward, be it an activation, a cast or a further argument: it runs
+    as in evaluation mode, and the calls of `F.batch_norm` in it (`super().forward` makes one) are
+    answered by `statistics`. So do parametrised layers, and InstanceNorm with running statistics,
+    where each image is a batch of its own. With the source's statistics nothing has to be
+    exchanged, and all of these are left as they are.
+
+    Other layers, dropout and InstanceNorm without running statistics included, still follow
+    `model.training`.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: If the model has no BatchNorm and `statistics` are not the source's; if a
-            BatchNorm has no running statistics but they are needed; if one has not yet seen its
-            first batch (lazy) or computes something else than BatchNorm (a subclass with its own
-            `forward`, a parametrised layer), which would be lost. The model is then unchanged.
+        ValueError: If statistics other than the source's are to be installed and the model has no
+            BatchNorm, or a layer whose running statistics cannot be exchanged (a scripted
+            BatchNorm, a frozen one that is no `torch.nn` layer); if a layer has no running
+            statistics but they are needed; if one has not yet seen its first batch (lazy). The
+            model is then unchanged. A subclass whose forward does not call `F.batch_norm`, or
+            computes more from its running statistics, raises when it is first called.
 
     Examples:
         >>> model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
         >>> model = install_statistics(model, "test")
         >>> model[1].name, list(model.state_dict())[2:]
         ('1', ['1.weight', '1.bias', '1.running_mean', '1.running_var', '1.num_batches_tracked'])
+
+        >>> class BatchNormAct(nn.BatchNorm1d):
+        ...     def forward(self, x):
+        ...         return super().forward(x).relu()
+        >>> layer = install_statistics(BatchNormAct(1), "test")
+        >>> layer(torch.tensor([[1.0], [3.0]])).detach().flatten()
+        tensor([0.0000, 1.0000])
+        >>> isinstance(layer, BatchNormAct)
+        True
     """
     resolved = resolve_statistics(statistics)
+    from_source = type(resolved) is SourceStatistics
     layers = [
-        (name, layer) for name, layer in model.named_modules() if isinstance(layer, _BatchNorm)
+        (name, layer)
+        for name, layer in model.named_modules()
+        if isinstance(layer, _NormBase)
+        and (isinstance(layer, _BatchNorm) or layer.running_mean is not None)
     ]
-    if not layers and not isinstance(resolved, SourceStatistics):
-        raise ValueError(
-            f"{type(model).__name__} has no BatchNorm layer, so {resolved} would change nothing: "
-            'use statistics="source". (Scripted or exported models hide their layers.)'
-        )
+    if not from_source:
+        _check_exchangeable(model, resolved)
+        if not layers:
+            raise ValueError(
+                f"{type(model).__name__} has no BatchNorm layer, so {resolved} would change "
+                'nothing: use statistics="source". (Scripted or exported models hide their layers.)'
+            )
     for name, layer in layers:
         _check_adaptable(layer, name, resolved)
     for name, layer in layers:
-        # Not by attribute: statistics that are a module too would become every layer's child.
-        layer.__dict__.update(
-            name=name, statistics=resolved, predecessor_type=_batch_norm_type(layer)
-        )
-        # The layer itself changes, since forward may reach it by a list or attribute that torch
-        # does not know of.
-        layer.__class__ = AdaptedBatchNorm
+        _adapt(layer, name, resolved, exchange=not from_source)
     return model
 
 
-def _check_adaptable(layer: _BatchNorm, name: str, statistics: Statistics) -> None:
+def _check_exchangeable(model: nn.Module, statistics: Statistics) -> None:
+    """Raise ValueError if a layer that is not torch.nn's normalises by running statistics."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, _NormBase):
+            continue
+        tensors = {
+            name
+            for named in (layer.named_parameters, layer.named_buffers)
+            for name, _ in named(recurse=False)
+        }
+        scripted = isinstance(layer, torch.jit.ScriptModule)
+        if {"running_mean", "running_var"} <= tensors and (scripted or "weight" in tensors):
+            kind = getattr(layer, "original_name", type(layer).__name__)
+            how = "scripted" if scripted else "no layer of torch.nn"
+            raise ValueError(
+                f"layer {name!r} is a {kind} with running statistics, but {how}, so that mean and "
+                f"variance cannot come from {statistics}: put a torch.nn.BatchNorm with its "
+                "parameters and buffers in its place (script the model after adaptation), or use "
+                'statistics="source".'
+            )
+
+
+def _check_adaptable(layer: _NormBase, name: str, statistics: Statistics) -> None:
     """Raise ValueError if `layer` cannot be adapted."""
-    kind = _batch_norm_type(layer)
     if any(is_lazy(p) for p in layer.parameters(recurse=False)):
         raise ValueError(
             f"BatchNorm layer {name!r} is lazy and not yet initialised: run the model on one batch "
             "first."
         )
-    if (
-        kind.forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
-        or "forward" in vars(layer)
-        or is_parametrized(layer)
-    ):
-        raise ValueError(
-            f"BatchNorm layer {name!r} is a {kind.__name__} that computes more than BatchNorm (it "
-            "has its own forward, or is parametrised), which changing it would lose: exchange it "
-            "for a plain BatchNorm and the rest for a layer of its own."
-        )
     if statistics.uses_source and layer.running_mean is None:
         raise ValueError(_no_source(name))
+
+
+def _adapt(layer: _NormBase, name: str, statistics: Statistics, *, exchange: bool) -> None:
+    """Make `layer` take mean and variance from `statistics`, or leave it as it was."""
+    # The layer itself changes, since forward may reach it by a list or attribute that torch does
+    # not know of. Not by attribute: statistics that are a module too would become its child.
+    attributes = vars(layer)
+    if isinstance(layer, AdaptedBatchNorm):
+        _become(layer, layer.predecessor_type)
+        for attribute in ("name", "statistics", "predecessor_type"):
+            del attributes[attribute]
+    elif isinstance(layer, AdaptedForward):
+        before = attributes.pop("_adaptation")
+        _become(layer, before.predecessor_type)
+        if before.forward is not None:
+            attributes["forward"] = before.forward
+    kind: Any = type(layer)
+    if kind in _PLAIN and "forward" not in attributes:
+        attributes.update(name=name, statistics=statistics, predecessor_type=kind)
+        _become(layer, AdaptedBatchNorm)
+    elif exchange:
+        own = attributes.pop("forward", None)
+        attributes["_adaptation"] = Adaptation(name, statistics, kind, own, _answer)
+        _become(layer, adapted_type(kind))
+
+
+def _become(layer: Any, kind: Any) -> None:
+    layer.__class__ = kind
 
 
 def _no_source(name: str) -> str:
@@ -364,17 +451,12 @@ def _no_source(name: str) -> str:
     )
 
 
-def _batch_norm_type(layer: _BatchNorm) -> type[_BatchNorm]:
-    """The class of a layer, or that which an adapted one stands for."""
-    return layer.predecessor_type if isinstance(layer, AdaptedBatchNorm) else type(layer)
-
-
 def norm_affine_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Scales and shifts (weight, bias) of all normalisation layers, by their names in the model.
 
-    Batch, instance, layer, group and RMS normalisation count, where affine; a parameter that is
-    used at several places counts once, under the name `model.named_parameters()` gives it. Empty
-    if there are none.
+    Batch, instance, layer, group and RMS normalisation count, where affine, and their subclasses;
+    of a parametrised scale or shift, its originals. A parameter that is used at several places
+    counts once, under the name `model.named_parameters()` gives it. Empty if there are none.
 
     Examples:
         >>> model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.GroupNorm(1, 2))
@@ -382,12 +464,18 @@ def norm_affine_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         ['1.weight', '1.bias', '2.weight', '2.bias']
     """
     kinds = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+    places = (
+        "weight",
+        "bias",
+        "parametrizations.weight.original",
+        "parametrizations.bias.original",
+    )
     chosen = {
         id(parameter)
         for layer in model.modules()
         if isinstance(layer, kinds)
-        for name, parameter in layer.named_parameters(recurse=False)
-        if name in ("weight", "bias")
+        for name, parameter in layer.named_parameters()
+        if name.rstrip("0123456789") in places
     }
     return {name: p for name, p in model.named_parameters() if id(p) in chosen}
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import nn
 
 from gradkit.tta.adapter import Adapter, Objective, OptimizerFactory
-from gradkit.tta.objectives import entropy
+from gradkit.tta.objectives import Probabilities, check_probabilities, prediction_entropy
 from gradkit.tta.statistics import Statistics
 
 
@@ -16,18 +17,23 @@ def TENT(  # noqa: N802 # the method's name
     model: nn.Module,
     lr: float = 1e-4,
     statistics: str | Statistics = "test",
-    objective: Objective = entropy,
+    objective: Objective | None = None,
     optimizer: OptimizerFactory | None = None,
     episodic: bool = False,
+    probabilities: Probabilities = "auto",
     **options: Any,
 ) -> Adapter:
     """Test entropy minimisation ([Wang et al., ICLR 2021](https://arxiv.org/abs/2006.10726)).
 
         φ ← φ − Adam(∇_φ H(p(x; φ)))        φ the scales and shifts of normalisation layers
 
-    Learning rate, Adam, test statistics and the one-sided entropy of independent sigmoids are
-    what the authors of GraTa used for optic disc and cup; the original takes a softmax over
-    classes, which would be wrong for nested ones.
+    H is an entropy that fits the logits. A classifier's [N, C] are taken for a softmax over
+    classes, as in the paper (`gradkit.tta.softmax_entropy`). Where several labels may be right,
+    pass `probabilities="sigmoid"` (`gradkit.tta.binary_entropy`), which is what a single logit
+    [N, 1] gets by itself. Dense logits [N, C, ...] are taken for independent sigmoids, with the
+    one-sided entropy (`gradkit.tta.entropy`): so the authors of GraTa used TENT for optic disc and
+    cup, which are nested. Where each pixel has exactly one class, pass `probabilities="softmax"`.
+    The learning rate, Adam and test statistics are theirs, too.
 
     Cost: 2 forward passes and 1 backward pass a batch. State: φ and Adam's moments.
 
@@ -35,10 +41,14 @@ def TENT(  # noqa: N802 # the method's name
         model: The source model; see `Adapter`.
         lr: Adam's learning rate.
         statistics: Where mean and variance come from; see `Adapter`.
-        objective: What is minimised, a function `(model, images) -> loss`.
+        objective: What is minimised instead, a function `(model, images) -> loss`.
         optimizer: Makes another base optimizer than Adam with `lr`.
         episodic: Whether to start anew for each batch.
+        probabilities: What the logits stand for, "sigmoid", "softmax" or "auto"; see above.
         **options: Further arguments of `Adapter`.
+
+    Raises:
+        ValueError: If both `objective` and `probabilities` are given.
 
     Examples:
         >>> import torch, gradkit as gk
@@ -46,7 +56,33 @@ def TENT(  # noqa: N802 # the method's name
         >>> adapter = gk.tta.TENT(model, lr=1e-3)
         >>> adapter(torch.rand(1, 3, 8, 8)).shape, adapter.last_step.names
         (torch.Size([1, 2, 8, 8]), ('loss',))
+
+        A vision transformer has LayerNorm, so that there are no statistics to take from the images,
+        but scales and shifts to train:
+
+        >>> class ViT(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.patches = torch.nn.Conv2d(3, 16, kernel_size=8, stride=8)
+        ...         block = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        ...         self.blocks = torch.nn.TransformerEncoder(block, 2)
+        ...         self.norm, self.head = torch.nn.LayerNorm(16), torch.nn.Linear(16, 10)
+        ...     def forward(self, images):
+        ...         tokens = self.patches(images).flatten(2).transpose(1, 2)
+        ...         return self.head(self.norm(self.blocks(tokens)).mean(dim=1))
+        >>> adapter = gk.tta.TENT(ViT(), lr=1e-3, statistics="source")
+        >>> logits = adapter(torch.rand(4, 3, 32, 32))
+        >>> logits.shape, len(adapter.optimizer.param_groups[0]["params"])  # 5 LayerNorms
+        (torch.Size([4, 10]), 10)
     """
+    check_probabilities(probabilities)
+    if objective is None:
+        objective = functools.partial(prediction_entropy, probabilities=probabilities)
+    elif probabilities != "auto":
+        raise ValueError(
+            f"probabilities={probabilities!r} chooses the built-in entropy, which objective "
+            "replaces; pass one of them"
+        )
     return Adapter(
         model,
         statistics=statistics,

@@ -6,7 +6,7 @@ views can be compared or averaged pixel by pixel.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -90,3 +90,25 @@ WEAK_VIEWS: tuple[View, ...] = (
     View("rotate_270", partial(rotate, quarter_turns=3), partial(rotate, quarter_turns=-3)),
 )
 """The six weak augmentations of GraTa (https://arxiv.org/abs/2408.07343), in its order."""
+
+
+def check_views(views: Sequence[View], image: Tensor) -> None:
+    """Raise ValueError if flips or turns would mistake an image's channels for rows.
+
+    The views above act on the last two axes, so that images need two spatial ones:
+    [N, channels, H, W] or [N, channels, D, H, W]. Sequences [N, channels, L] need views of their
+    own.
+
+    Examples:
+        >>> check_views(WEAK_VIEWS, torch.zeros(1, 3, 8, 8))
+    """
+    if image.dim() > 3:
+        return
+    for view in views:
+        change = getattr(view.forward, "func", view.forward)
+        if change in (flip_vertical, rotate):
+            raise ValueError(
+                f"the view {view.name!r} changes the last two axes, but images of shape "
+                f"{list(image.shape)} have no two axes of positions: pass views of your own, "
+                "Consistency(views=(View(name, forward, inverse), ...))."
+            )

@@ -105,3 +105,19 @@ def test_a_compiled_model_takes_the_inplace_engine() -> None:
     optimizer.step(lambda: error(compiled, BATCHES[0]))
     assert len(seen) == 2  # the live weights were differentiated, at both points
     hooked.remove()
+
+
+class Activated(nn.BatchNorm1d):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+@torch.no_grad()
+def test_layers_with_a_forward_of_their_own_take_their_statistics_under_compilation() -> None:
+    torch._dynamo.reset()
+    net = gk.tta.install_statistics(nn.Sequential(Activated(3), nn.Linear(3, 2)), "test")
+    compiled = torch.compile(net, backend="eager")
+    for seed in range(2):
+        x = 2.0 + torch.randn(5, 3, generator=torch.Generator().manual_seed(seed))
+        expected = net[1](nn.functional.batch_norm(x, None, None, training=True).relu())
+        torch.testing.assert_close(compiled(x), expected)

@@ -7,10 +7,12 @@ import io
 import math
 import pickle
 import signal
+import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import as_users_run_it
 from torch import nn
 
 import gradkit as gk
@@ -425,6 +427,106 @@ def test_other_parameters_can_be_chosen() -> None:
     assert set(adapter.state_dict()["model"]) >= {"7.weight", "7.bias"}
     assert torch.equal(adapter.model[1].weight, network()[1].weight)
     assert not torch.equal(adapter.model[7].weight, network()[7].weight)
+
+
+# --- which images ---------------------------------------------------------------------------------
+
+
+class Tagged(torch.Tensor):
+    """A tensor with something to say, as MONAI's MetaTensor is; every result of it is one."""
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_images_of_a_subclass_are_as_plain_ones(method: str) -> None:
+    first, second = METHODS[method](network()), METHODS[method](network())
+    for x in images(3):
+        logits = second(x.as_subclass(Tagged))
+        assert type(logits) is torch.Tensor
+        assert torch.equal(logits, first(x))
+    for name, tensor in second.state_dict()["model"].items():
+        assert type(tensor) is torch.Tensor, name
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_channels_last_changes_rounding_only(method: str) -> None:
+    plain_adapter = METHODS[method](network())
+    last = METHODS[method](network().to(memory_format=torch.channels_last))
+    for x in images(3):
+        logits = last(x.contiguous(memory_format=torch.channels_last))
+        torch.testing.assert_close(logits, plain_adapter(x), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_half_precision_images_under_autocast(method: str) -> None:
+    half, exact = METHODS[method](network(torch.float32)), METHODS[method](network(torch.float32))
+    for x in images(3, torch.float32):
+        x = x.bfloat16()
+        expected = exact(x.float())
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = half(x)
+        torch.testing.assert_close(logits.float(), expected, rtol=0.1, atol=0.1)
+
+
+def test_scripted_children_are_copied_and_trained_around() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        head = torch.jit.script(nn.Sequential(nn.ReLU(), nn.Conv2d(4, 2, 1)))
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), head)
+    adapter = gk.tta.TENT(model, lr=1e-2, engine="inplace")
+    adapter(images(1, torch.float32)[0])
+    assert not torch.equal(adapter.model[1].weight, model[1].weight)
+
+
+def test_images_out_of_the_augmentations_range_are_refused_before_anything_runs() -> None:
+    adapter = gk.tta.GraTa(network(), lr=1e-2)
+    adapter(images(1)[0])
+    before, last, forwards = plain(adapter.state_dict()), adapter.last_step, []
+    adapter.model[0].register_forward_hook(lambda *_: forwards.append(1))
+    x = images(1)[0]
+    for wrong, found in ((255 * x, r"\[0\.\d+, 25\d"), (4 * x - 2, r"\[-1\.\d+, 1\.\d+\]")):
+        with pytest.raises(ValueError, match=rf"{found}.*nn\.Sequential\(normalise, model\)"):
+            adapter(wrong)
+    with as_users_run_it(), pytest.raises(ValueError, match=r"torch\.uint8"):
+        adapter((255 * x).byte())
+    assert forwards == []
+    assert plain(adapter.state_dict()) == before
+    assert adapter.last_step is last
+    adapter(1.05 * x - 0.03)  # as interpolation overshoots
+    gk.tta.TENT(network())(4 * x - 2)  # no augmentation, no range
+
+
+def test_images_that_are_not_finite_are_left_to_nonfinite() -> None:
+    adapter = gk.tta.GraTa(network(), nonfinite="skip")
+    for value in (torch.nan, torch.inf):
+        adapter(torch.full((1, 3, 8, 8), value, dtype=torch.float64))
+        assert not adapter.last_step.applied
+
+
+# --- inference mode -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["tent", "grata", "chain"])
+def test_inference_mode_is_refused_with_its_remedy(method: str) -> None:
+    adapter, x = METHODS[method](network()), images(1)[0]
+    before = plain(adapter.state_dict())
+    with torch.inference_mode():
+        for adapt in (lambda: adapter(x), lambda: METHODS[method](network())):
+            with pytest.raises(RuntimeError, match=r"Trainer\(inference_mode=False\)"):
+                adapt()
+        made_here = x.clone()
+    assert plain(adapter.state_dict()) == before
+    twin = METHODS[method](network())
+    assert torch.equal(adapter(made_here), twin(x))
+    with torch.no_grad():
+        assert torch.equal(adapter(x), twin(x))
+
+
+@pytest.mark.parametrize("method", ["none", "ptbn"])
+def test_what_takes_no_gradient_works_under_inference_mode(method: str) -> None:
+    x = images(1)[0]
+    expected = METHODS[method](network())(x)
+    with torch.inference_mode():
+        assert torch.equal(METHODS[method](network())(x), expected)
 
 
 def bad(call):
