@@ -6,6 +6,7 @@ GraTa's paper lacks, its mean learning rate held constant.
 """
 
 import json
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,7 +134,9 @@ class Fundus:
         if path is None:
             raise UsageError(
                 f"there is no source model {places[0]} or {places[1]}; train it by "
-                f"python -m examples.fundus train --source {source} --out {self.models / source}"
+                f"python -m examples.fundus train --data-root {shlex.quote(self.data_root)} "
+                f"--source {shlex.quote(source)} --size {self.size} --width {self.width} "
+                f"--out {shlex.quote(str(self.models / source))}"
             )
         return load_source_model(path, self.width, self.size, source)[0]
 
