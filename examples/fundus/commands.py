@@ -123,8 +123,7 @@ class Train:
         settings = TrainingSettings(epochs, self.seed, self.batch_size, self.learning_rate)
         # A file of an earlier training does not count, unless it is what this one started from.
         last = self.out / "training" / "last.pt"
-        if self.resume:
-            print(resumption_note(last, epochs), file=sys.stderr)
+        note = resumption_note(last, epochs) if self.resume else ""
         kept = [self.resume]
         with interruptible(RESUME, lambda: any(kept)):
             best = train_source(
@@ -135,6 +134,7 @@ class Train:
                 open_device(self.device, self.threads),
                 self.resume,
                 on_epoch=lambda report: kept.append(True),
+                on_resume=lambda: print(note, file=sys.stderr),
                 root=SYNTHETIC if self.data_root == SYNTHETIC else "folder",
             )
         model, architecture = load_source_model(best)

@@ -75,6 +75,7 @@ def train_source(
     resume: bool = False,
     progress: bool = True,
     on_epoch: Callable[[EpochReport], None] | None = None,
+    on_resume: Callable[[], None] | None = None,
     root: str = "folder",
 ) -> Path:
     """Trains a source model and returns the path of its best epoch's checkpoint.
@@ -99,6 +100,7 @@ def train_source(
         resume: go on from `last.pt` if there is one; otherwise start anew.
         progress: show progress on standard error.
         on_epoch: called after each epoch's checkpoints are written.
+        on_resume: called once an earlier training is restored, before it goes on.
         root: kind of data root that the samples are from, `synthetic` or `folder`; a training is
             resumed on the same data only.
 
@@ -115,6 +117,8 @@ def train_source(
     state = TrainingState(architecture, settings, fingerprint(samples, root), device)
     if resume and (directory / "last.pt").exists():
         state.restore(directory / "last.pt")
+        if on_resume is not None:
+            on_resume()
     shown = Progress(
         settings.epochs,
         f"train {architecture.source}" if progress else None,

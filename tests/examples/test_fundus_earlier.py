@@ -150,6 +150,7 @@ def test_what_is_resumed_is_said(capsys, tmp_path, monkeypatch):
 
     def resumed(samples, architecture, settings, directory, *rest, **options):
         epochs.append(settings.epochs)
+        options["on_resume"]()
         return directory / "best.pt"
 
     monkeypatch.setattr(commands, "train_source", resumed)
@@ -171,6 +172,23 @@ def test_what_is_resumed_is_said(capsys, tmp_path, monkeypatch):
     assert run(*words, tmp_path / "first", "--epochs", 5) == 0
     assert capsys.readouterr().err.endswith("(0.2 in epoch 1, 0.164 in epoch 2)\n")
     assert epochs == [9, 3, 3, 5, 5]
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--seed", 1, "seed 0, not 1"),
+        ("--width", 4, "width 2, not 4"),
+        ("--learning-rate", 0.1, "learning_rate 0.2, not 0.1"),
+        ("--source", "centre_b", "source centre_a, not centre_b"),
+    ],
+)
+def test_another_training_is_not_resumed(capsys, tmp_path, option, value, message):
+    leave(tmp_path, done=2, epochs=9)
+    before = contents(tmp_path)
+    text = complaint(capsys, "train", *TINY, "--resume", option, value, "--out", tmp_path)
+    assert f"belongs to a training with {message}; repeat that value, or start anew" in text
+    assert contents(tmp_path) == before
 
 
 def test_extending_really_trains_on(tmp_path, monkeypatch):
