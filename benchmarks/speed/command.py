@@ -80,7 +80,7 @@ class Speed:
     rule_cases: str = "2x64"
     """Cases of ResUNet-34 at which every rule's step is measured."""
     elementwise_cases: str = "4x128"
-    """Further ones, for PCGrad and the rules that work number by number."""
+    """Further ones, for PCGrad and the elementwise rules."""
     rule_rounds: int = 7
     """Rounds for each rule."""
     weight_seconds: float = 0.2
