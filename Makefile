@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 OUT ?= runs/demo
+# The demo's source model is trained once; a later run continues or uses what is there.
+RESUME = $(if $(wildcard $(OUT)/training/last.pt),--resume)
 # One test process a core, each with one thread: the tests' tensors are small.
 WORKERS ?= auto
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses $(WORKERS) --dist loadfile
@@ -12,7 +14,7 @@ PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses $(WORKERS) --dist lo
 .PHONY: demo test lint coverage docs clean
 
 demo: $(VENV)/.installed
-	$(RUN) -m examples.fundus compare --statistics mixed:0.8 --lr 1e-3 --out $(OUT)
+	$(RUN) -m examples.fundus compare --statistics mixed:0.8 --lr 1e-3 --out $(OUT) $(RESUME)
 
 test: $(VENV)/.installed
 	$(PYTEST)

@@ -2,9 +2,6 @@
 
 import sys
 from collections.abc import Sequence
-from typing import Annotated
-
-from tyro.conf import subcommand
 
 from benchmarks.alignment import Alignment
 from benchmarks.fundus import Fundus
@@ -14,11 +11,7 @@ from examples.common.command_line import parse, run
 from examples.fundus.data import DataError
 from examples.fundus.validation import UsageError
 
-COMMANDS = (
-    Annotated[Fundus, subcommand("fundus")]
-    | Annotated[Speed, subcommand("speed")]
-    | Annotated[Alignment, subcommand("alignment")]
-)
+COMMANDS = {"fundus": Fundus, "speed": Speed, "alignment": Alignment}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,6 +6,7 @@ GraTa's paper lacks, its mean learning rate held constant.
 """
 
 import json
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,15 @@ from examples.common.bootstrap import bootstrap_interval
 from examples.common.datasets import length
 from examples.fundus.adaptation import adapt_online, build_adapter
 from examples.fundus.data import available_domains, check, open_domain
+from examples.fundus.earlier import refuse_to_replace
 from examples.fundus.source_model import load_source_model
-from examples.fundus.validation import UsageError, check_writable, open_device, split_names
+from examples.fundus.validation import (
+    UsageError,
+    check_writable,
+    open_device,
+    require,
+    split_names,
+)
 from gradkit import tta
 
 MIXED = "mixed:0.8"
@@ -52,7 +60,8 @@ class Fundus:
     """Adapt every source model to every other centre by several strategies.
 
     Writes OUT/SOURCE.json for each source, and OUT/fundus.md from all of these that are there, so
-    that sources may be run one by one. Source models come from `examples.fundus`.
+    that sources may be run one by one, with the same settings. Source models come from
+    `examples.fundus`.
     """
 
     data_root: str
@@ -75,6 +84,8 @@ class Fundus:
     """Threads of a CPU."""
     out: Path = Path("runs/benchmark-fundus")
     """Folder of the results."""
+    overwrite: bool = False
+    """Replace the results of an earlier run of the same sources in --out."""
 
     def run(self) -> None:
         """Runs the benchmark, and prints the table."""
@@ -83,17 +94,39 @@ class Fundus:
         check(self.data_root, domains)
         models = {source: self._model(source) for source in sources}
         device = open_device(self.device, self.threads)
+        self._check_earlier(sources, domains)
         check_writable(self.out)
         for source, model in models.items():
             model.to(device)
             rows = []
             for target in (domain for domain in domains if domain != source):
                 rows += self._adapt(model, source, target, device)
-            record = {"machine": describe_machine(), "seed": self.seed, "results": rows}
+            record = {"machine": describe_machine(), **self._settings(), "results": rows}
             (self.out / f"{source}.json").write_text(json.dumps(record, indent=1) + "\n")
-        table = make_table(sorted(self.out.glob("*.json")))
+        table = make_table(self._files(domains))
         (self.out / "fundus.md").write_text(table)
         print(table)
+
+    def _settings(self) -> dict[str, object]:
+        """What all results in one table must have in common."""
+        return {"seed": self.seed, "size": self.size, "width": self.width, "images": self.images}
+
+    def _files(self, sources: Iterable[str]) -> list[Path]:
+        """The results of these sources that are there, sorted by name."""
+        files = (self.out / f"{source}.json" for source in sorted(sources))
+        return [file for file in files if file.exists()]
+
+    def _check_earlier(self, sources: Sequence[str], domains: Sequence[str]) -> None:
+        if not self.overwrite:
+            refuse_to_replace(self._files(sources))
+        for file in self._files(set(domains) - set(sources)):
+            record = json.loads(file.read_text())
+            for name, value in self._settings().items():
+                require(
+                    record.get(name, value) == value,
+                    f"{file} was made with {name} {record.get(name)}, not {value}; choose another "
+                    f"--out, so that no table mixes them",
+                )
 
     def _model(self, source: str) -> nn.Module:
         places = (self.models / f"{source}.pt", self.models / source / f"{source}.pt")
@@ -101,7 +134,9 @@ class Fundus:
         if path is None:
             raise UsageError(
                 f"there is no source model {places[0]} or {places[1]}; train it by "
-                f"python -m examples.fundus train --source {source}"
+                f"python -m examples.fundus train --data-root {shlex.quote(self.data_root)} "
+                f"--source {shlex.quote(source)} --size {self.size} --width {self.width} "
+                f"--out {shlex.quote(str(self.models / source))}"
             )
         return load_source_model(path, self.width, self.size, source)[0]
 

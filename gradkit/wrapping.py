@@ -43,17 +43,23 @@ def wrap(
         model: The module whose parameters are optimised. With it, buffers such as BatchNorm's
             running statistics see each objective's first evaluation in a step and no other, and
             the functional engine can be used.
-        engine: "inplace", which is what "auto" takes, displaces the live parameters and puts them
-            back by copy: whatever hangs on them (attributes, hooks, compiled and scripted modules)
-            works as with `base`. "functional" runs closures on leaves in their place and never
-            writes to the live ones; what it cannot carry it refuses.
+        engine: How objectives are evaluated at displaced weights. "inplace", which "auto" is,
+            moves the model's own parameters and puts them back by copy: closures find the very
+            parameters, with their class, attributes and hooks, and compiled, scripted and
+            distributed modules run. "functional" runs closures on leaves in their place and never
+            writes live weights or buffers during a step. It refuses parameters with hooks, with
+            attributes or of a subclass, buffers that share memory with a parameter, and compiled,
+            scripted, `DistributedDataParallel` and `fully_shard` modules, and raises where a
+            closure has changed `requires_grad` or rebound `.data`.
         nonfinite: On a NaN or an infinity in a loss or gradient, "raise" names the objective,
             "skip" leaves everything but the random numbers as it was, "ignore" does not look
             (and needs no copy to the host).
         max_norm: Clip the final direction to this Euclidean norm, after all transforms.
         replay_rng: Whether further evaluations of an objective in a step, at displaced weights,
             see the same random numbers (dropout masks) as its first; by default they draw fresh
-            ones, as torch would.
+            ones, as torch would. It covers torch's default generators of the CPU and of the one
+            device that the parameters are on; not numpy's, Python's `random`, nor a
+            `torch.Generator` of your own.
         scaler: Loss scaling for float16, which the step then does by itself: it scales losses,
             unscales their gradients, passes over a step in which one is not finite (whatever
             `nonfinite` says), and updates the scale once. Do not call the scaler's `step`,

@@ -26,6 +26,14 @@ def test_code_runs(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         exec(compile(block, str(page), "exec"), vars(module))
 
 
+def test_the_site_has_every_page_and_a_search() -> None:
+    config = (ROOT / "mkdocs.yml").read_text()
+    menu = re.findall(r"^  - .*: (\S+\.md)$", config, re.MULTILINE)
+    assert sorted(menu) == sorted(page.name for page in (ROOT / "docs").glob("*.md"))
+    # mkdocs leaves its search out where plugins are listed without it
+    assert re.search(r"^plugins:\n(?:  .*\n)*?  - search\b", config, re.MULTILINE)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):

@@ -17,6 +17,7 @@ from benchmarks.alignment.strategies import REFERENCE, STRATEGIES, suitable
 from benchmarks.alignment.summary import summarise
 from benchmarks.machine import describe_machine
 from examples.fundus.data import SYNTHETIC, available_domains, check
+from examples.fundus.earlier import refuse_to_replace
 from examples.fundus.validation import check_training, check_writable, require, split_names
 
 Problem = Literal["toy", "fonseca", "zdt", "digits", "fundus"]
@@ -69,11 +70,15 @@ class Alignment:
     """Processes to run at the same time, one thread each; the results do not depend on it."""
     out: Path | None = None
     """Folder of the results; default runs/benchmark-alignment/PROBLEM."""
+    overwrite: bool = False
+    """Replace the results of an earlier run in --out."""
 
     def run(self) -> None:
         """Runs the comparison, writes and prints the report."""
         self._check()
         out = self.out or Path("runs/benchmark-alignment") / self.problem
+        if not self.overwrite:
+            refuse_to_replace([out / f"{self.problem}.json"])
         solve: Mapping[Problem, Callable[[Path], dict[str, Any]]] = {
             "toy": self._toy,
             "fonseca": self._fronts,
@@ -100,7 +105,7 @@ class Alignment:
         for field in fields(self):
             value = getattr(self, field.name)
             option = f"--{field.name.replace('_', '-')}"
-            if field.name in ("out", "workers") or value == field.default:
+            if field.name in ("out", "overwrite", "workers") or value == field.default:
                 continue
             if field.name == "data" and value != SYNTHETIC:
                 value = "DATA"  # where it is on this machine is of no interest elsewhere

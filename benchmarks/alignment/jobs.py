@@ -1,4 +1,4 @@
-"""Running many independent trainings, with a progress bar."""
+"""Running many independent trainings, with progress on standard error."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -6,7 +6,8 @@ from multiprocessing import get_context
 from typing import TypeVar
 
 import torch
-from tqdm import tqdm
+
+from examples.common.progress import Progress
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -24,23 +25,23 @@ def run_jobs(
         function: Of a module, so that other processes find it.
         jobs: What it is called with, one at a time.
         workers: Number of processes; 1 is this one.
-        description: What the progress bar is headed with.
+        description: What the progress is headed with.
     """
     torch.set_num_threads(1)
-    bar = tqdm(total=len(jobs), desc=description, unit="run")
+    progress = Progress(len(jobs), description, "run")
     if workers == 1:
-        with bar:
-            return [_counted(function(job), bar) for job in jobs]
+        with progress:
+            return [_counted(function(job), progress) for job in jobs]
     pool = ProcessPoolExecutor(
         workers,
         mp_context=get_context("spawn"),
         initializer=torch.set_num_threads,
         initargs=(1,),
     )
-    with bar, pool:
-        return [_counted(result, bar) for result in pool.map(function, jobs)]
+    with progress, pool:
+        return [_counted(result, progress) for result in pool.map(function, jobs)]
 
 
-def _counted(result: Result, bar: "tqdm[None]") -> Result:
-    bar.update()
+def _counted(result: Result, progress: Progress) -> Result:
+    progress.update()
     return result

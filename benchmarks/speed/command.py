@@ -33,6 +33,7 @@ from benchmarks.speed.slope import plot_slopes
 from benchmarks.speed.stream import WEIGHTINGS, exported, measure_many
 from benchmarks.speed.timing import RATIO, Clock, Rounds, bandwidth, summarise, time_in_turn
 from benchmarks.speed.weights import measure_weights
+from examples.fundus.earlier import refuse_to_replace
 from examples.fundus.validation import UsageError, check_writable, open_device, split_names
 from gradkit.surgery import PCGrad, Rule
 
@@ -79,7 +80,7 @@ class Speed:
     rule_cases: str = "2x64"
     """Cases of ResUNet-34 at which every rule's step is measured."""
     elementwise_cases: str = "4x128"
-    """Further ones, for PCGrad and the rules that work number by number."""
+    """Further ones, for PCGrad and the elementwise rules."""
     rule_rounds: int = 7
     """Rounds for each rule."""
     weight_seconds: float = 0.2
@@ -103,6 +104,8 @@ class Speed:
     """Seed of the bootstrap."""
     out: Path = Path("runs/benchmark-speed")
     """Folder of the results."""
+    overwrite: bool = False
+    """Replace the results of an earlier run in --out."""
 
     def run(self) -> None:
         """Measures, writes and prints the report."""
@@ -113,6 +116,8 @@ class Speed:
         rule_objectives = _numbers("--rule-objectives", self.rule_objectives)
         many = _numbers("--stream-objectives", self.stream_objectives)
         rules = exported_rules()
+        if not self.overwrite:
+            refuse_to_replace([self.out / "speed.json"])
         check_writable(self.out)
         load = os.getloadavg()[0]
         rate = bandwidth(device)
@@ -186,7 +191,7 @@ class Speed:
         words = ["python -m benchmarks speed"]
         for field in fields(self):
             value = getattr(self, field.name)
-            if value != field.default and field.name != "out":
+            if value != field.default and field.name not in ("out", "overwrite"):
                 words += [f"--{field.name.replace('_', '-')}", shlex.quote(str(value))]
         return " ".join(words)
 

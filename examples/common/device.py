@@ -2,6 +2,8 @@
 
 import torch
 
+from examples.common.suggestions import did_you_mean
+
 
 def choose_device(name: str = "auto") -> torch.device:
     """The named device, or the best one present for `auto`: CUDA, else the CPU.
@@ -19,5 +21,9 @@ def choose_device(name: str = "auto") -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device {name!r} is not available; pass auto, cpu or cuda") from error
+        guess = did_you_mean(name, ("auto", "cpu", "cuda"))
+        raise ValueError(
+            f"device {name!r} is not available; pass auto, cpu or cuda"
+            f"{'' if name.startswith('cuda') else guess}"
+        ) from error
     return device

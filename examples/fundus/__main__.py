@@ -2,9 +2,6 @@
 
 import sys
 from collections.abc import Sequence
-from typing import Annotated
-
-from tyro.conf import subcommand
 
 from examples.common.checkpoint import CheckpointError
 from examples.common.command_line import parse, run
@@ -14,12 +11,7 @@ from examples.fundus.data import DataError
 from examples.fundus.training_state import TrainingError
 from examples.fundus.validation import UsageError
 
-COMMANDS = (
-    Annotated[Compare, subcommand("compare")]
-    | Annotated[Train, subcommand("train")]
-    | Annotated[Adapt, subcommand("adapt")]
-    | Annotated[Export, subcommand("export")]
-)
+COMMANDS = {"compare": Compare, "train": Train, "adapt": Adapt, "export": Export}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

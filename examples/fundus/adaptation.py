@@ -11,9 +11,10 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from examples.common.datasets import length
+from examples.common.progress import Progress
+from examples.common.suggestions import did_you_mean
 from examples.fundus.metrics import dice, mean, segment
 from examples.fundus.sample import Sample
 from gradkit import tta
@@ -43,9 +44,10 @@ def parse_statistics(text: str) -> str | tta.Mixed:
             return tta.Mixed(float(share))
     except ValueError:  # no number, or not a share
         pass
+    guess = "" if kind == "mixed" else did_you_mean(kind, ("source", "test", "mixed"))
     raise ValueError(
-        f"statistics are {text!r}; choose source, test, or mixed:SHARE with the source's share "
-        f"between 0 and 1, such as mixed:0.8"
+        f"statistics are {text!r}; choose source, test, or mixed:SHARE with the source's "
+        f"share between 0 and 1, such as mixed:0.8{guess}"
     )
 
 
@@ -143,13 +145,12 @@ def adapt_online(
         samples: the target, train list then test list.
         device: where the adapter's model is.
         keep: indices of the images whose predictions to return.
-        description: of the progress bar on standard error; None shows none.
+        description: of the progress on standard error; None shows none.
     """
     stream = Stream()
     count = length(samples)
-    # As a context, so that an interrupted bar ends its line before anything else is printed.
-    with tqdm(range(count), description, unit="image", disable=description is None) as indices:
-        for index in indices:
+    with Progress(count, description, "image") as progress:
+        for index in range(count):
             sample = samples[index]
             logits = adapter(sample.image.unsqueeze(0).to(device))
             prediction = segment(logits[0].float().cpu())
@@ -161,4 +162,5 @@ def adapt_online(
             if step is not None and {"pseudo", "auxiliary"} <= set(step.names):
                 stream.cosines.append(float(step.cosine("pseudo", "auxiliary")))
                 stream.lr_scales.append(float(step.lr_scale))
+            progress.update()
     return stream

@@ -3,6 +3,7 @@
 Each command checks everything it was given before it computes or writes anything.
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,12 @@ from examples.common.command_line import interruptible
 from examples.common.datasets import length
 from examples.fundus.adaptation import METHODS, adapt_online, build_adapter
 from examples.fundus.data import SYNTHETIC, available_domains, check, open_domain
+from examples.fundus.earlier import (
+    EPOCHS,
+    check_resumption,
+    refuse_to_replace_training,
+    resumption_note,
+)
 from examples.fundus.export import export as export_domains
 from examples.fundus.masks import save_masks
 from examples.fundus.network import ResUNet34
@@ -30,11 +37,16 @@ from examples.fundus.validation import (
 )
 
 RESUME = "continue with --resume"
+REPLACED = "the results of an earlier run in {} are replaced"
 
 
 @dataclass(frozen=True)
 class Train:
-    """Train a source model and keep its best epoch at OUT/SOURCE.pt."""
+    """Train a source model and keep its best epoch at OUT/SOURCE.pt.
+
+    A folder that holds a training or the centre's model is refused, unless --resume goes on with
+    the training or --overwrite replaces it.
+    """
 
     data_root: str = "synthetic"
     """Folder of the lists and images, or "synthetic" for generated photographs."""
@@ -44,8 +56,9 @@ class Train:
     """Side of the square images, pixels; a multiple of 32, at least 64."""
     width: int = 16
     """Channels of the network's first stage; 64 is the published network."""
-    epochs: int = 20
-    """Passes over the training images."""
+    epochs: int | None = None
+    """Passes over the training images; default 20, with --resume as many as the training has. More
+    extend it: further epochs take the learning rates of the longer schedule."""
     batch_size: int = 8
     """Images per training step."""
     learning_rate: float = TrainingSettings.learning_rate
@@ -61,7 +74,10 @@ class Train:
     out: Path = Path("runs/fundus")
     """Folder of the results; made if missing."""
     resume: bool = False
-    """Continue an interrupted training that is in OUT/training."""
+    """Continue the training that is in OUT/training."""
+    overwrite: bool = False
+    """Train anew where OUT holds a training or model already: training files are replaced after
+    the first epoch, the model after the last."""
 
     def run(self) -> None:
         """Trains, and prints where the checkpoint is."""
@@ -71,12 +87,32 @@ class Train:
         check(self.data_root, [self.source])
         open_source(self.data_root, self.source, self.size, self.seed, self.train_images)
         open_device(self.device, self.threads)
+        epochs = self.check_earlier()
         check_writable(self.out)
-        self.fit()
+        self.fit(epochs)
         print(f"source model: {self.out / self.source}.pt")
 
-    def fit(self) -> ResUNet34:
+    def check_earlier(self) -> int:
+        """Makes sure that nothing of an earlier run is lost; returns the number of epochs in all.
+
+        Raises:
+            UsageError: there is nothing to resume, or something that would be replaced.
+        """
+        require(
+            not (self.resume and self.overwrite),
+            "--resume continues the training in --out, --overwrite replaces it; choose one",
+        )
+        if self.resume:
+            return check_resumption(self.out, self.epochs)
+        if not self.overwrite:
+            refuse_to_replace_training(self.out, self.source)
+        return EPOCHS if self.epochs is None else self.epochs
+
+    def fit(self, epochs: int) -> ResUNet34:
         """Trains without further checks, keeps the best epoch and returns it.
+
+        Args:
+            epochs: as `check_earlier` tells.
 
         Raises:
             KeyboardInterrupt: after Ctrl-C; with the remedy where an epoch is kept.
@@ -84,10 +120,11 @@ class Train:
         samples, _ = open_source(
             self.data_root, self.source, self.size, self.seed, self.train_images
         )
-        settings = TrainingSettings(self.epochs, self.seed, self.batch_size, self.learning_rate)
+        settings = TrainingSettings(epochs, self.seed, self.batch_size, self.learning_rate)
         # A file of an earlier training does not count, unless it is what this one started from.
         last = self.out / "training" / "last.pt"
-        kept = [self.resume and last.exists()]
+        note = resumption_note(last, epochs) if self.resume else ""
+        kept = [self.resume]
         with interruptible(RESUME, lambda: any(kept)):
             best = train_source(
                 samples,
@@ -97,6 +134,7 @@ class Train:
                 open_device(self.device, self.threads),
                 self.resume,
                 on_epoch=lambda report: kept.append(True),
+                on_resume=lambda: print(note, file=sys.stderr),
                 root=SYNTHETIC if self.data_root == SYNTHETIC else "folder",
             )
         model, architecture = load_source_model(best)
@@ -164,7 +202,8 @@ class Adapt:
         stream = adapt_online(
             adapter, samples, device, range(length(samples)), f"{self.target}, {self.method}"
         )
-        remove_results(self.out)
+        if remove_results(self.out):
+            print(REPLACED.format(self.out), file=sys.stderr)
         save_masks(self.out / "masks" / self.target / self.method, stream)
         result = make_result(
             source, self.target, self.method, self.statistics, self.lr, self.seed, stream

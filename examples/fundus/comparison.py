@@ -1,5 +1,6 @@
 """The command that compares methods of test-time adaptation, the example's main one."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,9 @@ from torch.utils.data import Dataset
 from examples.common.command_line import interruptible
 from examples.common.datasets import length
 from examples.fundus.adaptation import METHODS, Stream, adapt_online, build_adapter
-from examples.fundus.commands import RESUME, Train
+from examples.fundus.commands import REPLACED, RESUME, Train
 from examples.fundus.data import available_domains, check, open_domain
+from examples.fundus.earlier import refuse_to_replace_model
 from examples.fundus.figures import save_alignment, save_predictions, spread
 from examples.fundus.network import ResUNet34
 from examples.fundus.results import (
@@ -31,6 +33,7 @@ from examples.fundus.validation import (
     check_writable,
     open_device,
     open_source,
+    require,
     split_names,
 )
 
@@ -40,7 +43,8 @@ class Compare:
     """Train or load a source model, adapt it to target centres by several methods, and compare.
 
     Writes OUT/results.json, OUT/table.md, OUT/figure.png, OUT/alignment.png (where GraTa is
-    among the methods) and the source model OUT/SOURCE.pt. Results of an earlier run are replaced.
+    among the methods) and the source model OUT/SOURCE.pt. Results of an earlier run are replaced;
+    a training or another model of the source is not, unless by --overwrite.
     """
 
     data_root: str = "synthetic"
@@ -61,8 +65,9 @@ class Compare:
     """Side of the square images, pixels; a multiple of 32, at least 64."""
     width: int = 16
     """Channels of the network's first stage; 64 is the published network."""
-    epochs: int = 20
-    """Passes over the training images."""
+    epochs: int | None = None
+    """Passes over the training images; default 20, with --resume as many as the training has. More
+    extend it: further epochs take the learning rates of the longer schedule."""
     train_images: int | None = None
     """Images of the source's train list to use; default all (synthetic: 100)."""
     target_images: int | None = None
@@ -77,7 +82,10 @@ class Compare:
     out: Path = Path("runs/fundus")
     """Folder of the results; made if missing."""
     resume: bool = False
-    """Continue an interrupted training that is in OUT/training."""
+    """Continue the training that is in OUT/training, or use it if it is finished."""
+    overwrite: bool = False
+    """Train anew where OUT holds a training or model already, or replace the model by that of
+    --checkpoint."""
 
     def run(self) -> None:
         """Compares, and prints the table."""
@@ -98,6 +106,7 @@ class Compare:
             threads=self.threads,
             out=self.out,
             resume=self.resume,
+            overwrite=self.overwrite,
         )
         check_training(
             self.size, self.width, self.epochs, training.batch_size, training.learning_rate
@@ -114,17 +123,24 @@ class Compare:
             self.target_images,
         )
         device = open_device(self.device, self.threads)
-        model = None
-        if self.checkpoint is not None:
+        kept = self.out / f"{self.source}.pt"
+        if self.checkpoint is None:
+            epochs = training.check_earlier()
+            check_writable(self.out)
+            model = training.fit(epochs)
+        else:
+            require(
+                not self.resume,
+                "--resume continues a training, and --checkpoint takes the place of one; leave "
+                "one of them out",
+            )
             model, architecture = load_source_model(
                 self.checkpoint, self.width, self.size, self.source
             )
-        check_writable(self.out)
-
-        if model is None:
-            model = training.fit()
-        else:
-            save_source_model(self.out / f"{self.source}.pt", architecture, model.state_dict())
+            if not self.overwrite:
+                refuse_to_replace_model(kept, model)
+            check_writable(self.out)
+            save_source_model(kept, architecture, model.state_dict())
         # What was trained is kept: --resume goes on with the adaptation.
         with interruptible(RESUME, lambda: self.checkpoint is None):
             self._adapt(model.to(device), unseen, targets, methods, device)
@@ -164,7 +180,8 @@ class Compare:
                     )
                 )
         table = markdown_table(results, self.seed, in_domain)
-        remove_results(self.out)
+        if remove_results(self.out):
+            print(REPLACED.format(self.out), file=sys.stderr)
         write_json(results, self.out / "results.json")
         (self.out / "table.md").write_text(table)
         _save_figures(self.out, results, data, shown)

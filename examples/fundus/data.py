@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import Dataset, Subset
 
+from examples.common.suggestions import did_you_mean
 from examples.fundus.centres import CENTRES
 from examples.fundus.pictures import DataError, decode_target, one_line, read_pair
 from examples.fundus.sample import Sample, Split, normalise
@@ -123,7 +124,10 @@ def available_domains(root: str | Path) -> list[str]:
         return list(CENTRES)
     root = Path(root)
     if not root.is_dir():
-        raise DataError(f"{root} is not a folder; give the folder of the lists, or {SYNTHETIC!r}")
+        guess = did_you_mean(str(root), [SYNTHETIC])
+        raise DataError(
+            f"{root} is not a folder; give the folder of the lists, or {SYNTHETIC!r}{guess}"
+        )
     names = {path.stem for path in root.glob("*.csv")}
     names = {name.removesuffix("_train").removesuffix("_test") for name in names}
     if not names:

@@ -73,10 +73,16 @@ def make_result(
     return Result(source, target, method, used_statistics, used_lr, seed, stream)
 
 
-def remove_results(directory: Path) -> None:
-    """Removes the results of an earlier run, beside which those of another would be misread."""
-    for name in RESULT_FILES:
-        (directory / name).unlink(missing_ok=True)
+def remove_results(directory: Path) -> bool:
+    """Removes the results of an earlier run, beside which those of another would be misread.
+
+    Returns:
+        Whether there were any.
+    """
+    found = [directory / name for name in RESULT_FILES if (directory / name).exists()]
+    for path in found:
+        path.unlink()
+    return bool(found)
 
 
 def write_json(results: Sequence[Result], path: Path) -> None:

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 from torch.utils.data import Dataset, Subset
-from tqdm import tqdm
 
 from examples.common.datasets import length
+from examples.common.progress import Progress
 from examples.fundus.augmentation import AugmentedDataset
 from examples.fundus.metrics import dice, mean, segment
 from examples.fundus.sample import Sample
@@ -75,6 +75,7 @@ def train_source(
     resume: bool = False,
     progress: bool = True,
     on_epoch: Callable[[EpochReport], None] | None = None,
+    on_resume: Callable[[], None] | None = None,
     root: str = "folder",
 ) -> Path:
     """Trains a source model and returns the path of its best epoch's checkpoint.
@@ -84,6 +85,12 @@ def train_source(
     function of (seed, epoch, index), so a training that was interrupted and resumed ends with the
     same bits as one that was not.
 
+    A training of fewer epochs is extended: further epochs take the learning rates that they have
+    in a training of `settings.epochs`. The epochs before keep those of the shorter schedule, so
+    that the result differs from a training that was as long from the start, unless only the first
+    epoch was done, whose learning rate is the same in both. Extended, interrupted and resumed
+    again it does end with the same bits.
+
     Args:
         samples: the source's train list.
         architecture: of the model; `size` is the side of the samples.
@@ -91,13 +98,15 @@ def train_source(
         directory: where the checkpoints go; made if missing.
         device: where to compute.
         resume: go on from `last.pt` if there is one; otherwise start anew.
-        progress: show a progress bar on standard error.
+        progress: show progress on standard error.
         on_epoch: called after each epoch's checkpoints are written.
+        on_resume: called once an earlier training is restored, before it goes on.
         root: kind of data root that the samples are from, `synthetic` or `folder`; a training is
             resumed on the same data only.
 
     Raises:
-        CheckpointError: `last.pt` is unreadable or belongs to another training.
+        CheckpointError: `last.pt` is unreadable or belongs to another training, such as one of
+            more epochs.
         TrainingError: `last.pt` belongs to other data, or the loss is no longer finite.
         ValueError: there are fewer than two samples.
     """
@@ -108,14 +117,16 @@ def train_source(
     state = TrainingState(architecture, settings, fingerprint(samples, root), device)
     if resume and (directory / "last.pt").exists():
         state.restore(directory / "last.pt")
-    bar = tqdm(
-        total=settings.epochs,
+        if on_resume is not None:
+            on_resume()
+    shown = Progress(
+        settings.epochs,
+        f"train {architecture.source}" if progress else None,
+        "epoch",
         initial=len(state.history),
-        desc=f"train {architecture.source}",
-        unit="epoch",
-        disable=not progress,
+        every_round=True,
     )
-    with bar:
+    with shown:
         for epoch in range(len(state.history), settings.epochs):
             loss = state.run_epoch(training, epoch)
             report = EpochReport(epoch + 1, loss, *evaluate(state.model, held_out, device))
@@ -125,10 +136,7 @@ def train_source(
             if is_best:
                 state.save(directory / "best.pt", complete=False)
             state.save(directory / "last.pt", complete=True)
-            bar.set_postfix(
-                loss=f"{loss:.3f}", disc=f"{report.disc:.1f}%", cup=f"{report.cup:.1f}%"
-            )
-            bar.update()
+            shown.update(f"loss={loss:.3f}, disc={report.disc:.1f}%, cup={report.cup:.1f}%")
             if on_epoch is not None:
                 on_epoch(report)
     return directory / "best.pt"

@@ -19,6 +19,8 @@ from examples.fundus.network import ResUNet34
 from examples.fundus.sample import Sample
 from examples.fundus.source_model import Architecture, read_architecture, save_source_model
 
+ANEW = "start anew without --resume, in another --out or with --overwrite"
+
 
 class TrainingError(RuntimeError):
     """The training cannot go on; the message is one line with the remedy."""
@@ -95,6 +97,14 @@ class EpochReport:
         return (self.disc + self.cup) / 2
 
 
+@dataclass(frozen=True)
+class Extension:
+    """That a training of `epochs` got more of them once `done` were done."""
+
+    done: int
+    epochs: int
+
+
 def segmentation_loss(
     logits: Float[Tensor, "n c h w"], target: Float[Tensor, "n c h w"], smooth: float = 1.0
 ) -> Float[Tensor, ""]:
@@ -136,6 +146,7 @@ class TrainingState:
         self.architecture, self.settings, self.device = architecture, settings, device
         self.data = data
         self.history: list[EpochReport] = []
+        self.extensions: list[Extension] = []
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             self.model: ResUNet34 = architecture.build()
@@ -184,6 +195,7 @@ class TrainingState:
         details: dict[str, Any] = {
             "settings": asdict(self.settings),
             "history": [asdict(report) for report in self.history],
+            "extensions": [asdict(extension) for extension in self.extensions],
         }
         if complete:
             details["data"] = asdict(self.data)
@@ -192,10 +204,11 @@ class TrainingState:
         save_source_model(path, self.architecture, self.model.state_dict(), **details)
 
     def restore(self, path: Path) -> None:
-        """Continues from a complete checkpoint.
+        """Continues from a complete checkpoint, of as many epochs or fewer.
 
         Raises:
-            CheckpointError: it is unreadable, or of another architecture or other settings.
+            CheckpointError: it is unreadable, or of another architecture, other settings or more
+                epochs.
             TrainingError: it is of other data.
         """
         content = load(path)
@@ -204,10 +217,12 @@ class TrainingState:
         found |= settings if isinstance(settings, dict) else {}
         wanted = asdict(self.architecture) | asdict(self.settings)
         for name, value in wanted.items():
-            if found.get(name) != value:
+            other = found.get(name)
+            extended = name == "epochs" and isinstance(other, int) and other < value
+            if other != value and not extended:
                 raise CheckpointError(
-                    f"{path}: belongs to a training with {name} {found.get(name)}, not {value}; "
-                    f"repeat that value, or start anew without --resume"
+                    f"{path}: belongs to a training with {name} {other}, not {value}; "
+                    f"repeat that value, or {ANEW}"
                 )
         try:
             data = Fingerprint(**content["data"])
@@ -215,13 +230,14 @@ class TrainingState:
             self.optimizer.load_state_dict(content["optimizer"])
             self.scaler.load_state_dict(content["scaler"])
             self.history = [EpochReport(**report) for report in content["history"]]
+            self.extensions = [Extension(**one) for one in content.get("extensions", [])]
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise CheckpointError(
-                f"{path}: not a complete state of a training; start anew without --resume"
-            ) from error
+            raise CheckpointError(f"{path}: not a complete state of a training; {ANEW}") from error
         if data != self.data:
             raise TrainingError(
                 f"{path}: belongs to a training on other data ({data}), not on these "
-                f"({self.data}); give the same images in the same order, or start anew without "
-                f"--resume"
+                f"({self.data}); give the same images in the same order, or {ANEW}"
             )
+        # Epoch 1 has the same learning rate in a training of any length.
+        if found["epochs"] < self.settings.epochs and len(self.history) > 1:
+            self.extensions.append(Extension(len(self.history), found["epochs"]))

@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 
 from examples.common.datasets import length
 from examples.common.device import choose_device
+from examples.common.suggestions import did_you_mean
 from examples.fundus.adaptation import parse_statistics
 from examples.fundus.data import DataError, open_domain
 from examples.fundus.network import ENCODER_STRIDE
@@ -52,7 +53,8 @@ def split_names(
     require(not single or len(names) == 1, f"{option} is {text!r}, more than one name; {valid}")
     for name in names:
         require(name != source, f"{option} contains the source {name!r}; {valid}")
-        require(name in choices, f"{option} contains the unknown name {name!r}; {valid}")
+        guess = did_you_mean(name, choices)
+        require(name in choices, f"{option} contains the unknown name {name!r}; {valid}{guess}")
         require(names.count(name) == 1, f"{option} contains {name!r} twice; {valid}, each once")
     return names
 

@@ -23,8 +23,8 @@ class SAM(Transform):
     Around other transforms d is their direction, and so is the gradient at θ + ε: after PCGrad,
     both are surgically combined. BatchNorm statistics are those of the first pass.
 
-    Cost: two gradients of each objective. Memory: one flat vector (θ + ε; in the engine "inplace"
-    the weights it displaces). State: none.
+    Cost: two gradients of each objective. Memory: one flat vector (a copy of the weights; in
+    the engine "functional" θ + ε). State: none.
 
     Args:
         rho: The ascent radius ρ ≥ 0. 0.05 is the authors' default for image classification.

@@ -548,9 +548,8 @@ def complaint(capsys, *words):
         ("compare --data-root /nowhere/at/all", "/nowhere/at/all is not a folder"),
         ("compare --checkpoint /no/such.pt", "/no/such.pt: there is no such checkpoint"),
         ("compare --device abacus", "--device: device 'abacus' is not available"),
-        ("compare --epochs many", "'many' (see python -m examples.fundus --help)"),
-        ("compare --epoch 3", "--epoch"),
-        ("adapt", "--checkpoint"),
+        ("compare --epochs many", "--epochs is 'many'; give a whole number (see python -m "),
+        ("adapt", "adapt needs --checkpoint (see python -m examples.fundus adapt --help)"),
         ("adapt --checkpoint /no/such.pt", "/no/such.pt: there is no such checkpoint"),
         ("train --learning-rate 0", "--learning-rate is 0.0; choose a positive number"),
         ("train --batch-size 0", "--batch-size is 0"),
@@ -558,7 +557,7 @@ def complaint(capsys, *words):
         ("export --count 1", "--count is 1; choose at least 2"),
         ("export --size 8", "--size is 8; choose at least 16"),
         ("export --domains centre_a,moon", "'moon'; choose from centre_a"),
-        ("evaluate", "evaluate"),
+        ("evaluate", "there is no command 'evaluate'; choose from compare, train, adapt, export"),
     ],
 )
 def test_bad_options(capsys, tmp_path, nothing_is_computed, words, message):
@@ -732,7 +731,7 @@ def test_an_interrupted_training_can_be_continued(capsys, tmp_path, monkeypatch,
         assert len(load(tmp_path / "a" / "training" / "last.pt")["history"]) == 2
     with monkeypatch.context() as patch:
         interrupt_at(patch, training, "evaluate", 1)
-        assert last_words(capsys, *words, tmp_path / "a") == "interrupted"
+        assert last_words(capsys, *words, tmp_path / "a", "--overwrite") == "interrupted"
     assert run(*words, tmp_path / "a", "--resume") == 0
     assert run(*words, tmp_path / "b") == 0
     one, other = (load(tmp_path / name / "centre_a.pt")["model"] for name in "ab")
@@ -747,7 +746,7 @@ def test_an_interrupted_comparison_continues_after_its_training(
     words += ["--seed", 5]
     with monkeypatch.context() as patch:
         interrupt_at(patch, adaptation, "segment", 2)
-        assert last_words(capsys, *words) == "interrupted; continue with --resume"
+        assert last_words(capsys, *words, "--overwrite") == "interrupted; continue with --resume"
     with monkeypatch.context() as patch:
         interrupt_at(patch, adaptation, "segment", 2)
         given = last_words(capsys, *words, "--checkpoint", checkpoint)

@@ -22,6 +22,7 @@ from examples.fundus.training import evaluate, split_held_out, train_source
 from examples.fundus.training_state import (
     TrainingError,
     TrainingSettings,
+    TrainingState,
     fingerprint,
     polynomial_learning_rate,
     segmentation_loss,
@@ -300,11 +301,55 @@ def test_half_precision_trains_and_resumes(tmp_path):
 
 
 def test_resuming_another_training_is_refused(tmp_path):
-    fit(tmp_path, replace(SETTINGS, epochs=1))
-    with pytest.raises(CheckpointError, match=r"last\.pt: .* epochs 1, not 2; .*--resume"):
-        fit(tmp_path, replace(SETTINGS, epochs=2), resume=True)
+    fit(tmp_path, replace(SETTINGS, epochs=2))
+    with pytest.raises(CheckpointError, match=r"last\.pt: .* epochs 2, not 1; .*--resume"):
+        fit(tmp_path, replace(SETTINGS, epochs=1), resume=True)
     with pytest.raises(CheckpointError, match="seed 3, not 4"):
-        fit(tmp_path, replace(SETTINGS, epochs=1, seed=4), resume=True)
+        fit(tmp_path, replace(SETTINGS, epochs=2, seed=4), resume=True)
+
+
+def test_extended_after_one_epoch_it_has_the_bits_of_a_training_as_long_from_the_start(tmp_path):
+    fit(tmp_path / "whole")
+    fit(tmp_path / "parts", replace(SETTINGS, epochs=1))
+    fit(tmp_path / "parts", resume=True)
+    last, best = (
+        [load(tmp_path / part / name) for part in ("parts", "whole")]
+        for name in ("last.pt", "best.pt")
+    )
+    assert_equal_content(*last)
+    assert_equal_content(*(content["model"] for content in best))
+
+
+def test_an_extended_training_takes_the_longer_schedule_and_is_resumed_bit_for_bit(
+    tmp_path, monkeypatch
+):
+    longer = replace(SETTINGS, epochs=4)
+    rates = []
+    run_epoch = TrainingState.run_epoch
+
+    def recorded(state, augmented, epoch):
+        loss = run_epoch(state, augmented, epoch)
+        rates.append(state.optimizer.param_groups[0]["lr"])
+        return loss
+
+    monkeypatch.setattr(TrainingState, "run_epoch", recorded)
+    for name in ("whole", "parts"):
+        fit(tmp_path / name, replace(SETTINGS, epochs=2))
+    fit(tmp_path / "whole", longer, resume=True)
+    base = SETTINGS.learning_rate
+    assert rates[-2:] == [polynomial_learning_rate(base, epoch, 4) for epoch in (2, 3)]
+    assert rates[1] == polynomial_learning_rate(base, 1, 2)
+
+    def interrupt(report):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "parts", longer, resume=True, on_epoch=interrupt)
+    fit(tmp_path / "parts", longer, resume=True)
+    last = load(tmp_path / "parts" / "last.pt")
+    assert_equal_content(last, load(tmp_path / "whole" / "last.pt"))
+    assert [report["epoch"] for report in last["history"]] == [1, 2, 3, 4]
+    assert last["extensions"] == [{"done": 2, "epochs": 2}]
 
 
 def rename(samples, names):

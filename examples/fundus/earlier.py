@@ -1,0 +1,161 @@
+"""What earlier runs have left in a folder of results: it is resumed or replaced on request only."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from examples.common.checkpoint import CheckpointError, load
+from examples.fundus.network import ResUNet34
+from examples.fundus.source_model import load_source_model
+from examples.fundus.training_state import ANEW, TrainingSettings, polynomial_learning_rate
+from examples.fundus.validation import UsageError, require
+
+EPOCHS = TrainingSettings.epochs
+"""Of a training for which no number is given."""
+
+
+@dataclass(frozen=True)
+class EarlierTraining:
+    """What `last.pt` tells of its training.
+
+    Attributes:
+        source: centre that it trains on.
+        done: epochs done.
+        epochs: epochs that it was to have.
+        learning_rate: of its first epoch.
+    """
+
+    source: str
+    done: int
+    epochs: int
+    learning_rate: float
+
+    def __str__(self) -> str:
+        state = "finished" if self.done >= self.epochs else "interrupted"
+        return f"{state} training of {self.source}, {self.done} of {self.epochs} epochs"
+
+
+def read_training(last: Path) -> EarlierTraining:
+    """Reads how far a training has come.
+
+    Raises:
+        CheckpointError: the file is not that of a training, or unreadable.
+    """
+    content: dict[str, Any] = load(last)
+    try:
+        settings = content["settings"]
+        return EarlierTraining(
+            str(content["architecture"]["source"]),
+            len(content["history"]),
+            int(settings["epochs"]),
+            float(settings["learning_rate"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{last}: not a complete state of a training; {ANEW}") from error
+
+
+def check_resumption(out: Path, epochs: int | None) -> int:
+    """How many epochs a resumed training has in all.
+
+    Args:
+        out: folder of the results.
+        epochs: as asked for; None is as many as the training was to have.
+
+    Raises:
+        UsageError: there is nothing to resume, or it was to have more epochs.
+        CheckpointError: what is there cannot be read.
+    """
+    last = out / "training" / "last.pt"
+    require(
+        last.exists(),
+        f"there is no training to resume: {last} is missing; check --out, or leave --resume out",
+    )
+    earlier = read_training(last)
+    require(
+        epochs is None or epochs >= earlier.epochs,
+        f"--epochs is {epochs}, but the training in {last.parent} is of {earlier.epochs}, of which "
+        f"{earlier.done} are done; give {earlier.epochs} or, to extend it, more",
+    )
+    return earlier.epochs if epochs is None else epochs
+
+
+def resumption_note(last: Path, epochs: int) -> str:
+    """What resuming a training with this many epochs in all does, in one line."""
+    earlier = read_training(last)
+    if earlier.done >= epochs:
+        return (
+            f"{earlier.source} is trained: all {epochs} epochs are done; more --epochs extend the "
+            "training"
+        )
+    text = f"resuming {earlier.source} after epoch {earlier.done}"
+    if epochs == earlier.epochs:
+        return f"{text} of {epochs}"
+    old, new = (
+        polynomial_learning_rate(earlier.learning_rate, epoch, total)
+        for epoch, total in ((earlier.done - 1, earlier.epochs), (earlier.done, epochs))
+    )
+    note = (
+        f"{text}: extended from {earlier.epochs} to {epochs} epochs, whose learning rates are from "
+        f"now on those of a training of {epochs} ({old:.3g} in epoch {earlier.done}, {new:.3g} in "
+        f"epoch {earlier.done + 1})"
+    )
+    if earlier.done > 1:  # the first epoch's learning rate is the same in all schedules
+        note += "; the result differs from that of a training of as many from the start"
+    return note
+
+
+def refuse_to_replace_training(out: Path, source: str) -> None:
+    """Makes sure that a new training replaces no earlier one.
+
+    Raises:
+        UsageError: the folder holds a training, of whatever centre, or the centre's model.
+    """
+    folder, model = out / "training", out / f"{source}.pt"
+    remedy = "choose another --out, or replace it with --overwrite"
+    last = folder / "last.pt"
+    if last.exists():
+        try:
+            earlier = read_training(last)
+        except CheckpointError:
+            raise UsageError(f"{folder} holds a training that cannot be read; {remedy}") from None
+        if earlier.source == source:
+            more = "extend it by --resume with more --epochs"
+            going_on = more if earlier.done >= earlier.epochs else "continue it with --resume"
+            remedy = f"{going_on}, {remedy}"
+        raise UsageError(f"{folder} holds a {earlier}; {remedy}")
+    refuse_to_replace([model, folder / "best.pt"])
+
+
+def refuse_to_replace(files: Iterable[Path]) -> None:
+    """Makes sure that none of the files exists.
+
+    Raises:
+        UsageError: one does.
+    """
+    for file in files:
+        require(
+            not file.exists(),
+            f"{file} is there from an earlier run; choose another --out, or replace it with "
+            f"--overwrite",
+        )
+
+
+def refuse_to_replace_model(path: Path, model: ResUNet34) -> None:
+    """Makes sure that a model that is to be written to a path replaces no other one.
+
+    Raises:
+        UsageError: there is a file, and it does not hold the same numbers.
+    """
+    try:
+        there, here = load_source_model(path)[0].state_dict(), model.state_dict()
+    except CheckpointError:
+        refuse_to_replace([path])  # unreadable, or none
+        return
+    same = there.keys() == here.keys() and all(
+        torch.equal(there[name], here[name]) for name in here
+    )
+    if not same:
+        refuse_to_replace([path])
