@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gradkit.engines.backward import Receivers, take_grads
+from gradkit.engines.backward import Receivers, explaining_donated_buffers, take_grads
 from gradkit.engines.choice import ParameterPlaces
 from gradkit.engines.displace import write_sums
 from gradkit.engines.session import Result
@@ -116,7 +116,8 @@ class InplaceSession:
     ) -> list[Tensor | None]:
         # Nothing is handed on: others' hooks look for gradients in the live parameters.
         if self._layout.shards is None:
-            torch.autograd.backward(loss, inputs=list(leaves), retain_graph=retain_graph)
+            with explaining_donated_buffers():
+                torch.autograd.backward(loss, inputs=list(leaves), retain_graph=retain_graph)
             return take_grads(leaves)
         # The graph holds the gathered weights, and hooks bring their gradients to the shards.
         grads = [other.grad for other in self._others]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
-from on_device import CUDA, DEVICE, Chain, assert_close, batches, losses, network, sgd
+from on_device import CUDA, DEVICE, Chain, assert_close, assert_equal, batches, losses, network, sgd
 from torch import Tensor, nn
 
 import gradkit as gk
@@ -69,17 +70,36 @@ def test_a_compiled_model_trains_as_the_model(
     assert_close(trained(chain, forms, True), trained(chain, forms, False), 2e-3)
 
 
-@pytest.mark.parametrize("donated", [False, True])
-def test_several_objectives_of_one_compiled_forward(donated: bool) -> None:
-    """Their backward passes keep the graph, which a donated buffer would not survive."""
+@contextmanager
+def donated_buffers(allowed: bool) -> Iterator[None]:
+    """Whether a compiled backward pass may reuse what the forward has kept for it."""
     config = torch._functorch.config
-    before = getattr(config, "donated_buffer", False)
-    config.donated_buffer = donated
+    before = config.donated_buffer
+    config.donated_buffer = allowed
     try:
-        found = trained("PCGrad+SAM", jointly, True)
+        yield
     finally:
         config.donated_buffer = before
+
+
+def test_several_objectives_of_one_compiled_forward() -> None:
+    with donated_buffers(False):
+        found = trained("PCGrad+SAM", jointly, True)
     assert_close(found, trained("PCGrad+SAM", jointly, False), 2e-3)
+
+
+def test_donated_buffers_are_explained() -> None:
+    model = network(F32).to(DEVICE)
+    compiled = torch.compile(model, backend=BACKEND)
+    optimizer = gk.wrap(sgd([*model.parameters()]), gk.PCGrad(), model=compiled, engine="inplace")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    (batch,) = batches(1, dtype=F32)
+    with (
+        donated_buffers(True),
+        pytest.raises(RuntimeError, match=r"donated_buffer = False before .* is compiled"),
+    ):
+        optimizer.step(lambda: losses(compiled, batch))
+    assert_equal(dict(model.state_dict()), before)
 
 
 def test_the_losses_are_compiled_with_the_model() -> None:
