@@ -11,7 +11,7 @@ RESUME = $(if $(wildcard $(OUT)/training/last.pt),--resume)
 WORKERS ?= auto
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses $(WORKERS) --dist loadfile
 
-.PHONY: demo test lint coverage docs clean
+.PHONY: demo test lint coverage docs gpu gpu-wheels clean
 
 demo: $(VENV)/.installed
 	$(RUN) -m examples.fundus compare --statistics mixed:0.8 --lr 1e-3 --out $(OUT) $(RESUME)
@@ -30,6 +30,17 @@ coverage: $(VENV)/.installed
 docs: $(VENV)/.installed
 	$(RUN) -m pip install --quiet --constraint constraints.txt '.[docs]'
 	$(VENV)/bin/mkdocs build --strict --site-dir build/site
+
+# On a machine with a CUDA device, whose own python3 has torch: nothing is installed there, but for
+# the wheels in the folder WHEELS, and these into a temporary folder. See benchmarks/gpu.sh.
+gpu:
+	PYTHON=$(PYTHON) bash benchmarks/gpu.sh
+
+# Here, for a machine that reaches no package index: what benchmarks/gpu.txt names, into WHEELS.
+WHEELS ?=
+gpu-wheels:
+	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --constraint constraints.txt \
+		--requirement benchmarks/gpu.txt --dest $(or $(WHEELS),runs/wheels)
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -163,7 +163,7 @@ class Gradients:
         made = self._changed(
             losses=losses,
             reached=None if total.reached is None else total.reached * count,
-            _make_gram=lambda: torch.full((count, count), torch.nan).to(like),
+            _make_gram=lambda: like.new_full((count, count), torch.nan),
             _total=total,
         )
         del made.__dict__["update"]  # until somebody asks for a flat vector
@@ -236,7 +236,8 @@ class Gradients:
         indices = [self.index(name) for name in names]
         known = self.has_unit_weights
         weights = self.weights.clone()
-        weights[indices] = 0
+        for index in indices:  # a list of them would be copied to the device, which waits
+            weights[index] = 0
         return self.replace(
             weights=weights,
             observers=self.observers | set(names),
@@ -377,9 +378,7 @@ class Gradients:
 
     def cosine(self, a: str, b: str, *, signs: bool = False) -> Float[Tensor, ""]:
         """The cosine of two objectives' gradients; 0 if one of them is zero."""
-        i, j = self.index(a), self.index(b)
-        pair = self.gram(signs=signs)[[[i, i], [j, j]], [[i, j], [i, j]]]
-        return cosines(pair)[0, 1]
+        return cosines(self.gram(signs=signs))[self.index(a), self.index(b)]
 
     def direction(
         self, out: Callable[[], Float[Tensor, " P"]] | None = None

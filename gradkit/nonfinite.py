@@ -54,8 +54,11 @@ def judge(
         explain: Says why these losses could not lead to anything finite, if it knows.
     """
     scale = gradients.lr_scale if gradients.scales_lr else None
+    # A learning rate that the host holds, be it in a tensor, is scaled by a number of its own.
+    device = gradients.weights.device
+    rates = [group.get("lr") for group in base.param_groups]
     float_lr = scale is not None and any(
-        not isinstance(group.get("lr"), Tensor) for group in base.param_groups
+        not isinstance(rate, Tensor) or rate.device != device for rate in rates
     )
     if nonfinite == "ignore":
         return Verdict(None, float(scale) if scale is not None and float_lr else scale, None)

@@ -17,8 +17,9 @@ from benchmarks.__main__ import main
 from benchmarks.speed import memory, rules, stream, weights
 from benchmarks.speed.comparison import FLOOR
 from benchmarks.speed.goals import judge, rule_goals, weight_goals
-from benchmarks.speed.methods import PYTORCH_OPTIMIZER, TORCHJD, gradkit_name, pcgrad, weighting
+from benchmarks.speed.methods import gradkit_name, pcgrad, weighting
 from benchmarks.speed.passes import BATCHED, backward_passes, batched_passes
+from benchmarks.speed.peers import PYTORCH_OPTIMIZER, TORCHJD
 from benchmarks.speed.problem import CLASSIFIER, Problem, classifier, resunet
 from benchmarks.speed.report import report
 from benchmarks.speed.slope import by_objectives, plot_slopes, slope, slope_table

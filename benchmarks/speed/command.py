@@ -16,15 +16,9 @@ from benchmarks.speed.comparison import Comparison
 from benchmarks.speed.goals import GOALS, judge, rule_goals, weight_goals
 from benchmarks.speed.grata import grata
 from benchmarks.speed.memory import ENVIRONMENT, measure_memory, measure_memory_of_many
-from benchmarks.speed.methods import (
-    PYTORCH_OPTIMIZER,
-    TORCHJD,
-    gated_ema,
-    pcgrad,
-    sam,
-    weighting,
-)
+from benchmarks.speed.methods import gated_ema, pcgrad, sam, weighting
 from benchmarks.speed.overhead import measure_overhead
+from benchmarks.speed.peers import PYTORCH_OPTIMIZER, TORCHJD
 from benchmarks.speed.plot import plot
 from benchmarks.speed.problem import Problem, classifier, parse_case, resunet, transformer
 from benchmarks.speed.report import report

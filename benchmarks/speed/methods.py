@@ -2,14 +2,9 @@
 
 import functools
 from collections.abc import Callable
-from importlib.metadata import version
 
-import pytorch_optimizer
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torchjd.aggregation import PCGrad as TorchJDPCGrad
-from torchjd.autojac import backward as torchjd_backward
-from torchjd.autojac import jac_to_grad
 
 import gradkit as gk
 from benchmarks.speed.comparison import Comparison, Step, Traffic
@@ -21,16 +16,13 @@ from benchmarks.speed.passes import (
     graphed_passes,
     summed_losses,
 )
+from benchmarks.speed.peers import pcgrad_peers, sam_peers
 from benchmarks.speed.problem import Problem
 from gradkit.engines import EngineName
 from gradkit.teacher import follow
 from gradkit.wrapping import RowsChoice
 
 ENGINES: tuple[EngineName, ...] = ("functional", "inplace")
-TORCHJD = f"TorchJD {version('torchjd')}"
-PYTORCH_OPTIMIZER = f"pytorch-optimizer {version('pytorch_optimizer')}"
-MOST_BY_PAIRS = 8
-"""Objectives up to which pytorch-optimizer takes part: it moves K² vectors, half a minute at 16."""
 
 
 def gradkit_name(engine: str) -> str:
@@ -61,33 +53,10 @@ def surgery(
 
 def pcgrad(problem: Problem, count: int) -> Comparison:
     """One forward pass, K backward passes and the base's step, against surgery on K objectives."""
-
-    def torchjd() -> Step:
-        model, base = problem.pair()
-        parameters, aggregator = list(model.parameters()), TorchJDPCGrad()
-
-        def step() -> None:
-            torchjd_backward(problem.losses(model, count))
-            jac_to_grad(parameters, aggregator)
-            base.step()
-            base.zero_grad()
-
-        return step
-
-    def pytorch_optimizer_step() -> Step:
-        model, base = problem.pair()
-        peer = pytorch_optimizer.PCGrad(base, reduction="sum")
-
-        def step() -> None:
-            peer.pc_backward(problem.losses(model, count))  # type: ignore[arg-type]  # is losses
-            peer.step()
-            peer.zero_grad()
-
-        return step
-
-    peers = {TORCHJD: torchjd, BATCHED: functools.partial(batched_passes, problem, count)}
-    if count <= MOST_BY_PAIRS:
-        peers[PYTORCH_OPTIMIZER] = pytorch_optimizer_step
+    peers = {
+        **pcgrad_peers(problem, count),
+        BATCHED: functools.partial(batched_passes, problem, count),
+    }
     if problem.x.device.type == "cuda":
         peers[GRAPHED] = functools.partial(graphed_passes, problem, count)
     return Comparison(
@@ -147,26 +116,12 @@ def sam(problem: Problem) -> Comparison:
 
         return step
 
-    def peer() -> Step:
-        model = problem.model()
-        optimizer = pytorch_optimizer.SAM(
-            list(model.parameters()), base_optimizer=torch.optim.SGD, lr=1e-6
-        )
-
-        def step() -> None:
-            problem.loss(model).backward()
-            optimizer.first_step(zero_grad=True)
-            problem.loss(model).backward()
-            optimizer.second_step(zero_grad=True)
-
-        return step
-
     return Comparison(
         method="SAM",
         passes="2 forward, 2 backward, base step (2R 1W)",
         floor=floor,
         ours={gradkit_name(engine): functools.partial(ours, engine) for engine in ENGINES},
-        peers={PYTORCH_OPTIMIZER: peer},
+        peers=sam_peers(problem),
         traffic=Traffic((("norm", 1, 0), ("displaced weights", 2, 1)), problem.parameters()),
     )
 

@@ -11,8 +11,9 @@ from torchjd.autogram import Engine
 
 import gradkit as gk
 from benchmarks.speed.comparison import Comparison, MakeStep, Step, Traffic
-from benchmarks.speed.methods import TORCHJD, surgery
+from benchmarks.speed.methods import surgery
 from benchmarks.speed.passes import backward_passes, summed_losses
+from benchmarks.speed.peers import TORCHJD
 from benchmarks.speed.problem import CLASSIFIER, Problem
 from benchmarks.speed.tables import Row, interval, table
 from benchmarks.speed.timing import Clock, Rounds, summarise, time_in_turn

@@ -13,6 +13,8 @@ from benchmarks.speed.comparison import FLOOR, Comparison, MakeStep, Step
 
 RATIO = "ratio to the floor"
 WARM_UP = 1
+WARM_UP_ON_CUDA = 3
+"""Libraries choose kernels and the allocator grows in the first ones."""
 RESAMPLES = 2000
 
 
@@ -40,6 +42,7 @@ class Clock:
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
+        self.warm_up = WARM_UP_ON_CUDA if self._cuda else WARM_UP
 
     def time(self, step: Step) -> float:
         """Seconds that one step takes."""
@@ -71,7 +74,7 @@ def time_in_turn(comparison: Comparison, clock: Clock, rounds: Rounds) -> dict[s
         warnings.filterwarnings("ignore", message="There is a performance drop")
         steps = {name: make() for name, make in makers.items()}
         for step in steps.values():
-            for _ in range(WARM_UP):
+            for _ in range(clock.warm_up):
                 step()
         times: dict[str, list[float]] = {name: [] for name in steps}
         start, number = perf_counter(), 0

@@ -11,7 +11,7 @@ import torchjd.aggregation
 from torch import Tensor, nn
 
 from benchmarks.speed.comparison import Step
-from benchmarks.speed.methods import TORCHJD
+from benchmarks.speed.peers import TORCHJD
 from benchmarks.speed.rules import takes
 from benchmarks.speed.tables import Row, table
 from benchmarks.speed.timing import Clock, median_interval

@@ -26,6 +26,22 @@ def take_grads(leaves: Sequence[Tensor]) -> list[Tensor | None]:
 
 
 @contextmanager
+def explaining_donated_buffers() -> Iterator[None]:
+    """A context that says what to do where a compiled graph can be differentiated only once."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "donated buffer" not in str(error):
+            raise
+        raise RuntimeError(
+            "several losses of one forward pass of a compiled model were to be differentiated one "
+            "by one, but torch.compile lets the first backward pass reuse the graph's memory; set "
+            "torch._functorch.config.donated_buffer = False before the model is compiled, or pass "
+            "step() a closure for each objective"
+        ) from error
+
+
+@contextmanager
 def handing_on(loss: Tensor, leaves: Sequence[Tensor], receivers: Receivers) -> Iterator[None]:
     """A context in which `loss.backward()` hands gradients on to receivers as it makes them.
 

@@ -258,7 +258,9 @@ class Evaluator:
         if active:
             # Of the active ones only: what no other graph reaches is to have no gradient.
             summed = stacked([chosen[k] for k in active], rows.device)
-            loss = (weighed.weights[active].to(summed.dtype) * summed).sum()
+            every = len(active) == len(wanted)
+            weights = weighed.weights if every else weighed.weights[active]
+            loss = (weights.to(summed.dtype) * summed).sum()
         else:
             loss = together.sum() * 0
         self._look_into(loss, None, total)

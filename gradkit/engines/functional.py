@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gradkit.engines.backward import Receivers, handing_on, take_grads
+from gradkit.engines.backward import Receivers, explaining_donated_buffers, handing_on, take_grads
 from gradkit.engines.choice import ParameterPlaces
 from gradkit.engines.displace import write_sums
 from gradkit.engines.session import Result
@@ -168,7 +168,7 @@ class FunctionalSession:
     ) -> list[Tensor | None]:
         # The live parameters are asked for too: a graph that reaches one bypasses the leaves.
         live = self._layout.parameters
-        with handing_on(loss, leaves, receivers):
+        with explaining_donated_buffers(), handing_on(loss, leaves, receivers):
             torch.autograd.backward(loss, inputs=[*leaves, *live], retain_graph=retain_graph)
         self._refuse_live([parameter.grad for parameter in live])
         return take_grads(leaves)

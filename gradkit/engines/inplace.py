@@ -13,7 +13,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gradkit.engines.backward import Receivers, handing_on, may_hand_on, take_grads
+from gradkit.engines.backward import (
+    Receivers,
+    explaining_donated_buffers,
+    handing_on,
+    may_hand_on,
+    take_grads,
+)
 from gradkit.engines.choice import ParameterPlaces
 from gradkit.engines.displace import write_sums
 from gradkit.engines.session import Result
@@ -123,7 +129,7 @@ class InplaceSession:
             inputs = [leaf for leaf in leaves if leaf.requires_grad]
             if receivers and not may_hand_on(self._modules, leaves):
                 receivers = {}
-            with handing_on(loss, leaves, receivers):
+            with explaining_donated_buffers(), handing_on(loss, leaves, receivers):
                 torch.autograd.backward(loss, inputs=inputs, retain_graph=retain_graph)
             return take_grads(leaves)
         # The graph holds the gathered weights, and hooks bring their gradients to the shards.

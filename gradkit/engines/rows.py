@@ -64,7 +64,7 @@ class Rows:
         loss = self._losses.get(name)
         if loss is None:
             dtype = torch.promote_types(self._layout.dtype, torch.float32)
-            return torch.tensor(torch.nan, dtype=dtype, device=self._layout.device)
+            return torch.full((), torch.nan, dtype=dtype, device=self._layout.device)
         return loss
 
     @property

@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gradkit.surgery.host import uploaded
+
 Preference = Sequence[float] | Mapping[str, float] | Tensor
 """One number for each objective, in their order (a 1-d tensor, too) or by their names."""
 
@@ -76,7 +78,7 @@ class Given:
             )
         else:
             chosen = [float(number) for number in preference]
-        return torch.tensor(chosen, dtype=like.dtype, device=like.device)
+        return uploaded(torch.tensor(chosen, dtype=like.dtype, device="cpu"), like)
 
     def shares(self, preference: Preference | None, like: Tensor) -> Float[Tensor, " K"]:
         """A preference as one number for each row; equal ones of sum 1 if there is none."""

@@ -14,7 +14,7 @@ from gradkit.flat import Scope
 from gradkit.gram import cosines
 from gradkit.oracle import check_number
 from gradkit.surgery.given import Given
-from gradkit.surgery.host import lightest, products_of, random_orders, rows_of
+from gradkit.surgery.host import lightest, products_of, random_orders, rows_of, uploaded
 from gradkit.surgery.rule import GramRule, check_scope, own_generator
 from gradkit.surgery.spectrum import lengths, narrowed, widened
 
@@ -126,7 +126,7 @@ def gradvac_weights(
             raise ValueError(f"with {count} objectives the result depends on their order; pass it")
         order = torch.arange(count, device=gram.device).expand(count, count)
     norms, each = lengths(gram), torch.arange(count, device=gram.device)
-    visited = order.to(gram.device).T  # [visit, objective], as all that is taken from it
+    visited = uploaded(order, gram, order.dtype).T  # [visit, objective], as all taken from it
     # Row i of `parts` expresses g'_i/‖g_i‖ in the directions of the original gradients.
     parts = torch.eye(count, dtype=gram.dtype, device=gram.device).expand_as(gram).clone()
     targets = targets.clone()

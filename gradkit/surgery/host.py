@@ -25,6 +25,24 @@ def on_host(*tensors: Tensor) -> bool:
     )
 
 
+def uploaded(values: Tensor, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Values from the host, on the device of `like`; the host does not wait for the device.
+
+    Ordinary memory is copied aside before the call returns, so that it may be freed at once. (The
+    other way, from a device, such a copy would be read too early.)
+
+    Args:
+        values: On the CPU, or on that device already.
+        like: A tensor on the device.
+        dtype: By default that of `like`.
+
+    Examples:
+        >>> uploaded(torch.arange(2), torch.zeros(1))
+        tensor([0., 1.])
+    """
+    return values.to(like.device, dtype or like.dtype, non_blocking=values.device.type == "cpu")
+
+
 @contextmanager
 def lightest(*tensors: Tensor) -> Iterator[tuple[Any, tuple[Any, ...]]]:
     """The tensors as arrays in the same memory, and numpy, where that can be; otherwise torch.

@@ -14,7 +14,7 @@ from torch import Tensor
 from gradkit.flat import Scope
 from gradkit.gram import accumulator
 from gradkit.surgery.given import Given
-from gradkit.surgery.host import lightest, on_host, products_of, random_orders, rows_of
+from gradkit.surgery.host import lightest, on_host, products_of, random_orders, rows_of, uploaded
 from gradkit.surgery.rule import GramRule, check_scope, own_generator
 
 _FEW = 8
@@ -99,7 +99,7 @@ def pcgrad_weights(
     if order is None:
         return (1 - wide[..., 0, 1, None].clamp(max=0) / squares).to(gram.dtype)
     each = torch.arange(count, device=gram.device)
-    visited = order.to(gram.device).T  # [visit, objective]
+    visited = uploaded(order, gram, order.dtype).T  # [visit, objective]
     # Row i of `weights` expresses g'_i in the original gradients.
     weights = torch.eye(count, dtype=wide.dtype, device=gram.device).expand_as(wide).clone()
     with lightest(weights, wide, squares, visited, each) as (module, arrays):

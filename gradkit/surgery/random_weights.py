@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gradkit.surgery.given import Given
+from gradkit.surgery.host import uploaded
 from gradkit.surgery.rule import GramRule, own_generator
 
 
@@ -52,4 +53,4 @@ class RandomWeights(GramRule):
         self, gram: Float[Tensor, "*batch K K"], given: Given
     ) -> Float[Tensor, "*batch K"]:
         drawn: Float[Tensor, " K"] = given.draws
-        return drawn.softmax(0).to(gram).expand(gram.shape[:-1])
+        return uploaded(drawn.softmax(0), gram).expand(gram.shape[:-1])

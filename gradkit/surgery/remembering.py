@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gradkit.oracle import Transform
 from gradkit.surgery.given import Memory, known_objectives
+from gradkit.surgery.host import uploaded
 
 
 class Remembering(Transform):
@@ -56,7 +57,7 @@ class Remembering(Transform):
         """What is remembered of these objectives, in the dtype and on the device of `like`."""
         with torch.device("cpu"):  # whatever the default device is
             fresh = self.initial_memory(len(known_objectives(state, names)))
-        fresh = {key: value.to(like) for key, value in fresh.items()}
+        fresh = {key: uploaded(value, like) for key, value in fresh.items()}
         return Memory(self, state, names, fresh, batch, blocks)
 
     def belong_to(self, optimizer: object) -> None:  # noqa: D102 # inherited

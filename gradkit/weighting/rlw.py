@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gradkit.surgery.given import Given
+from gradkit.surgery.host import uploaded
 from gradkit.surgery.rule import own_generator
 from gradkit.weighting.loss_weighting import LossWeighting
 
@@ -52,4 +53,4 @@ class RLW(LossWeighting):
         self, losses: Float[Tensor, " K"], given: Given
     ) -> Float[Tensor, " K"]:
         draws: Float[Tensor, " K"] = given.draws
-        return draws.softmax(0).to(losses)
+        return uploaded(draws.softmax(0), losses)

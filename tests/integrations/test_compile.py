@@ -121,3 +121,29 @@ def test_layers_with_a_forward_of_their_own_take_their_statistics_under_compilat
         x = 2.0 + torch.randn(5, 3, generator=torch.Generator().manual_seed(seed))
         expected = net[1](nn.functional.batch_norm(x, None, None, training=True).relu())
         torch.testing.assert_close(compiled(x), expected)
+
+
+class UsedUp(torch.autograd.Function):
+    """A graph as the compiler leaves it, which does not survive a backward pass that keeps it."""
+
+    @staticmethod
+    def forward(ctx, value):
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise RuntimeError("This backward function was compiled with non-empty donated buffers")
+
+
+@pytest.mark.parametrize("engine", ["functional", "inplace"])
+def test_donated_buffers_are_explained(engine: str) -> None:
+    net = network()
+    base = torch.optim.SGD(net.parameters(), lr=0.1)
+    optimizer = gk.wrap(base, gk.PCGrad(), model=net, engine=engine)
+
+    def closure() -> dict[str, torch.Tensor]:
+        a, b = UsedUp.apply(net(BATCHES[0][0])).mean(0)
+        return {"a": a, "b": b}
+
+    with pytest.raises(RuntimeError, match=r"donated_buffer = False before .* is compiled"):
+        optimizer.step(closure)
