@@ -20,16 +20,43 @@ class EMA(MeanTeacher):
         α_t = min(1 − 1/(t+1), decay) with warm-up, else decay        t = 1, 2, …
         teacher ← α_t·teacher + (1 − α_t)·θ
 
-    The teacher's buffers are copied from the student. Save the teacher as a module, beside the
-    optimizer: `{"teacher": ema.teacher.state_dict(), "optimizer": optimizer.state_dict()}`.
+    Tensors are matched by name. Integer and boolean weights are copied, not averaged, and so are
+    buffers, which take the student's present shape and dtype; a weight that both share because it
+    is frozen stays. Parameters, buffers and submodules that the student gets later are copied, and
+    buffers that it loses are dropped. What cannot follow (a parameter that has changed its shape,
+    or is gone) is refused before the student moves.
 
-    Cost: one pass over the weights. Memory: the teacher. State: t.
+    Weights in half precision are averaged in float32 and then rounded, since at a decay of 0.999
+    most changes are smaller than what bfloat16 can show. The average is kept beside the teacher
+    and saved with the optimizer. Numbers that somebody else writes to the teacher count.
+
+    What a state dict holds is either the teacher itself, to be saved as a module beside the
+    optimizer: `{"teacher": ema.teacher.state_dict(), "optimizer": optimizer.state_dict()}`; or,
+    with `in_state=True`, nothing beside: the optimizer's state then has the teacher's parameters
+    and the buffers that its own state dict would have, in `torch.distributed.checkpoint`, too.
+    Without either, the first step after loading warns that the teacher is not the saved one (not
+    where it is sharded).
+
+    Unlike `torch.optim.swa_utils.AveragedModel`, whose first update is a copy and which matches
+    tensors by their order and averages integers, the teacher is averaged from the first step on;
+    the average itself is the same.
+
+    Cost: one pass over the weights. Memory: the teacher, and 4 bytes for each trained weight in
+    half precision; `in_state` adds none. State: t.
 
     Args:
         student: The module that is trained.
-        teacher: The module that follows it; None makes a frozen copy of the student.
+        teacher: The module that follows it; None makes a frozen copy of the student. It may have
+            another floating dtype. Wrappers of the student's
+            (`DistributedDataParallel`, `torch.compile`) are left out of the copy.
         decay: α, between 0 (a copy) and 1 (no change).
         warmup: Whether to start as a plain mean of the weights seen.
+        in_state: Whether the optimizer's state dict holds the teacher, too.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If the decay does not lie between 0 and 1, if the student cannot be copied, or
+            if the teacher does not fit; in `step`, if it fits no longer.
 
     Examples:
         >>> import torch, gradkit as gk

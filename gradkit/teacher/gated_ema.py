@@ -35,11 +35,11 @@ class GatedEMA(MeanTeacher):
     gradients (`measure="cosine", decay_conflict=None`); the test in their Algorithm 1 is the
     reverse (`invert=True`), against text and code, and taken to be a slip.
 
-    Both gradients take part in the update as they are. The teacher's buffers are copied from the
-    student; it is saved as a module (see `EMA`).
+    Both gradients take part in the update as they are. How weights and buffers follow, and how
+    the teacher is saved, is said in `EMA`. A teacher that holds keeps its buffers, too.
 
-    Cost: none beyond the gradients of both and one pass over the weights. Memory: the teacher.
-    State: t.
+    Cost: none beyond the gradients of both and one pass over the weights. Memory and state: those
+    of `EMA`.
 
     Args:
         student: The module that is trained.
@@ -51,6 +51,12 @@ class GatedEMA(MeanTeacher):
         threshold: The cosine above which gradients count as aligned.
         invert: Whether to exchange the two cases.
         warmup: Whether to start as a plain mean of the weights seen.
+        in_state: Whether the optimizer's state dict holds the teacher, too.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If an argument has no valid value, if the student cannot be copied, or if the
+            teacher does not fit; in `step`, if it fits no longer.
 
     Examples:
         >>> import torch, gradkit as gk

@@ -53,7 +53,7 @@ class MeanTeacher(Transform):
                     "save and load teacher.state_dict() beside the optimizer, or pass "
                     "in_state=True, with which the optimizer's state holds the teacher",
                     UserWarning,
-                    stacklevel=2,
+                    stacklevel=4,
                 )
             self._saved_mark = None
 
