@@ -237,6 +237,19 @@ def test_the_state_of_a_teacher_is_taken_over_whatever_in_state_says_here():
     advance(second[0], second[2], 1)  # no warning
 
 
+def test_the_state_shows_what_the_teacher_is():
+    """At any time, since distributed checkpoints look at it themselves."""
+    net, ema, optimizer = made(torch.bfloat16)
+    advance(net, optimizer, 2)
+    shown = optimizer.state[net.layers[0].weight]
+    advance(net, optimizer, 2)
+    assert torch.equal(shown["gradkit.1:teacher.layers.0.weight"], ema.teacher.layers[0].weight)
+    own = ema._following.shadows["layers.0.weight"]
+    assert shown["gradkit.1:shadow.layers.0.weight"] is own
+    assert not torch.equal(own, own.bfloat16().float())
+    assert not optimizer.state.get(net.unused)
+
+
 def test_without_in_state_nothing_is_added_for_ordinary_models():
     net, _, optimizer = made(in_state=False)
     advance(net, optimizer)

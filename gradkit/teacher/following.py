@@ -70,6 +70,11 @@ class Plan:
     modules: dict[str, nn.Module] = field(default_factory=dict)
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
 
+    def device_of(self, its: Tensor) -> torch.device:
+        """Where the teacher keeps what lies on a device of the student's."""
+        moved = (pair.own.device for pair in self.pairs if pair.its.device == its.device)
+        return next(moved, its.device)
+
 
 class Following:
     """What a teacher needs to remember of how it follows.
@@ -231,9 +236,9 @@ class Following:
             shadow = self.shadow(pair) if kept else own.float()
             # Somebody may have written to the weight: it counts, as far as it goes.
             there = own.float() if own.dtype.itemsize < 2 else own  # shorter ones have no ==
-            shadow = torch.where(shadow.to(own.dtype).to(there.dtype) == there, shadow, there)
-            if kept:
-                self.shadows[pair.name] = shadow
+            shadow.copy_(
+                torch.where(shadow.to(own.dtype).to(there.dtype) == there, shadow, there)
+            )  # in place, since the optimizer's state shows it
             writes.average(shadow, its.to(own.device, torch.float32), rounded=own)
 
     def shadow(self, pair: Pair) -> Tensor:
@@ -256,9 +261,6 @@ class Following:
         weights: list[tuple[int, int]] | None = None
         clones: dict[int, Tensor] = {}
         done: set[int] = set()
-        moved = next(
-            (pair.own.device for pair in plan.pairs if pair.own.device != pair.its.device), None
-        )
         for path, module in plan.there.items():
             owner = there.get(path)
             if owner is None or id(owner) in done or not (owner._buffers or module._buffers):
@@ -289,7 +291,7 @@ class Following:
                             writes.put(local(own), local(its))
                     continue
                 if id(its) not in clones:
-                    device = own.device if own is not None else moved or its.device
+                    device = plan.device_of(its) if own is None else own.device
                     clones[id(its)] = its.detach().to(device, dtype, copy=True)
                 fleeting = key in module._non_persistent_buffers_set
                 exchanges.append(_Exchange(owner, key, clones[id(its)], fleeting=fleeting))
