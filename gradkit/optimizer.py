@@ -548,14 +548,16 @@ class GradientOptimizer(Optimizer):
         theirs, text, own = saved_state.split(state_dict)
         if text is not None:
             saved_state.check(text, self.transforms)
-        tensors = saved_state.take_tensors(own)
+        tensors, stepped = saved_state.take_tensors(own)
         saved_state.check_tensors(tensors, self.transforms)
         saved_state.check_vectors(self.base.param_groups, own, theirs["param_groups"])
         self.base.load_state_dict(theirs)
         if text is not None:
             saved_state.decode(text, self.transforms)
         saved_state.load_tensors(tensors, text, self.transforms)
-        saved_state.renew_tensors(self.transforms, self.base)
+        identities = saved_state.identities(self.base.param_groups, theirs)
+        held = [parameter for parameter, identity in identities.items() if identity in stepped]
+        saved_state.renew_tensors(self.transforms, self.base, held)
         self.base.param_groups[0][saved_state.KEY] = saved_state.encode(self.transforms)
         for transform in self.transforms:
             transform.vectors.clear()

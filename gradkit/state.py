@@ -177,11 +177,21 @@ def relink(transforms: Sequence[Transform], layout: Layout, base: torch.optim.Op
     renew_tensors(transforms, base)
 
 
-def renew_tensors(transforms: Sequence[Transform], base: torch.optim.Optimizer) -> None:
-    """Show the transforms' tensors as they are now in the state of stepped parameters."""
-    held = {parameter for parameter, state in base.state.items() if state}
+def renew_tensors(
+    transforms: Sequence[Transform],
+    base: torch.optim.Optimizer,
+    stepped: Sequence[Tensor] = (),
+) -> None:
+    """Show the transforms' tensors as they are now in the state of stepped parameters.
+
+    Args:
+        transforms: Whose tensors.
+        base: The optimizer in whose state.
+        stepped: Parameters that are known to have been stepped though their state is empty.
+    """
+    held = {parameter for parameter, state in base.state.items() if state}.union(stepped)
     for parameter in held:
-        state = base.state[parameter]
+        state = base.state.get(parameter, {})
         for key in [key for key in state if _tensor_key(key) is not None]:
             del state[key]
     for key, parameter, tensor in _placed(transforms, base.param_groups):
@@ -232,13 +242,13 @@ def add_unlinked_vectors(
     param_groups: Sequence[Mapping[str, Any]],
 ) -> None:
     """Add to a state dict the vectors of parameters that the base has not stepped yet."""
-    identities = _identities(param_groups, state_dict)
+    known = identities(param_groups, state_dict)
     for key, vector in _keyed(transforms):
         for parameter, view in zip(layout.parameters, layout.views(vector), strict=True):
-            state = state_dict["state"].get(identities[parameter], {})
+            state = state_dict["state"].get(known[parameter], {})
             if key not in state:
                 part = as_part_of(view, parameter)
-                state_dict["state"][identities[parameter]] = {**state, _UNSTEPPED + key: part}
+                state_dict["state"][known[parameter]] = {**state, _UNSTEPPED + key: part}
 
 
 def add_unlinked_tensors(
@@ -247,17 +257,23 @@ def add_unlinked_tensors(
     param_groups: Sequence[Mapping[str, Any]],
 ) -> None:
     """Add to a state dict the tensors of parameters that the base has not stepped yet."""
-    identities = _identities(param_groups, state_dict)
+    known = identities(param_groups, state_dict)
     for key, parameter, tensor in _placed(transforms, param_groups):
-        state = state_dict["state"].get(identities[parameter], {})
+        state = state_dict["state"].get(known[parameter], {})
         if key not in state:
-            state_dict["state"][identities[parameter]] = {**state, _UNSTEPPED + key: tensor}
+            state_dict["state"][known[parameter]] = {**state, _UNSTEPPED + key: tensor}
 
 
-def take_tensors(own: Mapping[Any, dict[str, Any]]) -> dict[int, dict[str, Tensor]]:
-    """Take the transforms' tensors, by transform and name, out of what `split` returned."""
+def take_tensors(
+    own: Mapping[Any, dict[str, Any]],
+) -> tuple[dict[int, dict[str, Tensor]], set[Any]]:
+    """Take the transforms' tensors, by transform and name, out of what `split` returned.
+
+    Also returns the ids of stepped parameters among those in whose state they were.
+    """
     taken: dict[int, dict[str, Tensor]] = {}
-    for state in own.values():
+    stepped: set[Any] = set()
+    for identity, state in own.items():
         for key in list(state):
             place = _tensor_key(key.removeprefix(_UNSTEPPED))
             if place is not None:
@@ -265,7 +281,9 @@ def take_tensors(own: Mapping[Any, dict[str, Any]]) -> dict[int, dict[str, Tenso
                 # A flattened checkpoint that lacks it has an empty mapping instead.
                 if isinstance(value, Tensor):
                     taken.setdefault(place[0], {})[place[1]] = value
-    return taken
+                    if not key.startswith(_UNSTEPPED):
+                        stepped.add(identity)
+    return taken, stepped
 
 
 def check_tensors(
@@ -386,7 +404,7 @@ def _tensor_key(key: object) -> tuple[int, str] | None:
     return int(number), name
 
 
-def _identities(
+def identities(
     param_groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any]
 ) -> dict[Tensor, Any]:
     """What each parameter is called in a state dict."""
