@@ -326,6 +326,8 @@ class GradientOptimizer(Optimizer):
                 verdict = judge(gradients, source, nonfinite, self.base, self._objection)
                 if verdict.culprit is None:
                     direction = attempt.direction(gradients, self.max_norm)
+                    for transform in self.transforms:
+                        transform.before_step(attempt.context)
                 attempt.processes.agree("step", attempt.context.layout.device)
                 if verdict.culprit is None:
                     if closure is not None:
@@ -588,12 +590,15 @@ class GradientOptimizer(Optimizer):
         """The base optimizer's state dict, with the transforms' state inside it.
 
         It holds plain values and tensors only, so it can be loaded with `weights_only=True`.
-        Teachers are modules and are saved as such, beside it.
+        Teachers are modules and are saved as such, beside it, unless they have `in_state=True`.
         """
         for pre in list(self._optimizer_state_dict_pre_hooks.values()):
             pre(self)
-        self.base.param_groups[0][saved_state.KEY] = saved_state.encode(self.transforms)
+        text = saved_state.encode(self.transforms, marks=True)
+        self.base.param_groups[0][saved_state.KEY] = text
+        saved_state.renew_tensors(self.transforms, self.base)
         state: dict[str, Any] = self.base.state_dict()
+        saved_state.add_unlinked_tensors(state, self.transforms, self.base.param_groups)
         if self._vector_layout is not None:
             saved_state.add_unlinked_vectors(
                 state, self.transforms, self._vector_layout, self.base.param_groups
@@ -629,10 +634,16 @@ class GradientOptimizer(Optimizer):
         theirs, text, own = saved_state.split(state_dict)
         if text is not None:
             saved_state.check(text, self.transforms)
+        tensors, stepped = saved_state.take_tensors(own)
+        saved_state.check_tensors(tensors, self.transforms)
         saved_state.check_vectors(self.base.param_groups, own, theirs["param_groups"])
         self.base.load_state_dict(theirs)
         if text is not None:
             saved_state.decode(text, self.transforms)
+        saved_state.load_tensors(tensors, text, self.transforms)
+        identities = saved_state.identities(self.base.param_groups, theirs)
+        held = [parameter for parameter, identity in identities.items() if identity in stepped]
+        saved_state.renew_tensors(self.transforms, self.base, held)
         self.base.param_groups[0][saved_state.KEY] = saved_state.encode(self.transforms)
         for transform in self.transforms:
             transform.vectors.clear()

@@ -459,5 +459,38 @@ class Transform:
         """
         return None
 
+    def before_step(self, context: Context) -> None:
+        """Called when everything has been evaluated, before the base optimizer steps.
+
+        Whatever could fail in `after_step` is checked here: raising leaves everything as it was.
+        It is called in steps that are applied only.
+        """
+
     def after_step(self, context: Context) -> None:
         """Called once the base optimizer has applied the step."""
+
+    def tensors(self) -> dict[str, tuple[Tensor | None, Tensor]]:
+        """Tensors of this transform's own, of any shape and dtype, to be saved with the state.
+
+        By name: the optimizer's parameter that each belongs to, if any, and the tensor.
+        """
+        return {}
+
+    def check_tensors(self, saved: Mapping[str, Tensor]) -> None:
+        """Check tensors that `load_tensors` is to be called with.
+
+        Raises:
+            ValueError: If they are of something else; nothing is changed then.
+        """
+
+    def load_tensors(self, saved: Mapping[str, Tensor], mark: str | None) -> None:
+        """Called when state has been loaded, with what `tensors` and `mark` gave when it was saved.
+
+        Args:
+            saved: The tensors, to be copied; empty if there were none.
+            mark: See `mark`.
+        """
+
+    def mark(self) -> str | None:
+        """A short text by which to know again what is saved elsewhere; None for nothing."""
+        return None

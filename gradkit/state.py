@@ -3,6 +3,7 @@
 Checkpoint formats agree on little more than the base optimizer's own keys, so nothing is added
 beside them. Small state of all transforms is one JSON string in the first parameter group; flat
 vectors are cut by parameter and lie in each one's state, under names that begin with "gradkit.".
+So do tensors of any shape ("gradkit.0:teacher.weight"), which are found again by name.
 """
 
 from __future__ import annotations
@@ -26,8 +27,11 @@ _UNSTEPPED = "unstepped."
 _VERSION = 1
 
 
-def encode(transforms: Sequence[Transform]) -> str:
-    """The transforms' names, small state and generators as JSON, bit for bit."""
+def encode(transforms: Sequence[Transform], *, marks: bool = False) -> str:
+    """The transforms' names, small state and generators as JSON, bit for bit; with their marks.
+
+    Ranks compare this text in each step, without marks, which are made only when one saves.
+    """
     chain = [
         {
             "name": type(transform).__name__,
@@ -35,6 +39,7 @@ def encode(transforms: Sequence[Transform]) -> str:
             "generator": (
                 None if transform.generator is None else _packed(transform.generator.get_state())
             ),
+            **({"mark": transform.mark()} if marks else {}),
         }
         for transform in transforms
     ]
@@ -147,14 +152,21 @@ def link_vectors(
 def link_stepped(
     transforms: Sequence[Transform], layout: Layout, base: torch.optim.Optimizer
 ) -> None:
-    """Link the vectors of parameters that the base has just stepped."""
+    """Link the vectors and tensors of parameters that the base has just stepped."""
+
+    def is_new(parameter: Tensor, key: str) -> bool:
+        return parameter.grad is not None and key not in base.state[parameter]
+
     if any(transform.vectors for transform in transforms):
-        link_vectors(
-            transforms,
-            layout,
-            base,
-            lambda parameter, key: parameter.grad is not None and key not in base.state[parameter],
-        )
+        link_vectors(transforms, layout, base, is_new)
+    if all(type(transform).tensors is Transform.tensors for transform in transforms):
+        return
+    stepped = [parameter for parameter in layout.parameters if parameter.grad is not None]
+    if all(any(map(_tensor_key, base.state.get(parameter, ()))) for parameter in stepped):
+        return
+    for key, parameter, tensor in _placed(transforms, base.param_groups):
+        if is_new(parameter, key):
+            base.state[parameter][key] = tensor
 
 
 def relink(transforms: Sequence[Transform], layout: Layout, base: torch.optim.Optimizer) -> None:
@@ -162,6 +174,29 @@ def relink(transforms: Sequence[Transform], layout: Layout, base: torch.optim.Op
     link_vectors(
         transforms, layout, base, lambda parameter, key: key in base.state.get(parameter, {})
     )
+    renew_tensors(transforms, base)
+
+
+def renew_tensors(
+    transforms: Sequence[Transform],
+    base: torch.optim.Optimizer,
+    stepped: Sequence[Tensor] = (),
+) -> None:
+    """Show the transforms' tensors as they are now in the state of stepped parameters.
+
+    Args:
+        transforms: Whose tensors.
+        base: The optimizer in whose state.
+        stepped: Parameters that are known to have been stepped though their state is empty.
+    """
+    held = {parameter for parameter, state in base.state.items() if state}.union(stepped)
+    for parameter in held:
+        state = base.state.get(parameter, {})
+        for key in [key for key in state if _tensor_key(key) is not None]:
+            del state[key]
+    for key, parameter, tensor in _placed(transforms, base.param_groups):
+        if parameter in held:
+            base.state[parameter][key] = tensor
 
 
 def lay_out_vectors(
@@ -208,17 +243,72 @@ def add_unlinked_vectors(
     param_groups: Sequence[Mapping[str, Any]],
 ) -> None:
     """Add to a state dict the vectors of parameters that the base has not stepped yet."""
-    identities = {
-        parameter: identity
-        for group, saved in zip(param_groups, state_dict["param_groups"], strict=True)
-        for parameter, identity in zip(group["params"], saved["params"], strict=True)
-    }
+    known = identities(param_groups, state_dict)
     for key, vector in _keyed(transforms):
         for parameter, view in zip(layout.parameters, layout.views(vector), strict=True):
-            state = state_dict["state"].get(identities[parameter], {})
+            state = state_dict["state"].get(known[parameter], {})
             if key not in state:
                 part = as_part_of(view, parameter)
-                state_dict["state"][identities[parameter]] = {**state, _UNSTEPPED + key: part}
+                state_dict["state"][known[parameter]] = {**state, _UNSTEPPED + key: part}
+
+
+def add_unlinked_tensors(
+    state_dict: dict[str, Any],
+    transforms: Sequence[Transform],
+    param_groups: Sequence[Mapping[str, Any]],
+) -> None:
+    """Add to a state dict the tensors of parameters that the base has not stepped yet."""
+    known = identities(param_groups, state_dict)
+    for key, parameter, tensor in _placed(transforms, param_groups):
+        state = state_dict["state"].get(known[parameter], {})
+        if key not in state:
+            state_dict["state"][known[parameter]] = {**state, _UNSTEPPED + key: tensor}
+
+
+def take_tensors(
+    own: Mapping[Any, dict[str, Any]],
+) -> tuple[dict[int, dict[str, Tensor]], set[Any]]:
+    """Take the transforms' tensors, by transform and name, out of what `split` returned.
+
+    Also returns the ids of stepped parameters among those in whose state they were.
+    """
+    taken: dict[int, dict[str, Tensor]] = {}
+    stepped: set[Any] = set()
+    for identity, state in own.items():
+        for key in list(state):
+            place = _tensor_key(key.removeprefix(_UNSTEPPED))
+            if place is not None:
+                value = state.pop(key)
+                # A flattened checkpoint that lacks it has an empty mapping instead.
+                if isinstance(value, Tensor):
+                    taken.setdefault(place[0], {})[place[1]] = value
+                    if not key.startswith(_UNSTEPPED):
+                        stepped.add(identity)
+    return taken, stepped
+
+
+def check_tensors(
+    tensors: Mapping[int, Mapping[str, Tensor]], transforms: Sequence[Transform]
+) -> None:
+    """Check that transforms can take these tensors.
+
+    Raises:
+        ValueError: If one cannot.
+    """
+    for number, transform in enumerate(transforms):
+        transform.check_tensors(tensors.get(number, {}))
+
+
+def load_tensors(
+    tensors: Mapping[int, Mapping[str, Tensor]],
+    text: str | None,
+    transforms: Sequence[Transform],
+) -> None:
+    """Give transforms their tensors, and the marks of what has been saved elsewhere."""
+    entries = [] if text is None else json.loads(text)["transforms"]
+    for number, transform in enumerate(transforms):
+        mark = entries[number].get("mark") if entries else None
+        transform.load_tensors(tensors.get(number, {}), mark)
 
 
 def split(
@@ -284,6 +374,46 @@ def _keyed(transforms: Sequence[Transform]) -> Iterator[tuple[str, Tensor]]:
     for number, transform in enumerate(transforms):
         for name, vector in transform.vectors.items():
             yield f"{PREFIX}{number}.{name}", vector
+
+
+def _placed(
+    transforms: Sequence[Transform], param_groups: Sequence[Mapping[str, Any]]
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """The transforms' tensors: key, parameter in whose state it is shown, and tensor.
+
+    Those that belong to no optimised parameter are shown in the state of the first.
+    """
+    found = [transform.tensors() for transform in transforms]
+    if not any(found):
+        return
+    every = [parameter for group in param_groups for parameter in group["params"]]
+    trained = dict.fromkeys(parameter for parameter in every if parameter.requires_grad)
+    first = next(iter(trained or every), None)
+    if first is None:
+        return
+    for number, tensors in enumerate(found):
+        for name, (parameter, tensor) in tensors.items():
+            place = parameter if parameter is not None and parameter in trained else first
+            yield f"{PREFIX}{number}:{name}", place, tensor
+
+
+def _tensor_key(key: object) -> tuple[int, str] | None:
+    """The transform and the name that a key of a transform's tensor stands for."""
+    number, colon, name = str(key).removeprefix(PREFIX).partition(":")
+    if not (str(key).startswith(PREFIX) and colon and number.isdecimal()):
+        return None
+    return int(number), name
+
+
+def identities(
+    param_groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any]
+) -> dict[Tensor, Any]:
+    """What each parameter is called in a state dict."""
+    return {
+        parameter: identity
+        for group, saved in zip(param_groups, state_dict["param_groups"], strict=True)
+        for parameter, identity in zip(group["params"], saved["params"], strict=True)
+    }
 
 
 def is_own(key: object) -> bool:

@@ -84,7 +84,8 @@ def wrap(
 
     Raises:
         TypeError: If an argument is of the wrong type.
-        ValueError: If an argument has no valid value or the transforms cannot follow each other.
+        ValueError: If an argument has no valid value, if the transforms cannot follow each other,
+            or if a teacher's student holds none of the optimised parameters.
 
     Examples:
         >>> import torch, gradkit as gk
@@ -128,6 +129,7 @@ def wrap(
     if rows not in ROWS:
         raise ValueError(f"rows is {rows!r}; choose one of {', '.join(ROWS)}")
     _check_chain(transforms)
+    _check_students(base, transforms)
     return GradientOptimizer(
         base,
         transforms,
@@ -175,6 +177,19 @@ def _check_chain(transforms: Sequence[Transform]) -> None:
             )
         if transform.sets_update:
             last = transform
+
+
+def _check_students(base: Optimizer, transforms: Sequence[Transform]) -> None:
+    """Check that what transforms follow is trained by this optimizer."""
+    trained = {id(parameter) for group in base.param_groups for parameter in group["params"]}
+    for transform in transforms:
+        student = getattr(transform, "student", None)
+        if isinstance(student, nn.Module) and trained.isdisjoint(map(id, student.parameters())):
+            raise ValueError(
+                f"the student of {transform!r} holds none of the parameters that the base "
+                "optimizer steps, so that there would be nothing to follow; pass "
+                f"{type(transform).__name__} the module that is trained"
+            )
 
 
 def _streams(rows: RowsChoice, transforms: Sequence[Transform]) -> Streams:

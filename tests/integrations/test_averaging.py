@@ -222,7 +222,10 @@ def test_a_closure_that_adds_to_earlier_gradients_is_right_or_refused(engine: st
 CHAINS: dict[str, Callable[[nn.Module], tuple[gk.Transform, ...]]] = {
     "none": lambda net: (),
     "PCGrad, SAM": lambda net: (gk.PCGrad(), gk.SAM()),
-    "CosineLR, EMA": lambda net: (gk.CosineLR("a", "b"), gk.EMA(net, decay=0.9, warmup=True)),
+    "CosineLR, EMA": lambda net: (
+        gk.CosineLR("a", "b"),
+        gk.EMA(net, decay=0.9, warmup=True, in_state=True),
+    ),
 }
 
 

@@ -44,10 +44,12 @@ class Trail(gk.Transform):
         return oracle
 
 
-def made(kind: str) -> tuple[nn.Module, gk.GradientOptimizer]:
+def made(kind: str, seed: int = 1) -> tuple[nn.Module, gk.GradientOptimizer]:
     model = prepared(kind, network())
+    teacher = prepared("plain" if kind == "ddp" else kind, network(seed)).requires_grad_(False)
+    ema = gk.EMA(model, teacher, decay=0.8, in_state=True)
     base = torch.optim.Adam(model.parameters(), lr=0.05)
-    return model, gk.wrap(base, gk.PCGrad(), gk.SAM(), Trail(), **options_for(kind, model))
+    return model, gk.wrap(base, gk.PCGrad(), gk.SAM(), Trail(), ema, **options_for(kind, model))
 
 
 def advance(
@@ -57,8 +59,10 @@ def advance(
         x = share(batch)
         optimizer.step(lambda: losses(model, x))
     trails = [optimizer.state[p]["gradkit.2.trail"] for p in model.parameters()]
+    teacher = optimizer.transforms[3].teacher
     return {
         "weights": gathered(model.parameters()),
+        "teacher": gathered([*teacher.parameters(), *teacher.buffers()]),
         "trail": gathered(trails),
         "steps": torch.tensor(optimizer.transforms[2].state["steps"]),
     }
@@ -77,7 +81,7 @@ def save(kind: str, folder: str) -> dict[str, Tensor]:
 
 
 def load(kind: str, folder: str, stop: int) -> dict[str, Tensor]:
-    model, optimizer = made(kind)
+    model, optimizer = made(kind, seed=2)  # its teacher must give way to the saved one
     weights, state = get_state_dict(model, optimizer)
     saved = {"model": weights, "optimizer": state}
     dcp.load(saved, checkpoint_id=Path(folder))

@@ -1,0 +1,184 @@
+"""How a teacher is made from its student, and checked against it."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
+
+from gradkit.processes import is_expanded, is_sharded
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside `DistributedDataParallel` and `torch.compile`; any other as it is.
+
+    Examples:
+        >>> import torch
+        >>> module = torch.nn.Linear(1, 1)
+        >>> unwrapped(module) is module
+        True
+    """
+    while True:
+        if isinstance(module, DistributedDataParallel):
+            module = module.module
+        elif _is_compiled(module):
+            module = module._orig_mod  # type: ignore[assignment]  # torch.compile's own attribute
+        else:
+            return module
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    # Looked up, since importing it takes a second and nobody without it can hold one.
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")
+    return dynamo is not None and isinstance(module, dynamo.OptimizedModule)
+
+
+def copied(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A frozen copy of a module, without gradients.
+
+    Results of a computation that a module keeps as an attribute are copied without their graph:
+    the weight of `torch.nn.utils.prune` and of the older `weight_norm` and `spectral_norm`, which
+    a hook computes anew in each forward pass.
+
+    Args:
+        module: What to copy.
+        memo: What to take in place of copies, by the id of the original; see `copy.deepcopy`.
+
+    Raises:
+        ValueError: If it cannot be copied; a teacher must be passed then.
+    """
+    memo = {} if memo is None else memo
+    given = set(map(id, memo.values()))
+    for each in module.modules():
+        for tensor in _results(list(vars(each).values())):
+            memo[id(tensor)] = tensor.detach().clone()
+    try:
+        made = copy.deepcopy(module, memo)
+    except Exception as error:
+        raise ValueError(
+            f"the student, a {type(module).__name__}, cannot be copied ({error}); make a second "
+            "module in the same way, load the student's weights into it, as in "
+            "teacher.load_state_dict(student.state_dict()), and pass it as teacher="
+        ) from error
+    for parameter in made.parameters():
+        if id(parameter) in given:
+            continue
+        parameter.requires_grad_(False)
+        parameter.grad = None
+        if not is_writable(parameter):
+            parameter.data = parameter.detach().clone()
+    _share_memory_alike(module, made)
+    return made
+
+
+def _share_memory_alike(module: nn.Module, made: nn.Module) -> None:
+    """Let a copy's buffers lie in its weights where the original's do; copies of each do not."""
+    weights = {
+        _storage(each): (name, each) for name, each in module.named_parameters() if _storage(each)
+    }
+    for path, each in module.named_modules(remove_duplicate=False):
+        for key, buffer in each._buffers.items():
+            name, weight = weights.get(None if buffer is None else _storage(buffer), (None, None))
+            if buffer is None or name is None or weight is None or buffer.dtype != weight.dtype:
+                continue
+            own = made.get_parameter(name).detach()
+            offset = own.storage_offset() + buffer.storage_offset() - weight.storage_offset()
+            steps = zip(buffer.shape, buffer.stride(), strict=True)
+            end = offset + sum((size - 1) * step for size, step in steps) + 1
+            lies_within = offset >= 0 and end * own.itemsize <= own.untyped_storage().nbytes()
+            if own.stride() == weight.stride() and lies_within:
+                shown = own.as_strided(buffer.shape, buffer.stride(), offset)
+                made.get_submodule(path)._buffers[key] = shown
+
+
+def _storage(tensor: Tensor) -> int | None:
+    """The address of the memory that a plain tensor's numbers lie in."""
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
+        return None
+    return tensor.untyped_storage().data_ptr() or None
+
+
+def _results(values: list[Any]) -> Iterator[Tensor]:
+    """The tensors with a graph among these values, and in lists, tuples and dicts among them."""
+    for value in values:
+        if isinstance(value, Tensor):
+            if not value.is_leaf:
+                yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _results(list(value))
+        elif isinstance(value, dict):
+            yield from _results(list(value.values()))
+
+
+def is_writable(tensor: Tensor) -> bool:
+    """Whether a tensor can be written to in place, element by element."""
+    dense = tensor.layout == torch.strided and not tensor.is_quantized
+    return dense and not tensor.is_inference() and not is_expanded(tensor)
+
+
+def make_teacher(student: nn.Module, teacher: nn.Module | None) -> nn.Module:
+    """A copy of the student, or the teacher that was passed, once it is known to fit.
+
+    Raises:
+        TypeError: If one of them is no module.
+        ValueError: If there is nothing to follow yet, or if the teacher does not fit.
+    """
+    for name, module in (("student", student), ("teacher", teacher)):
+        if not isinstance(module, nn.Module) and (name == "student" or module is not None):
+            raise TypeError(f"{name} is a {type(module).__name__}; pass a torch.nn.Module")
+    inner = unwrapped(student)
+    for name, tensor in [*inner.named_parameters(), *inner.named_buffers()]:
+        if is_lazy(tensor):
+            raise ValueError(
+                f"the student's {name!r} is not initialised yet; run one forward of the lazy "
+                "module before making a teacher"
+            )
+    if teacher is None:
+        if any(map(is_sharded, inner.parameters())):
+            raise ValueError(
+                "the student is sharded and cannot be copied; make a second module with the same "
+                "weights, call fully_shard() on it in the same way, and pass it as teacher="
+            )
+        return copied(inner)
+    if unwrapped(teacher) is inner:
+        raise ValueError("teacher and student are the same module; pass a copy, or teacher=None")
+    mine, theirs = _outline(unwrapped(teacher)), _outline(inner)
+    different = sorted(
+        name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name)
+    )
+    if different:
+        raise ValueError(
+            f"teacher and student differ in {different[0]!r}: it has "
+            f"{mine.get(different[0], 'no place (absent)')} in the teacher and "
+            f"{theirs.get(different[0], 'no place (absent)')} in the student; use two copies of "
+            "one architecture"
+        )
+    return teacher
+
+
+def _outline(module: nn.Module) -> dict[str, str]:
+    """Each parameter's shape, and the names of the buffers that are saved, in words."""
+    parameters = module.named_parameters(remove_duplicate=False)
+    return {
+        **{name: f"shape {tuple(each.shape)}" for name, each in parameters},
+        **{name: "the place of a buffer" for name, _ in saved_buffers(module)},
+    }
+
+
+def saved_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The buffers that a state dict holds, by name."""
+    for path, each in module.named_modules(remove_duplicate=False):
+        for key, buffer in each._buffers.items():
+            if buffer is not None and key not in each._non_persistent_buffers_set:
+                yield joined(path, key), buffer
+
+
+def joined(path: str, key: str) -> str:
+    """A tensor's name, from its module's and its own."""
+    return f"{path}.{key}" if path else key

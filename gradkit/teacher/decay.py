@@ -1,0 +1,38 @@
+"""Decays: how much of itself a teacher keeps in a step."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gradkit.oracle import Context, check_number
+
+
+def warmed_up(decay: float, t: int) -> float:
+    """The decay of step t = 1, 2, … of a mean that starts with all weights alike."""
+    return min(1 - 1 / (t + 1), decay)
+
+
+def like(value: float, context: Context) -> Float[Tensor, ""]:
+    """A number as a tensor on the gradients' device, in float32 or wider.
+
+    In half precision a decay of 0.999 would be 1.
+    """
+    assert context.gradients is not None  # set before after_step
+    scale = context.gradients.lr_scale
+    return torch.full_like(scale, value, dtype=torch.promote_types(scale.dtype, torch.float32))
+
+
+def check_decay(name: str, value: float) -> None:
+    """Check that an argument is a decay.
+
+    Raises:
+        TypeError: If it is no number.
+        ValueError: If it does not lie between 0 and 1.
+    """
+    if value != value:
+        raise ValueError(f"{name} is {value}; a decay lies between 0 and 1")
+    check_number(name, value)
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} is {value}; a decay lies between 0 and 1")

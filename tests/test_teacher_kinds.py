@@ -1,0 +1,535 @@
+"""Teachers of students that are not all float32: each kind of weight and buffer follows."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from helpers import seeded
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+import gradkit as gk
+from gradkit.teacher import follow
+
+ENGINES = ["functional", "inplace"]
+
+
+def wrapped(student, transform, trained=None, lr=0.1, **options):
+    parameters = [p for p in student.parameters() if p.requires_grad]
+    base = torch.optim.SGD(parameters if trained is None else trained, lr=lr)
+    return gk.wrap(base, transform, model=student, **{"engine": "inplace", **options})
+
+
+def bits(module):
+    """Every tensor of a module, bit for bit."""
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    return {
+        name: (each.dtype, each.shape, each.detach().clone().reshape(-1).view(torch.uint8).tolist())
+        for name, each in tensors
+    }
+
+
+X = torch.randn(4, 3, generator=seeded(0))
+
+
+class Kinds(nn.Linear):
+    """A trained layer beside weights and buffers of other kinds."""
+
+    def __init__(self):
+        super().__init__(3, 2)
+        for name, value in {
+            "integers": torch.tensor([1, -2], dtype=torch.int8),
+            "flags": torch.tensor([True, False]),
+            "waves": torch.tensor([1 + 2j, 3 - 1j]),
+            "wide": torch.tensor([1.0, 2.0], dtype=torch.float64),
+            "eight": torch.tensor([1.0, 2.0]).to(torch.float8_e4m3fn),
+        }.items():
+            self.register_parameter(name, nn.Parameter(value, requires_grad=False))
+        self.register_buffer("none", None)
+        self.register_buffer("fleeting", torch.zeros(2), persistent=False)
+        self.register_buffer("spread", torch.zeros(1).expand(3))
+        self.register_buffer("sparse", torch.eye(2).to_sparse())
+        self.register_buffer("small", torch.tensor([1.0, 2.0]).to(torch.float8_e5m2))
+
+
+def gated(student, **arguments):
+    return gk.GatedEMA(student, between=("a", "b"), decay_conflict=None, warmup=False, **arguments)
+
+
+MAKE = {"EMA": lambda student: gk.EMA(student, decay=0.9), "GatedEMA": gated}
+
+
+def objectives(loss, sign=1.0):
+    """Two objectives, aligned or in conflict; EMA does not mind."""
+    return {"a": loss, "b": lambda: sign * 0.5 * loss()}
+
+
+@pytest.mark.parametrize("name", MAKE)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_kind_of_tensor_follows(name, engine):
+    student = Kinds()
+    transform = MAKE[name](student)
+    teacher = transform.teacher
+    optimizer = wrapped(student, transform, engine=engine)
+    start = student.weight.detach().clone()
+    with torch.no_grad():
+        student.integers.copy_(torch.tensor([5, 6]))
+        student.flags.logical_not_()
+        student.waves.mul_(2)
+        student.wide.mul_(2)
+        student.fleeting.fill_(3.0)
+        student.spread = torch.ones(1).expand(3)
+        student.sparse = torch.tensor([[0.0, 4.0], [0.0, 0.0]]).to_sparse()
+        student.small = torch.tensor([4.0, 0.5]).to(torch.float8_e5m2)
+    optimizer.step(objectives(lambda: student(X).square().mean()))
+    assert not torch.equal(student.weight, start)
+    torch.testing.assert_close(teacher.weight, 0.9 * start + 0.1 * student.weight)
+    assert teacher.integers.tolist() == [5, 6]
+    assert teacher.flags.tolist() == [False, True]
+    torch.testing.assert_close(teacher.waves.data, torch.tensor([1 + 2j, 3 - 1j]) * 1.1)
+    # The decay is a float64 number here, so that nothing but the last bit is lost.
+    tolerance = 1e-15 if name == "EMA" else 1e-6
+    expected = torch.tensor([1.1, 2.2], dtype=torch.float64)
+    torch.testing.assert_close(teacher.wide.data, expected, rtol=tolerance, atol=0)
+    assert teacher.none is None
+    assert teacher.fleeting.tolist() == [3.0, 3.0]
+    assert teacher.spread.tolist() == [1.0, 1.0, 1.0]
+    assert teacher.sparse.to_dense().tolist() == [[0.0, 4.0], [0.0, 0.0]]
+    assert teacher.small.float().tolist() == [4.0, 0.5]
+    assert "fleeting" not in teacher.state_dict()
+
+
+@pytest.mark.parametrize("make", [lambda s: gk.EMA(s, decay=1.0), gated])
+def test_a_teacher_that_holds_keeps_everything(make):
+    student = Kinds()
+    transform = make(student)
+    optimizer = wrapped(student, transform)
+    kept = bits_of_dense(transform.teacher)
+    with torch.no_grad():
+        student.integers.add_(1)
+        student.flags.logical_not_()
+    student.fleeting = torch.ones(7)
+    student.none = torch.ones(2)
+    student.register_buffer("new", torch.ones(2))
+    student.register_parameter("extra", nn.Parameter(torch.ones(2), requires_grad=False))
+    optimizer.step(objectives(lambda: student(X).square().mean(), sign=-1.0))
+    assert float(optimizer.last_step.decay) == 1.0
+    assert bits_of_dense(transform.teacher) == kept
+    if isinstance(transform, gk.GatedEMA):
+        optimizer.step(objectives(lambda: student(X).square().mean()))
+        for name in ("fleeting", "none", "new", "extra", "integers"):
+            assert torch.equal(getattr(transform.teacher, name), getattr(student, name)), name
+
+
+def bits_of_dense(module):
+    held = copy.copy(module)
+    held._buffers = {k: b for k, b in module._buffers.items() if k not in ("sparse",)}
+    return bits(held)
+
+
+class Cache(nn.Linear):
+    """A buffer that takes the input's size."""
+
+    def __init__(self):
+        super().__init__(3, 2)
+        self.register_buffer("table", torch.zeros(1))
+
+    def forward(self, x):
+        if len(self.table) != len(x):
+            self.table = torch.arange(float(len(x)))
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("name", MAKE)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_buffer_may_grow_and_shrink(name, engine):
+    student = Cache()
+    transform = MAKE[name](student)
+    optimizer = wrapped(student, transform, engine=engine)
+    for size in (4, 2, 2, 3):
+        optimizer.step(objectives(lambda size=size: student(X[:size]).square().mean()))
+        assert len(student.table) == size
+        assert torch.equal(transform.teacher.table, student.table)
+        assert transform.teacher.table.data_ptr() != student.table.data_ptr()
+
+
+def test_buffers_appear_vanish_become_none_and_change_dtype():
+    student = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    student[0].register_buffer("count", torch.zeros(2, dtype=torch.int64))
+    student[0].register_buffer("real", torch.zeros(2))
+    ema = gk.EMA(student, decay=0.9)
+    optimizer = wrapped(student, ema)
+
+    def step():
+        optimizer.step(lambda: student(X).square().mean())
+        mine, theirs = dict(ema.teacher.named_buffers()), dict(student.named_buffers())
+        assert mine.keys() == theirs.keys()
+        for name, buffer in mine.items():
+            assert buffer.dtype == theirs[name].dtype, name
+            assert torch.equal(buffer, theirs[name]), name
+        assert ema.teacher.state_dict().keys() == student.state_dict().keys()
+
+    student[0].count = torch.tensor([0.5, 1.5])
+    step()
+    student[0].real = torch.tensor([1 / 3], dtype=torch.float64)
+    step()
+    student[1].register_buffer("late", torch.ones(3))
+    student[1].register_buffer("fleeting", torch.ones(3), persistent=False)
+    step()
+    student[1].late = None
+    step()
+    assert "late" in ema.teacher[1]._buffers
+    del student[1].late
+    step()
+    assert "late" not in ema.teacher[1]._buffers
+
+
+def test_the_teachers_own_dtype_of_a_buffer_stays():
+    student = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).bfloat16()
+    teacher = copy.deepcopy(student).float().requires_grad_(False)
+    ema = gk.EMA(student, teacher, decay=0.9)
+    optimizer = wrapped(student, ema)
+    start = teacher[0].weight.clone()
+    optimizer.step(lambda: student(X.bfloat16()).square().mean())
+    assert {each.dtype for each in teacher.parameters()} == {torch.float32}
+    assert teacher[1].running_mean.dtype == torch.float32
+    assert torch.equal(teacher[1].running_mean, student[1].running_mean.float())
+    expected = start.lerp(student[0].weight.detach().float(), 1 - 0.9)
+    assert torch.equal(teacher[0].weight, expected)
+
+
+def test_a_buffer_that_shows_a_weight_follows_with_it():
+    student = nn.Linear(3, 2)
+    student.register_buffer("shown", student.weight.detach().t())
+    ema = gk.EMA(student, decay=0.9)
+    optimizer = wrapped(student, ema)
+    start = student.weight.detach().clone()
+    optimizer.step(lambda: student(X).square().mean())
+    expected = 0.9 * start + 0.1 * student.weight
+    torch.testing.assert_close(ema.teacher.weight.data, expected.data)
+    assert torch.equal(ema.teacher.shown, ema.teacher.weight.t())
+
+
+# Parameters that come, go or are shared.
+
+
+class Growing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(3, 3))
+
+    def forward(self, x):
+        x = self.layers(x)
+        return x * self.scale if hasattr(self, "scale") else x
+
+
+def test_parameters_and_modules_that_appear_are_copied():
+    student = Growing()
+    ema = gk.EMA(student, decay=0.9)
+    optimizer = wrapped(student, ema)
+
+    def loss():
+        return student(X).square().mean()
+
+    optimizer.step(loss)
+    student.scale = nn.Parameter(torch.full((3,), 2.0))
+    student.layers.extend([nn.Tanh(), nn.BatchNorm1d(3), nn.Linear(3, 3)])
+    student.layers[-1].weight = student.layers[0].weight
+    optimizer.add_param_group({"params": [student.scale, student.layers[-1].bias]})
+    optimizer.step(loss)
+    teacher = ema.teacher
+    for mine, theirs in ((teacher.scale, student.scale), (teacher.layers[3].bias,) * 2):
+        assert torch.equal(mine, theirs)
+        assert not mine.requires_grad
+    assert torch.equal(teacher.scale, student.scale)
+    assert torch.equal(teacher.layers[2].running_mean, student.layers[2].running_mean)
+    assert teacher.layers[3].weight is teacher.layers[0].weight
+    assert [type(each) for each in teacher.layers] == [type(each) for each in student.layers]
+    before = teacher.scale.detach().clone()
+    optimizer.step(loss)
+    torch.testing.assert_close(teacher.scale.data, (0.9 * before + 0.1 * student.scale).data)
+    assert teacher(X).shape == (4, 3)
+
+
+def resized(student):
+    student.bias = nn.Parameter(torch.zeros(5))
+
+
+def pruned(student):
+    prune.l1_unstructured(student, "weight", amount=0.5)
+
+
+def without_bias(student):
+    student.bias = None
+
+
+def untied(student):
+    student.twin = nn.Parameter(torch.zeros(2, 3))
+
+
+def into_complex(student):
+    student.other = nn.Parameter(torch.zeros(2, dtype=torch.complex64), requires_grad=False)
+
+
+IMPOSSIBLE = {
+    "another shape": (resized, r"the shape of 'bias' is \(2,\) in the teacher and \(5,\)"),
+    "pruned": (pruned, "has a parameter 'weight' and the student has none of that name any more"),
+    "gone": (without_bias, "has a parameter 'bias' and the student has none"),
+    "tied no more": (untied, "'weight' and 'twin' are one in the teacher and two in the student"),
+    "complex": (into_complex, r"'other' is torch\.float32 in the teacher, which cannot hold"),
+}
+
+
+class Tied(nn.Linear):
+    def __init__(self):
+        super().__init__(3, 2)
+        self.twin = self.weight
+        self.other = nn.Parameter(torch.zeros(2), requires_grad=False)
+
+
+@pytest.mark.parametrize("case", IMPOSSIBLE)
+@pytest.mark.parametrize("name", MAKE)
+def test_what_cannot_follow_is_refused_before_the_student_moves(name, case):
+    change, message = IMPOSSIBLE[case]
+    student = Tied()
+    trained = nn.Parameter(torch.ones(()))
+    student.register_parameter("trained", trained)
+    transform = MAKE[name](student)
+    optimizer = wrapped(student, transform, [trained])
+    change(student)
+    before, kept = bits(student), bits(transform.teacher)
+    rng = torch.get_rng_state()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message):
+            optimizer.step(objectives(lambda: trained.square() * torch.rand(()) + trained))
+    assert bits(student) == before
+    assert bits(transform.teacher) == kept
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert trained.grad is None
+    assert transform.state == {"t": 0}
+    assert optimizer.last_step is None
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_shared_weights_follow_once(name):
+    student = Tied()
+    transform = MAKE[name](student)
+    assert transform.teacher.twin is transform.teacher.weight
+    start = student.weight.detach().clone()
+    optimizer = wrapped(student, transform)
+    optimizer.step(objectives(lambda: student(X).square().mean()))
+    expected = 0.9 * start + 0.1 * student.weight
+    torch.testing.assert_close(transform.teacher.weight.data, expected.data)
+
+
+def test_a_given_teacher_need_not_share_what_the_student_shares():
+    student = Tied()
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    teacher.twin = nn.Parameter(torch.zeros(2, 3), requires_grad=False)
+    optimizer = wrapped(student, gk.EMA(student, teacher, decay=0.5))
+    optimizer.step(lambda: student(X).square().mean())
+    torch.testing.assert_close(teacher.twin.data, 0.5 * student.weight.data)
+
+
+def test_a_frozen_part_may_be_shared_with_the_teacher_and_a_trained_one_may_not():
+    student = nn.Sequential(nn.Linear(3, 3).requires_grad_(False), nn.Linear(3, 2))
+    teacher = nn.Sequential(student[0], copy.deepcopy(student[1]).requires_grad_(False))
+    optimizer = wrapped(student, gk.EMA(student, teacher, decay=0.5))
+    kept, start = bits(student[0]), teacher[1].weight.clone()
+    optimizer.step(lambda: student(X).square().mean())
+    assert bits(student[0]) == kept
+    torch.testing.assert_close(teacher[1].weight, 0.5 * start + 0.5 * student[1].weight.data)
+    with pytest.raises(ValueError, match=r"share the memory of '0\.weight'"):
+        gk.EMA(nn.Sequential(student[1]), nn.Sequential(student[1]), decay=0.5)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: parametrizations.weight_norm(nn.Linear(3, 2)),
+        lambda: parametrizations.spectral_norm(nn.Linear(3, 2)),
+        lambda: parametrizations.orthogonal(nn.Linear(3, 2)),
+    ],
+)
+def test_parametrized_modules_follow_by_their_original_weights(make):
+    student = make()
+    ema = gk.EMA(student, decay=0.9)
+    averaged = torch.optim.swa_utils.AveragedModel(
+        student, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9)
+    )
+    averaged.n_averaged += 1  # past its first update, which only copies
+    optimizer = wrapped(student, ema)
+    for _ in range(3):
+        optimizer.step(lambda: student(X).square().mean())
+        averaged.update_parameters(student)
+    mine, theirs = dict(ema.teacher.named_parameters()), averaged.module.named_parameters()
+    for name, value in theirs:
+        assert torch.equal(mine[name], value), name
+    for mine, theirs in zip(ema.teacher.buffers(), student.buffers(), strict=True):
+        assert torch.equal(mine, theirs)
+    assert torch.isfinite(ema.teacher(X)).all()
+
+
+def old_weight_norm(layer):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.utils.weight_norm(layer)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: prune.l1_unstructured(layer, "weight", amount=0.5),
+        lambda layer: prune.random_unstructured(layer, "bias", amount=0.5),
+        old_weight_norm,
+        nn.utils.spectral_norm,
+    ],
+)
+def test_a_student_whose_weight_is_computed_by_a_hook_is_copied(change):
+    student = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    change(student[0])
+    student(X)
+    ema = gk.EMA(student, decay=0.5)
+    optimizer = wrapped(student, ema)
+    starts = {name: each.detach().clone() for name, each in student.named_parameters()}
+    for _ in range(2):
+        optimizer.step(lambda: student(X).square().mean())
+    assert starts.keys() == dict(ema.teacher.named_parameters()).keys()
+    for name, own in ema.teacher.named_parameters():
+        assert not own.requires_grad
+        assert not torch.equal(own, starts[name]), name
+    assert not ema.teacher(X).requires_grad
+    # The hook has computed the weight from the averages, not from the student's.
+    with torch.no_grad():
+        twin = copy.deepcopy(ema.teacher)
+        student.load_state_dict(twin.state_dict())
+        torch.testing.assert_close(ema.teacher.eval()(X), student.eval()(X))
+
+
+def test_a_student_that_cannot_be_copied_asks_for_a_teacher():
+    student = nn.Linear(3, 2)
+    student.lock = (each for each in ())  # as little to be copied as a lock or a file
+    with pytest.raises(ValueError, match=r"cannot be copied .*pass it as teacher="):
+        gk.EMA(student, decay=0.9)
+    assert gk.EMA(student, nn.Linear(3, 2), decay=0.9).teacher is not student
+
+
+def test_a_lazy_student_is_refused():
+    with pytest.raises(ValueError, match="'weight' is not initialised yet; run one forward"):
+        gk.EMA(nn.LazyLinear(2), decay=0.9)
+
+
+def test_a_weight_made_in_inference_mode_or_expanded_gets_memory_of_its_own():
+    student = nn.Linear(3, 2)
+    with torch.inference_mode():
+        value = torch.ones(2)
+    student.register_parameter("made", nn.Parameter(value, requires_grad=False))
+    student.register_parameter("one", nn.Parameter(torch.ones(1).expand(4), requires_grad=False))
+    ema = gk.EMA(student, decay=0.5)
+    optimizer = wrapped(student, ema)
+    student.one.data = torch.zeros(1).expand(4)
+    optimizer.step(lambda: student(X).square().mean())
+    assert ema.teacher.one.tolist() == [0.5] * 4
+    assert ema.teacher.made.tolist() == [1.0, 1.0]
+
+
+def test_a_failure_while_changes_are_prepared_leaves_the_teacher_as_it_was(monkeypatch):
+    teacher, student = Cache(), Cache()
+    kept = bits(teacher)
+
+    class Broken(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            if function is torch.Tensor.to:
+                raise MemoryError
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    student.table = torch.zeros(9).as_subclass(Broken)
+    with pytest.raises(MemoryError):
+        follow(teacher, student, torch.tensor(0.5))
+    assert bits(teacher) == kept
+
+
+# Half precision.
+
+
+@pytest.mark.parametrize("name", MAKE)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_teacher_in_half_precision_is_the_rounded_average(name, dtype):
+    student = nn.Linear(8, 8).to(dtype)
+    transform = (
+        gk.EMA(student, decay=0.999)
+        if name == "EMA"
+        else gk.GatedEMA(student, between=("a", "b"), decay_aligned=0.999, warmup=False)
+    )
+    optimizer = wrapped(student, transform, lr=0.0)
+    start = student.weight.detach().clone()
+    with torch.no_grad():
+        student.weight.mul_(1.5)
+    expected = start.float()
+    for _ in range(50):
+        optimizer.step(objectives(lambda: student.weight.sum() + student.bias.sum()))
+        expected.lerp_(student.weight.detach().float(), 1 - 0.999)
+    assert torch.equal(transform.teacher.weight, expected.to(dtype))
+    # Each number has moved by about 2.4%, more than the spacing of either format.
+    assert (transform.teacher.weight != start).all()
+
+
+def test_what_somebody_writes_to_a_half_precision_teacher_counts():
+    student = nn.Linear(3, 2).bfloat16()
+    ema = gk.EMA(student, decay=0.999)
+    optimizer = wrapped(student, ema, lr=0.0)
+    optimizer.step(lambda: student(X.bfloat16()).square().mean())
+    ema.teacher.weight.data.fill_(4.0)
+    optimizer.step(lambda: student(X.bfloat16()).square().mean())
+    expected = torch.full((2, 3), 4.0).lerp(student.weight.detach().float(), 1 - 0.999)
+    assert torch.equal(ema.teacher.weight, expected.bfloat16())
+    assert torch.equal(ema._following.shadows["weight"], expected)
+
+
+def test_no_shadow_is_kept_of_a_frozen_copy():
+    student = nn.Sequential(nn.Linear(3, 3).requires_grad_(False), nn.Linear(3, 2)).bfloat16()
+    ema = gk.EMA(student, decay=0.9)
+    optimizer = wrapped(student, ema)
+    kept = bits(student[0])
+    for _ in range(2):
+        optimizer.step(lambda: student(X.bfloat16()).square().mean())
+    assert ema._following.shadows.keys() == {"1.weight", "1.bias"}
+    assert bits(ema.teacher[0]) == kept
+
+
+# What a student must be.
+
+
+def test_a_student_that_is_not_trained_is_refused():
+    net, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    base = torch.optim.SGD(net.parameters(), lr=0.1)
+    for transform in (gk.EMA(other, decay=0.9), gk.GatedEMA(other)):
+        with pytest.raises(ValueError, match="holds none of the parameters that the base"):
+            gk.wrap(base, transform, model=net)
+    assert "gradkit" not in base.param_groups[0]
+
+
+def test_any_transform_with_a_student_is_checked():
+    class Own(gk.Transform):
+        def __init__(self, student):
+            self.student = student
+
+    net, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    base = torch.optim.SGD(net.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="pass Own the module that is trained"):
+        gk.wrap(base, Own(other))
+    gk.wrap(base, Own(net))
+
+
+def test_a_compiled_student_is_followed_by_a_plain_teacher():
+    net = nn.Linear(3, 2)
+    student = torch.compile(net, backend="eager")
+    ema = gk.EMA(student, decay=0.5)
+    assert ema.teacher.state_dict().keys() == net.state_dict().keys()
+    start = net.weight.detach().clone()
+    optimizer = gk.wrap(torch.optim.SGD(net.parameters(), lr=0.1), ema, model=net)
+    optimizer.step(lambda: net(X).square().mean())
+    torch.testing.assert_close(ema.teacher.weight.data, 0.5 * start + 0.5 * net.weight.data)
+    gk.EMA(student, nn.Linear(3, 2), decay=0.5)

@@ -1,0 +1,366 @@
+"""A teacher in the optimizer's state, and the warning where it is in neither."""
+
+import copy
+import io
+import pickle
+import warnings
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from helpers import seeded
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
+
+import gradkit as gk
+
+X = torch.randn(4, 3, generator=seeded(0))
+
+
+class Net(nn.Module):
+    """Trained, frozen, unused and integer weights, and buffers of both kinds."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.frozen = nn.Linear(3, 3).requires_grad_(False)
+        self.layers = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+        self.unused = nn.Parameter(torch.randn(2))
+        self.to(dtype)
+        self.codes = nn.Parameter(torch.randint(9, (2,)).to(torch.int8), requires_grad=False)
+        self.register_buffer("fleeting", torch.zeros(1), persistent=False)
+
+    def forward(self, x):
+        return self.layers(self.frozen(x.to(self.unused.dtype)))
+
+
+BASES = {
+    "SGD": lambda parameters: torch.optim.SGD(parameters, lr=0.05),
+    "Adam": lambda parameters: torch.optim.Adam(parameters, lr=0.05),
+}
+TEACHERS = {
+    "EMA": lambda net, **kw: gk.EMA(net, decay=0.99, warmup=True, **kw),
+    "GatedEMA": lambda net, **kw: gk.GatedEMA(net, between=("a", "b"), **kw),
+}
+
+
+def made(dtype=torch.float32, base="Adam", teacher="EMA", seed=0, in_state=True, whole=True):
+    """A net, its teacher and its optimizer, all different for each seed."""
+    torch.manual_seed(seed)
+    net = Net(dtype)
+    ema = TEACHERS[teacher](net, in_state=in_state)
+    parameters = net.parameters() if whole else net.layers.parameters()
+    optimizer = gk.wrap(BASES[base](parameters), gk.PCGrad(), ema, model=net, engine="inplace")
+    return net, ema, optimizer
+
+
+def advance(net, optimizer, steps=3):
+    for step in range(steps):
+        x = X.roll(step, 0)
+        objectives = {
+            "a": lambda x=x: net(x).square().mean(),
+            "b": lambda x=x: net(x)[:, 0].mean(),
+        }
+        optimizer.step(objectives)
+
+
+def bits(tensors):
+    flat = {name: each.detach().clone().reshape(-1) for name, each in tensors.items()}
+    return {
+        name: (str(each.dtype), tensors[name].shape, each.view(torch.uint8).tolist())
+        for name, each in flat.items()
+    }
+
+
+def everything(net, ema, optimizer):
+    shadows = ema._following.shadows
+    return {
+        "net": bits(net.state_dict()),
+        "teacher": bits(ema.teacher.state_dict()),
+        "shadows": bits(shadows),
+        "t": ema.state["t"],
+    }
+
+
+def through_a_file(value):
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("teacher", TEACHERS)
+@pytest.mark.parametrize("steps", [0, 3])
+def test_model_and_optimizer_bring_the_teacher_back(dtype, base, teacher, steps):
+    first = made(dtype, base, teacher)
+    advance(first[0], first[2], steps)
+    saved = through_a_file({"net": first[0].state_dict(), "optimizer": first[2].state_dict()})
+    second = made(dtype, base, teacher, seed=1)
+    advance(second[0], second[2], 1)
+    assert everything(*second)["teacher"] != everything(*first)["teacher"]
+    second[0].load_state_dict(saved["net"])
+    second[2].load_state_dict(saved["optimizer"])
+    assert everything(*second) == everything(*first)
+    for each in (first, second):
+        each[2].zero_grad()
+        advance(each[0], each[2], 3)
+    assert everything(*second) == everything(*first)
+    if dtype == torch.bfloat16:
+        assert everything(*first)["shadows"]
+
+
+def test_what_the_optimizer_does_not_hold_is_saved_too():
+    first = made(whole=False)
+    with torch.no_grad():
+        first[1].teacher.frozen.weight.add_(1)
+    advance(first[0], first[2])
+    second = made(whole=False, seed=1)
+    second[2].load_state_dict(through_a_file(first[2].state_dict()))
+    assert everything(*second)["teacher"] == everything(*first)["teacher"]
+
+
+def test_the_saved_state_is_no_alias_of_the_loaded_one():
+    first, second = made(torch.bfloat16), made(torch.bfloat16, seed=1)
+    advance(first[0], first[2])
+    second[2].load_state_dict(first[2].state_dict())
+    kept = everything(*first)
+    advance(second[0], second[2])
+    assert everything(*first) == kept
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_copies_have_teachers_of_their_own(dtype, how):
+    net, ema, optimizer = made(dtype)
+    advance(net, optimizer)
+    both = (net, optimizer)
+    twin_net, twin = copy.deepcopy(both) if how == "deepcopy" else pickle.loads(pickle.dumps(both))
+    twin_ema = twin.transforms[1]
+    for each, its in ((net, optimizer), (twin_net, twin)):
+        its.zero_grad()
+        advance(each, its)
+    assert everything(twin_net, twin_ema, twin) == everything(net, ema, optimizer)
+    advance(twin_net, twin)
+    assert everything(twin_net, twin_ema, twin) != everything(net, ema, optimizer)
+    state = {
+        key: value for held in twin.state_dict()["state"].values() for key, value in held.items()
+    }
+    assert torch.equal(
+        state["gradkit.1:teacher.layers.0.weight"], twin_ema.teacher.layers[0].weight
+    )
+
+
+def test_state_follows_buffers_that_are_replaced_and_frozen_parameters():
+    net, ema, optimizer = made()
+    advance(net, optimizer)
+    net.layers[1].register_buffer("grown", torch.ones(5))
+    net.frozen.requires_grad_(True)
+    net.layers[0].requires_grad_(False)
+    advance(net, optimizer)
+    other_net, other_ema, other = made(seed=1)
+    other.load_state_dict(through_a_file(optimizer.state_dict()))
+    assert (
+        everything(other_net, other_ema, other)["teacher"]
+        == (everything(net, ema, optimizer)["teacher"])
+    )
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_distributed_checkpoint_brings_the_teacher_back(dtype, base, flat, tmp_path):
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    first = made(dtype, base)
+    first[0].unused.requires_grad_(False)  # such a checkpoint wants a gradient for every other
+    advance(first[0], first[2])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # there are no other ranks
+        weights, state = get_state_dict(first[0], first[2], options=options)
+        dcp.save({"net": weights, "optimizer": state}, checkpoint_id=tmp_path)
+        second = made(dtype, base, seed=1)
+        second[0].unused.requires_grad_(False)
+        weights, state = get_state_dict(second[0], second[2], options=options)
+        saved = {"net": weights, "optimizer": state}
+        dcp.load(saved, checkpoint_id=tmp_path)
+        set_state_dict(
+            second[0],
+            second[2],
+            model_state_dict=saved["net"],
+            optim_state_dict=saved["optimizer"],
+            options=options,
+        )
+    assert everything(*second) == everything(*first)
+    for each in (first, second):
+        each[2].zero_grad()
+        advance(each[0], each[2])
+    assert everything(*second) == everything(*first)
+
+
+def test_a_state_that_does_not_fit_is_refused_and_changes_nothing():
+    first = made()
+    advance(first[0], first[2])
+    state = first[2].state_dict()
+    second = made(seed=1)
+    advance(second[0], second[2], 1)
+    place = second[2].state_dict()["state"]
+    before = everything(*second)
+    name = "gradkit.1:teacher.layers.0.weight"
+    holder = next(key for key, held in state["state"].items() if name in held)
+    assert name in place[holder]
+
+    def refused(change, message):
+        wrong = copy.deepcopy(state)
+        change(wrong["state"])
+        with pytest.raises(ValueError, match=message):
+            second[2].load_state_dict(wrong)
+        assert everything(*second) == before
+
+    refused(lambda s: s[holder].update({name: torch.zeros(1)}), r"has shape \(1,\) where")
+    refused(lambda s: s[holder].pop(name), "has no 'layers.0.weight' and this one has")
+    refused(
+        lambda s: s[holder].update({"gradkit.1:teacher.other": torch.zeros(1)}),
+        "the saved teacher has 'other' and this one has not",
+    )
+
+
+def test_the_state_of_a_teacher_is_taken_over_whatever_in_state_says_here():
+    first, second = made(), made(seed=1, in_state=False)
+    advance(first[0], first[2])
+    second[0].load_state_dict(first[0].state_dict())
+    second[2].load_state_dict(through_a_file(first[2].state_dict()))
+    assert everything(*second) == everything(*first)
+    advance(second[0], second[2], 1)  # no warning
+
+
+def test_the_state_shows_what_the_teacher_is():
+    """At any time, since distributed checkpoints look at it themselves."""
+    net, ema, optimizer = made(torch.bfloat16)
+    advance(net, optimizer, 2)
+    shown = optimizer.state[net.layers[0].weight]
+    advance(net, optimizer, 2)
+    assert torch.equal(shown["gradkit.1:teacher.layers.0.weight"], ema.teacher.layers[0].weight)
+    own = ema._following.shadows["layers.0.weight"]
+    assert shown["gradkit.1:shadow.layers.0.weight"] is own
+    assert not torch.equal(own, own.bfloat16().float())
+    assert not optimizer.state.get(net.unused)
+
+
+def test_without_in_state_nothing_is_added_for_ordinary_models():
+    net, _, optimizer = made(in_state=False)
+    advance(net, optimizer)
+    keys = {key for state in optimizer.state_dict()["state"].values() for key in state}
+    assert keys == {"step", "exp_avg", "exp_avg_sq"}
+
+
+# The warning.
+
+WARNING = "is not the one that was saved with the optimizer's state.*in_state=True"
+
+
+def resumed(first, load, dtype=torch.float32, **arguments):
+    saved = through_a_file(
+        {
+            "net": first[0].state_dict(),
+            "teacher": first[1].teacher.state_dict(),
+            "optimizer": first[2].state_dict(),
+        }
+    )
+    second = made(dtype, seed=1, in_state=False, **arguments)
+    parts = {"net": second[0], "teacher": second[1].teacher, "optimizer": second[2]}
+    for name in load:
+        parts[name].load_state_dict(saved[name])
+    return second
+
+
+@pytest.mark.parametrize("teacher", TEACHERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_teacher_that_was_not_loaded_is_warned_of_once(dtype, teacher):
+    first = made(dtype, teacher=teacher, in_state=False)
+    advance(first[0], first[2])
+    second = resumed(first, ("net", "optimizer"), dtype, teacher=teacher)
+    with pytest.warns(UserWarning, match=WARNING) as caught:
+        advance(second[0], second[2])
+    assert len(caught) == 1
+
+
+def test_a_warning_that_is_an_error_leaves_everything_as_it_was():
+    first = made(in_state=False)
+    advance(first[0], first[2])
+    second = resumed(first, ("net", "optimizer"))
+    before = everything(*second)
+    for _ in range(2):
+        with pytest.raises(UserWarning, match=WARNING):
+            advance(second[0], second[2], 1)
+    assert everything(*second) == before
+    second[1].teacher.load_state_dict(first[1].teacher.state_dict())
+    advance(second[0], second[2], 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "order", [("teacher", "net", "optimizer"), ("optimizer", "net", "teacher")]
+)
+def test_a_teacher_that_was_loaded_in_any_order_is_not_warned_of(order, dtype):
+    first = made(dtype, in_state=False)
+    advance(first[0], first[2])
+    second = resumed(first, order, dtype)
+    for each in (first, second):
+        each[2].zero_grad()
+        advance(each[0], each[2])
+    assert everything(*second) == everything(*first)
+
+
+def test_states_without_a_teachers_mark_load_as_before():
+    first = made(in_state=False)
+    advance(first[0], first[2])
+    state = copy.deepcopy(first[2].state_dict())
+    text = state["param_groups"][0]["gradkit"]
+    assert '"mark": "' in text
+    cut = text.split(', "mark": "')
+    state["param_groups"][0]["gradkit"] = cut[0] + cut[1][cut[1].index('"') + 1 :]
+    second = made(seed=1, in_state=False)
+    second[2].load_state_dict(state)
+    advance(second[0], second[2], 1)
+    bare = torch.optim.Adam(made()[0].parameters(), lr=0.05)
+    second[2].load_state_dict(bare.state_dict())
+    advance(second[0], second[2], 1)
+
+
+def test_the_ranks_text_does_not_depend_on_who_saved():
+    """Only the rank that writes a checkpoint calls state_dict()."""
+    from gradkit import state
+
+    net, _, optimizer = made(in_state=False)
+    advance(net, optimizer)
+    before = state.encode(optimizer.transforms)
+    optimizer.state_dict()
+    assert state.encode(optimizer.transforms) == before
+
+
+@pytest.mark.parametrize("in_state", [False, True])
+def test_an_adapter_goes_back_to_its_teacher_without_a_warning(in_state):
+    source = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2)).bfloat16()
+    adapter = gk.tta.Adapter(
+        source,
+        objectives={"loss": lambda model, images: model(images).float().square().mean()},
+        transforms=lambda model: (gk.EMA(model, decay=0.5, in_state=in_state),),
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.5),
+    )
+    images = torch.rand(2, 1, 4, 4, generator=seeded(1)).bfloat16()
+    ema = adapter.optimizer.transforms[0]
+    adapter(images)
+    once = bits(ema.teacher.state_dict())
+    kept = adapter.state_dict()
+    adapter(images)
+    twice = bits(ema.teacher.state_dict())
+    adapter.reset()
+    adapter(images)
+    assert bits(ema.teacher.state_dict()) == once
+    adapter.load_state_dict(kept)
+    adapter(images)
+    assert bits(ema.teacher.state_dict()) == twice
