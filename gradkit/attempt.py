@@ -14,6 +14,7 @@ from gradkit.engines.session import Session
 from gradkit.engines.stored import StoredGradients
 from gradkit.gradients import Gradients, Parts
 from gradkit.gram import norm
+from gradkit.hooks import global_hooks_muted
 from gradkit.objectives import LOSS, NoGradientError, Objectives
 from gradkit.oracle import Context, Oracle, Transform, reweighing
 from gradkit.processes import Processes, as_part_of, local
@@ -90,7 +91,8 @@ class Attempt:
         """Let the base optimizer make its state, where nothing can change."""
         for parameter, _ in self._stale:
             parameter.grad = None
-        self._base.step()
+        with global_hooks_muted():
+            self._base.step()
         link_stepped(transforms, self.context.layout, self._base)
 
     def _all_zero(self, grads: Sequence[Tensor]) -> bool:
@@ -208,7 +210,7 @@ class Attempt:
             parameter.grad = _marked(as_part_of(part, parameter))
         for parameter, _ in self._stale:
             parameter.grad = None
-        with scaled_learning_rates(self._base, scale):
+        with scaled_learning_rates(self._base, scale), global_hooks_muted():
             self._base.step()
         for parameter in self._parameters:
             if parameter.grad is not None:
@@ -308,7 +310,7 @@ def scaled_learning_rates(
         yield
         return
     for index, group in enumerate(base.param_groups):
-        if "lr" not in group:
+        if group.get("lr") is None:
             raise ValueError(
                 f"group {index} of the base optimizer has no learning rate 'lr' that a transform "
                 "could scale; use a base optimizer with one"

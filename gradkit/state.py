@@ -3,17 +3,22 @@
 Checkpoint formats agree on little more than the base optimizer's own keys, so nothing is added
 beside them. Small state of all transforms is one JSON string in the first parameter group; flat
 vectors are cut by parameter and lie in each one's state, under names that begin with "gradkit.".
+
+Only where a base has a state dict of its own form, as some that wrap another optimizer have, both
+lie beside what it holds, under the key "gradkit".
 """
 
 from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from gradkit.flat import Layout
 from gradkit.oracle import Transform
@@ -24,6 +29,66 @@ PREFIX = "gradkit."
 # Marks, in a state dict only, the vector of a parameter that the base has not stepped yet.
 _UNSTEPPED = "unstepped."
 _VERSION = 1
+# Names the attribute of a base optimizer whose state dict has a form of its own.
+_STORE = "_gradkit_vectors"
+
+Store = MutableMapping[Tensor, dict[str, Tensor]]
+
+
+def has_own_form(base: Optimizer) -> bool:
+    """Whether a base optimizer's state dict has another form than torch's.
+
+    Raises:
+        ValueError: If it is no mapping at all, so that nothing can be saved beside it.
+    """
+    if type(base).state_dict is Optimizer.state_dict:
+        return False
+    try:
+        saved: object = base.state_dict()
+    except RuntimeError:  # one of several ranks that has not been given the others' yet
+        return True
+    if not isinstance(saved, Mapping):
+        raise ValueError(
+            f"the state dict of the base optimizer, a {type(base).__name__}, is a "
+            f"{type(saved).__name__}, so that transforms can save nothing in it; wrap the "
+            "optimizers inside it one by one"
+        )
+    groups, places = saved.get("param_groups"), 0
+    if not isinstance(saved.get("state"), Mapping) or not isinstance(groups, Sequence):
+        return True
+    for group in groups:
+        if list(group["params"]) != list(range(places, places + len(group["params"]))):
+            return True
+        places += len(group["params"])
+    return False
+
+
+def give_store(base: Optimizer, store: Store) -> None:
+    """Let a base whose state dict has its own form keep transforms' vectors beside its state."""
+    setattr(base, _STORE, store)
+
+
+def own_store(base: Optimizer) -> Store:
+    """Where transforms' vectors are shown: the base optimizer's state, or one beside it."""
+    store: Store | None = getattr(base, _STORE, None)
+    return base.state if store is None else store
+
+
+def _entry(store: Store, parameter: Tensor) -> dict[str, Tensor] | None:
+    try:
+        return store[parameter]
+    except KeyError:  # a plain dict, whose entries are the base optimizer's to make
+        return None
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A state dict in parts: the base optimizer's, the JSON text, and vectors by parameter id."""
+
+    theirs: dict[str, Any]
+    text: str | None
+    vectors: Mapping[Any, Mapping[str, Tensor]]
+    groups: Sequence[Mapping[str, Any]]
 
 
 def encode(transforms: Sequence[Transform]) -> str:
@@ -138,29 +203,35 @@ def link_vectors(
     They are views, so they need linking only once. A parameter that the base has not stepped yet
     must be left alone: many optimizers take an empty state as the sign to make their own.
     """
+    store = own_store(base)
     for key, vector in _keyed(transforms):
         for parameter, view in zip(layout.parameters, layout.views(vector), strict=True):
-            if where(parameter, key):
-                base.state[parameter][key] = as_part_of(view, parameter)
+            held = _entry(store, parameter) if where(parameter, key) else None
+            if held is not None:
+                held[key] = as_part_of(view, parameter)
 
 
 def link_stepped(
     transforms: Sequence[Transform], layout: Layout, base: torch.optim.Optimizer
 ) -> None:
     """Link the vectors of parameters that the base has just stepped."""
+    store = own_store(base)
     if any(transform.vectors for transform in transforms):
         link_vectors(
             transforms,
             layout,
             base,
-            lambda parameter, key: parameter.grad is not None and key not in base.state[parameter],
+            lambda parameter, key: (
+                parameter.grad is not None and key not in (_entry(store, parameter) or ())
+            ),
         )
 
 
 def relink(transforms: Sequence[Transform], layout: Layout, base: torch.optim.Optimizer) -> None:
     """Renew the views where there were some, after vectors have moved."""
+    store = own_store(base)
     link_vectors(
-        transforms, layout, base, lambda parameter, key: key in base.state.get(parameter, {})
+        transforms, layout, base, lambda parameter, key: key in (store.get(parameter) or ())
     )
 
 
@@ -176,6 +247,7 @@ def lay_out_vectors(
     Each parameter's part is what was loaded for it, or what it was in the old layout, or what its
     state has kept from before it was frozen, or else as `initial_vectors` has it.
     """
+    store = own_store(base)
     for number, transform in enumerate(transforms):
         fresh = transform.initial_vectors(new)
         for name, vector in fresh.items():
@@ -189,7 +261,7 @@ def lay_out_vectors(
                     sources = (
                         (loaded or {}).get(parameter, {}).get(key),
                         before.get(parameter),
-                        base.state.get(parameter, {}).get(key),
+                        (store.get(parameter) or {}).get(key),
                     )
                     for source in sources:
                         if source is not None:
@@ -220,20 +292,59 @@ def add_unlinked_vectors(
                 state_dict["state"][identities[parameter]] = {**state, _UNSTEPPED + key: part}
 
 
-def split(
-    state_dict: Mapping[str, Any],
-) -> tuple[dict[str, Any], str | None, dict[Any, dict[str, Tensor]]]:
-    """Divide a state dict into the base optimizer's, the JSON text, and vectors by parameter id."""
+def beside(
+    transforms: Sequence[Transform],
+    layout: Layout | None,
+    base: Optimizer,
+) -> dict[str, Any]:
+    """What is saved beside a state dict of the base optimizer's own form."""
+    store = own_store(base)
+    every = [parameter for group in base.param_groups for parameter in group["params"]]
+    vectors = {parameter: dict(store.get(parameter) or {}) for parameter in every}
+    if layout is not None:
+        for key, vector in _keyed(transforms):
+            for parameter, view in zip(layout.parameters, layout.views(vector), strict=True):
+                vectors[parameter][key] = as_part_of(view, parameter)
+    return {"transforms": encode(transforms), "vectors": [vectors[each] for each in every]}
+
+
+def split_beside(state_dict: Mapping[str, Any], base: Optimizer) -> Saved:
+    """Divide a state dict of the base optimizer's own form.
+
+    Raises:
+        ValueError: If it was saved for another number of parameters.
+    """
+    theirs = dict(state_dict)
+    own = theirs.pop(KEY, None)
+    if own is None:
+        return Saved(theirs, None, {}, [])
+    vectors = dict(enumerate(own["vectors"]))
+    counts = [len(group["params"]) for group in base.param_groups]
+    if len(vectors) != sum(counts):
+        raise ValueError(
+            f"the saved state is of {len(vectors)} parameters and the optimizer has {sum(counts)}; "
+            "the state is of another model"
+        )
+    positions = iter(range(len(vectors)))
+    groups = [{"params": [next(positions) for _ in range(count)]} for count in counts]
+    return Saved(theirs, own["transforms"], vectors, groups)
+
+
+def split(state_dict: Mapping[str, Any]) -> Saved:
+    """Divide a state dict of torch's form; what a base has added to it stays the base's."""
     groups = [dict(group) for group in state_dict["param_groups"]]
     text = groups[0].pop(KEY, None) if groups else None
     own: dict[Any, dict[str, Tensor]] = {}
     theirs: dict[Any, Any] = {}
     for identity, state in state_dict["state"].items():
+        if not isinstance(state, Mapping):  # some keep a number for all parameters there
+            theirs[identity] = state
+            continue
         kept = dict(state)
         own[identity] = {key: kept.pop(key) for key in state if is_own(key)}
         if kept or not own[identity]:
             theirs[identity] = kept
-    return {"state": theirs, "param_groups": groups}, text, own
+    return Saved({**state_dict, "state": theirs, "param_groups": groups}, text, own, groups)
 
 
 def check_vectors(
@@ -274,8 +385,9 @@ def store_vectors(
         for parameter, identity in zip(group["params"], saved["params"], strict=True):
             for key, value in own.get(identity, {}).items():
                 loaded.setdefault(parameter, {})[key.removeprefix(_UNSTEPPED)] = value
-                if not key.startswith(_UNSTEPPED):
-                    base.state[parameter][key] = value
+                held = None if key.startswith(_UNSTEPPED) else _entry(own_store(base), parameter)
+                if held is not None:
+                    held[key] = value
     return loaded
 
 
