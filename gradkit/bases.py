@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import textwrap
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +22,7 @@ def check_base(base: Optimizer) -> None:
     """Check that an optimizer steps on plain gradients that somebody else has left in `.grad`.
 
     What is looked at is the class: its name and methods, the signature of `step`, and, where the
-    source is to be had, whether `step` raises without a closure.
+    source is to be had, whether `step` raises without a closure or computes with the loss.
 
     Raises:
         ValueError: If it needs more, which a step of gradkit's cannot give.
@@ -71,10 +72,11 @@ def _problem(base: Optimizer) -> str | None:
             "differentiates gradients again to estimate the Hessian, and transforms leave "
             "gradients without a graph; wrap a first-order optimizer"
         )
-    if _needs_closure(step):
+    reason = _needs_closure(step)
+    if reason is not None:
         return (
-            "cannot step without a closure, and a base gets none: the loss is evaluated before, "
-            "by gradkit; wrap an optimizer that steps on what .grad holds"
+            f"{reason}, and a base gets none: losses are evaluated before, by gradkit; wrap an "
+            "optimizer that steps on what .grad holds"
         )
     groups = getattr(base, "param_groups", None)
     if not groups or groups[0] is not base.param_groups[0]:
@@ -116,21 +118,25 @@ def _takes_hessian(base: Optimizer, step: Callable[..., Any]) -> bool:
     return "hessian" in inspect.signature(step).parameters or "hessian_power" in groups[0]
 
 
-def _needs_closure(step: Callable[..., Any]) -> bool:
-    """Whether `step` has an argument without a default, or raises where its closure is None."""
+@functools.lru_cache(maxsize=256)  # reading the source takes milliseconds
+def _needs_closure(step: Callable[..., Any]) -> str | None:
+    """Why `step` needs a closure: it has no default, it raises without, or its loss counts."""
     arguments = list(inspect.signature(step).parameters.values())[1:]
     named = [each for each in arguments if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
     if any(each.default is each.empty for each in named):
-        return True
+        return "cannot step without a closure"
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(step)))
     except (OSError, SyntaxError, TypeError):  # no source, or part of a larger expression
-        return False
-    body = getattr(tree.body[0], "body", [])
-    return any(_refuses_none(statement) for statement in body if isinstance(statement, ast.stmt))
+        return None
+    if any(_refuses_none(each) for each in getattr(tree.body[0], "body", [])):
+        return "cannot step without a closure"
+    if _losses(tree) & _operands(tree):
+        return "lets the loss that its closure returns decide on the step"
+    return None
 
 
-def _refuses_none(statement: ast.stmt) -> bool:
+def _refuses_none(statement: ast.AST) -> bool:
     """Whether it reads `if closure is None: raise ...` or `assert closure is not None`."""
     if isinstance(statement, ast.If):
         missing = {"closure is None", "not closure"}
@@ -140,8 +146,31 @@ def _refuses_none(statement: ast.stmt) -> bool:
     return isinstance(statement, ast.Assert) and ast.unparse(statement.test) in present
 
 
+def _losses(tree: ast.AST) -> set[str]:
+    """The names that are given what `closure()` returns."""
+    assigned = [node for node in ast.walk(tree) if isinstance(node, ast.Assign)]
+    found = [node for node in assigned if "closure()" in ast.unparse(node.value)]
+    return {target.id for node in found for target in node.targets if isinstance(target, ast.Name)}
+
+
+def _operands(tree: ast.AST) -> set[str]:
+    """The names that functions are called with or that are reckoned with, but for what returns."""
+    operands: list[ast.AST] = []
+    pending: list[ast.AST] = [tree]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.Return):
+            continue
+        if isinstance(node, ast.Call):
+            operands += [*node.args, *(each.value for each in node.keywords)]
+        elif isinstance(node, ast.BinOp):
+            operands += [node.left, node.right]
+        pending.extend(ast.iter_child_nodes(node))
+    return {each.id for each in operands if isinstance(each, ast.Name)}
+
+
 def inner_optimizers(base: Optimizer) -> list[Optimizer]:
-    """The optimizers that an optimizer holds as its attributes."""
+    """The optimizers that an optimizer holds as attributes of its own."""
     return [each for each in vars(base).values() if isinstance(each, Optimizer)]
 
 
@@ -166,32 +195,61 @@ def sharing_kept(base: Optimizer) -> Iterator[None]:
 class Whole:
     """An optimizer with all its attributes, for copies and pickles.
 
-    torch copies an optimizer's groups, state and defaults only, which leaves one that holds
-    another without the one inside. As in torch's copies, hooks and what somebody else has put in
-    place of `step` stay behind.
+    torch copies an optimizer's groups, state and defaults only, which leaves one that holds another
+    without the one inside, and many others without their settings. As in torch's copies, hooks and
+    what somebody else has put in place of `step` stay behind.
     """
 
-    def __init__(self, optimizer: Optimizer) -> None:
+    def __init__(self, optimizer: Optimizer, known: dict[int, Optimizer | Whole]) -> None:
+        known[id(optimizer)] = self
         self._class = type(optimizer)
+        self._hooked = getattr(type(optimizer).step, "hooked", False)
+        self._made: Optimizer | None = None
         self._attributes = {
-            key: OrderedDict() if _are_hooks(key) else value
+            key: OrderedDict() if _are_hooks(key) else _exchanged(value, known)
             for key, value in vars(optimizer).items()
             if key != "step"
         }
-        self._hooked = getattr(type(optimizer).step, "hooked", False)
 
     def restored(self) -> Optimizer:
-        """The copy."""
-        made = self._class.__new__(self._class)
-        made.__dict__.update(self._attributes)
-        if self._hooked:  # in another process the class may be a fresh one
-            made._patch_step_function()
-        return made
+        """The copy, the same at every call."""
+        if self._made is None:
+            self._made = self._class.__new__(self._class)
+            for key, value in self._attributes.items():
+                self._made.__dict__[key] = _exchanged(value, {})
+            if self._hooked:  # in another process the class may be a fresh one
+                self._made._patch_step_function()
+        return self._made
 
 
-def whole(base: Optimizer) -> Optimizer | Whole:
-    """What to copy or pickle for a base: itself, or all its attributes if it holds another."""
-    return Whole(base) if inner_optimizers(base) and not hasattr(base, "__deepcopy__") else base
+def whole(base: Optimizer, known: dict[int, Optimizer | Whole] | None = None) -> Optimizer | Whole:
+    """What to copy or pickle for an optimizer: one of torch's itself, all of any other."""
+    known = {} if known is None else known
+    if id(base) not in known:
+        if type(base).__module__.startswith("torch.optim.") or hasattr(base, "__deepcopy__"):
+            known[id(base)] = base
+        else:
+            Whole(base, known)
+    return known[id(base)]
+
+
+def _exchanged(value: Any, known: dict[int, Optimizer | Whole]) -> Any:
+    """A value with `Whole` in the place of each optimizer in it, or the other way round."""
+    if isinstance(value, Optimizer):
+        return whole(value, known)
+    if isinstance(value, Whole):
+        return value.restored()
+    if type(value) in (list, tuple):
+        found = [_exchanged(each, known) for each in value]
+        return value if _all_same(found, value) else type(value)(found)
+    if type(value) is dict:
+        values = {key: _exchanged(each, known) for key, each in value.items()}
+        return value if _all_same(values.values(), value.values()) else values
+    return value
+
+
+def _all_same(new: Iterable[Any], old: Iterable[Any]) -> bool:
+    return all(a is b for a, b in zip(new, old, strict=True))
 
 
 def _are_hooks(attribute: str) -> bool:

@@ -32,7 +32,8 @@ _VERSION = 1
 # Names the attribute of a base optimizer whose state dict has a form of its own.
 _STORE = "_gradkit_vectors"
 
-Store = MutableMapping[Tensor, dict[str, Tensor]]
+# What a base keeps by parameter, and some keep otherwise.
+Store = MutableMapping[Any, Any]
 
 
 def has_own_form(base: Optimizer) -> bool:
@@ -74,9 +75,10 @@ def own_store(base: Optimizer) -> Store:
     return base.state if store is None else store
 
 
-def _entry(store: Store, parameter: Tensor) -> dict[str, Tensor] | None:
+def _entry(store: Store, parameter: Tensor) -> MutableMapping[str, Any] | None:
     try:
-        return store[parameter]
+        entry: MutableMapping[str, Any] | None = store[parameter]
+        return entry
     except KeyError:  # a plain dict, whose entries are the base optimizer's to make
         return None
 
@@ -316,10 +318,10 @@ def split_beside(state_dict: Mapping[str, Any], base: Optimizer) -> Saved:
     """
     theirs = dict(state_dict)
     own = theirs.pop(KEY, None)
-    if own is None:
-        return Saved(theirs, None, {}, [])
-    vectors = dict(enumerate(own["vectors"]))
     counts = [len(group["params"]) for group in base.param_groups]
+    if own is None:
+        return Saved(theirs, None, {}, [{"params": [None] * count} for count in counts])
+    vectors = dict(enumerate(own["vectors"]))
     if len(vectors) != sum(counts):
         raise ValueError(
             f"the saved state is of {len(vectors)} parameters and the optimizer has {sum(counts)}; "
