@@ -15,6 +15,7 @@ from gradkit.engines.session import Session
 from gradkit.engines.stored import StoredGradients
 from gradkit.gradients import Gradients, Parts
 from gradkit.gram import norm
+from gradkit.hooks import global_hooks_muted
 from gradkit.objectives import LOSS, NoGradientError, Objectives
 from gradkit.oracle import Context, Oracle, Transform, reweighing
 from gradkit.processes import Processes, as_part_of, local
@@ -103,7 +104,8 @@ class Attempt:
         """Let the base optimizer make its state, where nothing can change."""
         for parameter, _ in self._stale:
             parameter.grad = None
-        self._base.step()
+        with global_hooks_muted():
+            self._base.step()
         link_stepped(transforms, self.context.layout, self._base)
 
     def _all_zero(self, grads: Sequence[Tensor]) -> bool:
@@ -246,7 +248,7 @@ class Attempt:
         for parameter, _ in self._stale:
             parameter.grad = None
         self._set_thawed(gradients)
-        with scaled_learning_rates(self._base, scale):
+        with scaled_learning_rates(self._base, scale), global_hooks_muted():
             self._base.step()
         for parameter in self._parameters:
             if parameter.grad is not None:
@@ -297,7 +299,8 @@ class Attempt:
             parameter.grad = None
         for parameter, _ in self._stale:
             parameter.grad = None
-        self._base.step()
+        with global_hooks_muted():
+            self._base.step()
 
     def undo(self, *, rng: bool) -> None:
         """Put everything back as it was before the attempt; the random numbers only if `rng`."""
@@ -385,7 +388,7 @@ def scaled_learning_rates(
         yield
         return
     for index, group in enumerate(base.param_groups):
-        if "lr" not in group:
+        if group.get("lr") is None:
             raise ValueError(
                 f"group {index} of the base optimizer has no learning rate 'lr' that a transform "
                 "could scale; use a base optimizer with one"

@@ -236,8 +236,8 @@ class Gradients:
         indices = [self.index(name) for name in names]
         known = self.has_unit_weights
         weights = self.weights.clone()
-        for index in indices:  # a list of them would be copied to the device, which waits
-            weights[index] = 0
+        for index in indices:  # `weights[indices] = 0` would copy both to the device, which waits
+            weights.select(0, index).zero_()
         return self.replace(
             weights=weights,
             observers=self.observers | set(names),

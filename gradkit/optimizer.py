@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import inspect
 import warnings
 import zlib
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -21,6 +22,7 @@ from torch.optim import Optimizer
 
 from gradkit import state as saved_state
 from gradkit.attempt import Attempt
+from gradkit.bases import Whole, check_group, sharing_kept, whole
 from gradkit.engines.choice import (
     EngineName,
     ParameterPlaces,
@@ -34,6 +36,7 @@ from gradkit.engines.session import Session
 from gradkit.engines.stored import StoredGradients
 from gradkit.flat import Layout, Pool
 from gradkit.gradients import Gradients
+from gradkit.hooks import global_post_hooks, global_pre_hooks
 from gradkit.interrupts import Interrupts
 from gradkit.nonfinite import Nonfinite, NonFiniteError, judge
 from gradkit.objectives import LOSS, NoGradientError, Objectives, check_objectives
@@ -61,7 +64,8 @@ class GradientOptimizer(Optimizer):
     and freed before the next. A closure may also call `backward` itself, as torch's do.
 
     `param_groups`, `state` and `defaults` are the base's own, so learning-rate schedulers and
-    checkpoints find what they expect.
+    checkpoints find what they expect. So are further public methods that the base has: `train` and
+    `eval` of schedule-free optimizers, say.
 
     Attributes:
         base: The wrapped optimizer.
@@ -96,6 +100,11 @@ class GradientOptimizer(Optimizer):
         self.streams = streams
         self.last_step: StepRecord | None = None
         self._vector_layout: Layout | None = None
+        # Where the base's state dict is of its own form, vectors lie beside its state.
+        self._beside: saved_state.Store | None = None
+        if saved_state.has_own_form(base):
+            self._beside = defaultdict(dict)
+            saved_state.give_store(base, self._beside)
         self._prepare_scratch()
         if engine == "functional":
             layout = Layout.of(base.param_groups)
@@ -161,11 +170,26 @@ class GradientOptimizer(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group to the base optimizer."""
+        check_group(param_group, len(self.param_groups), self.base)
         self.base.add_param_group(param_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients; inside a closure, those of the evaluation under way."""
-        self.base.zero_grad(set_to_none=set_to_none)
+        arguments = inspect.signature(self.base.zero_grad).parameters.values()
+        if any(each.name == "set_to_none" or each.kind is each.VAR_KEYWORD for each in arguments):
+            self.base.zero_grad(set_to_none=set_to_none)
+        else:
+            self.base.zero_grad()
+
+    if not TYPE_CHECKING:  # or any name would pass for an attribute
+
+        def __getattr__(self, name: str) -> Any:
+            """Another public method of the base optimizer."""
+            base = self.__dict__.get("base")
+            found = None if base is None or name.startswith("_") else getattr(base, name, None)
+            if inspect.isroutine(found):
+                return found
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __repr__(self) -> str:
         key = f"    {saved_state.KEY}: "
@@ -177,9 +201,9 @@ class GradientOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         kept = (
             "base", "transforms", "model", "engine", "nonfinite", "max_norm", "replay_rng",
-            "scaler", "process_group", "streams", "last_step", "_vector_layout",
+            "scaler", "process_group", "streams", "last_step", "_vector_layout", "_beside",
         )  # fmt: skip
-        return {name: self.__dict__[name] for name in kept}
+        return {**{name: self.__dict__[name] for name in kept}, "base": whole(self.base)}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GradientOptimizer:
         memo[id(self.process_group)] = self.process_group  # a connection, which has no copy
@@ -190,6 +214,10 @@ class GradientOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        if isinstance(self.base, Whole):
+            self.base = self.base.restored()
+        if self._beside is not None:
+            saved_state.give_store(self.base, self._beside)
         self._prepare_scratch()
         for transform in self.transforms:
             transform.belong_to(self)
@@ -224,15 +252,18 @@ class GradientOptimizer(Optimizer):
         for numbers that a closure itself writes into a weight, of which no copy is kept. Ctrl-C
         acts while closures run, or else once the step is done.
         """
-        loss = self._step(self._after_pre_hooks(closure))
-        for after in list(self._optimizer_step_post_hooks.values()):
+        closure = self._after_pre_hooks(closure)
+        loss = self._step(closure)
+        for after in [*self._optimizer_step_post_hooks.values(), *global_post_hooks()]:
             after(self, (self, closure), {})
         return loss
 
     def _after_pre_hooks(self, closure: Objectives | None) -> Objectives | None:
         """What the hooks that run before a step leave of its argument."""
         try:
-            for before in list(self._optimizer_step_pre_hooks.values()):
+            for number, group in enumerate(self.base.param_groups):
+                check_group(group, number, self.base)
+            for before in [*global_pre_hooks(), *self._optimizer_step_pre_hooks.values()]:
                 changed = before(self, (self, closure), {})
                 if changed is not None:
                     if not isinstance(changed, tuple) or len(changed) != 2:
@@ -241,7 +272,8 @@ class GradientOptimizer(Optimizer):
                             "tuple of new arguments and new named arguments"
                         )
                     arguments, named = changed
-                    closure = named["closure"] if "closure" in named else arguments[1]
+                    rest = arguments[1:] or (None,)
+                    closure = named["closure"] if "closure" in named else rest[0]
         except BaseException as error:
             if not self._stepping:
                 with contextlib.suppress(ValueError):  # the hook's own error says more
@@ -570,7 +602,7 @@ class GradientOptimizer(Optimizer):
         """Check that the base optimizer's state still fits the parameters."""
         before = {p: (old.shapes[t], old.dtypes[t]) for t, p in enumerate(old.parameters)}
         for t, parameter in enumerate(new.parameters):
-            held = self.base.state.get(parameter, {})
+            held = self.base.state.get(parameter) or {}
             if parameter not in before or not any(not saved_state.is_own(key) for key in held):
                 continue
             shape, dtype = before[parameter]
@@ -598,11 +630,15 @@ class GradientOptimizer(Optimizer):
         self.base.param_groups[0][saved_state.KEY] = text
         saved_state.renew_tensors(self.transforms, self.base)
         state: dict[str, Any] = self.base.state_dict()
-        saved_state.add_unlinked_tensors(state, self.transforms, self.base.param_groups)
-        if self._vector_layout is not None:
-            saved_state.add_unlinked_vectors(
-                state, self.transforms, self._vector_layout, self.base.param_groups
-            )
+        if self._beside is not None:
+            own = saved_state.beside(self.transforms, self._vector_layout, self.base)
+            state = {**state, saved_state.KEY: own}
+        else:
+            saved_state.add_unlinked_tensors(state, self.transforms, self.base.param_groups)
+            if self._vector_layout is not None:
+                saved_state.add_unlinked_vectors(
+                    state, self.transforms, self._vector_layout, self.base.param_groups
+                )
         for post in list(self._optimizer_state_dict_post_hooks.values()):
             changed = post(self, state)
             if changed is not None:
@@ -626,22 +662,31 @@ class GradientOptimizer(Optimizer):
             if changed is not None:
                 state_dict = changed
         for key in ("state", "param_groups"):
-            if key not in state_dict:
+            if self._beside is None and key not in state_dict:
                 raise ValueError(
                     f"the saved state is incomplete: it lacks {key!r}; pass what state_dict() "
                     "returned"
                 )
-        theirs, text, own = saved_state.split(state_dict)
+        if self._beside is None:
+            saved = saved_state.split(state_dict)
+        else:
+            saved = saved_state.split_beside(state_dict, self.base)
+        text = saved.text
         if text is not None:
             saved_state.check(text, self.transforms)
-        tensors, stepped = saved_state.take_tensors(own)
+        tensors, stepped = saved_state.take_tensors(saved.vectors)
         saved_state.check_tensors(tensors, self.transforms)
-        saved_state.check_vectors(self.base.param_groups, own, theirs["param_groups"])
-        self.base.load_state_dict(theirs)
+        saved_state.check_vectors(self.base.param_groups, saved.vectors, saved.groups)
+        for number, group in enumerate(saved.groups):
+            check_group(group, number, self.base)
+        with sharing_kept(self.base):
+            self.base.load_state_dict(saved.theirs)
+        if self._beside is not None:
+            self._beside.clear()
         if text is not None:
             saved_state.decode(text, self.transforms)
         saved_state.load_tensors(tensors, text, self.transforms)
-        identities = saved_state.identities(self.base.param_groups, theirs)
+        identities = saved_state.identities(self.base.param_groups, saved.groups)
         held = [parameter for parameter, identity in identities.items() if identity in stepped]
         saved_state.renew_tensors(self.transforms, self.base, held)
         self.base.param_groups[0][saved_state.KEY] = saved_state.encode(self.transforms)
@@ -651,7 +696,7 @@ class GradientOptimizer(Optimizer):
         self._applied = 0
         self._vector_layout = None
         loaded = saved_state.store_vectors(
-            self.base.param_groups, own, theirs["param_groups"], self.base
+            self.base.param_groups, saved.vectors, saved.groups, self.base
         )
         if loaded:
             layout = self._layout()

@@ -4,17 +4,22 @@ Checkpoint formats agree on little more than the base optimizer's own keys, so n
 beside them. Small state of all transforms is one JSON string in the first parameter group; flat
 vectors are cut by parameter and lie in each one's state, under names that begin with "gradkit.".
 So do tensors of any shape ("gradkit.0:teacher.weight"), which are found again by name.
+
+Only where a base has a state dict of its own form, as some that wrap another optimizer have, all
+lie beside what it holds, under the key "gradkit".
 """
 
 from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from gradkit.flat import Layout
 from gradkit.oracle import Transform
@@ -25,6 +30,68 @@ PREFIX = "gradkit."
 # Marks, in a state dict only, the vector of a parameter that the base has not stepped yet.
 _UNSTEPPED = "unstepped."
 _VERSION = 1
+# Names the attribute of a base optimizer whose state dict has a form of its own.
+_STORE = "_gradkit_vectors"
+
+# What a base keeps by parameter, and some keep otherwise.
+Store = MutableMapping[Any, Any]
+
+
+def has_own_form(base: Optimizer) -> bool:
+    """Whether a base optimizer's state dict has another form than torch's.
+
+    Raises:
+        ValueError: If it is no mapping at all, so that nothing can be saved beside it.
+    """
+    if type(base).state_dict is Optimizer.state_dict:
+        return False
+    try:
+        saved: object = base.state_dict()
+    except RuntimeError:  # one of several ranks that has not been given the others' yet
+        return True
+    if not isinstance(saved, Mapping):
+        raise ValueError(
+            f"the state dict of the base optimizer, a {type(base).__name__}, is a "
+            f"{type(saved).__name__}, so that transforms can save nothing in it; wrap the "
+            "optimizers inside it one by one"
+        )
+    groups, places = saved.get("param_groups"), 0
+    if not isinstance(saved.get("state"), Mapping) or not isinstance(groups, Sequence):
+        return True
+    for group in groups:
+        if list(group["params"]) != list(range(places, places + len(group["params"]))):
+            return True
+        places += len(group["params"])
+    return False
+
+
+def give_store(base: Optimizer, store: Store) -> None:
+    """Let a base whose state dict has its own form keep transforms' vectors beside its state."""
+    setattr(base, _STORE, store)
+
+
+def own_store(base: Optimizer) -> Store:
+    """Where transforms' vectors are shown: the base optimizer's state, or one beside it."""
+    store: Store | None = getattr(base, _STORE, None)
+    return base.state if store is None else store
+
+
+def _entry(store: Store, parameter: Tensor) -> MutableMapping[str, Any] | None:
+    try:
+        entry: MutableMapping[str, Any] | None = store[parameter]
+        return entry
+    except KeyError:  # a plain dict, whose entries are the base optimizer's to make
+        return None
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A state dict in parts: the base optimizer's, the JSON text, and vectors by parameter id."""
+
+    theirs: dict[str, Any]
+    text: str | None
+    vectors: Mapping[Any, MutableMapping[str, Tensor]]
+    groups: Sequence[Mapping[str, Any]]
 
 
 def encode(transforms: Sequence[Transform], *, marks: bool = False) -> str:
@@ -143,36 +210,41 @@ def link_vectors(
     They are views, so they need linking only once. A parameter that the base has not stepped yet
     must be left alone: many optimizers take an empty state as the sign to make their own.
     """
+    store = own_store(base)
     for key, vector in _keyed(transforms):
         for parameter, view in zip(layout.parameters, layout.views(vector), strict=True):
-            if where(parameter, key):
-                base.state[parameter][key] = as_part_of(view, parameter)
+            held = _entry(store, parameter) if where(parameter, key) else None
+            if held is not None:
+                held[key] = as_part_of(view, parameter)
 
 
 def link_stepped(
     transforms: Sequence[Transform], layout: Layout, base: torch.optim.Optimizer
 ) -> None:
     """Link the vectors and tensors of parameters that the base has just stepped."""
+    store = own_store(base)
 
     def is_new(parameter: Tensor, key: str) -> bool:
-        return parameter.grad is not None and key not in base.state[parameter]
+        return parameter.grad is not None and key not in (_entry(store, parameter) or ())
 
     if any(transform.vectors for transform in transforms):
         link_vectors(transforms, layout, base, is_new)
     if all(type(transform).tensors is Transform.tensors for transform in transforms):
         return
     stepped = [parameter for parameter in layout.parameters if parameter.grad is not None]
-    if all(any(map(_tensor_key, base.state.get(parameter, ()))) for parameter in stepped):
+    if all(any(map(_tensor_key, store.get(parameter) or ())) for parameter in stepped):
         return
     for key, parameter, tensor in _placed(transforms, base.param_groups):
-        if is_new(parameter, key):
-            base.state[parameter][key] = tensor
+        held = _entry(store, parameter) if is_new(parameter, key) else None
+        if held is not None:
+            held[key] = tensor
 
 
 def relink(transforms: Sequence[Transform], layout: Layout, base: torch.optim.Optimizer) -> None:
     """Renew the views where there were some, after vectors have moved."""
+    store = own_store(base)
     link_vectors(
-        transforms, layout, base, lambda parameter, key: key in base.state.get(parameter, {})
+        transforms, layout, base, lambda parameter, key: key in (store.get(parameter) or ())
     )
     renew_tensors(transforms, base)
 
@@ -189,14 +261,17 @@ def renew_tensors(
         base: The optimizer in whose state.
         stepped: Parameters that are known to have been stepped though their state is empty.
     """
-    held = {parameter for parameter, state in base.state.items() if state}.union(stepped)
+    store = own_store(base)
+    held = {key for key, state in store.items() if state and isinstance(state, Mapping)}
+    held.update(stepped)
     for parameter in held:
-        state = base.state.get(parameter, {})
+        state = store.get(parameter) or {}
         for key in [key for key in state if _tensor_key(key) is not None]:
             del state[key]
     for key, parameter, tensor in _placed(transforms, base.param_groups):
-        if parameter in held:
-            base.state[parameter][key] = tensor
+        entry = _entry(store, parameter) if parameter in held else None
+        if entry is not None:
+            entry[key] = tensor
 
 
 def lay_out_vectors(
@@ -211,6 +286,7 @@ def lay_out_vectors(
     Each parameter's part is what was loaded for it, or what it was in the old layout, or what its
     state has kept from before it was frozen, or else as `initial_vectors` has it.
     """
+    store = own_store(base)
     for number, transform in enumerate(transforms):
         with torch.no_grad():
             fresh = transform.initial_vectors(new)
@@ -225,7 +301,7 @@ def lay_out_vectors(
                     sources = (
                         (loaded or {}).get(parameter, {}).get(key),
                         before.get(parameter),
-                        base.state.get(parameter, {}).get(key),
+                        (store.get(parameter) or {}).get(key),
                     )
                     for source in sources:
                         if source is not None:
@@ -243,7 +319,7 @@ def add_unlinked_vectors(
     param_groups: Sequence[Mapping[str, Any]],
 ) -> None:
     """Add to a state dict the vectors of parameters that the base has not stepped yet."""
-    known = identities(param_groups, state_dict)
+    known = identities(param_groups, state_dict["param_groups"])
     for key, vector in _keyed(transforms):
         for parameter, view in zip(layout.parameters, layout.views(vector), strict=True):
             state = state_dict["state"].get(known[parameter], {})
@@ -258,7 +334,7 @@ def add_unlinked_tensors(
     param_groups: Sequence[Mapping[str, Any]],
 ) -> None:
     """Add to a state dict the tensors of parameters that the base has not stepped yet."""
-    known = identities(param_groups, state_dict)
+    known = identities(param_groups, state_dict["param_groups"])
     for key, parameter, tensor in _placed(transforms, param_groups):
         state = state_dict["state"].get(known[parameter], {})
         if key not in state:
@@ -266,7 +342,7 @@ def add_unlinked_tensors(
 
 
 def take_tensors(
-    own: Mapping[Any, dict[str, Any]],
+    own: Mapping[Any, MutableMapping[str, Any]],
 ) -> tuple[dict[int, dict[str, Tensor]], set[Any]]:
     """Take the transforms' tensors, by transform and name, out of what `split` returned.
 
@@ -311,20 +387,64 @@ def load_tensors(
         transform.load_tensors(tensors.get(number, {}), mark)
 
 
-def split(
-    state_dict: Mapping[str, Any],
-) -> tuple[dict[str, Any], str | None, dict[Any, dict[str, Tensor]]]:
-    """Divide a state dict into the base optimizer's, the JSON text, and vectors by parameter id."""
+def beside(
+    transforms: Sequence[Transform],
+    layout: Layout | None,
+    base: Optimizer,
+) -> dict[str, Any]:
+    """What is saved beside a state dict of the base optimizer's own form."""
+    store = own_store(base)
+    every = [parameter for group in base.param_groups for parameter in group["params"]]
+    vectors = {parameter: dict(store.get(parameter) or {}) for parameter in every}
+    if layout is not None:
+        for key, vector in _keyed(transforms):
+            for parameter, view in zip(layout.parameters, layout.views(vector), strict=True):
+                vectors[parameter][key] = as_part_of(view, parameter)
+    for key, parameter, tensor in _placed(transforms, base.param_groups):
+        vectors[parameter][key] = tensor
+    return {
+        "transforms": encode(transforms, marks=True),
+        "vectors": [vectors[each] for each in every],
+    }
+
+
+def split_beside(state_dict: Mapping[str, Any], base: Optimizer) -> Saved:
+    """Divide a state dict of the base optimizer's own form.
+
+    Raises:
+        ValueError: If it was saved for another number of parameters.
+    """
+    theirs = dict(state_dict)
+    own = theirs.pop(KEY, None)
+    counts = [len(group["params"]) for group in base.param_groups]
+    if own is None:
+        return Saved(theirs, None, {}, [{"params": [None] * count} for count in counts])
+    vectors = {number: dict(each) for number, each in enumerate(own["vectors"])}
+    if len(vectors) != sum(counts):
+        raise ValueError(
+            f"the saved state is of {len(vectors)} parameters and the optimizer has {sum(counts)}; "
+            "the state is of another model"
+        )
+    positions = iter(range(len(vectors)))
+    groups = [{"params": [next(positions) for _ in range(count)]} for count in counts]
+    return Saved(theirs, own["transforms"], vectors, groups)
+
+
+def split(state_dict: Mapping[str, Any]) -> Saved:
+    """Divide a state dict of torch's form; what a base has added to it stays the base's."""
     groups = [dict(group) for group in state_dict["param_groups"]]
     text = groups[0].pop(KEY, None) if groups else None
     own: dict[Any, dict[str, Tensor]] = {}
     theirs: dict[Any, Any] = {}
     for identity, state in state_dict["state"].items():
+        if not isinstance(state, Mapping):  # some keep a number for all parameters there
+            theirs[identity] = state
+            continue
         kept = dict(state)
         own[identity] = {key: kept.pop(key) for key in state if is_own(key)}
         if kept or not own[identity]:
             theirs[identity] = kept
-    return {"state": theirs, "param_groups": groups}, text, own
+    return Saved({**state_dict, "state": theirs, "param_groups": groups}, text, own, groups)
 
 
 def check_vectors(
@@ -365,8 +485,9 @@ def store_vectors(
         for parameter, identity in zip(group["params"], saved["params"], strict=True):
             for key, value in own.get(identity, {}).items():
                 loaded.setdefault(parameter, {})[key.removeprefix(_UNSTEPPED)] = value
-                if not key.startswith(_UNSTEPPED):
-                    base.state[parameter][key] = value
+                held = None if key.startswith(_UNSTEPPED) else _entry(own_store(base), parameter)
+                if held is not None:
+                    held[key] = value
     return loaded
 
 
@@ -406,12 +527,12 @@ def _tensor_key(key: object) -> tuple[int, str] | None:
 
 
 def identities(
-    param_groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any]
+    param_groups: Sequence[Mapping[str, Any]], saved_groups: Sequence[Mapping[str, Any]]
 ) -> dict[Tensor, Any]:
-    """What each parameter is called in a state dict."""
+    """What each parameter is called in a state dict's groups."""
     return {
         parameter: identity
-        for group, saved in zip(param_groups, state_dict["param_groups"], strict=True)
+        for group, saved in zip(param_groups, saved_groups, strict=True)
         for parameter, identity in zip(group["params"], saved["params"], strict=True)
     }
 

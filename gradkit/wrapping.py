@@ -8,8 +8,9 @@ from typing import Literal
 
 from torch import nn
 from torch.amp import GradScaler
-from torch.optim import LBFGS, Optimizer, SparseAdam
+from torch.optim import Optimizer
 
+from gradkit.bases import check_base
 from gradkit.engines.choice import ENGINES, EngineName
 from gradkit.nonfinite import NONFINITE, Nonfinite
 from gradkit.optimizer import GradientOptimizer
@@ -36,8 +37,10 @@ def wrap(
     """Wrap an optimizer, so that transforms bend its gradient on the way in.
 
     Args:
-        base: Any `torch.optim.Optimizer` that steps on plain gradients; not to be stepped by
-            itself from then on.
+        base: Any `torch.optim.Optimizer` that steps on plain gradients, one that wraps another
+            included; not to be stepped by itself from then on. Optimizers that evaluate the loss,
+            call backward or differentiate gradients themselves are refused, and so is
+            `differentiable=True`: the direction of a step has no graph.
         transforms: Applied in this order: the first works on the objectives' own gradients,
             each further one around those before it.
         model: The module whose parameters are optimised. With it, buffers such as BatchNorm's
@@ -84,8 +87,9 @@ def wrap(
 
     Raises:
         TypeError: If an argument is of the wrong type.
-        ValueError: If an argument has no valid value, if the transforms cannot follow each other,
-            or if a teacher's student holds none of the optimised parameters.
+        ValueError: If an argument has no valid value, if the base optimizer needs more than
+            gradients, if the transforms cannot follow each other, or if a teacher's student holds
+            none of the optimised parameters.
 
     Examples:
         >>> import torch, gradkit as gk
@@ -100,15 +104,7 @@ def wrap(
         raise ValueError(
             "base is a gradkit optimizer already; pass all transforms to one wrap() instead"
         )
-    if isinstance(base, LBFGS):
-        raise ValueError(
-            "LBFGS evaluates the loss several times inside its own step, which transforms cannot "
-            "see; wrap a first-order optimizer such as SGD or Adam"
-        )
-    if isinstance(base, SparseAdam):
-        raise ValueError(
-            "SparseAdam takes sparse gradients only, and flat vectors are dense; wrap Adam"
-        )
+    check_base(base)
     if model is not None and not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; pass the torch.nn.Module")
     if engine not in ENGINES:

@@ -12,7 +12,7 @@ PACKAGE = Path(gradkit.__file__).parent
 
 # Each part may import those of lower layers, and those of its own.
 LAYERS = [
-    {"random", "interrupts", "processes", "scaling"},
+    {"bases", "hooks", "random", "interrupts", "processes", "scaling"},
     {"flat", "gram"},
     {"gradients", "record", "objectives"},
     {"oracle", "nonfinite"},

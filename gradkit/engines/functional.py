@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -59,7 +59,9 @@ class FunctionalSession:
         self._memory: list[int] = []
         self._flags = [(each, each.requires_grad) for each in (*places.others, *places.frozen)]
         self._groups = [(group, group["params"]) for group in base.param_groups]
-        self._base, self._state = base, base.state
+        # Changed in place: what a base shows as its state need not be its to replace.
+        self._state: MutableMapping[Any, Any] = base.state
+        self._held: dict[Any, Any] | None = None
 
     @contextmanager
     def displaced(  # noqa: D102
@@ -97,9 +99,8 @@ class FunctionalSession:
             leaves = dict(zip(map(id, self._layout.parameters), self._leaves, strict=True))
             for group, parameters in self._groups:
                 group["params"] = [leaves.get(id(each), each) for each in parameters]
-            self._base.state = defaultdict(
-                dict, {leaves.get(id(key), key): held for key, held in self._state.items()}
-            )
+            self._held = dict(self._state)
+            _refill(self._state, {leaves.get(id(key), key): h for key, h in self._held.items()})
             self._put_buffers(buffers)
             try:
                 result = body()
@@ -151,12 +152,15 @@ class FunctionalSession:
                 module._buffers.update(values)
 
     def _put_back(self) -> None:
+        # The model first: a base optimizer may be anything.
+        self._put_buffers(self._live_buffers)
         for held, key, parameter, _ in self._slots:
             held[key] = parameter
         for group, parameters in self._groups:
             group["params"] = parameters
-        self._base.state = self._state
-        self._put_buffers(self._live_buffers)
+        if self._held is not None:
+            _refill(self._state, self._held)
+            self._held = None
 
     def differentiate(  # noqa: D102
         self,
@@ -213,6 +217,11 @@ class FunctionalSession:
 
     def rollback(self) -> None:  # noqa: D102
         self._put_back()
+
+
+def _refill(state: MutableMapping[Any, Any], items: dict[Any, Any]) -> None:
+    state.clear()
+    state.update(items)
 
 
 def _cloned(buffers: Buffers) -> Buffers:
