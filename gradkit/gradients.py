@@ -322,7 +322,7 @@ class Gradients:
     def _squared_norm(self, *, signs: bool) -> Float[Tensor, "1 1"] | None:
         """The Gram matrix of a single gradient in parts, if it can be had without a row."""
         parts, layout = self.parts, self.layout
-        if parts is None or layout is None or signs or layout.device.type != "cpu":
+        if parts is None or layout is None or signs or layout.device.type not in ("cpu", "cuda"):
             return None
         square = squared_norm([part for part in parts if part is not None])
         if square is None:

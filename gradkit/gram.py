@@ -83,14 +83,17 @@ def _local_products(
 
 
 def squared_norm(parts: Sequence[Tensor]) -> Float[Tensor, ""] | None:
-    """The square of the norm of a vector given in parts, as float32 on the CPU; in float64.
+    """The square of the norm of a vector given in parts, on a CPU or CUDA device; in float64.
 
-    None if it lies where float32 may have overflowed or lost digits, and has to be scaled first.
+    None if a CPU's float32 may have overflowed or lost digits, so that it has to be scaled first.
 
     Examples:
         >>> squared_norm([torch.tensor([3.0]), torch.tensor([[4.0]])])
         tensor(25., dtype=torch.float64)
     """
+    if parts and parts[0].device.type == "cuda":  # few kernels, and none of them a copy
+        norms = torch._foreach_norm(list(parts), 2, dtype=torch.float64)
+        return torch.stack(norms).square().sum()
     lengths, rest = [], []
     for part in parts:
         vector = part.reshape(-1)

@@ -101,6 +101,7 @@ def test_hooks_of_the_base_run_inside(log: Log) -> None:
     assert {kind for name, kind in log if name.startswith("base")} == {"SGD"}
 
 
+@pytest.mark.filterwarnings("ignore:step.. had nothing to step on")
 @pytest.mark.parametrize("loss", [torch.nan, 1.0], ids=["skipped", "without a closure"])
 def test_hooks_run_for_a_step_that_changes_nothing(loss: float, log: Log) -> None:
     weight = nn.Parameter(torch.ones(2))

@@ -5,9 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torchjd.aggregation
 from torch import Tensor, nn
-from torchjd.autogram import Engine
 
 import gradkit as gk
 from benchmarks.speed.comparison import Comparison, MakeStep, Step, Traffic
@@ -66,6 +64,9 @@ def many_objectives(problem: Problem, count: int) -> Comparison:
 
 def _autogram(problem: Problem, count: int, name: str) -> Step:
     model, base = problem.pair()
+    import torchjd.aggregation
+    from torchjd.autogram import Engine
+
     # Samples are told apart in the classifier; BatchNorm mixes the images of a batch.
     engine = Engine(model, batch_dim=0 if problem.network.startswith(CLASSIFIER) else None)
     weighting: nn.Module = getattr(torchjd.aggregation, f"{name}Weighting")()

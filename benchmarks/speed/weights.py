@@ -7,7 +7,6 @@ from time import perf_counter, sleep
 from typing import Any
 
 import torch
-import torchjd.aggregation
 from torch import Tensor, nn
 
 from benchmarks.speed.comparison import Step
@@ -78,6 +77,8 @@ def grams() -> Iterator[tuple[str, int, Tensor]]:
 
 def torchjd_weighting(name: str) -> nn.Module | None:
     """TorchJD's weighting for Gram matrices of this name, if there is one."""
+    import torchjd.aggregation
+
     kind = getattr(torchjd.aggregation, f"{name}Weighting", None)
     if kind is None or "_GramianWeighting" not in {base.__name__ for base in kind.__mro__}:
         return None

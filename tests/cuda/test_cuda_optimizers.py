@@ -68,10 +68,11 @@ def test_equals_the_plain_form_on_the_cpu(base: str, chain: str, engine: str) ->
     there, here = BASES[base]
     run = functools.partial(train, CHAINS[chain], engine=engine)
     found, expected = run(base=there), run(base=here, where=CPU)
-    # Adam's first steps are about g/|g|, and a learning rate given as a tensor is a float32.
+    # Adam's first steps are about g/|g|; a learning rate given as a tensor is a float32, and so is
+    # the bias correction of the capturable form.
     close = {key: value for key, value in found.numbers.items() if not key.startswith("state")}
     plain = {key: value for key, value in expected.numbers.items() if key in close}
-    assert_close(close, plain, 1e-6)
+    assert_close(close, plain, 2e-5)
     assert found.optimizer.last_step.applied
 
 
