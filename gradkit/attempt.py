@@ -12,7 +12,7 @@ from torch import Tensor
 from gradkit.engines.evaluator import Evaluator
 from gradkit.engines.session import Session
 from gradkit.engines.stored import StoredGradients
-from gradkit.gradients import Gradients, Parts
+from gradkit.gradients import Gradients, Parts, scaled
 from gradkit.gram import norm
 from gradkit.objectives import LOSS, NoGradientError, Objectives
 from gradkit.oracle import Context, Oracle, Transform, reweighing
@@ -186,8 +186,8 @@ class Attempt:
         if max_norm is None:
             return direction
         length = norm(direction, over=self.context.layout.shards)
-        factor = (max_norm / (length + 1e-6)).clamp(max=1).to(direction.dtype)
-        return torch.mul(direction, factor, out=self.context.pool.take_vector())
+        factor = (max_norm / (length + 1e-6)).clamp(max=1)
+        return scaled(direction, factor, self.context.pool.take_vector())
 
     def apply(
         self,

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gradkit.flat import Scope
-from gradkit.gradients import Gradients, combine
+from gradkit.gradients import Gradients, combine, scaled
 from gradkit.oracle import Along, Context, Oracle, takes_along
 from gradkit.surgery.given import Given
 from gradkit.surgery.rule import GramRule, Rule, active_rows, check_scope
@@ -149,7 +149,8 @@ class Aggregate(Rule):
             if rows.numel() == 0:
                 continue
             if not gradients.has_unit_weights:
-                rows *= gradients.weights[active, None].to(rows.dtype)
+                for row, weight in zip(rows, gradients.weights[active], strict=True):
+                    scaled(row, weight, row)
             direction = self._direction(rows)
             pieces = torch.split(direction, [stop - start for start, stop in spans])
             for (start, stop), piece in zip(spans, pieces, strict=True):

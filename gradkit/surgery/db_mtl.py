@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gradkit.gradients import Gradients
+from gradkit.gradients import Gradients, scaled
+from gradkit.gram import at_least_single, block_spans, block_width
 from gradkit.oracle import check_number
 from gradkit.surgery.given import Given, too_low
 from gradkit.surgery.vectors import VectorRule
@@ -75,9 +76,15 @@ class DBMTL(VectorRule):
     ) -> None:
         shifted = weight * loss + self.eps
         slope = weight / torch.where(shifted > 0, shifted, torch.full_like(shifted, torch.nan))
-        torch.mul(row, ((1 - self.beta) * slope).to(row.dtype), out=out)
-        if old is not None:
-            out.add_(old, alpha=self.beta)
+        factor = (1 - self.beta) * slope
+        if old is None:
+            scaled(row, factor, out)
+            return
+        dtype = at_least_single(row.dtype)
+        width = block_width(2, row.device)
+        for start, stop in block_spans(0, len(row), width):
+            new = row[start:stop].to(dtype) * factor.to(dtype)
+            out[start:stop] = new.add_(old[start:stop], alpha=self.beta)
 
     def objection(self, losses: Mapping[str, float]) -> str | None:  # noqa: D102 # inherited
         return too_low(self, losses, -self.eps, f"losses above -{self.eps:g}")
