@@ -164,8 +164,9 @@ def test_functions_of_rows_get_each_weighted_row_rounded_once(dtype: torch.dtype
 def test_clipping_does_not_round_the_factor() -> None:
     rows = torch.randn(1, 300, generator=seeded(3)).bfloat16()
     w = nn.Parameter(torch.zeros(300, dtype=torch.bfloat16))
-    optimizer = gk.wrap(torch.optim.SGD([w], lr=1.0), max_norm=5.783)
+    factor = 170.5 / 512  # halfway between two numbers in bfloat16
+    optimizer = gk.wrap(torch.optim.SGD([w], lr=1.0), max_norm=factor * float(rows.double().norm()))
     optimizer.step(linear_objectives([w], rows))
-    exact = rows[0].double() * 5.783 / rows.double().norm()
+    exact = factor * rows[0].double()
     assert w.grad is not None
     assert is_rounded(w.grad, exact, exact.abs())
