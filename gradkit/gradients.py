@@ -36,12 +36,14 @@ class Shared(NamedTuple):
     Attributes:
         rows: Those that have part in it.
         gram: The Gram matrix [K, K] over it, of all rows.
+        tensors: The numbers of the parameters that belong to it.
         spans: The column ranges that it takes; neighbours make one.
         others: The other column ranges.
     """
 
     rows: tuple[int, ...]
     gram: Float[Tensor, "K K"]
+    tensors: tuple[int, ...]
     spans: tuple[tuple[int, int], ...]
     others: tuple[tuple[int, int], ...]
 
@@ -65,6 +67,7 @@ class Gradients:
         layout: Where each parameter lies in the flat vector; needed for scopes only.
         observers: Names whose weight is 0 by declaration; see `observe`.
         reached: K × T flags, which parameters each objective's graph reached; None: all.
+        parameter_names: What the T parameters are called; None where nobody has said.
 
     Examples:
         >>> rows = torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
@@ -85,6 +88,9 @@ class Gradients:
     layout: Layout | None = None
     observers: frozenset[str] = frozenset()
     reached: tuple[tuple[bool, ...], ...] | None = None
+    parameter_names: tuple[str | int, ...] | None = None
+    # Set by a rule on shared parameters, which has not looked at the others.
+    _seen_gram: Tensor | None = field(default=None, repr=False)
     # The tensors as they were made here. While they are still the same ones, unwritten, the host
     # knows what they hold and nothing has to be copied from the device.
     _made_weights: tuple[Tensor, int] | None = field(default=None, repr=False)
@@ -221,6 +227,7 @@ class Gradients:
         """A copy with some attributes changed; inner products are kept unless `rows` changes."""
         if "rows" in changes:
             changes.setdefault("_products", {})
+            changes.setdefault("_seen_gram", None)
         elif "_make_gram" in self.__dict__:
             if "update" in changes:
                 changes["_total"] = None
@@ -294,12 +301,24 @@ class Gradients:
         return self._made_scale is not self.lr_scale or self.lr_scale._version != 0
 
     def gram(self, scope: Scope = "global", *, signs: bool = False) -> Float[Tensor, ...]:
-        """The rows' Gram matrix [K, K] in float64; [S, K, K], one a block, with another scope.
+        """The rows' Gram matrix [K, K] in float64; by group or tensor [S, K, K], one a block.
 
         Args:
-            scope: "global", or "group" or "tensor" for one matrix per parameter group or tensor.
+            scope: "global"; "group" or "tensor" for one matrix per parameter group or tensor; or
+                "shared" for a single one, over the parameters in which at least two objectives of
+                nonzero weight have a gradient that is not 0 (0 if there are none).
             signs: Whether to take each number's sign first.
+
+        Raises:
+            ValueError: If the gradients have no layout and `scope` is not "global".
         """
+        if scope == "shared":
+            shared = self.shared(self.active)
+            return (
+                self.gram("tensor", signs=True)[list(shared.tensors)].sum(0)
+                if signs
+                else shared.gram
+            )
         key = (scope, signs)
         if key not in self._products:
             by_tensor = self._products.get(("tensor", signs))
@@ -374,15 +393,65 @@ class Gradients:
         return Shared(
             tuple(k for k in rows if any(has_part[k][t] for t in tensors)),
             grams[tensors].sum(0),
+            tuple(tensors),
             tuple(spans[True]),
             tuple(spans[False]),
         )
 
-    def cosine(self, a: str, b: str, *, signs: bool = False) -> Float[Tensor, ""]:
-        """The cosine of two objectives' gradients; 0 if one of them is zero."""
+    @property
+    def seen_gram(self) -> Float[Tensor, "K K"]:
+        """The Gram matrix that a rule on shared parameters saw; without one, the global one."""
+        return self.gram() if self._seen_gram is None else self._seen_gram
+
+    def cosine(
+        self, a: str, b: str, *, scope: Scope = "global", signs: bool = False
+    ) -> Float[Tensor, "*blocks"]:
+        """The cosine of two objectives' gradients; 0 if one of them is zero.
+
+        Args:
+            a: An objective.
+            b: Another one.
+            scope: What it is taken over, as for `gram`; "group" and "tensor" give one a block, [S].
+            signs: Whether to take each number's sign first.
+        """
         i, j = self.index(a), self.index(b)
-        pair = self.gram(signs=signs)[[[i, i], [j, j]], [[i, j], [i, j]]]
-        return cosines(pair)[0, 1]
+        pair = self.gram(scope, signs=signs)[..., [[i, i], [j, j]], [[i, j], [i, j]]]
+        return cosines(pair)[..., 0, 1]
+
+    def cosines_by_parameter(self, a: str, b: str) -> dict[str | int, Float[Tensor, ""]]:
+        """The cosine of two objectives' gradients in each parameter; 0 where one has none.
+
+        Args:
+            a: An objective.
+            b: Another one.
+
+        Returns:
+            Cosines by the parameters' names; by their positions in the flat vector where nobody
+            has said what they are called. `optimizer.gradients` knows the names from `model=`.
+
+        Raises:
+            ValueError: If the gradients have no layout.
+
+        Examples:
+            >>> import torch, gradkit as gk
+            >>> net = torch.nn.Linear(1, 2)
+            >>> optimizer = gk.wrap(torch.optim.SGD(net.parameters(), lr=0.1), model=net)
+            >>> x = torch.ones(1, 1)
+            >>> gradients = optimizer.gradients(
+            ...     {"a": lambda: net(x).sum(), "b": lambda: net(x)[0, 0] - 2 * net.bias[0]}
+            ... )
+            >>> for name, cosine in gradients.cosines_by_parameter("a", "b").items():
+            ...     print(name, round(cosine.item(), 4))  # (1, 1)·(1, 0) and (1, 1)·(-1, 0)
+            weight 0.7071
+            bias -0.7071
+        """
+        values = self.cosine(a, b, scope="tensor")
+        names = range(len(values)) if self.parameter_names is None else self.parameter_names
+        return dict(zip(names, values, strict=True))
+
+    def with_parameter_names(self, names: Sequence[str | int]) -> Gradients:
+        """A copy that knows what the parameters are called."""
+        return self._changed(parameter_names=tuple(names))
 
     def direction(
         self, out: Callable[[], Float[Tensor, " P"]] | None = None

@@ -133,13 +133,14 @@ class Aggregate(Rule):
         active = list(active_rows(self, gradients))
         if not active:
             return gradients
-        update = context.pool.take_vector()
+        update, seen = context.pool.take_vector(), None
         if self.scope == "shared":
             shared = gradients.shared(active)
             for start, stop in shared.others:
                 part = gradients.rows[:, start:stop]
                 combine(part, gradients.weights, active, update[start:stop])
             active, blocks = list(shared.rows), [shared.spans] if shared.spans else []
+            seen = shared.gram if shared.rows else None
         else:
             blocks = [((start, stop),) for start, stop in gradients.segments(self.scope)]
         for spans in blocks:
@@ -155,7 +156,7 @@ class Aggregate(Rule):
             pieces = torch.split(direction, [stop - start for start, stop in spans])
             for (start, stop), piece in zip(spans, pieces, strict=True):
                 update[start:stop] = piece
-        return gradients.replace(update=update)
+        return gradients.replace(update=update, _seen_gram=seen)
 
     def _direction(self, rows: Float[Tensor, "K n"]) -> Float[Tensor, " n"]:
         # As in a script that calls the function on gradients, where autograd is on.

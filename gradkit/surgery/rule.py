@@ -198,7 +198,8 @@ class GramRule(Remembering, Rule):
         update = context.pool.take_vector()
         for weights, (start, stop), rows in parts:
             combine(gradients.rows[:, start:stop], weights, rows, update[start:stop])
-        return gradients.replace(update=update)
+        seen = None if shared is None else shared.gram
+        return gradients.replace(update=update, _seen_gram=seen)
 
 
 def active_rows(rule: Rule, gradients: Gradients) -> tuple[int, ...]:
