@@ -225,8 +225,14 @@ class Memory:
             for key, whole in self._whole.items()
         }
 
-    def with_present(self, remembered: Mapping[str, Tensor]) -> dict[str, Any]:
+    def with_present(
+        self, remembered: Mapping[str, Tensor], learns: Sequence[bool] | None = None
+    ) -> dict[str, Any]:
         """The state in which what is remembered of those that take part has changed.
+
+        Args:
+            remembered: What is to be remembered of them.
+            learns: Of which of them; None for all. What belongs to a pair changes with either.
 
         Raises:
             ValueError: If something is remembered that `initial_memory` does not know.
@@ -239,12 +245,24 @@ class Memory:
             if key in remembered:
                 whole = whole.clone()
                 present = self._blocks_of_present(whole)
-                present[self._where(key)] = remembered[key].detach().to(whole)
+                new = remembered[key].detach().to(whole)
+                if learns is not None:
+                    new = torch.where(
+                        self._mask(key, learns, whole), new, present[self._where(key)]
+                    )
+                present[self._where(key)] = new
             state[key] = whole
         return state
 
     def _blocks_of_present(self, whole: Tensor) -> Tensor:
         return whole if self._count is None else whole[: self._count]
+
+    def _mask(self, key: str, learns: Sequence[bool], like: Tensor) -> Tensor:
+        """Which numbers belong to these; one that belongs to no objective is as it was."""
+        mask = torch.tensor([*learns], device=like.device)
+        if self._axes[key] == 2:
+            return mask[:, None] | mask
+        return mask if self._axes[key] == 1 else torch.zeros_like(mask[0])
 
     def _where(self, key: str) -> tuple[Any, ...]:
         if self._places == list(range(len(self.known))):  # all, in order: nothing to look up

@@ -50,9 +50,11 @@ class GramRule(Remembering, Rule):
     that one's gradient as it is.
     The result is then no weighted sum of whole rows, so no other rule can follow.
 
-    A rule may remember something of each objective: see `initial_memory`. In an optimizer only
-    applied steps change what it remembers, and it is saved with the optimizer's state. Alone, each
-    call does; `reset` forgets.
+    A rule may remember something of each objective: see `initial_memory`. A step learns from each
+    objective's first evaluation in it, which is that at the step's own weights; at displaced ones
+    (SAM around the rule) the rule starts from the same memory and learns nothing. In an optimizer
+    only applied steps change what it remembers, and it is saved with the optimizer's state. Alone,
+    each call does; `reset` forgets.
     """
 
     scope: Scope = "global"
@@ -134,7 +136,7 @@ class GramRule(Remembering, Rule):
 
     def around(self, inner: Oracle, context: Context) -> Oracle:  # noqa: D102 # see the class
         drawn: dict[int, Any] = {}
-        evaluated: list[set[str]] = []
+        evaluated: set[str] = set()
         return reweighing(
             inner, lambda gradients: self._reweighed(gradients, drawn, evaluated, context)
         )
@@ -143,10 +145,12 @@ class GramRule(Remembering, Rule):
         self,
         gradients: Gradients,
         drawn: dict[int, Any],
-        evaluated: list[set[str]],
+        evaluated: set[str],
         context: Context,
     ) -> Gradients:
         seen_rows = active_rows(self, gradients)
+        before = frozenset(evaluated)
+        evaluated.update(gradients.names)
         shared = gradients.shared(seen_rows) if self.scope == "shared" else None
         active = list(seen_rows if shared is None else shared.rows)
         if not active:
@@ -174,15 +178,15 @@ class GramRule(Remembering, Rule):
         new = old * self._checked(self.weigh(weighted, given), weighted)
         if memory is None:
             check_remembered(self, given.remembered, {})
-        # A second look at some of the objectives, at displaced weights, teaches nothing of all.
-        partial = any(set(names) < earlier for earlier in evaluated)
-        evaluated.append(set(names))
-        if memory is not None and not partial:
+        # A second look at an objective, at displaced weights, teaches nothing.
+        first = [name not in before for name in names]
+        if memory is not None and any(first):
             learnt = context.proposed(self)
-            if learnt:  # from another evaluation in this step, perhaps of other objectives
+            if learnt:  # from another evaluation in this step, of other objectives
                 state = {**self.state, **learnt}
                 memory = self._recall(names, chosen, chosen.shape[:-2], state, keys)
-            context.propose(self, **memory.with_present(given.remembered))
+            learns = None if all(first) else first
+            context.propose(self, **memory.with_present(given.remembered, learns))
         if not every:
             spread = new.new_zeros((*new.shape[:-1], len(gradients.names)))
             spread[..., active] = new

@@ -265,7 +265,7 @@ def test_another_rule_can_follow(make):
 
 @every_rule
 def test_displaced_points_start_from_what_was_remembered_before_the_step(make):
-    """SAM evaluates the rule twice; the last evaluation is what is remembered."""
+    """SAM evaluates the rule twice, here both times at the same point."""
     displaced, plain = Run(make(), gk.SAM(rho=0.0)), Run(make())
     for seed in range(3):
         rows, losses = normal(2, seed=seed), positive(2, seed)
