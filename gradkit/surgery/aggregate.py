@@ -190,6 +190,7 @@ class _Weighting(GramRule):
     """An `Aggregate` whose function takes Gram matrices."""
 
     degree = None
+    needs_symmetry = False  # some functions take J₁·J₂ᵀ, too
 
     def __init__(self, owner: Aggregate, dtype: torch.dtype) -> None:
         self.scope = owner.scope

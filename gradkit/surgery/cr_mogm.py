@@ -56,6 +56,7 @@ class CRMOGM(GramRule):
             raise ValueError(f"alpha is {self.alpha}; it lies between 0 and 1")
         self.scope = self.rule.scope
         self.generator = self.rule.generator
+        self.needs_symmetry = self.rule.needs_symmetry
         self.degree = self.rule.degree if self.rule.degree == 1 else None
 
     @property

@@ -16,6 +16,7 @@ from gradkit.gram import gram as gram_matrix
 from gradkit.oracle import Context, Oracle, Transform, reweighing
 from gradkit.surgery.given import Given, check_remembered
 from gradkit.surgery.remembering import Remembering
+from gradkit.surgery.semidefinite import check_gram_matrix
 
 
 class Rule(Transform, ABC):
@@ -43,6 +44,9 @@ class GramRule(Remembering, Rule):
     Usable in a third way, on Gram matrices: `rule.weights(gram) -> [..., K]`, batched over leading
     dimensions.
 
+    Gradients that are not finite give a direction of NaNs where it depends on them; `weights`
+    refuses matrices that are not finite.
+
     In `wrap` the rule multiplies the weights of the rows it sees by its own. With `scope` "group"
     or "tensor", inner products are taken and gradients combined for each parameter group or tensor
     by itself. With "shared" they are taken over the parameters in which at least two objectives
@@ -61,6 +65,9 @@ class GramRule(Remembering, Rule):
     needs_gram: bool = True
     """Whether the weights depend on the Gram matrix at all; otherwise it may hold anything."""
 
+    needs_symmetry: bool = True
+    """Whether the Gram matrix has to be that of one set of gradients, not J₁·J₂ᵀ of two."""
+
     @abstractmethod
     def weigh(self, gram: Float[Tensor, "*batch K K"], given: Given) -> Float[Tensor, "*batch K"]:
         """The weights for Gram matrices, which come in float64."""
@@ -75,11 +82,26 @@ class GramRule(Remembering, Rule):
     ) -> Float[Tensor, "*batch K"]:
         """The weights that this rule gives gradients of this Gram matrix.
 
+        Looks at the numbers in `gram`, which takes no notice of rounding errors; in a step, where
+        Gram matrices are the library's own, nothing is looked at.
+
         Args:
             gram: Gram matrices of the gradients.
             losses: The objectives' losses, for rules that need them.
+
+        Raises:
+            ValueError: If a matrix is not square, finite, symmetric and positive semidefinite.
         """
-        wide = checked_gram(gram).to(accumulator(gram.device))
+        gram = checked_gram(gram)
+        if self.needs_gram:
+            check_gram_matrix(self, gram, symmetric=self.needs_symmetry)
+        return self._weights_alone(gram, losses)
+
+    def _weights_alone(
+        self, gram: Float[Tensor, "*batch K K"], losses: Float[Tensor, " K"] | None = None
+    ) -> Float[Tensor, "*batch K"]:
+        """As `weights`, of any square matrices; NaN gives NaN."""
+        wide = gram.to(accumulator(gram.device))
         count = gram.shape[-1]
         names = tuple(map(str, range(count)))
         losses = None if losses is None else checked_losses(losses, count)
@@ -121,7 +143,7 @@ class GramRule(Remembering, Rule):
                 "parameters lie; use it in gk.wrap(), or with scope='global'"
             )
         jacobian = checked_jacobian(jacobian)
-        weights = self.weights(gram_matrix(jacobian), losses)
+        weights = self._weights_alone(gram_matrix(jacobian), losses)
         return combine(jacobian, weights, range(len(jacobian)), torch.empty_like(jacobian[0]))
 
     @property
