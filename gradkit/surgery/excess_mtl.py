@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -86,6 +87,7 @@ class ExcessMTL(VectorRule):
         loss: Float[Tensor, ""],
         old: Float[Tensor, " P"] | None,
         out: Float[Tensor, " P"],
+        memory: Mapping[str, Float[Tensor, ""]],
     ) -> Float[Tensor, ""]:
         """Add the squares; returns the excess."""
         wide = accumulator(row.device)

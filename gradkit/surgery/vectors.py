@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -44,6 +44,7 @@ class VectorRule(Rule):
         loss: Float[Tensor, ""],
         old: Float[Tensor, " P"] | None,
         out: Float[Tensor, " P"],
+        memory: Mapping[str, Float[Tensor, ""]],
     ) -> Float[Tensor, ""] | None:
         """Write to `out` what is remembered of an objective from now on.
 
@@ -53,6 +54,7 @@ class VectorRule(Rule):
             loss: Its loss.
             old: What has been remembered; None if it is new.
             out: Memory for the result.
+            memory: What is small of what has been remembered of it.
 
         Returns:
             What `respond` is to know of it, summed over this rank's part of the vectors.
@@ -187,16 +189,20 @@ class VectorRule(Rule):
         names = tuple(gradients.names[k] for k in active)
         weights = gradients.weights[active]
         losses = gradients.losses[active].to(weights)
+        memory = self._recall(before.state, names, gradients)
+        given = Given(None, losses * weights, names, memory.of_present())
+        small = {key: value for key, value in given.memory.items() if value.dim() == 1}
         renewed = take(len(active))
         learned = []
-        for out, k, weight, loss in zip(renewed, active, weights, losses, strict=True):
+        for n, (out, k, weight, loss) in enumerate(
+            zip(renewed, active, weights, losses, strict=True)
+        ):
             row = gradients.rows[k]
             old = before.vectors.get(self._key(gradients.names[k]))
             if old is not None and not _is_like(old, gradients.rows):
                 old = None
-            learned.append(self.renew(row, weight, loss, old, out))
-        memory = self._recall(before.state, names, gradients)
-        given = Given(None, losses * weights, names, memory.of_present())
+            own = {key: value[n] for key, value in small.items()}
+            learned.append(self.renew(row, weight, loss, old, out, own))
         result = self.respond(gradients, active, renewed, _summed(learned, gradients), given)
         learns = [name in first for name in names]
         changed = self._recall(proposed, names, gradients).with_present(

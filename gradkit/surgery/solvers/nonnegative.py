@@ -14,7 +14,7 @@ from gradkit.surgery.solvers.prepared import prepare
 _UNBOUNDED = 1e-6
 # From how many rows on, and for how many problems with one matrix, projected gradient steps first
 # are worth their time.
-_MANY = 24
+_MANY = 48
 _FEW = 8
 
 
