@@ -86,7 +86,7 @@ class CRMOGM(GramRule):
             {key.removeprefix(_INNER): value for key, value in of_rule.items()},
             every=given.every,
         )
-        new = self.rule.weigh(gram, inner)
+        new = self.rule._checked(self.rule.weigh(gram, inner), gram)
         seen = given.memory["seen"]
         averaged = torch.lerp(new, given.memory["weights"], self.alpha)
         weights = torch.where(seen > 0, averaged, new)

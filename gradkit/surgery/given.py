@@ -175,6 +175,7 @@ class Memory:
         fresh: Mapping[str, Tensor],
         batch: Sequence[int],
         blocks: Sequence[str] | None,
+        scope: str | None = None,
     ) -> None:
         """Recall.
 
@@ -185,6 +186,7 @@ class Memory:
             fresh: What is remembered at first of all objectives that `known` names, one batch.
             batch: The shape of the batch.
             blocks: What identifies the batch's Gram matrices; None if nothing does.
+            scope: What inner products are taken over; None if that cannot be said.
 
         Raises:
             ValueError: If the state is that of another scope.
@@ -195,10 +197,17 @@ class Memory:
         self._count = None if blocks is None else len(blocks)
         self._axes = {key: value.dim() for key, value in fresh.items()}
         stored = state.get("blocks")
-        if state.get("objectives") and _scope(stored) != _scope(blocks):
+        self._scope = scope
+        learnt, now = state.get("scope") or _scope(stored), scope or _scope(blocks)
+        if learnt is None or now is None:  # global or shared, which have one matrix
+            differs = (learnt or now) in ("group", "tensor")
+        else:
+            differs = learnt != now
+        if state.get("objectives") and differs:
             raise ValueError(
-                f"what {who!r} remembers is of another scope; give it the scope it was saved with, "
-                "or let it begin anew with reset()"
+                f"what {who!r} remembers was learnt with scope={learnt or 'global'!r}, and its "
+                f"scope is {now or 'global'!r} now; give it the scope it was saved with, or let it "
+                "begin anew with reset()"
             )
         # Blocks of parameters that are frozen now come last.
         absent = [block for block in stored or () if block not in (blocks or ())]
@@ -241,6 +250,8 @@ class Memory:
         state: dict[str, Any] = {"objectives": list(self.known)}
         if self._blocks is not None:
             state["blocks"] = self._blocks
+        if self._scope is not None:
+            state["scope"] = self._scope
         for key, whole in self._whole.items():
             if key in remembered:
                 whole = whole.clone()

@@ -193,8 +193,8 @@ class GramRule(Remembering, Rule):
             given.losses = gradients.losses[active].to(old) * old
         memory = None
         if self.state:
-            keys = block_keys(self.scope, context)
-            memory = self._recall(names, chosen, chosen.shape[:-2], self.state, keys)
+            keys, batch = block_keys(self.scope, context), chosen.shape[:-2]
+            memory = self._recall(names, chosen, batch, self.state, keys, self.scope)
             given.memory = memory.of_present()
         weighted = old[:, None] * old * chosen
         new = old * self._checked(self.weigh(weighted, given), weighted)
@@ -206,7 +206,7 @@ class GramRule(Remembering, Rule):
             learnt = context.proposed(self)
             if learnt:  # from another evaluation in this step, of other objectives
                 state = {**self.state, **learnt}
-                memory = self._recall(names, chosen, chosen.shape[:-2], state, keys)
+                memory = self._recall(names, chosen, batch, state, keys, self.scope)
             learns = None if all(first) else first
             context.propose(self, **memory.with_present(given.remembered, learns))
         if not every:
