@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from benchmarks.machine import describe_machine
 from examples.common.bootstrap import bootstrap_interval
 from examples.common.datasets import length
+from examples.common.usage import refuse_to_replace
 from examples.fundus.adaptation import adapt_online, build_adapter
 from examples.fundus.data import available_domains, check, open_domain
-from examples.fundus.earlier import refuse_to_replace
 from examples.fundus.source_model import load_source_model
 from examples.fundus.validation import (
     UsageError,

@@ -9,11 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gradkit.engines.displace import HALF
 from gradkit.engines.evaluator import Evaluator
 from gradkit.engines.session import Session
 from gradkit.engines.stored import StoredGradients
-from gradkit.gradients import Gradients, Parts
+from gradkit.gradients import Gradients, Parts, scaled
 from gradkit.gram import norm
 from gradkit.hooks import global_hooks_muted
 from gradkit.objectives import LOSS, NoGradientError, Objectives
@@ -213,10 +212,7 @@ class Attempt:
             return direction
         length = norm(direction, over=self.context.layout.shards)
         factor = (max_norm / (length + 1e-6)).clamp(max=1)
-        result = self.context.pool.take_vector()
-        if direction.dtype in HALF:  # which would round the factor before it is used
-            return result.copy_(direction.float() * factor)
-        return torch.mul(direction, factor.to(direction.dtype), out=result)
+        return scaled(direction, factor, self.context.pool.take_vector())
 
     def apply(
         self,

@@ -14,7 +14,10 @@ from torch import Tensor
 from gradkit.flat import Layout, Scope
 from gradkit.gram import (
     accumulator,
+    at_least_single,
     block_grams,
+    block_spans,
+    block_width,
     cosines,
     exact_products,
     gram,
@@ -33,12 +36,14 @@ class Shared(NamedTuple):
     Attributes:
         rows: Those that have part in it.
         gram: The Gram matrix [K, K] over it, of all rows.
+        tensors: The numbers of the parameters that belong to it.
         spans: The column ranges that it takes; neighbours make one.
         others: The other column ranges.
     """
 
     rows: tuple[int, ...]
     gram: Float[Tensor, "K K"]
+    tensors: tuple[int, ...]
     spans: tuple[tuple[int, int], ...]
     others: tuple[tuple[int, int], ...]
 
@@ -62,6 +67,7 @@ class Gradients:
         layout: Where each parameter lies in the flat vector; needed for scopes only.
         observers: Names whose weight is 0 by declaration; see `observe`.
         reached: K × T flags, which parameters each objective's graph reached; None: all.
+        parameter_names: What the T parameters are called; None where nobody has said.
 
     Examples:
         >>> rows = torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
@@ -82,6 +88,9 @@ class Gradients:
     layout: Layout | None = None
     observers: frozenset[str] = frozenset()
     reached: tuple[tuple[bool, ...], ...] | None = None
+    parameter_names: tuple[str | int, ...] | None = None
+    # Set by a rule on shared parameters, which has not looked at the others.
+    _seen_gram: Tensor | None = field(default=None, repr=False)
     # The tensors as they were made here. While they are still the same ones, unwritten, the host
     # knows what they hold and nothing has to be copied from the device.
     _made_weights: tuple[Tensor, int] | None = field(default=None, repr=False)
@@ -218,6 +227,7 @@ class Gradients:
         """A copy with some attributes changed; inner products are kept unless `rows` changes."""
         if "rows" in changes:
             changes.setdefault("_products", {})
+            changes.setdefault("_seen_gram", None)
         elif "_make_gram" in self.__dict__:
             if "update" in changes:
                 changes["_total"] = None
@@ -292,12 +302,24 @@ class Gradients:
         return self._made_scale is not self.lr_scale or self.lr_scale._version != 0
 
     def gram(self, scope: Scope = "global", *, signs: bool = False) -> Float[Tensor, ...]:
-        """The rows' Gram matrix [K, K] in float64; [S, K, K], one a block, with another scope.
+        """The rows' Gram matrix [K, K] in float64; by group or tensor [S, K, K], one a block.
 
         Args:
-            scope: "global", or "group" or "tensor" for one matrix per parameter group or tensor.
+            scope: "global"; "group" or "tensor" for one matrix per parameter group or tensor; or
+                "shared" for a single one, over the parameters in which at least two objectives of
+                nonzero weight have a gradient that is not 0 (0 if there are none).
             signs: Whether to take each number's sign first.
+
+        Raises:
+            ValueError: If the gradients have no layout and `scope` is not "global".
         """
+        if scope == "shared":
+            shared = self.shared(self.active)
+            return (
+                self.gram("tensor", signs=True)[list(shared.tensors)].sum(0)
+                if signs
+                else shared.gram
+            )
         key = (scope, signs)
         if key not in self._products:
             by_tensor = self._products.get(("tensor", signs))
@@ -372,13 +394,63 @@ class Gradients:
         return Shared(
             tuple(k for k in rows if any(has_part[k][t] for t in tensors)),
             grams[tensors].sum(0),
+            tuple(tensors),
             tuple(spans[True]),
             tuple(spans[False]),
         )
 
-    def cosine(self, a: str, b: str, *, signs: bool = False) -> Float[Tensor, ""]:
-        """The cosine of two objectives' gradients; 0 if one of them is zero."""
-        return cosines(self.gram(signs=signs))[self.index(a), self.index(b)]
+    @property
+    def seen_gram(self) -> Float[Tensor, "K K"]:
+        """The Gram matrix that a rule on shared parameters saw; without one, the global one."""
+        return self.gram() if self._seen_gram is None else self._seen_gram
+
+    def cosine(
+        self, a: str, b: str, *, scope: Scope = "global", signs: bool = False
+    ) -> Float[Tensor, "*blocks"]:
+        """The cosine of two objectives' gradients; 0 if one of them is zero.
+
+        Args:
+            a: An objective.
+            b: Another one.
+            scope: What it is taken over, as for `gram`; "group" and "tensor" give one a block, [S].
+            signs: Whether to take each number's sign first.
+        """
+        return cosines(self.gram(scope, signs=signs))[..., self.index(a), self.index(b)]
+
+    def cosines_by_parameter(self, a: str, b: str) -> dict[str | int, Float[Tensor, ""]]:
+        """The cosine of two objectives' gradients in each parameter; 0 where one has none.
+
+        Args:
+            a: An objective.
+            b: Another one.
+
+        Returns:
+            Cosines by the parameters' names; by their positions in the flat vector where nobody
+            has said what they are called. `optimizer.gradients` knows the names from `model=`.
+
+        Raises:
+            ValueError: If the gradients have no layout.
+
+        Examples:
+            >>> import torch, gradkit as gk
+            >>> net = torch.nn.Linear(1, 2)
+            >>> optimizer = gk.wrap(torch.optim.SGD(net.parameters(), lr=0.1), model=net)
+            >>> x = torch.ones(1, 1)
+            >>> gradients = optimizer.gradients(
+            ...     {"a": lambda: net(x).sum(), "b": lambda: net(x)[0, 0] - 2 * net.bias[0]}
+            ... )
+            >>> for name, cosine in gradients.cosines_by_parameter("a", "b").items():
+            ...     print(name, round(cosine.item(), 4))  # (1, 1)·(1, 0) and (1, 1)·(-1, 0)
+            weight 0.7071
+            bias -0.7071
+        """
+        values = self.cosine(a, b, scope="tensor")
+        names = range(len(values)) if self.parameter_names is None else self.parameter_names
+        return dict(zip(names, values, strict=True))
+
+    def with_parameter_names(self, names: Sequence[str | int]) -> Gradients:
+        """A copy that knows what the parameters are called."""
+        return self._changed(parameter_names=tuple(names))
 
     def direction(
         self, out: Callable[[], Float[Tensor, " P"]] | None = None
@@ -447,7 +519,9 @@ def combine(
 ) -> Float[Tensor, " P"]:
     """Write the weighted sum of the rows `indices` to `out`.
 
-    The other rows are left out rather than multiplied by 0: theirs may be infinite.
+    The other rows are left out rather than multiplied by 0: theirs may be infinite. Rows in half
+    precision are weighted and added up in float32, some columns at a time, and the sum is rounded
+    once: weights in half precision would be other weights, which let gradients conflict again.
     """
     runs: list[tuple[int, int]] = []
     for index in indices:
@@ -455,12 +529,38 @@ def combine(
             runs[-1] = (runs[-1][0], index + 1)
         else:
             runs.append((index, index + 1))
-    weights = weights.to(rows.dtype)
+    if not runs:
+        return out.zero_()
     with exact_products(out.device):
-        for position, (start, stop) in enumerate(runs):
-            matrix = rows[start:stop].T
-            if position == 0:
-                torch.mv(matrix, weights[start:stop], out=out)
-            else:
-                torch.addmv(out, matrix, weights[start:stop], out=out)
-    return out if runs else out.zero_()
+        if rows.dtype == at_least_single(rows.dtype):
+            return _add_up(rows, weights.to(rows.dtype), runs, out)
+        weights = weights.float()
+        for first, last in block_spans(0, len(out), block_width(len(indices), out.device)):
+            columns, part = rows[:, first:last], out[first:last]
+            part.copy_(_add_up(columns, weights, runs, torch.empty_like(part, dtype=torch.float32)))
+    return out
+
+
+def _add_up(
+    rows: Float[Tensor, "K n"],
+    weights: Float[Tensor, " K"],
+    runs: Sequence[tuple[int, int]],
+    out: Float[Tensor, " n"],
+) -> Float[Tensor, " n"]:
+    """Write the weighted sum of ranges of rows to `out`, in its dtype."""
+    for position, (start, stop) in enumerate(runs):
+        matrix = rows[start:stop].to(out.dtype).T
+        if position == 0:
+            torch.mv(matrix, weights[start:stop], out=out)
+        else:
+            torch.addmv(out, matrix, weights[start:stop], out=out)
+    return out
+
+
+def scaled(
+    vector: Float[Tensor, " P"], factor: Float[Tensor, ""], out: Float[Tensor, " P"]
+) -> Float[Tensor, " P"]:
+    """Write a vector's multiple to `out`; the factor is not rounded to half precision first."""
+    if vector.dtype == at_least_single(vector.dtype):
+        return torch.mul(vector, factor.to(vector.dtype), out=out)
+    return combine(vector[None], factor[None], (0,), out)

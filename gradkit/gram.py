@@ -26,6 +26,10 @@ _SHORT = 1 << 12
 _PRODUCTS = 1 << 20
 # Columns that are converted at a time where a copy is needed.
 _CONVERTED_COLUMNS = 1 << 18
+# Numbers that are worked on at a time. On a CPU, what arises on the way stays in the cache; on an
+# accelerator, launching the kernels takes less time than running them.
+_NUMBERS = 1 << 17
+_NUMBERS_ELSEWHERE = 1 << 24
 # Squares beyond these may have overflowed in float32, or lost digits to underflow.
 _TRUSTED = (1e-28, 1e36)
 
@@ -106,6 +110,27 @@ def squared_norm(parts: Sequence[Tensor]) -> Float[Tensor, ""] | None:
     wide = torch.cat([*lengths, *rest]).double() if parts else torch.zeros(0, dtype=torch.float64)
     total = wide @ wide
     return total if _in_range(total) else None
+
+
+def block_width(count: int, device: torch.device) -> int:
+    """How many columns of so many rows to work on at a time."""
+    numbers = _NUMBERS if device.type == "cpu" else _NUMBERS_ELSEWHERE
+    return max(numbers // max(count, 1), 1)
+
+
+def block_spans(start: int, stop: int, width: int) -> list[tuple[int, int]]:
+    """The blocks of a range, half open.
+
+    Examples:
+        >>> block_spans(0, 5, 2)
+        [(0, 2), (2, 4), (4, 5)]
+    """
+    return [(first, min(first + width, stop)) for first in range(start, stop, width)]
+
+
+def at_least_single(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to compute in: this one, or float32 in place of a narrower one."""
+    return torch.float32 if dtype.itemsize < 4 else dtype
 
 
 def accumulator(device: torch.device) -> torch.dtype:

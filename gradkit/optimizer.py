@@ -312,9 +312,19 @@ class GradientOptimizer(Optimizer):
             try:
                 attempt.set_gradients_aside()
                 attempt.context.ascended = ()  # whatever the base makes of them
-                return attempt.evaluator(objectives).evaluate(at, only)
+                found = attempt.evaluator(objectives).evaluate(at, only)
+                return found.with_parameter_names(self._parameter_names(attempt.context.layout))
             finally:
                 attempt.undo(rng=False)
+
+    def _parameter_names(self, layout: Layout) -> tuple[str | int, ...]:
+        """What the model or the base optimizer calls each parameter; else its position."""
+        names: dict[Tensor, str | int] = {}
+        for group in self.base.param_groups:
+            names.update(zip(group["params"], group.get("param_names", ()), strict=False))
+        if self.model is not None:
+            names.update((p, name) for name, p in self.model.named_parameters())
+        return tuple(names.get(p, t) for t, p in enumerate(layout.parameters))
 
     def _step(self, closure: Objectives | None) -> Tensor | None:
         loss, warning = self._step_quietly(closure)
@@ -567,7 +577,7 @@ class GradientOptimizer(Optimizer):
             names=gradients.names,
             losses=losses,
             applied=attempt.applied,
-            _gram=gradients.gram(),
+            _gram=gradients.seen_gram,
             _weights=gradients.weights,
             _lr_scale=gradients.lr_scale,
             _gate=context.gate,

@@ -40,12 +40,21 @@ class StepRecord:
 
     @property
     def gram(self) -> Float[Tensor, "K K"]:
-        """The Gram matrix of the gradients that were applied."""
+        """The Gram matrix of the gradients that were applied, over all parameters.
+
+        After a rule with the scope "shared" it is what the rule saw, the one over what objectives
+        share (over all parameters if they share none). With "group" or "tensor" a rule sees
+        several, of which this is the sum; `Gradients.gram` has each.
+        """
         return self._gram.to(self.losses.dtype)
 
     @property
     def weights(self) -> Float[Tensor, " K"]:
-        """Their weights in the direction."""
+        """Their weights in the direction.
+
+        Where that is no weighted sum of whole gradients (rules by group or tensor or on shared
+        parameters, elementwise rules), the weights that the gradients had before.
+        """
         return self._weights.to(self.losses.dtype)
 
     @property
@@ -64,7 +73,7 @@ class StepRecord:
         return None if self._decay is None else self._decay.to(self.losses.dtype)
 
     def cosine(self, a: str, b: str) -> Float[Tensor, ""]:
-        """The cosine of two objectives' gradients; 0 if one of them is zero.
+        """The cosine of two objectives' gradients, as `gram` has it; 0 if one of them is zero.
 
         Raises:
             ValueError: If the step had no objective of that name.

@@ -16,8 +16,8 @@ from benchmarks.alignment.report import report
 from benchmarks.alignment.strategies import REFERENCE, STRATEGIES, suitable
 from benchmarks.alignment.summary import summarise
 from benchmarks.machine import describe_machine
+from examples.common.usage import refuse_to_replace
 from examples.fundus.data import SYNTHETIC, available_domains, check
-from examples.fundus.earlier import refuse_to_replace
 from examples.fundus.validation import check_training, check_writable, require, split_names
 
 Problem = Literal["toy", "fonseca", "zdt", "digits", "fundus"]

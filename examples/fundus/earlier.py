@@ -1,6 +1,5 @@
 """What earlier runs have left in a folder of results: it is resumed or replaced on request only."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,10 +7,10 @@ from typing import Any
 import torch
 
 from examples.common.checkpoint import CheckpointError, load
+from examples.common.usage import UsageError, refuse_to_replace, require
 from examples.fundus.network import ResUNet34
 from examples.fundus.source_model import load_source_model
 from examples.fundus.training_state import ANEW, TrainingSettings, polynomial_learning_rate
-from examples.fundus.validation import UsageError, require
 
 EPOCHS = TrainingSettings.epochs
 """Of a training for which no number is given."""
@@ -127,20 +126,6 @@ def refuse_to_replace_training(out: Path, source: str) -> None:
             remedy = f"{going_on}, {remedy}"
         raise UsageError(f"{folder} holds a {earlier}; {remedy}")
     refuse_to_replace([model, folder / "best.pt"])
-
-
-def refuse_to_replace(files: Iterable[Path]) -> None:
-    """Makes sure that none of the files exists.
-
-    Raises:
-        UsageError: one does.
-    """
-    for file in files:
-        require(
-            not file.exists(),
-            f"{file} is there from an earlier run; choose another --out, or replace it with "
-            f"--overwrite",
-        )
 
 
 def refuse_to_replace_model(path: Path, model: ResUNet34) -> None:

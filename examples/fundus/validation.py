@@ -11,22 +11,13 @@ from torch.utils.data import Dataset
 from examples.common.datasets import length
 from examples.common.device import choose_device
 from examples.common.suggestions import did_you_mean
+from examples.common.usage import UsageError, require
 from examples.fundus.adaptation import parse_statistics
 from examples.fundus.data import DataError, open_domain
 from examples.fundus.network import ENCODER_STRIDE
 from examples.fundus.sample import Sample
 
 SYNTHETIC_TRAIN_IMAGES = 100
-
-
-class UsageError(ValueError):
-    """An option is wrong; the message is one line with the valid choices."""
-
-
-def require(holds: bool, message: str) -> None:
-    """Raises a UsageError with the message unless the condition holds."""
-    if not holds:
-        raise UsageError(message)
 
 
 def split_names(

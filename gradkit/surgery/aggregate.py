@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gradkit.flat import Scope
-from gradkit.gradients import Gradients, combine
+from gradkit.gradients import Gradients, combine, scaled
 from gradkit.oracle import Along, Context, Oracle, takes_along
 from gradkit.surgery.given import Given
 from gradkit.surgery.rule import GramRule, Rule, active_rows, check_scope
@@ -133,13 +133,14 @@ class Aggregate(Rule):
         active = list(active_rows(self, gradients))
         if not active:
             return gradients
-        update = context.pool.take_vector()
+        update, seen = context.pool.take_vector(), None
         if self.scope == "shared":
             shared = gradients.shared(active)
             for start, stop in shared.others:
                 part = gradients.rows[:, start:stop]
                 combine(part, gradients.weights, active, update[start:stop])
             active, blocks = list(shared.rows), [shared.spans] if shared.spans else []
+            seen = shared.gram if shared.rows else None
         else:
             blocks = [((start, stop),) for start, stop in gradients.segments(self.scope)]
         for spans in blocks:
@@ -149,12 +150,13 @@ class Aggregate(Rule):
             if rows.numel() == 0:
                 continue
             if not gradients.has_unit_weights:
-                rows *= gradients.weights[active, None].to(rows.dtype)
+                for row, weight in zip(rows, gradients.weights[active], strict=True):
+                    scaled(row, weight, row)
             direction = self._direction(rows)
             pieces = torch.split(direction, [stop - start for start, stop in spans])
             for (start, stop), piece in zip(spans, pieces, strict=True):
                 update[start:stop] = piece
-        return gradients.replace(update=update)
+        return gradients.replace(update=update, _seen_gram=seen)
 
     def _direction(self, rows: Float[Tensor, "K n"]) -> Float[Tensor, " n"]:
         # As in a script that calls the function on gradients, where autograd is on.
@@ -188,6 +190,7 @@ class _Weighting(GramRule):
     """An `Aggregate` whose function takes Gram matrices."""
 
     degree = None
+    needs_symmetry = False  # some functions take J₁·J₂ᵀ, too
 
     def __init__(self, owner: Aggregate, dtype: torch.dtype) -> None:
         self.scope = owner.scope

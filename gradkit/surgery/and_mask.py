@@ -104,13 +104,11 @@ class SANDMask(ElementwiseRule):
     def merge(  # noqa: D102 # inherited
         self, rows: Float[Tensor, "K n"], noise: Float[Tensor, " n"] | None, prepared: Any
     ) -> Float[Tensor, " n"]:
-        count, dtype = len(rows), rows.dtype
-        if dtype.itemsize < 4:
-            rows = rows.float()
+        count = len(rows)
         mean = rows.sum(0).div_(count)
         excess = rows.sign().sum(0).abs_().div_(count).sub_(self.tau).clamp_(min=0)
         squares = (rows - mean).square_().sum(0)
         # 0/0 is 0, and anything else over 0 far beyond where tanh is 1.
         squares.clamp_(min=torch.finfo(squares.dtype).tiny)
         mask = excess.mul_(self.k * max(count - 1, 1)).div_(squares).tanh_()
-        return mean.mul_(mask).to(dtype)
+        return mean.mul_(mask)

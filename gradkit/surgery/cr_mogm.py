@@ -56,6 +56,7 @@ class CRMOGM(GramRule):
             raise ValueError(f"alpha is {self.alpha}; it lies between 0 and 1")
         self.scope = self.rule.scope
         self.generator = self.rule.generator
+        self.needs_symmetry = self.rule.needs_symmetry
         self.degree = self.rule.degree if self.rule.degree == 1 else None
 
     @property
@@ -85,7 +86,7 @@ class CRMOGM(GramRule):
             {key.removeprefix(_INNER): value for key, value in of_rule.items()},
             every=given.every,
         )
-        new = self.rule.weigh(gram, inner)
+        new = self.rule._checked(self.rule.weigh(gram, inner), gram)
         seen = given.memory["seen"]
         averaged = torch.lerp(new, given.memory["weights"], self.alpha)
         weights = torch.where(seen > 0, averaged, new)

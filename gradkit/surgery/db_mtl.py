@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gradkit.gradients import Gradients
+from gradkit.gradients import Gradients, scaled
+from gradkit.gram import at_least_single, block_spans, block_width
 from gradkit.oracle import check_number
 from gradkit.surgery.given import Given, too_low
 from gradkit.surgery.vectors import VectorRule
@@ -21,14 +22,22 @@ class DBMTL(VectorRule):
 
     Dual-Balancing for Multi-Task Learning:
 
-        ĝ_i ← β·ĝ_i + (1 − β)·∇log(L_i + ε)          from ĝ_i = 0; ∇log(L + ε) = g / (L + ε)
+        β_t = β / t^σ                                 in an objective's step t
+        ĝ_i ← β_t·ĝ_i + (1 − β_t)·∇log(L_i + ε)      from ĝ_i = 0; ∇log(L + ε) = g / (L + ε)
         α_i = max_j ‖ĝ_j‖ / ‖ĝ_i‖
         d   = Σ_i α_i·ĝ_i
 
-    The paper's own text has not been compared. LibMTL, by the same authors, lets β fall as β/tˢ
-    with the step t (here s = 0) and adds 1e-8 to the lengths. Here a ĝ of length 0 stays 0. Since ĝ
-    begins at 0, the first directions are short, by 1 − βᵗ. A loss of −ε or less has no logarithm
-    and gives NaNs.
+    The paper's own text has not been compared. β/t^σ is that of LibMTL, by the same authors, which
+    sets no σ. **σ = 0, a constant β, does not go with a base optimizer that has momentum of its
+    own.** Three regressions on a small network, 600 steps of Adam at lr 0.01, validation error of
+    each as a share of the variance: 0.99, 0.11 and 0.52 with β = 0.9 and σ = 0; 0.05, 0.01 and 0.02
+    with σ = 0.5; 0.04, 0.01 and 0.03 with β = 0; 0.05, 0.01 and 0.03 for the sum of the losses.
+
+    LibMTL averages and balances the shared parameters only and gives heads ∇log(L + 1e-8) as it is;
+    here all optimised parameters count. With the constant β that alone makes 0.10, 0.06 and 0.08 of
+    these 0.99, 0.11 and 0.52. It adds 1e-8 to the lengths; here a ĝ of length 0 stays 0. Since ĝ
+    begins at 0, the first directions are short. A loss of −ε or less has no logarithm and gives
+    NaNs.
 
     In `wrap` the objectives' rows are the ĝ_i from there on, so that another rule can follow, and
     the records hold their inner products. A parameter that no objective reaches in a step is not
@@ -38,11 +47,12 @@ class DBMTL(VectorRule):
 
     Cost: none beyond the gradients. Memory: two flat vectors for each objective, ĝ as it was and
     as it becomes; beside observers, one more set of rows. State: ĝ, one flat vector for each
-    objective.
+    objective; how many steps each has taken part in.
 
     Args:
         beta: β, between 0 (no mean over steps) and less than 1.
         eps: ε ≥ 0.
+        sigma: σ ≥ 0, how fast β falls.
 
     Examples:
         >>> import torch, gradkit as gk
@@ -53,17 +63,24 @@ class DBMTL(VectorRule):
 
     beta: float = 0.9
     eps: float = 1e-8
+    sigma: float = 0.5
 
     remembers = "mean"
     needs_losses = True
 
     def __post_init__(self) -> None:
         check_number("beta", self.beta)
+        check_number("sigma", self.sigma)
         check_number("eps", self.eps)
         if not 0 <= self.beta < 1:
             raise ValueError(f"beta is {self.beta}; it must be at least 0 and less than 1")
+        if self.sigma < 0:
+            raise ValueError(f"sigma is {self.sigma}; it must be at least 0")
         if self.eps < 0:
             raise ValueError(f"eps is {self.eps}; it must be at least 0")
+
+    def initial_memory(self, count: int) -> dict[str, Tensor]:  # noqa: D102 # inherited
+        return {"steps": torch.zeros(count, dtype=torch.float64)}
 
     def renew(  # noqa: D102 # inherited
         self,
@@ -72,12 +89,20 @@ class DBMTL(VectorRule):
         loss: Float[Tensor, ""],
         old: Float[Tensor, " P"] | None,
         out: Float[Tensor, " P"],
+        memory: Mapping[str, Float[Tensor, ""]],
     ) -> None:
         shifted = weight * loss + self.eps
         slope = weight / torch.where(shifted > 0, shifted, torch.full_like(shifted, torch.nan))
-        torch.mul(row, ((1 - self.beta) * slope).to(row.dtype), out=out)
-        if old is not None:
-            out.add_(old, alpha=self.beta)
+        beta = self.beta / (memory["steps"] + 1) ** self.sigma
+        factor = (1 - beta) * slope
+        if old is None:
+            scaled(row, factor, out)
+            return
+        dtype = at_least_single(row.dtype)
+        width = block_width(2, row.device)
+        for start, stop in block_spans(0, len(row), width):
+            new = row[start:stop].to(dtype) * factor.to(dtype)
+            out[start:stop] = new.addcmul_(old[start:stop].to(dtype), beta.to(dtype))
 
     def objection(self, losses: Mapping[str, float]) -> str | None:  # noqa: D102 # inherited
         return too_low(self, losses, -self.eps, f"losses above -{self.eps:g}")
@@ -90,6 +115,7 @@ class DBMTL(VectorRule):
         learned: Float[Tensor, " K"] | None,
         given: Given,
     ) -> Gradients:
+        given.remembered = {"steps": given.memory["steps"] + 1}
         rows = renewed
         if len(active) < len(gradients.names):  # what observers there are stay as they were
             rows = gradients.rows.clone()

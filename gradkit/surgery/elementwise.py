@@ -13,14 +13,10 @@ from torch import Tensor
 
 from gradkit.flat import Layout
 from gradkit.gradients import Gradients
+from gradkit.gram import at_least_single, block_spans, block_width
 from gradkit.oracle import Along, Context, Oracle, takes_along
 from gradkit.processes import Shards, part_of
 from gradkit.surgery.rule import Rule, active_rows, checked_jacobian
-
-# Numbers that are worked on at a time. On a CPU, what arises on the way stays in the cache; on an
-# accelerator, launching the kernels takes less time than running them.
-_NUMBERS = 1 << 17
-_NUMBERS_ELSEWHERE = 1 << 24
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +44,8 @@ class ElementwiseRule(Rule):
     """A rule that makes each number of the direction of the same number of each gradient.
 
     In `wrap` the result is no weighted sum of whole gradients, so no other rule can follow. Where
-    parameters are sharded over ranks, each works on its own shards.
+    parameters are sharded over ranks, each works on its own shards. Gradients in half precision are
+    merged in float32, and the direction is rounded once.
 
     Cost: a few passes over the gradients. Memory: one flat vector, the direction.
     """
@@ -63,7 +60,7 @@ class ElementwiseRule(Rule):
         """The direction in some columns of the gradients.
 
         Args:
-            rows: These columns; only to be read.
+            rows: These columns, in float32 if the gradients are narrower; only to be read.
             noise: One random number for each in float32; None unless the rule asks for some.
             prepared: What `prepare` returned.
         """
@@ -138,9 +135,12 @@ class ElementwiseRule(Rule):
         layout: Layout,
         out: Float[Tensor, " P"],
     ) -> None:
+        dtype = at_least_single(rows.dtype)
+
         def block(start: int, stop: int) -> Float[Tensor, "K n"]:
             columns = rows[:, start:stop] if chosen is None else rows[chosen, start:stop]
-            return columns if weights is None else columns * weights[:, None].to(columns.dtype)
+            columns = columns.to(dtype)
+            return columns if weights is None else columns * weights[:, None].to(dtype)
 
         width = block_width(len(names), layout.device)
         spans = block_spans(0, layout.numel, width)
@@ -155,22 +155,6 @@ class ElementwiseRule(Rule):
             for start, stop in block_spans(first, last, width):
                 part = noise[start - first : stop - first]
                 out[start:stop] = self.merge(block(start, stop), part, prepared)
-
-
-def block_width(count: int, device: torch.device) -> int:
-    """How many columns of so many rows to work on at a time."""
-    numbers = _NUMBERS if device.type == "cpu" else _NUMBERS_ELSEWHERE
-    return max(numbers // count, 1)
-
-
-def block_spans(start: int, stop: int, width: int) -> list[tuple[int, int]]:
-    """The blocks of a range, half open.
-
-    Examples:
-        >>> block_spans(0, 5, 2)
-        [(0, 2), (2, 4), (4, 5)]
-    """
-    return [(first, min(first + width, stop)) for first in range(start, stop, width)]
 
 
 def _noise(

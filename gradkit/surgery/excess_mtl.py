@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,9 +11,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from gradkit.gradients import Gradients
-from gradkit.gram import accumulator
+from gradkit.gram import accumulator, at_least_single, block_spans, block_width
 from gradkit.oracle import check_number
-from gradkit.surgery.elementwise import block_spans, block_width
 from gradkit.surgery.given import Given
 from gradkit.surgery.vectors import VectorRule
 
@@ -87,18 +87,18 @@ class ExcessMTL(VectorRule):
         loss: Float[Tensor, ""],
         old: Float[Tensor, " P"] | None,
         out: Float[Tensor, " P"],
+        memory: Mapping[str, Float[Tensor, ""]],
     ) -> Float[Tensor, ""]:
         """Add the squares; returns the excess."""
         wide = accumulator(row.device)
         excess = torch.zeros((), dtype=wide, device=row.device)
-        weight = weight.to(row.dtype)
+        dtype = at_least_single(row.dtype)
+        weight = weight.to(dtype)
         for start, stop in block_spans(0, len(row), block_width(4, row.device)):
-            squares = (row[start:stop] * weight).square_()
-            if old is None:
-                out[start:stop] = squares
-            else:
-                torch.add(old[start:stop], squares, out=out[start:stop])
-            root = out[start:stop].add(_EPSILON).sqrt_()
+            squares = (row[start:stop].to(dtype) * weight).square_()
+            total = squares if old is None else old[start:stop] + squares
+            out[start:stop] = total
+            root = total.add(_EPSILON).sqrt_()
             excess += squares.div_(root).sum(dtype=wide)
         return excess
 

@@ -177,6 +177,7 @@ class Memory:
         fresh: Mapping[str, Tensor],
         batch: Sequence[int],
         blocks: Sequence[str] | None,
+        scope: str | None = None,
     ) -> None:
         """Recall.
 
@@ -187,6 +188,7 @@ class Memory:
             fresh: What is remembered at first of all objectives that `known` names, one batch.
             batch: The shape of the batch.
             blocks: What identifies the batch's Gram matrices; None if nothing does.
+            scope: What inner products are taken over; None if that cannot be said.
 
         Raises:
             ValueError: If the state is that of another scope.
@@ -197,10 +199,17 @@ class Memory:
         self._count = None if blocks is None else len(blocks)
         self._axes = {key: value.dim() for key, value in fresh.items()}
         stored = state.get("blocks")
-        if state.get("objectives") and _scope(stored) != _scope(blocks):
+        self._scope = scope
+        learnt, now = state.get("scope") or _scope(stored), scope or _scope(blocks)
+        if learnt is None or now is None:  # global or shared, which have one matrix
+            differs = (learnt or now) in ("group", "tensor")
+        else:
+            differs = learnt != now
+        if state.get("objectives") and differs:
             raise ValueError(
-                f"what {who!r} remembers is of another scope; give it the scope it was saved with, "
-                "or let it begin anew with reset()"
+                f"what {who!r} remembers was learnt with scope={learnt or 'global'!r}, and its "
+                f"scope is {now or 'global'!r} now; give it the scope it was saved with, or let it "
+                "begin anew with reset()"
             )
         # Blocks of parameters that are frozen now come last.
         absent = [block for block in stored or () if block not in (blocks or ())]
@@ -227,8 +236,14 @@ class Memory:
             for key, whole in self._whole.items()
         }
 
-    def with_present(self, remembered: Mapping[str, Tensor]) -> dict[str, Any]:
+    def with_present(
+        self, remembered: Mapping[str, Tensor], learns: Sequence[bool] | None = None
+    ) -> dict[str, Any]:
         """The state in which what is remembered of those that take part has changed.
+
+        Args:
+            remembered: What is to be remembered of them.
+            learns: Of which of them; None for all. What belongs to a pair changes with either.
 
         Raises:
             ValueError: If something is remembered that `initial_memory` does not know.
@@ -237,16 +252,30 @@ class Memory:
         state: dict[str, Any] = {"objectives": list(self.known)}
         if self._blocks is not None:
             state["blocks"] = self._blocks
+        if self._scope is not None:
+            state["scope"] = self._scope
         for key, whole in self._whole.items():
             if key in remembered:
                 whole = whole.clone()
                 present = self._blocks_of_present(whole)
-                present[self._where(key)] = remembered[key].detach().to(whole)
+                new = remembered[key].detach().to(whole)
+                if learns is not None:
+                    new = torch.where(
+                        self._mask(key, learns, whole), new, present[self._where(key)]
+                    )
+                present[self._where(key)] = new
             state[key] = whole
         return state
 
     def _blocks_of_present(self, whole: Tensor) -> Tensor:
         return whole if self._count is None else whole[: self._count]
+
+    def _mask(self, key: str, learns: Sequence[bool], like: Tensor) -> Tensor:
+        """Which numbers belong to these; one that belongs to no objective is as it was."""
+        mask = torch.tensor([*learns], device=like.device)
+        if self._axes[key] == 2:
+            return mask[:, None] | mask
+        return mask if self._axes[key] == 1 else torch.zeros_like(mask[0])
 
     def _where(self, key: str) -> tuple[Any, ...]:
         if self._places == list(range(len(self.known))):  # all, in order: nothing to look up

@@ -83,9 +83,6 @@ class GradDrop(ElementwiseRule):
         prepared: Float[Tensor, "K 1"] | None,
     ) -> Float[Tensor, " n"]:
         assert noise is not None  # the rule asks for some
-        dtype = rows.dtype
-        if dtype.itemsize < 4:
-            rows = rows.float()
         positive, negative = _by_sign(rows)
         purity = positive / (positive - negative)
         if self.function is not None:
@@ -93,10 +90,10 @@ class GradDrop(ElementwiseRule):
         # 1 or 0; 0 for the purity of no gradients, 0/0, too. A choice by truth values takes longer.
         positive_kept = purity.sub_(noise).sign_().clamp_(min=0)
         if prepared is None:
-            return torch.lerp(negative, positive, positive_kept).to(dtype)
+            return torch.lerp(negative, positive, positive_kept)
         leaked = rows * prepared.to(rows)
         positive, negative = _by_sign(rows - leaked)
-        return torch.lerp(negative, positive, positive_kept).add_(leaked.sum(0)).to(dtype)
+        return torch.lerp(negative, positive, positive_kept).add_(leaked.sum(0))
 
 
 def _by_sign(rows: Float[Tensor, "K n"]) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:

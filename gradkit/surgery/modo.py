@@ -46,6 +46,7 @@ class MoDo(GramRule):
     rho: float = 0.1
     scope: Scope = "global"
     degree = None
+    needs_symmetry = False
 
     def __post_init__(self) -> None:
         check_scope(self.scope)

@@ -53,12 +53,13 @@ class Remembering(Transform):
         batch: Sequence[int],
         state: Mapping[str, Any],
         blocks: Sequence[str] | None = None,
+        scope: str | None = None,
     ) -> Memory:
         """What is remembered of these objectives, in the dtype and on the device of `like`."""
         with torch.device("cpu"):  # whatever the default device is
             fresh = self.initial_memory(len(known_objectives(state, names)))
         fresh = {key: uploaded(value, like) for key, value in fresh.items()}
-        return Memory(self, state, names, fresh, batch, blocks)
+        return Memory(self, state, names, fresh, batch, blocks, scope)
 
     def belong_to(self, optimizer: object) -> None:  # noqa: D102 # inherited
         super().belong_to(optimizer)

@@ -16,6 +16,7 @@ from gradkit.gram import gram as gram_matrix
 from gradkit.oracle import Context, Oracle, Transform, reweighing
 from gradkit.surgery.given import Given, check_remembered
 from gradkit.surgery.remembering import Remembering
+from gradkit.surgery.semidefinite import check_gram_matrix
 
 
 class Rule(Transform, ABC):
@@ -44,6 +45,9 @@ class GramRule(Remembering, Rule):
     Usable in a third way, on Gram matrices: `rule.weights(gram) -> [..., K]`, batched over leading
     dimensions.
 
+    Gradients that are not finite give a direction of NaNs where it depends on them; `weights`
+    refuses matrices that are not finite.
+
     In `wrap` the rule multiplies the weights of the rows it sees by its own. With `scope` "group"
     or "tensor", inner products are taken and gradients combined for each parameter group or tensor
     by itself. With "shared" they are taken over the parameters in which at least two objectives
@@ -51,14 +55,19 @@ class GramRule(Remembering, Rule):
     that one's gradient as it is.
     The result is then no weighted sum of whole rows, so no other rule can follow.
 
-    A rule may remember something of each objective: see `initial_memory`. In an optimizer only
-    applied steps change what it remembers, and it is saved with the optimizer's state. Alone, each
-    call does; `reset` forgets.
+    A rule may remember something of each objective: see `initial_memory`. A step learns from each
+    objective's first evaluation in it, which is that at the step's own weights; at displaced ones
+    (SAM around the rule) the rule starts from the same memory and learns nothing. In an optimizer
+    only applied steps change what it remembers, and it is saved with the optimizer's state. Alone,
+    each call does; `reset` forgets.
     """
 
     scope: Scope = "global"
     needs_gram: bool = True
     """Whether the weights depend on the Gram matrix at all; otherwise it may hold anything."""
+
+    needs_symmetry: bool = True
+    """Whether the Gram matrix has to be that of one set of gradients, not J₁·J₂ᵀ of two."""
 
     @abstractmethod
     def weigh(self, gram: Float[Tensor, "*batch K K"], given: Given) -> Float[Tensor, "*batch K"]:
@@ -74,11 +83,26 @@ class GramRule(Remembering, Rule):
     ) -> Float[Tensor, "*batch K"]:
         """The weights that this rule gives gradients of this Gram matrix.
 
+        Looks at the numbers in `gram`, which takes no notice of rounding errors; in a step, where
+        Gram matrices are the library's own, nothing is looked at.
+
         Args:
             gram: Gram matrices of the gradients.
             losses: The objectives' losses, for rules that need them.
+
+        Raises:
+            ValueError: If a matrix is not square, finite, symmetric and positive semidefinite.
         """
-        wide = checked_gram(gram).to(accumulator(gram.device))
+        gram = checked_gram(gram)
+        if self.needs_gram:
+            check_gram_matrix(self, gram, symmetric=self.needs_symmetry)
+        return self._weights_alone(gram, losses)
+
+    def _weights_alone(
+        self, gram: Float[Tensor, "*batch K K"], losses: Float[Tensor, " K"] | None = None
+    ) -> Float[Tensor, "*batch K"]:
+        """As `weights`, of any square matrices; NaN gives NaN."""
+        wide = gram.to(accumulator(gram.device))
         count = gram.shape[-1]
         names = tuple(map(str, range(count)))
         losses = None if losses is None else checked_losses(losses, count)
@@ -120,7 +144,7 @@ class GramRule(Remembering, Rule):
                 "parameters lie; use it in gk.wrap(), or with scope='global'"
             )
         jacobian = checked_jacobian(jacobian)
-        weights = self.weights(gram_matrix(jacobian), losses)
+        weights = self._weights_alone(gram_matrix(jacobian), losses)
         return combine(jacobian, weights, range(len(jacobian)), torch.empty_like(jacobian[0]))
 
     @property
@@ -135,7 +159,7 @@ class GramRule(Remembering, Rule):
 
     def around(self, inner: Oracle, context: Context) -> Oracle:  # noqa: D102 # see the class
         drawn: dict[int, Any] = {}
-        evaluated: list[set[str]] = []
+        evaluated: set[str] = set()
         return reweighing(
             inner, lambda gradients: self._reweighed(gradients, drawn, evaluated, context)
         )
@@ -144,10 +168,12 @@ class GramRule(Remembering, Rule):
         self,
         gradients: Gradients,
         drawn: dict[int, Any],
-        evaluated: list[set[str]],
+        evaluated: set[str],
         context: Context,
     ) -> Gradients:
         seen_rows = active_rows(self, gradients)
+        before = frozenset(evaluated)
+        evaluated.update(gradients.names)
         shared = gradients.shared(seen_rows) if self.scope == "shared" else None
         active = list(seen_rows if shared is None else shared.rows)
         if not active:
@@ -168,22 +194,22 @@ class GramRule(Remembering, Rule):
             given.losses = gradients.losses[active].to(old) * old
         memory = None
         if self.state:
-            keys = block_keys(self.scope, context)
-            memory = self._recall(names, chosen, chosen.shape[:-2], self.state, keys)
+            keys, batch = block_keys(self.scope, context), chosen.shape[:-2]
+            memory = self._recall(names, chosen, batch, self.state, keys, self.scope)
             given.memory = memory.of_present()
         weighted = old[:, None] * old * chosen
         new = old * self._checked(self.weigh(weighted, given), weighted)
         if memory is None:
             check_remembered(self, given.remembered, {})
-        # A second look at some of the objectives, at displaced weights, teaches nothing of all.
-        partial = any(set(names) < earlier for earlier in evaluated)
-        evaluated.append(set(names))
-        if memory is not None and not partial:
+        # A second look at an objective, at displaced weights, teaches nothing.
+        first = [name not in before for name in names]
+        if memory is not None and any(first):
             learnt = context.proposed(self)
-            if learnt:  # from another evaluation in this step, perhaps of other objectives
+            if learnt:  # from another evaluation in this step, of other objectives
                 state = {**self.state, **learnt}
-                memory = self._recall(names, chosen, chosen.shape[:-2], state, keys)
-            context.propose(self, **memory.with_present(given.remembered))
+                memory = self._recall(names, chosen, batch, state, keys, self.scope)
+            learns = None if all(first) else first
+            context.propose(self, **memory.with_present(given.remembered, learns))
         if not every:
             spread = new.new_zeros((*new.shape[:-1], len(gradients.names)))
             spread[..., active] = new
@@ -199,7 +225,8 @@ class GramRule(Remembering, Rule):
         update = context.pool.take_vector()
         for weights, (start, stop), rows in parts:
             combine(gradients.rows[:, start:stop], weights, rows, update[start:stop])
-        return gradients.replace(update=update)
+        seen = None if shared is None else shared.gram
+        return gradients.replace(update=update, _seen_gram=seen)
 
 
 def active_rows(rule: Rule, gradients: Gradients) -> tuple[int, ...]:

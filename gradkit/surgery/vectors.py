@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -22,8 +22,11 @@ from gradkit.surgery.rule import Rule, active_rows, checked_jacobian
 class VectorRule(Rule):
     """A rule that remembers a flat vector of each objective, and whatever else is small.
 
-    In an optimizer only applied steps change what it remembers, and it is saved with the
-    optimizer's state. Alone, each call does; `reset` forgets.
+    A step learns from each objective's first evaluation in it, which is that at the step's own
+    weights; at displaced ones (SAM around the rule) the rule starts from the same memory and learns
+    nothing, which takes one more vector for each objective while the step lasts. In an optimizer
+    only applied steps change what it remembers, and it is saved with the optimizer's state. Alone,
+    each call does; `reset` forgets.
 
     What is remembered of an objective that takes no part in a step stays as it is.
     """
@@ -41,6 +44,7 @@ class VectorRule(Rule):
         loss: Float[Tensor, ""],
         old: Float[Tensor, " P"] | None,
         out: Float[Tensor, " P"],
+        memory: Mapping[str, Float[Tensor, ""]],
     ) -> Float[Tensor, ""] | None:
         """Write to `out` what is remembered of an objective from now on.
 
@@ -50,6 +54,7 @@ class VectorRule(Rule):
             loss: Its loss.
             old: What has been remembered; None if it is new.
             out: Memory for the result.
+            memory: What is small of what has been remembered of it.
 
         Returns:
             What `respond` is to know of it, summed over this rank's part of the vectors.
@@ -126,6 +131,7 @@ class VectorRule(Rule):
             Gradients(names, values, jacobian),
             alone,
             alone.state,
+            frozenset(names),
             lambda count: torch.empty_like(jacobian[:1].expand(count, -1)),
         )
         if not owned:
@@ -135,27 +141,25 @@ class VectorRule(Rule):
     def around(self, inner: Oracle, context: Context) -> Oracle:  # noqa: D102 # see the class
         before = _Remembered(self.state, self.vectors)
         proposed = self.state
-        evaluated: list[set[str]] = []
+        evaluated: set[str] = set()
 
         def oracle(
             at: Float[Tensor, " P"] | Along | None = None, only: Container[str] | None = None
         ) -> Gradients:
             nonlocal proposed
             gradients = inner(at, only)
-            names = {gradients.names[k] for k in gradients.active}
             if self.needs_losses:
-                context.require_losses(self, sorted(names))
+                context.require_losses(self, sorted(gradients.names[k] for k in gradients.active))
+            # A second look at an objective, at displaced weights, teaches nothing.
+            first = frozenset(gradients.names) - evaluated
+            evaluated.update(gradients.names)
             result, state, vectors = self._answer(
-                gradients, before, proposed, lambda count: context.pool.take(count)[0]
+                gradients, before, proposed, first, lambda count: context.pool.take(count)[0]
             )
-            # A second look at some of the objectives, at displaced weights, teaches nothing of all.
-            partial = any(names < earlier for earlier in evaluated)
-            evaluated.append(names)
-            if partial:
-                return result
-            proposed = state
-            context.propose(self, **proposed)
-            context.propose_vectors(self, **vectors)
+            if vectors:
+                proposed = state
+                context.propose(self, **proposed)
+                context.propose_vectors(self, **vectors)
             return result
 
         oracle.takes_along = takes_along(inner)  # type: ignore[attr-defined]  # a function's own
@@ -166,6 +170,7 @@ class VectorRule(Rule):
         gradients: Gradients,
         before: _Remembered,
         proposed: dict[str, Any],
+        first: frozenset[str],
         take: Callable[[int], Float[Tensor, "K P"]],
     ) -> tuple[Gradients, dict[str, Any], dict[str, Tensor]]:
         """The gradients, and what is to be remembered: the small, and the vectors.
@@ -175,6 +180,7 @@ class VectorRule(Rule):
             before: What the rule remembered when the step began.
             proposed: What earlier evaluations in the step would have remembered, which stands for
                 the objectives that have no part in this one.
+            first: The objectives that it learns of; earlier evaluations have shown the others.
             take: Makes memory for so many vectors.
         """
         active = list(active_rows(self, gradients))
@@ -183,19 +189,30 @@ class VectorRule(Rule):
         names = tuple(gradients.names[k] for k in active)
         weights = gradients.weights[active]
         losses = gradients.losses[active].to(weights)
+        memory = self._recall(before.state, names, gradients)
+        given = Given(None, losses * weights, names, memory.of_present())
+        small = {key: value for key, value in given.memory.items() if value.dim() == 1}
         renewed = take(len(active))
         learned = []
-        for out, k, weight, loss in zip(renewed, active, weights, losses, strict=True):
+        for n, (out, k, weight, loss) in enumerate(
+            zip(renewed, active, weights, losses, strict=True)
+        ):
             row = gradients.rows[k]
             old = before.vectors.get(self._key(gradients.names[k]))
             if old is not None and not _is_like(old, gradients.rows):
                 old = None
-            learned.append(self.renew(row, weight, loss, old, out))
-        memory = self._recall(before.state, names, gradients)
-        given = Given(None, losses * weights, names, memory.of_present())
+            own = {key: value[n] for key, value in small.items()}
+            learned.append(self.renew(row, weight, loss, old, out, own))
         result = self.respond(gradients, active, renewed, _summed(learned, gradients), given)
-        changed = self._recall(proposed, names, gradients).with_present(given.remembered)
-        vectors = {self._key(name): out for name, out in zip(names, renewed, strict=True)}
+        learns = [name in first for name in names]
+        changed = self._recall(proposed, names, gradients).with_present(
+            given.remembered, None if all(learns) else learns
+        )
+        vectors = {
+            self._key(name): out
+            for name, out, new in zip(names, renewed, learns, strict=True)
+            if new
+        }
         return result, changed, vectors
 
     def _recall(

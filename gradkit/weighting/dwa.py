@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gradkit.oracle import check_number
-from gradkit.surgery.given import Given, too_low
+from gradkit.surgery.given import Given
 from gradkit.weighting.loss_weighting import LossWeighting, check_count
 
 
@@ -27,7 +26,8 @@ class DWA(LossWeighting):
     steps counted are those in which an objective takes part.
 
     Losses multiplied by s multiply the direction by s; weights depend on ratios only. Losses must
-    be positive: the ratio has no meaning otherwise, and is NaN or infinite where a mean loss is 0.
+    be positive: the ratio has no meaning otherwise. Where the loss before was exactly 0, where the
+    authors' code divides by 0, it counts as 1, as of a loss that has not moved.
 
     Cost: none beyond the gradients. State: of each objective the last two epochs' mean losses, the
     sum of the present one's, and the numbers of steps and epochs.
@@ -74,13 +74,11 @@ class DWA(LossWeighting):
             "epochs": memory["epochs"] + ends,
         }
 
-    def objection(self, losses: Mapping[str, float]) -> str | None:  # noqa: D102 # inherited
-        return too_low(self, losses, 0.0, "positive losses")
-
     def weigh(  # noqa: D102 # inherited
         self, losses: Float[Tensor, " K"], given: Given
     ) -> Float[Tensor, " K"]:
         memory = given.memory
-        ratios = memory["last"] / memory["before_last"]
-        ratios = torch.where(memory["epochs"] >= 2, ratios, torch.ones_like(ratios))
+        known = (memory["epochs"] >= 2) & (memory["before_last"] != 0)
+        ratios = torch.where(known, memory["last"] / memory["before_last"], 1.0)
+        ratios = ratios.clamp(max=torch.finfo(ratios.dtype).max)  # after a loss of 1e-310, say
         return len(losses) * (ratios / self.temperature).softmax(0)

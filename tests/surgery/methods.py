@@ -45,7 +45,8 @@ def alone(rule: Rule, jacobian: Tensor, step: int = 0) -> Tensor:
 
 
 def weights(rule: GramRule, gram: Tensor, step: int = 0) -> Tensor:
-    return rule.weights(gram, losses(gram.shape[-1], step).to(gram))
+    """As in a step, where nobody checks whether Gram matrices are finite."""
+    return rule._weights_alone(gram, losses(gram.shape[-1], step).to(gram))
 
 
 def matrices(count: int) -> dict[str, Tensor]:

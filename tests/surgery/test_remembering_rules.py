@@ -186,3 +186,13 @@ def test_in_steps_they_do_what_they_do_alone(name, scope):
         state = copy.deepcopy(rule.state)
         rule.weights(torch.eye(3, dtype=torch.float64))
         assert str(state) == str(rule.state)
+
+
+def test_cr_mogm_checks_the_weights_of_the_rule_inside():
+    class Wrong(gk.surgery.GramRule):
+        def weigh(self, gram, given):
+            return gram
+
+    message = r"weigh\(\) of .*Wrong.* returned \(2, 2\) for Gram"
+    with as_users_run_it(), pytest.raises(ValueError, match=message):
+        gk.CRMOGM(Wrong()).weights(torch.eye(2))

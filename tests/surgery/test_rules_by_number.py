@@ -11,7 +11,7 @@ from torchjd.aggregation import GradDrop as TorchjdGradDrop
 from torchjd.aggregation import TrimmedMean as TorchjdTrimmedMean
 
 import gradkit as gk
-from gradkit.surgery import elementwise
+from gradkit import gram
 from gradkit.surgery.given import Given
 
 RULES = (gk.AgrSum, gk.AgrRand, gk.GradDrop, gk.ANDMask, gk.SANDMask, gk.TrimmedMean)
@@ -234,7 +234,7 @@ def test_where_nothing_agrees_there_is_no_noise():
 def test_blocks_change_nothing(make, monkeypatch):
     jacobian = torch.randn(5, 1000, generator=seeded(0), dtype=torch.float64)
     whole = make()(jacobian)
-    monkeypatch.setattr(elementwise, "_NUMBERS", 35)
+    monkeypatch.setattr(gram, "_NUMBERS", 35)
     torch.testing.assert_close(make()(jacobian), whole, rtol=1e-14, atol=0)
 
 

@@ -160,18 +160,45 @@ def test_a_block_that_is_frozen_for_a_while_keeps_its_memory(scope):
 
 
 def test_memory_of_another_scope_is_refused():
-    saved = None
-    for scope in ("group", "tensor", "global"):
+    refuse_memory_of_another_scope("group", "tensor", "global", "shared")
+
+
+@pytest.mark.parametrize(
+    "scopes", [("global", "shared"), ("shared", "global"), ("shared", "tensor")]
+)
+def test_scopes_with_one_matrix_are_told_apart(scopes):
+    refuse_memory_of_another_scope(*scopes)
+
+
+def test_memory_that_does_not_name_its_scope_is_accepted():
+    """As checkpoints had it that did not tell the two scopes with one matrix apart."""
+    parameters, _, _ = frozen_and_back("global")
+    rule = gk.GradVac(scope="shared")
+    optimizer = gk.wrap(torch.optim.SGD(parameters, lr=0.1), rule)
+    both = {"a": lambda: parameters[0].sum(), "b": lambda: (2 * parameters[0]).sum()}
+    optimizer.step(both)
+    assert rule.state.pop("scope") == "shared"
+    optimizer.step(both)
+    assert rule.state["scope"] == "shared"
+
+
+def refuse_memory_of_another_scope(*scopes):
+    saved, learnt = None, scopes[0]
+    for scope in scopes:
         parameters, _, _ = frozen_and_back(scope)
         rule = gk.GradVac(scope=scope)
         optimizer = gk.wrap(torch.optim.SGD(parameters, lr=0.1), rule)
-        closures = {"a": lambda p=parameters: p[0].sum(), "b": lambda p=parameters: p[1].sum()}
+        closures = {
+            name: lambda p=parameters, k=k: p[0].sum() + p[k].sum()
+            for k, name in ((1, "a"), (2, "b"))
+        }
         if saved is None:
             optimizer.step(closures)
             saved = optimizer.state_dict()
             continue
         optimizer.load_state_dict(saved)
-        with pytest.raises(ValueError, match="is of another scope; give it the scope it was saved"):
+        message = f"learnt with scope='{learnt}', and its scope is '{scope}' now; give it the scope"
+        with pytest.raises(ValueError, match=message):
             optimizer.step(closures)
         rule.reset()
         optimizer.step(closures)

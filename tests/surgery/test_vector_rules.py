@@ -26,25 +26,47 @@ def positive(count, seed=0):
     return torch.rand(count, generator=seeded(seed), dtype=torch.float64) + 0.2
 
 
-def dbmtl(steps, beta, eps=1e-8):
+def dbmtl(steps, beta, sigma, eps=1e-8):
     """Lin et al.'s method, vector by vector; the directions of all steps."""
     means, directions = None, []
-    for rows, losses in steps:
+    for t, (rows, losses) in enumerate(steps, 1):
         means = [torch.zeros_like(row) for row in rows] if means is None else means
         slopes = [row / (loss + eps) for row, loss in zip(rows, losses.tolist(), strict=True)]
-        means = [beta * m + (1 - beta) * s for m, s in zip(means, slopes, strict=True)]
+        b = beta / t**sigma
+        means = [b * m + (1 - b) * s for m, s in zip(means, slopes, strict=True)]
         longest = max(float(m.norm()) for m in means)
         directions.append(sum(m * longest / m.norm() for m in means if m.norm() > 0))
     return directions
 
 
 @settings(deadline=None, max_examples=25)
-@given(st.integers(1, 5), st.integers(0, 999), st.sampled_from([0.0, 0.5, 0.9]))
-def test_db_mtl_is_its_definition(count, seed, beta):
+@given(
+    st.integers(1, 5),
+    st.integers(0, 999),
+    st.sampled_from([0.0, 0.5, 0.9]),
+    st.sampled_from([0.0, 0.5, 2.0]),
+)
+def test_db_mtl_is_its_definition(count, seed, beta, sigma):
     steps = [(normal(count, seed=seed + k), positive(count, seed + k)) for k in range(5)]
-    rule = gk.DBMTL(beta)
-    for (rows, losses), expected in zip(steps, dbmtl(steps, beta), strict=True):
+    rule = gk.DBMTL(beta, sigma=sigma)
+    for (rows, losses), expected in zip(steps, dbmtl(steps, beta, sigma), strict=True):
         torch.testing.assert_close(rule(rows, losses), expected)
+
+
+def test_db_mtl_counts_the_steps_of_each_objective():
+    run = Run(gk.DBMTL(eps=0.0))
+    mean, ones = {}, torch.ones(2, dtype=torch.float64)
+    for step, names in enumerate(("ab", "a", "ab")):
+        rows = normal(2, seed=step)[: len(names)]
+        run.step(rows, ones[: len(names)], names)
+        for name, row in zip(names, rows, strict=True):
+            old, count = mean.get(name, (torch.zeros_like(row), 0))
+            share = 0.9 / (count + 1) ** 0.5
+            mean[name] = share * old + (1 - share) * row, count + 1
+    rule = run.optimizer.transforms[0]
+    assert rule.state["steps"].tolist() == [3, 2]
+    for name, (expected, _) in mean.items():
+        torch.testing.assert_close(rule.vectors[f"mean.{name}"], expected)
 
 
 def test_db_mtl_makes_all_gradients_equally_long_and_forgets_loss_scales():
@@ -265,7 +287,7 @@ def test_another_rule_can_follow(make):
 
 @every_rule
 def test_displaced_points_start_from_what_was_remembered_before_the_step(make):
-    """SAM evaluates the rule twice; the last evaluation is what is remembered."""
+    """SAM evaluates the rule twice, here both times at the same point."""
     displaced, plain = Run(make(), gk.SAM(rho=0.0)), Run(make())
     for seed in range(3):
         rows, losses = normal(2, seed=seed), positive(2, seed)
@@ -398,6 +420,7 @@ def test_arguments_are_checked():
         (gk.DBMTL, {"beta": 1.0}, ValueError, "beta is 1.0; it must be at least 0 and less"),
         (gk.DBMTL, {"eps": -1.0}, ValueError, "eps is -1.0; it must be at least 0"),
         (gk.DBMTL, {"beta": "1"}, TypeError, "beta is '1'"),
+        (gk.DBMTL, {"sigma": -0.5}, ValueError, "sigma is -0.5; it must be at least 0"),
         (gk.ExcessMTL, {"robust_step_size": 0.0}, ValueError, "robust_step_size is 0.0"),
         (gk.ExcessMTL, {"n_warmup_steps": -1}, ValueError, "n_warmup_steps is -1"),
         (gk.ExcessMTL, {"n_warmup_steps": 1.0}, TypeError, "n_warmup_steps is 1.0"),

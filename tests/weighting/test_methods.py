@@ -267,3 +267,16 @@ def test_no_loss_is_blamed_for_what_it_has_no_part_in(chain):
     optimizer = gk.wrap(torch.optim.SGD([parameters], lr=0.1), *chain())
     with pytest.raises(gk.NonFiniteError, match=r"^the gradient of objective 'b' is not finite"):
         optimizer.step(lambda: {"a": -parameters[0], "b": Broken.apply(parameters[1])})
+
+
+def test_dwa_goes_on_after_a_loss_of_zero():
+    weighting = gk.DWA()
+    found = [weighting(torch.tensor([a, 1.0])).tolist() for a in (0.0, 0.0, 0.0, 3.0, 1.5, 1.5)]
+    assert found[:4] == [[1.0, 1.0]] * 4  # nothing is known of a rate of 0/0
+    assert found[4] == [1.0, 1.0]  # nor of 3/0
+    half = 2 / (1 + math.exp(0.25))
+    assert found[5] == pytest.approx([half, 2 - half])  # 1.5/3
+    tiny = gk.DWA()
+    for losses in ((1e-310, 1.0), (1.0, 1.0)):
+        tiny(torch.tensor(losses, dtype=torch.float64))
+    assert tiny(torch.ones(2, dtype=torch.float64)).tolist() == [2.0, 0.0]

@@ -13,16 +13,22 @@ with a diagonal of ones and zeros, often singular. Three methods stand on one an
 - Where that stops before the end, a primal active set method in the manner of Lawson & Hanson
   (1974) and Wolfe (1976). It moves one index at a time and lowers the objective each time, so it
   ends.
+
+Of K problems with one G each support takes a factorisation of its own, O(K⁴) in all. Projected
+gradient steps, which are one matrix product for all of them, tell the supports nearly exactly
+beforehand, see `approach`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from gradkit.gram import exact_products
 from gradkit.surgery.solvers.prepared import ridge
 
 # Enough to bring the objective within ε/100 of its minimum whatever the eigenvalues.
@@ -31,6 +37,16 @@ _PROXIMAL_STEPS = 20
 _SMALL = 16
 # How often the number of wrong signs may fail to fall.
 _PATIENCE = 3
+# Numbers in the matrices that are factorised at a time: on a CPU about what the cache holds.
+_NUMBERS = 1 << 21
+_NUMBERS_ELSEWHERE = 1 << 27
+# Projected gradient steps at most, and after how many supports are compared.
+_GRADIENT_STEPS = 200
+_LOOK = 10
+
+Solve = Callable[[Float[Tensor, "B K S"]], Float[Tensor, "B K S"]]
+Stationary = tuple[Float[Tensor, "B K"], Float[Tensor, "B K"]]
+"""A stationary point on a support, and q less the normal's multiple that balances it there."""
 
 
 @dataclass
@@ -53,6 +69,12 @@ class Quadratic:
         self.ridge = ridge(self.gram)
         self.tolerance = 32 * self.gram.shape[-1] * torch.finfo(self.gram.dtype).eps
 
+    def part(self, start: int, stop: int) -> Quadratic:
+        """A range of the batch, in the same memory."""
+        gram = self.gram if len(self.gram) == 1 else self.gram[start:stop]
+        normal = None if self.normal is None else self.normal[start:stop]
+        return Quadratic(gram, self.linear[start:stop], normal, self.total)
+
     def select(self, rows: Int[Tensor, " b"]) -> Quadratic:
         """Some problems of the batch."""
         gram = self.gram if len(self.gram) == 1 else self.gram[rows]
@@ -61,58 +83,81 @@ class Quadratic:
 
     def stationary(
         self, support: Bool[Tensor, "B K"], centre: Float[Tensor, "B K"]
-    ) -> tuple[Float[Tensor, "B K"], Float[Tensor, "B K"]]:
-        """The stationary point of a proximal step with a given support.
+    ) -> tuple[Stationary, Stationary]:
+        """The stationary points of two proximal steps with a given support.
 
         Returns:
-            The point, 0 outside the support, and the objective's slope there along each
-            coordinate outside the support, 0 where it is within rounding of 0.
+            That of a step from `centre`, and that of the step from there, for which the
+            factorisation is at hand. Points are 0 outside the support.
         """
         inside = support.to(self.gram.dtype)
-        # Solving for the change from the centre refines the point at each proximal step.
-        base = centre * inside
+        solve = self._solver(inside)
+        along = None
+        if self.normal is not None:
+            along = solve((self.normal * inside).unsqueeze(-1)).squeeze(-1)
+        here = self._moved(centre * inside, inside, solve, along)
+        return here, self._moved(here[0], inside, solve, along)
+
+    def _moved(
+        self,
+        base: Float[Tensor, "B K"],
+        inside: Float[Tensor, "B K"],
+        solve: Solve,
+        along: Float[Tensor, "B K"] | None,
+    ) -> Stationary:
+        # Solving for the change refines the point at each proximal step.
         residual = -(self._times(base) + self.linear) * inside
-        if self.normal is None:
-            point = base + self._solve(inside, residual.unsqueeze(-1)).squeeze(-1)
-            pull = self.linear
-        else:
-            sides = torch.stack([residual, self.normal * inside], -1)
-            free, along = self._solve(inside, sides).unbind(-1)
-            missing = self.total - (self.normal * (base + free)).sum(-1, keepdim=True)
-            multiplier = missing / (self.normal * along).sum(-1, keepdim=True)
-            point = base + free + multiplier * along
-            pull = self.linear - multiplier * self.normal
+        point = base + solve(residual.unsqueeze(-1)).squeeze(-1)
+        if self.normal is None or along is None:
+            return point, self.linear
+        missing = self.total - (self.normal * point).sum(-1, keepdim=True)
+        multiplier = missing / (self.normal * along).sum(-1, keepdim=True)
+        return point + multiplier * along, self.linear - multiplier * self.normal
+
+    def slope(self, stationary: Stationary, centre: Float[Tensor, "B K"]) -> Float[Tensor, "B K"]:
+        """A proximal step's slope along each coordinate, 0 where it is within rounding of 0."""
+        point, pull = stationary
         slope = self._times(point) + pull - self.ridge * centre
         rounding = self.tolerance * (point.abs().amax(-1, keepdim=True) + pull.abs())
-        return point, torch.where(slope.abs() <= rounding, 0.0, slope)
+        return torch.where(slope.abs() <= rounding, 0.0, slope)
+
+    def wrong(
+        self,
+        stationary: Stationary,
+        support: Bool[Tensor, "B K"],
+        centre: Float[Tensor, "B K"],
+    ) -> Bool[Tensor, "B K"]:
+        """Which indices are not where they should be, in the support or outside."""
+        return torch.where(support, stationary[0] < 0, self.slope(stationary, centre) < 0)
 
     def _times(self, point: Float[Tensor, "B K"]) -> Float[Tensor, "B K"]:
         return point @ self.gram[0] if len(self.gram) == 1 else matvec(self.gram, point)
 
-    def _solve(
-        self, inside: Float[Tensor, "B K"], sides: Float[Tensor, "B K S"]
-    ) -> Float[Tensor, "B K S"]:
-        """The solution of (G + ε)·x = sides with the rows and columns of a support."""
+    def _solver(self, inside: Float[Tensor, "B K"]) -> Solve:
+        """Solves (G + ε)·x = sides with the rows and columns of a support."""
         count = inside.shape[-1]
         most = count if count <= _SMALL else int(inside.sum(-1).amax())
         gram, order = self.gram, None
         if most <= 0.8 * count:
             # The indices of the supports, and others up to the size of the largest.
-            order = inside.argsort(dim=-1, descending=True)[:, :most]
+            order = inside.argsort(dim=-1, descending=True, stable=True)[:, :most]
             rows = order
             if len(gram) > 1:
                 rows = order + count * torch.arange(len(order), device=order.device).unsqueeze(-1)
-            columns = order.unsqueeze(-2).expand(-1, most, -1)
-            gram = gram.reshape(-1, count)[rows].gather(-1, columns)
+            gram = gram.take((count * rows).unsqueeze(-1) + order.unsqueeze(-2))
             inside = inside.gather(-1, order)
-            order = order.unsqueeze(-1).expand(-1, -1, sides.shape[-1])
         masked = gram * inside.unsqueeze(-1) * inside.unsqueeze(-2)
         masked.diagonal(dim1=-2, dim2=-1).add_(1 - inside).add_(self.ridge)
         factor = torch.linalg.cholesky_ex(masked).L
-        if order is None:
-            return torch.cholesky_solve(sides, factor)
-        found = torch.cholesky_solve(sides.gather(-2, order), factor)
-        return torch.zeros_like(sides).scatter(-2, order, found)
+
+        def solve(sides: Float[Tensor, "B K S"]) -> Float[Tensor, "B K S"]:
+            if order is None:
+                return torch.cholesky_solve(sides, factor)
+            places = order.unsqueeze(-1).expand(-1, -1, sides.shape[-1])
+            found = torch.cholesky_solve(sides.gather(-2, places), factor)
+            return torch.zeros_like(sides).scatter(-2, places, found)
+
+        return solve
 
 
 def over_simplex(
@@ -146,6 +191,7 @@ def minimise(
     problem: Quadratic,
     support: Bool[Tensor, "B K"],
     point: Float[Tensor, "B K"] | None = None,
+    near: Float[Tensor, "B K"] | None = None,
 ) -> tuple[Float[Tensor, "B K"], Bool[Tensor, "B K"], Float[Tensor, " B"]]:
     """The minimiser.
 
@@ -153,6 +199,7 @@ def minimise(
         problem: The problems.
         support: A guess at where the minimiser is positive; not empty if there is a normal.
         point: Where to start; by default at 0.
+        near: A point that satisfies the constraints and may be near the minimiser.
 
     Returns:
         The minimiser; its support; and by how much it misses stationarity, which stays away from
@@ -164,40 +211,78 @@ def minimise(
         >>> minimise(Quadratic(gram, linear), linear < 0)[0]
         tensor([[2., 0.]], dtype=torch.float64)
     """
+    batch, count = support.shape
+    numbers = _NUMBERS if support.device.type == "cpu" else _NUMBERS_ELSEWHERE
+    most = max(numbers // count**2, 1)
+    if batch > most:
+        parts = [
+            minimise(
+                problem.part(start, start + most),
+                support[start : start + most],
+                *(None if each is None else each[start : start + most] for each in (point, near)),
+            )
+            for start in range(0, batch, most)
+        ]
+        points, supports, misses = zip(*parts, strict=True)
+        return torch.cat(points), torch.cat(supports), torch.cat(misses)
     point = torch.zeros_like(problem.linear) if point is None else point
     missed = point.new_full(point.shape[:1], torch.inf)
+    following: Stationary | None = None
     for _ in range(_PROXIMAL_STEPS):
         centre = point
-        point, support = proximal_step(problem, support, centre)
+        point, support, following = proximal_step(problem, support, centre, near, following)
         before, missed = missed, problem.ridge * (point - centre).abs().amax(-1)
         small = problem.tolerance / 32 * point.abs().amax(-1)
         # Where it falls so slowly, the problem is unbounded or the objective as good as constant.
         if not ((missed > small) & (missed < 0.99 * before)).any():
             break
+        near = point
     return point, support, missed
 
 
 def proximal_step(
-    problem: Quadratic, support: Bool[Tensor, "B K"], centre: Float[Tensor, "B K"]
-) -> tuple[Float[Tensor, "B K"], Bool[Tensor, "B K"]]:
-    """Block principal pivoting, and the primal method where it does not end."""
-    points, slopes = problem.stationary(support, centre)
-    wrong = torch.where(support, points < 0, slopes < 0)
+    problem: Quadratic,
+    support: Bool[Tensor, "B K"],
+    centre: Float[Tensor, "B K"],
+    near: Float[Tensor, "B K"] | None = None,
+    known: Stationary | None = None,
+) -> tuple[Float[Tensor, "B K"], Bool[Tensor, "B K"], Stationary | None]:
+    """Block principal pivoting, and the primal method where it does not end.
+
+    Args:
+        problem: The problems.
+        support: A guess at where the minimiser is positive.
+        centre: Where the step starts from.
+        near: Where the primal method starts from; by default where pivoting has stopped.
+        known: The stationary point with this support, if somebody knows it already.
+
+    Returns:
+        The minimiser, its support, and the next step's stationary point with that support; None
+        in place of the last where it is not known.
+    """
+    following: Stationary | None = None
+    if known is None:
+        known, following = problem.stationary(support, centre)
+    wrong = problem.wrong(known, support, centre)
     counts = wrong.sum(-1)
     if not counts.any():
-        return points, support
-    supports = support
+        return known[0], support, following
+    supports = support.clone()
+    points = known[0].clone()
+    if following is not None:
+        following = (following[0].clone(), following[1].clone())
     rows = counts.nonzero().squeeze(-1)
     part, centres, wrong = problem.select(rows), centre[rows], wrong[rows]
     support, least = support[rows], counts[rows]
     patience = torch.full_like(least, _PATIENCE)
-    points, supports = points.clone(), supports.clone()
     stuck = []
     while len(rows):
         support = support ^ wrong
-        point, slope = part.stationary(support, centres)
-        points[rows], supports[rows] = point, support
-        wrong = torch.where(support, point < 0, slope < 0)
+        found, after = part.stationary(support, centres)
+        points[rows], supports[rows] = found[0], support
+        if following is not None:
+            following[0][rows], following[1][rows] = after
+        wrong = part.wrong(found, support, centres)
         counts = wrong.sum(-1)
         patience = torch.where(counts < least, _PATIENCE, patience - 1)
         least = torch.minimum(least, counts)
@@ -209,8 +294,10 @@ def proximal_step(
             support, least, patience = support[kept], least[kept], patience[kept]
     rows = torch.cat(stuck)
     if len(rows):
-        points[rows], supports[rows] = _primal(problem.select(rows), points[rows], centre[rows])
-    return points, supports
+        start = (points if near is None else near)[rows]
+        points[rows], supports[rows] = _primal(problem.select(rows), start, centre[rows])
+        following = None
+    return points, supports, following
 
 
 def _primal(
@@ -226,7 +313,8 @@ def _primal(
         point = point / (problem.normal * point).sum(-1, keepdim=True)
     support = point > 0
     for _ in range(4 * point.shape[-1] + 20):
-        target, slope = problem.stationary(support, centre)
+        found, _ = problem.stationary(support, centre)
+        target, slope = found[0], problem.slope(found, centre)
         falls = support & (target < 0)
         reach = torch.where(falls, point / (point - target), torch.inf)
         length = reach.amin(-1, keepdim=True)
@@ -240,3 +328,51 @@ def _primal(
             break
         support = (support & ~(falls & (reach <= length))) | first
     return point, support
+
+
+def approach(problem: Quadratic) -> Float[Tensor, "B K"]:
+    """Points near the minimisers of problems without a normal that share one G.
+
+    Projected gradient steps in float32 with Nesterov's momentum, which starts anew where it points
+    uphill ([O'Donoghue & Candès, 2015](https://arxiv.org/abs/1204.3982)), until no support changes
+    any more. Where G is nearly singular they end before.
+
+    Examples:
+        >>> gram = torch.tensor([[[1.0, 0.5], [0.5, 1.0]]], dtype=torch.float64)
+        >>> linear = torch.tensor([[-2.0, 0.0], [1.0, -1.0]], dtype=torch.float64)
+        >>> approach(Quadratic(gram, linear)) > 0
+        tensor([[ True, False],
+                [False,  True]])
+    """
+    gram, linear = problem.gram[0].float(), problem.linear.float()
+    point = ahead = torch.zeros_like(linear)
+    momentum = linear.new_ones(len(linear), 1)
+    support = point > 0
+    with exact_products(gram.device):
+        size = 1 / _upper_bound(gram)
+        for step in range(1, _GRADIENT_STEPS + 1):
+            before, point = point, torch.addmm(linear, ahead, gram).mul_(-size).add_(ahead)
+            point = point.clamp_(min=0)
+            change = point - before
+            uphill = ((ahead - point) * change).sum(-1, keepdim=True) > 0
+            old = torch.where(uphill, 1.0, momentum)
+            momentum = (1 + (1 + 4 * old * old).sqrt()) / 2
+            ahead = torch.addcmul(point, change, (old - 1) / momentum)
+            if step % _LOOK == 0:
+                last, support = support, point > 0
+                if torch.equal(support, last):
+                    break
+    return point.to(problem.linear)
+
+
+def _upper_bound(gram: Float[Tensor, "K K"]) -> Float[Tensor, ""]:
+    """A bound on the largest eigenvalue, at most K^(1/32) times as large: ‖G¹⁶‖^(1/16)."""
+    logarithm, share = torch.zeros_like(gram[0, 0]), 1.0
+    for _ in range(4):
+        length = torch.linalg.matrix_norm(gram)
+        logarithm = logarithm + share * length.log()
+        gram = gram / length
+        gram = gram @ gram
+        share /= 2
+    bound: Tensor = (logarithm + share * torch.linalg.matrix_norm(gram).log()).exp()
+    return bound

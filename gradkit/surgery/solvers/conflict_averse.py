@@ -102,7 +102,8 @@ def _minimiser(
     rounding = 32 * torch.finfo(toward.dtype).eps
     for step in range(_STEPS):
         # Each step of the proximal-point method has its own σ; both converge together.
-        point, support = proximal_step(over_simplex(gram, sigma * toward, normal), support, point)
+        problem = over_simplex(gram, sigma * toward, normal)
+        point, support, _ = proximal_step(problem, support, point)
         square = (point * matvec(gram, point)).sum(-1, keepdim=True)
         noise = rounding * (point * point).sum(-1, keepdim=True)
         square = torch.where(square <= noise, 0.0, square)

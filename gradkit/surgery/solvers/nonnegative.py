@@ -6,12 +6,16 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from gradkit.surgery.solvers.active_set import Quadratic, minimise
+from gradkit.surgery.solvers.active_set import Quadratic, approach, minimise
 from gradkit.surgery.solvers.prepared import prepare
 
 # What is left of the slope, relative to q, where the objective is taken to be unbounded. A ray
 # along which it falls more slowly counts as one along which it does not fall.
 _UNBOUNDED = 1e-6
+# From how many rows on, and for how many problems with one matrix, projected gradient steps first
+# are worth their time.
+_MANY = 48
+_FEW = 8
 
 
 @torch.no_grad()
@@ -56,8 +60,26 @@ def solve(
     size = linear.abs().amax(-1, keepdim=True)
     usable = (size > 0) & size.isfinite()
     scaled = torch.where(usable, linear / size, 0.0)
-    if cosines.numel() > count**2:
-        cosines = cosines.expand(*linear.shape, count)
-    problem = Quadratic(cosines.reshape(-1, count, count), scaled.reshape(-1, count))
-    point, _, missed = minimise(problem, problem.linear < 0)
+    if count < _MANY or linear.dim() < 2 or cosines.shape[-3] > 1:
+        if cosines.numel() > count**2:
+            cosines = cosines.expand(*linear.shape, count)
+        problem = Quadratic(cosines.reshape(-1, count, count), scaled.reshape(-1, count))
+        point, _, missed = minimise(problem, problem.linear < 0)
+    else:
+        # Several problems for each matrix.
+        matrices = cosines.expand(*linear.shape[:-2], 1, count, count).reshape(-1, 1, count, count)
+        targets = scaled.reshape(-1, linear.shape[-2], count)
+        parts = [_solve_together(Quadratic(*each)) for each in zip(matrices, targets, strict=True)]
+        point = torch.stack([part[0] for part in parts])
+        missed = torch.stack([part[1] for part in parts])
     return point.reshape(linear.shape) * size, missed.reshape(linear.shape[:-1])
+
+
+def _solve_together(problem: Quadratic) -> tuple[Float[Tensor, "B K"], Float[Tensor, " B"]]:
+    """As `minimise`, for problems that share one matrix."""
+    if len(problem.linear) < _FEW:
+        point, _, missed = minimise(problem, problem.linear < 0)
+    else:
+        near = approach(problem)
+        point, _, missed = minimise(problem, near > 0, near=near)
+    return point, missed
