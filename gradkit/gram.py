@@ -26,6 +26,7 @@ _SHORT = 1 << 12
 _PRODUCTS = 1 << 20
 # Columns that are converted at a time where a copy is needed.
 _CONVERTED_COLUMNS = 1 << 18
+_CONVERTED_NUMBERS = 1 << 22
 # Numbers that are worked on at a time. On a CPU, what arises on the way stays in the cache; on an
 # accelerator, launching the kernels takes less time than running them.
 _NUMBERS = 1 << 17
@@ -95,9 +96,11 @@ def squared_norm(parts: Sequence[Tensor]) -> Float[Tensor, ""] | None:
         >>> squared_norm([torch.tensor([3.0]), torch.tensor([[4.0]])])
         tensor(25., dtype=torch.float64)
     """
-    if parts and parts[0].device.type == "cuda":  # few kernels, and none of them a copy
-        norms = torch._foreach_norm(list(parts), 2, dtype=torch.float64)
-        return torch.stack(norms).square().sum()
+    if parts and parts[0].device.type == "cuda":  # which converts what it reads, piece by piece
+        pieces = [
+            piece for part in parts for piece in torch.split(part.reshape(-1), _CONVERTED_NUMBERS)
+        ]
+        return torch.stack(torch._foreach_norm(pieces, 2, dtype=torch.float64)).square().sum()
     lengths, rest = [], []
     for part in parts:
         vector = part.reshape(-1)
@@ -155,7 +158,10 @@ def _products(
     whole = length - length % BLOCK
     step = max(_PRODUCTS // max(len(a) * len(b), 1), 1) * BLOCK
     if copies:
-        step = min(step, _CONVERTED_COLUMNS)
+        # Starting a kernel takes an accelerator longer than reading such a piece, so that there
+        # pieces are as large as is free at that time: the room of one float32 vector.
+        room = 0 if a.device.type == "cpu" else length // (2 * (len(a) + (b is not a) * len(b)))
+        step = min(step, max(_CONVERTED_COLUMNS, room - room % BLOCK))
 
     def converted(rows: Tensor, start: int, stop: int, side: int) -> Tensor:
         columns = rows[:, start:stop]

@@ -25,6 +25,9 @@ def write_sums(
         for value, weight, part in zip(out, weights, layout.views(at), strict=True):
             torch.add(weight, part, out=value)
         return
+    factors: dict[torch.dtype, Tensor] = {}
+    if isinstance(at.factor, Tensor):  # cast once, not for each parameter
+        factors = {dtype: at.factor.to(dtype) for dtype in set(layout.dtypes)}
     for value, weight, along in zip(out, weights, at.parts(layout), strict=True):
         if along is None:
             value.copy_(weight)
@@ -32,7 +35,7 @@ def write_sums(
             if isinstance(at.factor, float):
                 torch.add(weight, along, alpha=at.factor, out=value)
             else:
-                torch.addcmul(weight, along, at.factor.to(value.dtype), out=value)
+                torch.addcmul(weight, along, factors[value.dtype], out=value)
         else:  # half precision would round the factor, and the product, before the sum
             wide = torch.promote_types(value.dtype, torch.float32)
             value.copy_(weight.to(wide) + along.to(wide) * at.factor)
