@@ -123,6 +123,8 @@ class GradientOptimizer(Optimizer):
         self.base.param_groups[0][saved_state.KEY] = saved_state.encode(self.transforms)
         for transform in transforms:
             transform.belong_to(self)
+        with contextlib.suppress(ValueError):  # parameters may still change before the first step
+            self._present_layout()  # and where the model has them
 
     def _prepare_scratch(self) -> None:
         """Make what is neither copied nor saved."""
@@ -586,16 +588,18 @@ class GradientOptimizer(Optimizer):
 
     def _layout(self) -> Layout:
         """The present layout; scratch of an older one is dropped, transforms' vectors move."""
-        if self.model is not None:
-            reshard(self.model)
-        if self._pool is not None and self._pool.layout.fits(self.base.param_groups):
-            layout = self._pool.layout
-        else:
-            layout = self._new_layout(Layout.of(self.base.param_groups))
+        layout = self._present_layout()
         if self._vector_layout is None or not self._vector_layout.same_as(layout):
             saved_state.lay_out_vectors(self.transforms, self._vector_layout, layout, self.base)
             self._vector_layout = layout
         return layout
+
+    def _present_layout(self) -> Layout:
+        if self.model is not None:
+            reshard(self.model)
+        if self._pool is not None and self._pool.layout.fits(self.base.param_groups):
+            return self._pool.layout
+        return self._new_layout(Layout.of(self.base.param_groups))
 
     def _new_layout(self, layout: Layout) -> Layout:
         if self._pool is not None and self._pool.layout.same_as(layout):

@@ -75,17 +75,6 @@ def doubled(world: World) -> Callable[[], object]:
     return repair
 
 
-def frozen(world: World) -> Callable[[], object]:
-    trained = [p for p in world.model.parameters() if p.requires_grad]
-    world.model.requires_grad_(False)
-
-    def repair() -> None:
-        for parameter in trained:
-            parameter.requires_grad_(True)
-
-    return repair
-
-
 def new_group(make: Callable[[], Tensor]) -> Callable[[World], Callable[[], object]]:
     """Add a parameter group."""
 
@@ -137,9 +126,6 @@ KINDS = [
          fixed={**STATEFUL, "dtype": (torch.float32,), "base": ("adam", "adamw", "rmsprop")}),
     Kind("a parameter becomes complex", World.step, ValueError,
          r"is complex .*keep it as torch.view_as_real", prepare=new_data(lambda old: old * 1j)),
-    Kind("everything is frozen", World.step, ValueError,
-         r"no parameter of the optimizer requires a gradient; unfreeze one with requires_grad_",
-         prepare=frozen),
     Kind("a new group on the meta device", World.step, ValueError, "meta device",
          prepare=new_group(lambda: nn.Parameter(torch.ones(2, device="meta")))),
     Kind("a new group with a complex parameter", World.step, ValueError,
