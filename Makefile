@@ -3,36 +3,41 @@
 
 PYTHON ?= python3
 VENV := .venv
-RUN := $(VENV)/bin/python
+# Quoted, and tools run as modules: paths may hold spaces, and an environment may be moved.
+RUN := "$(VENV)/bin/python"
 OUT ?= runs/demo
 # One test process a core, each with one thread: the tests' tensors are small.
 WORKERS ?= auto
-PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses $(WORKERS) --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses $(WORKERS) --dist worksteal
+
+empty :=
+space := $(empty) $(empty)
+INSTALLED := $(subst $(space),\$(space),$(VENV))/.installed
 
 .PHONY: demo test lint coverage docs clean
 
-demo: $(VENV)/.installed
-	$(RUN) -m examples.fundus compare --statistics mixed:0.8 --lr 1e-3 --out $(OUT)
+demo: $(INSTALLED)
+	$(RUN) -m examples.fundus compare --statistics mixed:0.8 --lr 1e-3 --out "$(OUT)"
 
-test: $(VENV)/.installed
+test: $(INSTALLED)
 	$(PYTEST)
 
-lint: $(VENV)/.installed
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/mypy
+lint: $(INSTALLED)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
 
-coverage: $(VENV)/.installed
+coverage: $(INSTALLED)
 	$(PYTEST) --cov --cov-report=term-missing --cov-fail-under=95
 
-docs: $(VENV)/.installed
+docs: $(INSTALLED)
 	$(RUN) -m pip install --quiet --constraint constraints.txt '.[docs]'
-	$(VENV)/bin/mkdocs build --strict --site-dir build/site
+	$(RUN) -m mkdocs build --strict --site-dir build/site
 
-$(VENV)/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
+$(INSTALLED): pyproject.toml constraints.txt
+	"$(PYTHON)" -m venv "$(VENV)"
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[examples,dev]'
-	touch $@
+	touch "$@"
 
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info
+	rm -rf "$(VENV)" runs build dist *.egg-info

@@ -5,13 +5,12 @@ from __future__ import annotations
 import copy
 import os
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from children import run_python
 from helpers import as_users_run_it, flat, relative_error
 from torch import Tensor, nn
 from torch.amp import GradScaler
@@ -395,9 +394,8 @@ for parts in (1, 5):
 @pytest.mark.parametrize("precision", ["plain", "scaled"])
 @pytest.mark.parametrize("engine", ENGINES)
 def test_more_micro_batches_need_no_more_memory(engine: str, precision: str) -> None:
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    command = [sys.executable, "-c", MEMORY, engine, precision]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    run = run_python("-c", MEMORY, engine, precision, MALLOC_MMAP_THRESHOLD_="65536")
+    assert run.returncode == 0, run.stderr
     one, five = map(int, run.stdout.split())
     # In units of the activations that one micro-batch keeps for its backward pass.
     activations = 8 * 65536 * 8 * (2 if precision == "scaled" else 4)

@@ -6,12 +6,11 @@ import copy
 import gc
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 
 import pytest
 import torch
+from children import run_python
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -402,9 +401,8 @@ print((run(width) - tiny) / (4 * 4 * width**2))
 def peak_memory(*arguments: str) -> float:
     """The peak resident memory of a run, in units of P numbers."""
     # Large blocks go back to the system at once, so that the peak shows what is held.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    command = [sys.executable, "-c", MEMORY, *arguments]
-    run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    run = run_python("-c", MEMORY, *arguments, MALLOC_MMAP_THRESHOLD_="65536")
+    assert run.returncode == 0, run.stderr
     return float(run.stdout)
 
 
