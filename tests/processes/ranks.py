@@ -19,9 +19,18 @@ import torch.distributed as dist
 
 from gradkit import flat
 
-# Processes are forked from one that has imported everything once.
+# Processes are forked from one that has imported everything once; dynamo is what the first
+# optimizer of a process imports.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed.fsdp", "gradkit"])
+_CONTEXT.set_forkserver_preload(
+    [
+        "torch",
+        "torch._dynamo",
+        "torch.distributed.checkpoint.state_dict",
+        "torch.distributed.fsdp",
+        "gradkit",
+    ]
+)
 
 GRACE = 30
 """Seconds beyond a rank's own time limit after which it is killed from outside."""
