@@ -3,49 +3,54 @@
 
 PYTHON ?= python3
 VENV := .venv
-RUN := $(VENV)/bin/python
+# Quoted, and tools run as modules: paths may hold spaces, and an environment may be moved.
+RUN := "$(VENV)/bin/python"
 OUT ?= runs/demo
 # The demo's source model is trained once; a later run continues or uses what is there.
 RESUME = $(if $(wildcard $(OUT)/training/last.pt),--resume)
 # One test process a core, each with one thread: the tests' tensors are small.
 WORKERS ?= auto
-PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses $(WORKERS) --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses $(WORKERS) --dist worksteal
+
+empty :=
+space := $(empty) $(empty)
+INSTALLED := $(subst $(space),\$(space),$(VENV))/.installed
 
 .PHONY: demo test lint coverage docs gpu gpu-wheels clean
 
-demo: $(VENV)/.installed
-	$(RUN) -m examples.fundus compare --statistics mixed:0.8 --lr 1e-3 --out $(OUT) $(RESUME)
+demo: $(INSTALLED)
+	$(RUN) -m examples.fundus compare --statistics mixed:0.8 --lr 1e-3 --out "$(OUT)" $(RESUME)
 
-test: $(VENV)/.installed
+test: $(INSTALLED)
 	$(PYTEST)
 
-lint: $(VENV)/.installed
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/mypy
+lint: $(INSTALLED)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
 
-coverage: $(VENV)/.installed
+coverage: $(INSTALLED)
 	$(PYTEST) --cov --cov-report=term-missing --cov-fail-under=95
 
-docs: $(VENV)/.installed
+docs: $(INSTALLED)
 	$(RUN) -m pip install --quiet --constraint constraints.txt '.[docs]'
-	$(VENV)/bin/mkdocs build --strict --site-dir build/site
+	$(RUN) -m mkdocs build --strict --site-dir build/site
 
 # On a machine with a CUDA device, whose own python3 has torch: nothing is installed there, but for
 # the wheels in the folder WHEELS, and these into a temporary folder. See benchmarks/gpu.sh.
 gpu:
-	PYTHON=$(PYTHON) bash benchmarks/gpu.sh
+	PYTHON="$(PYTHON)" bash benchmarks/gpu.sh
 
 # Here, for a machine that reaches no package index: what benchmarks/gpu.txt names, into WHEELS.
 WHEELS ?=
 gpu-wheels:
-	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --constraint constraints.txt \
-		--requirement benchmarks/gpu.txt --dest $(or $(WHEELS),runs/wheels)
+	"$(PYTHON)" -m pip download --quiet --no-deps --only-binary=:all: --constraint constraints.txt \
+		--requirement benchmarks/gpu.txt --dest "$(or $(WHEELS),runs/wheels)"
 
-$(VENV)/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
+$(INSTALLED): pyproject.toml constraints.txt
+	"$(PYTHON)" -m venv "$(VENV)"
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[examples,dev]'
-	touch $@
+	touch "$@"
 
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info
+	rm -rf "$(VENV)" runs build dist *.egg-info

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 
 import pytest
+from checked import check_inner_functions_once
+from children import ROOT
 
 from gradkit import flat
+
+check_inner_functions_once()
+
+# Programs and ranks that tests start import this copy of the package, wherever they run.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+)
 
 
 @pytest.fixture(autouse=True, scope="session")

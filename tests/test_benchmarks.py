@@ -35,6 +35,12 @@ from examples.fundus.network import ResUNet34
 from examples.fundus.source_model import Architecture, save_source_model
 
 
+@pytest.fixture(autouse=True)
+def _measurements_end_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is measured in a process of its own is small here."""
+    monkeypatch.setattr(memory, "LIMIT", 120.0)
+
+
 def test_fundus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     architecture = Architecture(width=2, size=64, source="centre_a", auxiliary_heads=False)
     model = ResUNet34(width=2)
@@ -344,9 +350,11 @@ def test_memory_of_known_size() -> None:
     assert 1.75 < value < 2.75
 
 
-def test_memory_reports_what_failed() -> None:
-    with pytest.raises(RuntimeError, match="measuring nothing failed"):
-        memory.measure_one({"objectives": 2, "variant": "nothing", "width": 8, "device": "cpu"})
+def test_memory_reports_what_hung(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "LIMIT", 1e-6)
+    request = {"objectives": 2, "variant": CONTROL, "width": 8, "device": "cpu"}
+    with pytest.raises(RuntimeError, match=rf"(?s)measuring {CONTROL} failed.*Timeout"):
+        memory.measure_one(request)
 
 
 def test_plot_leaves_out_what_a_logarithm_cannot_show(tmp_path: Path) -> None:

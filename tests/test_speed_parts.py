@@ -28,6 +28,12 @@ from benchmarks.speed.timing import RATIO, Clock
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(autouse=True)
+def _measurements_end_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is measured in a process of its own is small here."""
+    monkeypatch.setattr(memory, "LIMIT", 120.0)
+
+
 class ByLosses(gk.Transform):
     """Weighs objectives by their losses, as loss weightings do."""
 

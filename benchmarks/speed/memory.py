@@ -27,6 +27,8 @@ ENVIRONMENT = {
     "MALLOC_ARENA_MAX": "1",
     "OMP_NUM_THREADS": "1",
 }
+LIMIT = 1800.0
+"""Seconds after which a measurement has hung: it prints its stacks and ends."""
 _ROOT = Path(__file__).parents[2]
 
 
@@ -106,15 +108,17 @@ def measure_one(request: dict[str, Any]) -> dict[str, float]:
     """Run a request in a process of its own.
 
     Raises:
-        RuntimeError: That process failed.
+        RuntimeError: That process failed, or took longer than `LIMIT` seconds.
     """
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.speed.peak", json.dumps(request)],
+        [sys.executable, "-m", "benchmarks.speed.peak", json.dumps({**request, "limit": LIMIT})],
+        stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         cwd=_ROOT,
         env={**os.environ, **ENVIRONMENT},
         check=False,
+        timeout=LIMIT + 120,  # for a process that hangs before it can watch itself
     )
     if done.returncode:
         raise RuntimeError(f"measuring {request['variant']} failed:\n{done.stderr}")

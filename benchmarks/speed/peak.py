@@ -5,6 +5,7 @@ variant. A process's peak never falls, and no variant needs less than plain trai
 is given back before.
 """
 
+import faulthandler
 import gc
 import json
 import resource
@@ -94,6 +95,7 @@ def run(step: Step) -> None:
 def main(text: str) -> None:
     """Print what a request's variant needs above plain training, in units of P numbers."""
     request = json.loads(text)
+    faulthandler.dump_traceback_later(request["limit"], exit=True)
     torch.set_num_threads(1)
     device = torch.device(request["device"])
     problem = problem_of(request, device)

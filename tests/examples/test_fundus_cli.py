@@ -1,12 +1,10 @@
 import csv
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from children import run_python
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -778,9 +776,8 @@ def test_a_remedy_is_not_replaced_by_an_outer_one(capsys):
 
 
 def test_module_is_a_program(tmp_path):
-    words = [sys.executable, "-m", "examples.fundus", "compare", "--epochs", "0", "--out", tmp_path]
-    root = Path(__file__).parents[2]
-    done = subprocess.run(words, cwd=root, capture_output=True, text=True, check=False)
+    words = ["compare", "--epochs", "0", "--out", tmp_path]
+    done = run_python("-m", "examples.fundus", *words)
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr == "error: --epochs is 0; choose at least 1\n"

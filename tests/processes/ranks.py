@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
+import signal
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -16,17 +19,33 @@ import torch.distributed as dist
 
 from gradkit import flat
 
-# Processes are forked from one that has imported everything once.
+# Processes are forked from one that has imported everything once; dynamo is what the first
+# optimizer of a process imports.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed.fsdp", "gradkit"])
+_CONTEXT.set_forkserver_preload(
+    [
+        "torch",
+        "torch._dynamo",
+        "torch.distributed.checkpoint.state_dict",
+        "torch.distributed.fsdp",
+        "gradkit",
+    ]
+)
+
+GRACE = 30
+"""Seconds beyond a rank's own time limit after which it is killed from outside."""
 
 
 class FailedRankError(AssertionError):
-    """A rank raised; the message holds every rank's traceback."""
+    """A rank raised, hung or crashed; the message holds every such rank's traceback."""
 
 
 def on_ranks(
-    count: int, function: Callable[..., Any], *arguments: Any, timeout: float = 60
+    count: int,
+    function: Callable[..., Any],
+    *arguments: Any,
+    timeout: float = 60,
+    limit: float = 180,
 ) -> list[Any]:
     """What `function(*arguments)` returns on each of `count` ranks of a gloo group.
 
@@ -35,24 +54,47 @@ def on_ranks(
         function: Defined at the top of a module; returns what `torch.save` can write.
         arguments: Its arguments.
         timeout: Seconds after which a collective that not every rank has entered fails.
+        limit: Seconds after which a rank prints its threads' stacks and ends.
+
+    Raises:
+        FailedRankError: A rank did not come back with a result.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         ranks = [
-            _CONTEXT.Process(target=_rank, args=(r, count, folder, timeout, function, arguments))
+            _CONTEXT.Process(
+                target=_rank, args=(r, count, folder, timeout, limit, function, arguments)
+            )
             for r in range(count)
         ]
-        for rank in ranks:
-            rank.start()
-        for rank in ranks:
-            rank.join(180)
-        hung = [r for r, rank in enumerate(ranks) if rank.is_alive()]
-        for rank in ranks:
-            rank.kill()
-        errors = [path.read_text() for path in sorted(folder.glob("*.error"))]
-        if errors or hung:
-            raise FailedRankError("\n".join([*errors, *(f"rank {r} hung" for r in hung)]))
+        try:
+            for rank in ranks:
+                rank.start()
+            last = time.monotonic() + limit + GRACE
+            for rank in ranks:
+                rank.join(max(0.0, last - time.monotonic()))
+        finally:
+            for rank in ranks:
+                if rank.pid is not None:
+                    rank.kill()
+                    rank.join()
+        failures = [
+            _failure(r, rank.exitcode, folder)
+            for r, rank in enumerate(ranks)
+            if not (folder / f"{r}.pt").exists()
+        ]
+        if failures:
+            raise FailedRankError("\n".join(failures))
         return [torch.load(folder / f"{r}.pt", weights_only=True) for r in range(count)]
+
+
+def _failure(rank: int, code: int | None, folder: Path) -> str:
+    error, stacks = (folder / f"{rank}.{what}" for what in ("error", "stacks"))
+    if error.exists():
+        return error.read_text(encoding="utf-8")
+    printed = stacks.read_text(encoding="utf-8", errors="replace") if stacks.exists() else ""
+    what = "hung" if code == -signal.SIGKILL or "Timeout" in printed else "crashed"
+    return f"rank {rank} {what}, exit code {code}:\n{printed}"
 
 
 def _rank(
@@ -60,9 +102,13 @@ def _rank(
     count: int,
     folder: Path,
     timeout: float,
+    limit: float,
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
 ) -> None:
+    stacks = (folder / f"{rank}.stacks").open("w")
+    faulthandler.enable(stacks)
+    faulthandler.dump_traceback_later(limit, exit=True, file=stacks)
     torch.set_num_threads(1)
     flat.LARGE = 4  # as in the tests on one process
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -70,13 +116,17 @@ def _rank(
     try:
         dist.init_process_group(
             "gloo",
-            init_method=f"file://{folder}/store",
+            # No URL, in which a folder's name might mean something else.
+            store=dist.FileStore(str(folder / "store"), count),
             rank=rank,
             world_size=count,
             timeout=timedelta(seconds=timeout),
         )
-        torch.save(function(*arguments), folder / f"{rank}.pt")
+        result = folder / f"{rank}.part"
+        torch.save(function(*arguments), result)
+        result.rename(folder / f"{rank}.pt")
     except BaseException:
-        (folder / f"{rank}.error").write_text(f"rank {rank}:\n{traceback.format_exc()}")
+        text = f"rank {rank}:\n{traceback.format_exc()}"
+        (folder / f"{rank}.error").write_text(text, encoding="utf-8")
     finally:
         os._exit(0)  # a group that has timed out may never come down

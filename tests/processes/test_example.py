@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from children import ROOT, run_python
 
 pytestmark = pytest.mark.distributed
 
-PAGE = Path(__file__).parents[2] / "docs" / "distributed.md"
+PAGE = ROOT / "docs" / "distributed.md"
 
 
 @pytest.mark.parametrize("options", [[], ["--sharded"]])
@@ -21,14 +19,15 @@ def test_the_documented_example_runs_alike_on_both_ranks(
 ) -> None:
     (script,) = re.findall(r"^~~~python\n(.*?)^~~~", PAGE.read_text(), re.MULTILINE | re.DOTALL)
     (tmp_path / "train.py").write_text(script)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    run = subprocess.run(
-        [*torchrun, "--nproc-per-node", "2", "train.py", *options],
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    run = run_python(
+        *torchrun,
+        "train.py",
+        *options,
         cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
+        limit=180,
+        GLOO_SOCKET_IFNAME="lo",
+        OMP_NUM_THREADS="1",
     )
     assert run.returncode == 0, run.stderr
     # The lines of two processes may run into each other.

@@ -1,0 +1,102 @@
+"""Functions inside functions are checked as jaxtyping itself checks them, by one checker each."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+
+import jaxtyping
+import pytest
+import torch
+from beartype import beartype
+from checked import jaxtyped
+from jaxtyping import Float
+from torch import Tensor
+
+made = []  # what the type checker was applied to
+
+
+def typechecker(function):
+    made.append(function)
+    return beartype(function)
+
+
+def scaling(factor: float):
+    @jaxtyped(typechecker=typechecker)
+    def scale(x: Float[Tensor, " n"], y: Float[Tensor, " n"] | None = None) -> Float[Tensor, " n"]:
+        if factor < 0:
+            return torch.ones(len(x) + 1)
+        if factor > 2:
+            return scaling(factor - 1)(x)
+        return factor * x
+
+    return scale
+
+
+X = torch.ones(3)
+
+
+def test_each_function_is_its_own_and_one_checker_serves_them_all() -> None:
+    one, two = scaling(1.0), scaling(2.0)
+    before = len(made)
+    three = scaling(3.5)  # calls another inside
+    assert [float(each(X)[0]) for each in (one, two, three, one)] == [1.0, 2.0, 1.5, 1.0]
+    assert len(made) == before
+    assert one.__name__ == "scale"
+
+
+@pytest.mark.parametrize("bad", [torch.ones(2, 2), torch.ones(3).long(), 1.0])
+def test_wrong_arguments_and_results_are_found_in_every_function(bad: object) -> None:
+    for _ in range(2):
+        with pytest.raises(jaxtyping.TypeCheckError, match=r"the parameters of .*scale"):
+            scaling(1.0)(bad)
+        with pytest.raises(jaxtyping.TypeCheckError, match=r"the parameters of .*scale"):
+            scaling(1.0)(X, torch.ones(4))
+        with pytest.raises(jaxtyping.TypeCheckError, match=r"the return value of .*scale"):
+            scaling(-1.0)(X)
+        assert float(scaling(2.0)(X)[0]) == 2.0  # what failed leaves nothing behind
+
+
+def test_functions_in_threads_are_not_mixed_up() -> None:
+    wait = threading.Barrier(2)
+
+    def waiting(value: float):
+        @jaxtyped(typechecker=typechecker)
+        def give(x: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+            wait.wait(60)
+            return value * x
+
+        return give
+
+    found: dict[float, float] = {}
+
+    def run(value: float) -> None:
+        found[value] = float(waiting(value)(X)[0])
+
+    threads = [threading.Thread(target=run, args=(value,)) for value in (1.0, 2.0)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {1.0: 1.0, 2.0: 2.0}
+
+
+def test_no_function_is_kept() -> None:
+    scale = scaling(1.0)
+    scale(X)
+    kept = weakref.ref(scale.__wrapped__)
+    del scale
+    gc.collect()
+    assert kept() is None
+
+
+def test_defaults_that_are_objects_are_not_shared() -> None:
+    def adding(value: Tensor):
+        @jaxtyped(typechecker=typechecker)
+        def add(x: Float[Tensor, " n"], y: Float[Tensor, " n"] = value) -> Float[Tensor, " n"]:
+            return x + y
+
+        return add
+
+    assert [float(adding(n * X)(X)[0]) for n in (1, 2)] == [2.0, 3.0]
