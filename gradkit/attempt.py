@@ -106,6 +106,7 @@ class Attempt:
         with global_hooks_muted():
             self._base.step()
         link_stepped(transforms, self.context.layout, self._base)
+        self.applied = True
 
     def _all_zero(self, grads: Sequence[Tensor]) -> bool:
         shards = self.context.layout.shards

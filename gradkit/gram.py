@@ -159,8 +159,8 @@ def _products(
     step = max(_PRODUCTS // max(len(a) * len(b), 1), 1) * BLOCK
     if copies:
         # Starting a kernel takes an accelerator longer than reading such a piece, so that there
-        # pieces are as large as is free at that time: the room of one float32 vector.
-        room = 0 if a.device.type == "cpu" else length // (2 * (len(a) + (b is not a) * len(b)))
+        # pieces are as large as is free at that time: with bmm's own copy, one float32 vector.
+        room = 0 if a.device.type == "cpu" else length // (4 * (len(a) + (b is not a) * len(b)))
         step = min(step, max(_CONVERTED_COLUMNS, room - room % BLOCK))
 
     def converted(rows: Tensor, start: int, stop: int, side: int) -> Tensor:

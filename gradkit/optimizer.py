@@ -451,10 +451,10 @@ class GradientOptimizer(Optimizer):
             )
         interrupts = Interrupts()
         interrupts.begin()
+        first, attempt = self._vector_layout is None, None
         try:
             layout = self._layout()
             processes = Processes.of(self.model, layout.shards, self.process_group)
-            attempt = None
             self._stepping = True
             try:
                 attempt = self._make_attempt(layout, processes, interrupts)
@@ -465,6 +465,8 @@ class GradientOptimizer(Optimizer):
                     processes.report(error, layout.device)
                 raise
         finally:
+            if first and (attempt is None or not attempt.applied):
+                self._forget_vectors()  # weights may still change before the first step
             self._stepping = False
             interrupts.end()
 
@@ -594,6 +596,11 @@ class GradientOptimizer(Optimizer):
             self._vector_layout = layout
         return layout
 
+    def _forget_vectors(self) -> None:
+        for transform in self.transforms:
+            transform.vectors.clear()
+        self._vector_layout = None
+
     def _present_layout(self) -> Layout:
         if self.model is not None:
             reshard(self.model)
@@ -644,6 +651,7 @@ class GradientOptimizer(Optimizer):
         self.base.param_groups[0][saved_state.KEY] = text
         saved_state.renew_tensors(self.transforms, self.base)
         state: dict[str, Any] = self.base.state_dict()
+        self.base.param_groups[0][saved_state.KEY] = saved_state.encode(self.transforms)
         if self._beside is not None:
             own = saved_state.beside(self.transforms, self._vector_layout, self.base)
             state = {**state, saved_state.KEY: own}
@@ -704,11 +712,9 @@ class GradientOptimizer(Optimizer):
         held = [parameter for parameter, identity in identities.items() if identity in stepped]
         saved_state.renew_tensors(self.transforms, self.base, held)
         self.base.param_groups[0][saved_state.KEY] = saved_state.encode(self.transforms)
-        for transform in self.transforms:
-            transform.vectors.clear()
+        self._forget_vectors()
         self._pool = None
         self._applied = 0
-        self._vector_layout = None
         loaded = saved_state.store_vectors(
             self.base.param_groups, saved.vectors, saved.groups, self.base
         )

@@ -153,7 +153,8 @@ def _shared_memory_problem(places: ParameterPlaces, layout: Layout) -> str | Non
         owners.setdefault(parameter.untyped_storage().data_ptr(), f"parameter {places.name(index)}")
     seen: set[int] = set()
     for name, buffer in places.buffers():
-        if id(buffer) in seen or not buffer.numel() or type(buffer) is not torch.Tensor:
+        plain = type(buffer) is torch.Tensor and buffer.layout == torch.strided
+        if id(buffer) in seen or not (plain and buffer.numel()):
             continue
         seen.add(id(buffer))
         other = owners.setdefault(buffer.untyped_storage().data_ptr(), f"buffer {name}")

@@ -23,6 +23,11 @@ def returns_once(shape: Shape) -> bool:
     return not shape.backward and not shape.form.endswith("generator")
 
 
+def among_several(fits: Callable[[Shape], bool]) -> Callable[[Shape], bool]:
+    """Where there are other objectives; a step without any gradient is no error."""
+    return lambda shape: fits(shape) and len(shape.names) > 1
+
+
 def under_no_grad(world: World, loss: Tensor) -> Tensor:
     with torch.no_grad():
         return world.loss(world.case.victim, 0)
@@ -173,7 +178,7 @@ KINDS = [
             returning(change),
             RuntimeError,
             NO_GRADIENT,
-            fits=returns_once if name in UNREACHED else not_backward,
+            fits=among_several(returns_once if name in UNREACHED else not_backward),
             fixed={"extras": (True,)} if "frozen" in name else {},
             differentiated=True,
             gradless=True,
@@ -257,8 +262,8 @@ KINDS = [
         "a live parameter captured outside",
         live,
         RuntimeError,
-        "'head.weight' by way of a reference made outside.*look the parameter up in the model "
-        "inside the closure, or pass engine='inplace'",
+        "'head.weight' by way of a reference made there.*look parameters up in it there, or pass "
+        "engine='inplace'",
         fixed={"engine": ("functional",)},
         differentiated=True,
     ),
@@ -281,7 +286,7 @@ KINDS = [
         "one graph from outside for several closures (functional)",
         graph_from_outside,
         RuntimeError,
-        "by way of a reference made outside the closure",
+        "the loss was computed outside the closure",
         fits=lambda shape: shape.form in EACH and len(shape.names) > 1,
         fixed={"engine": ("functional",)},
     ),
@@ -289,7 +294,7 @@ KINDS = [
         "one graph from outside for several closures (inplace)",
         graph_from_outside,
         RuntimeError,
-        "retain_graph=True|modified by an inplace operation",
+        "retain_graph=True|modified by an inplace operation|was computed outside the closure",
         fits=lambda shape: shape.form in EACH and len(shape.names) > 1,
         fixed={"engine": ("inplace",)},
     ),

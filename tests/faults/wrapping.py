@@ -115,7 +115,7 @@ ARGUMENTS: dict[str, tuple[Make, type[Exception], str]] = {
     "a max_norm of zero": (wrapping(max_norm=0), VALUE, "0; it must be positive, or None"),
     "a NaN for max_norm": (wrapping(max_norm=torch.nan), VALUE, "nan; it must be positive"),
     "a string for max_norm": (wrapping(max_norm="1"), TYPE, "max_norm is.*'1'"),
-    "a scripted model": (wrapping(model=scripted), VALUE, "pass the module it was made from"),
+    "a model of somebody else": (wrapping(model=scripted), VALUE, "pass the module that is optim"),
     "the functional engine without a model": (
         wrapping(engine="functional"), VALUE, r"pass model= to gk.wrap\(\); or pass engine='inpla"
     ),
