@@ -723,6 +723,8 @@ class GradientOptimizer(Optimizer):
             saved_state.lay_out_vectors(self.transforms, layout, layout, self.base, loaded)
         for post in list(self._optimizer_load_state_dict_post_hooks.values()):
             post(self)
+        for transform in self.transforms:
+            transform.after_load()
 
 
 def _share_parameters(model: nn.Module, base: Optimizer) -> bool:

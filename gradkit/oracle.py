@@ -466,6 +466,9 @@ class Transform:
         It is called in steps that are applied only.
         """
 
+    def after_load(self) -> None:
+        """Called once the optimizer has loaded a state dict; to warn of what does not fit."""
+
     def after_step(self, context: Context) -> None:
         """Called once the base optimizer has applied the step."""
 

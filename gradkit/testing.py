@@ -298,9 +298,9 @@ def _check_saving(make: MakeOptimizer, names: tuple[str, ...]) -> None:
         resumed = _Problem(make, names)
         resumed.run(1)  # its own state must give way
         resumed.model.load_state_dict(loaded["model"])
-        resumed.optimizer.load_state_dict(state_dict=loaded["optimizer"])
         for teacher, values in zip(resumed.teachers(), loaded["teachers"], strict=True):
             teacher.load_state_dict(values)
+        resumed.optimizer.load_state_dict(state_dict=loaded["optimizer"])
         for each in (problem, resumed):
             each.optimizer.zero_grad()
             torch.manual_seed(3)

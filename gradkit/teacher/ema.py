@@ -34,7 +34,7 @@ class EMA(MeanTeacher):
     optimizer: `{"teacher": ema.teacher.state_dict(), "optimizer": optimizer.state_dict()}`; or,
     with `in_state=True`, nothing beside: the optimizer's state then has the teacher's parameters
     and the buffers that its own state dict would have, in `torch.distributed.checkpoint`, too.
-    Without either, the first step after loading warns that the teacher is not the saved one (not
+    Without either, loading warns that the teacher is not the saved one (not
     where it is sharded).
 
     Unlike `torch.optim.swa_utils.AveragedModel`, whose first update is a copy and which matches

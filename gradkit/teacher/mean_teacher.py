@@ -43,19 +43,21 @@ class MeanTeacher(Transform):
         self.state["t"] = 0
 
     def before_step(self, context: Context) -> None:
-        """Check that the teacher can follow, and that it is the one that was saved."""
+        """Check that the teacher can follow."""
         self._plan = self._following.plan(self.teacher, self.student)
-        if self._saved_mark is not None:
-            if self._saved_mark != self.mark():
-                warnings.warn(
-                    f"the teacher of {type(self).__name__} is not the one that was saved with the "
-                    "optimizer's state, so that its average starts again from what it holds now; "
-                    "save and load teacher.state_dict() beside the optimizer, or pass "
-                    "in_state=True, with which the optimizer's state holds the teacher",
-                    UserWarning,
-                    stacklevel=4,
-                )
-            self._saved_mark = None
+
+    def after_load(self) -> None:
+        """Warn if the teacher is not the one that was saved."""
+        saved, self._saved_mark = self._saved_mark, None
+        if saved is not None and saved != self.mark():
+            warnings.warn(
+                f"the teacher of {type(self).__name__} is not the one that was saved with the "
+                "optimizer's state, so that its average would start again from what it holds now; "
+                "save teacher.state_dict() beside the optimizer and load it first, or pass "
+                "in_state=True, with which the optimizer's state holds the teacher",
+                UserWarning,
+                stacklevel=3,
+            )
 
     def _move(self, share: Share) -> None:
         """Move the teacher, and count the step."""

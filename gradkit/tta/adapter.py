@@ -269,14 +269,14 @@ class Adapter:
     def _load(self, state: Mapping[str, Any]) -> None:
         """Load those parts that `state` has."""
         state = copy.deepcopy(dict(state))
+        for teacher, values in zip(self._teachers(), state.get("teachers", ()), strict=False):
+            teacher.load_state_dict(values)
         if self.optimizer is not None and "optimizer" in state:
             self.optimizer.load_state_dict(state["optimizer"])
         with torch.no_grad():
             changing = self._changing()
             for name, tensor in state.get("model", {}).items():
                 changing[name].copy_(tensor)
-        for teacher, values in zip(self._teachers(), state.get("teachers", ()), strict=False):
-            teacher.load_state_dict(values)
         for name, objective in self._stateful().items():
             objective.load_state_dict(state["objectives"][name])
         self.statistics.load_state_dict(state["statistics"])
