@@ -52,9 +52,9 @@ class MeanTeacher(Transform):
         if saved is not None and saved != self.mark():
             warnings.warn(
                 f"the teacher of {type(self).__name__} is not the one that was saved with the "
-                "optimizer's state, so that its average would start again from what it holds now; "
-                "save teacher.state_dict() beside the optimizer and load it first, or pass "
-                "in_state=True, with which the optimizer's state holds the teacher",
+                "optimizer's state, so that its average would start again from what it holds now, "
+                "unless it is still to be loaded; save and load teacher.state_dict(), at best "
+                "before the optimizer's, or pass in_state=True, with which that holds the teacher",
                 UserWarning,
                 stacklevel=3,
             )

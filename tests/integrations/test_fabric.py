@@ -199,6 +199,8 @@ def test_a_displaced_transform_needs_a_closure() -> None:
         optimizer.step()
 
 
+# The teacher is loaded after the optimizer.
+@pytest.mark.filterwarnings("ignore:the teacher of EMA is not the one that was saved")
 def test_save_and_load_resume_bit_for_bit(tmp_path: Path) -> None:
     def made() -> tuple[Fabric, nn.Module, Any, dict[str, Any]]:
         fabric, net = doubles(), network()
