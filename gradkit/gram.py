@@ -96,7 +96,7 @@ def squared_norm(parts: Sequence[Tensor]) -> Float[Tensor, ""] | None:
         >>> squared_norm([torch.tensor([3.0]), torch.tensor([[4.0]])])
         tensor(25., dtype=torch.float64)
     """
-    if parts and parts[0].device.type == "cuda":  # which converts what it reads, piece by piece
+    if parts and parts[0].device.type == "cuda":  # in pieces, which need little memory if converted
         pieces = [
             piece for part in parts for piece in torch.split(part.reshape(-1), _CONVERTED_NUMBERS)
         ]
@@ -159,7 +159,7 @@ def _products(
     step = max(_PRODUCTS // max(len(a) * len(b), 1), 1) * BLOCK
     if copies:
         # Starting a kernel takes an accelerator longer than reading such a piece, so that there
-        # pieces are as large as is free at that time: with bmm's own copy, one float32 vector.
+        # pieces are larger. With twice as large ones the peak was one float32 vector higher.
         room = 0 if a.device.type == "cpu" else length // (4 * (len(a) + (b is not a) * len(b)))
         step = min(step, max(_CONVERTED_COLUMNS, room - room % BLOCK))
 

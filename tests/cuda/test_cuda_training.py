@@ -48,7 +48,9 @@ CHAINS: dict[str, Chain] = {
     ),
 }
 pytestmark = CUDA
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
+# On the CPU float32 differs from float64 by up to 2.0e-4 here (the momentum of a bias before a
+# normalisation, whose gradient is rounding alone); two devices may differ by twice that.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 4e-4}
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

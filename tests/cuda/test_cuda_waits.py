@@ -161,10 +161,9 @@ def plain_peak(linear: bool) -> float:
     return peak(step)
 
 
-# With torch 2.11 a linear layer's gradient is taken for one that somebody else may see, and copied.
 @pytest.mark.parametrize(
     ("method", "count", "linear", "most"),
-    [("PCGrad", 4, True, 5), ("SAM", 1, False, 1), ("SAM", 1, True, 2)],
+    [("PCGrad", 4, True, 5), ("SAM", 1, False, 1), ("SAM", 1, True, 1)],
 )
 @pytest.mark.parametrize("engine", ENGINES)
 def test_peak_memory_above_plain_training(
