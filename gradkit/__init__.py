@@ -1,17 +1,14 @@
 """gradkit: gradients bent before they are applied, round any torch optimizer."""
 
 from gradkit import testing, tta, weighting
-from gradkit.gradients import Gradients
-from gradkit.lookahead import LookAhead
-from gradkit.nonfinite import NonFiniteError
-from gradkit.objectives import NoGradientError
-from gradkit.optimizer import GradientOptimizer
-from gradkit.oracle import Context, Oracle, Transform
-from gradkit.processes import RankError
+from gradkit.alignment import CosineLR, LookAhead
+from gradkit.core.gradients import Gradients
+from gradkit.core.oracle import Context, Oracle, Transform
+from gradkit.core.ranks import RankError
+from gradkit.engines.objectives import NoGradientError
+from gradkit.optimizer import GradientOptimizer, NonFiniteError, StepRecord, wrap
 from gradkit.recipes import GraTa
-from gradkit.record import StepRecord
 from gradkit.sharpness import SAM
-from gradkit.step_size import CosineLR
 from gradkit.surgery import (
     CRMOGM,
     DBMTL,
@@ -49,9 +46,8 @@ from gradkit.surgery import (
     TrimmedMean,
     UPGrad,
 )
-from gradkit.teacher import EMA, GatedEMA
+from gradkit.teachers import EMA, GatedEMA
 from gradkit.weighting import DWA, FAMO, GLS, RLW, STCH, UW
-from gradkit.wrapping import wrap
 
 __version__ = "0.1.0"
 

@@ -7,10 +7,10 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from gradkit.lookahead import LookAhead
-from gradkit.optimizer import GradientOptimizer
-from gradkit.step_size import Activation, CosineLR
-from gradkit.wrapping import wrap
+from gradkit.alignment.cosine_lr import Activation, CosineLR
+from gradkit.alignment.look_ahead import LookAhead
+from gradkit.optimizer.gradient_optimizer import GradientOptimizer
+from gradkit.optimizer.wrapping import wrap
 
 
 def GraTa(  # noqa: N802 # the method's name

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradkit.nonfinite import NonFiniteError
-from gradkit.optimizer import GradientOptimizer
+from gradkit.optimizer.finite_check import NonFiniteError
+from gradkit.optimizer.gradient_optimizer import GradientOptimizer
 
 MakeOptimizer = Callable[[nn.Module], GradientOptimizer]
 Closures = dict[str, Callable[[], Tensor]]

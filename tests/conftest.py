@@ -10,7 +10,7 @@ import pytest
 from checked import check_inner_functions_once
 from children import ROOT
 
-from gradkit import flat
+from gradkit.core import flat
 
 check_inner_functions_once()
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import gradkit as gk
-from gradkit.step_size import ACTIVATIONS
+from gradkit.alignment.cosine_lr import ACTIVATIONS
 
 CLOSED_FORMS = {
     "quadratic": lambda c: (c + 1) ** 2 / 4,

@@ -12,7 +12,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
 
 import gradkit as gk
-from gradkit.flat import Layout
+from gradkit.core.flat import Layout
 
 ENGINES = ["functional", "inplace"]
 

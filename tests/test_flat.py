@@ -6,7 +6,7 @@ from helpers import as_users_run_it, seeded
 from torch import nn
 
 import gradkit as gk
-from gradkit.flat import Layout, Pool, are_unshared
+from gradkit.core.flat import Layout, Pool, are_unshared
 
 
 def parameter(*shape, dtype=torch.float32):

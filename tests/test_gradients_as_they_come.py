@@ -6,7 +6,7 @@ from helpers import seeded
 from torch import nn
 
 import gradkit as gk
-from gradkit import flat
+from gradkit.core import flat
 
 ENGINES = ("functional", "inplace")
 

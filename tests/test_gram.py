@@ -7,9 +7,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradkit as gk
-from gradkit.flat import Layout
-from gradkit.gradients import Gradients
-from gradkit.gram import (
+from gradkit.core.flat import Layout
+from gradkit.core.gradients import Gradients
+from gradkit.core.gram import (
     BLOCK,
     block_grams,
     cosines,
@@ -27,7 +27,7 @@ CHUNK = 1 << 20
 @pytest.fixture(autouse=True, params=[0, 1 << 12], ids=["in blocks", "short at once"])
 def short(request, monkeypatch):
     """Up to which length vectors are converted at once; 0 sends all of them through blocks."""
-    monkeypatch.setattr("gradkit.gram._SHORT", request.param)
+    monkeypatch.setattr("gradkit.core.gram._SHORT", request.param)
 
 
 def reference(a, b, *, signs=False):

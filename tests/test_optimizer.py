@@ -206,7 +206,7 @@ def test_buffers_of_flat_vectors_are_reused() -> None:
 
 
 def test_without_a_count_of_uses_no_buffer_is_reused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gradkit.flat._use_count", None)
+    monkeypatch.setattr("gradkit.core.flat._use_count", None)
     model = network()
     optimizer = gk.wrap(torch.optim.SGD(model.parameters(), lr=1e-4), gk.PCGrad(), model=model)
     objectives = {"a": lambda: model(INPUT).sum(), "b": lambda: -model(INPUT).square().sum()}
@@ -358,7 +358,7 @@ def test_host_traffic(
         nonfinite=nonfinite,
     )
     # On the CPU results are looked at, which costs nothing there and is left out elsewhere.
-    monkeypatch.setattr("gradkit.gram._in_range", lambda products: True)
+    monkeypatch.setattr("gradkit.core.gram._in_range", lambda products: True)
     counter = HostReads()
     tolist = torch.Tensor.tolist
 

@@ -17,7 +17,7 @@ from torch import nn
 from torchjd.aggregation import PCGrad as TorchjdPCGrad
 
 import gradkit as gk
-from gradkit import gradients as gradients_module
+from gradkit.core import gradients as gradients_module
 from gradkit.surgery.given import Given
 from gradkit.surgery.pcgrad import pcgrad_weights
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import gradkit as gk
-from gradkit.teacher import follow
+from gradkit.teachers import follow
 
 ENGINES = ["functional", "inplace"]
 

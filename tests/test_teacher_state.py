@@ -332,7 +332,7 @@ def test_states_without_a_teachers_mark_load_as_before():
 
 def test_the_ranks_text_does_not_depend_on_who_saved():
     """Only the rank that writes a checkpoint calls state_dict()."""
-    from gradkit import state
+    from gradkit.optimizer import state
 
     net, _, optimizer = made(in_state=False)
     advance(net, optimizer)

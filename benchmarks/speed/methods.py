@@ -19,8 +19,8 @@ from benchmarks.speed.passes import (
 from benchmarks.speed.peers import pcgrad_peers, sam_peers
 from benchmarks.speed.problem import Problem
 from gradkit.engines import EngineName
-from gradkit.teacher import follow
-from gradkit.wrapping import RowsChoice
+from gradkit.optimizer.wrapping import RowsChoice
+from gradkit.teachers import follow
 
 ENGINES: tuple[EngineName, ...] = ("functional", "inplace")
 

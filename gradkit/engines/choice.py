@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gradkit.flat import Layout
+from gradkit.core.flat import Layout
 
 EngineName = Literal["auto", "functional", "inplace"]
 ENGINES: tuple[EngineName, ...] = ("auto", "functional", "inplace")

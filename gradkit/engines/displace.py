@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gradkit.flat import Layout
-from gradkit.oracle import Along
+from gradkit.core.flat import Layout
+from gradkit.core.oracle import Along
 
 HALF = (torch.float16, torch.bfloat16)
 

@@ -9,14 +9,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gradkit.core.gradients import Gradients
+from gradkit.core.interrupts import Interrupts
+from gradkit.core.oracle import Along, Context, Weigh
+from gradkit.core.random import RandomState
+from gradkit.core.ranks import Processes
 from gradkit.engines.backward import Receivers, take_grads
+from gradkit.engines.loss_scale import LossScale
 from gradkit.engines.mark import Mark
-from gradkit.engines.rows import Rows, no_gradient, stacked
-from gradkit.engines.session import Session
-from gradkit.engines.stream import streamed_gram
-from gradkit.gradients import Gradients
-from gradkit.interrupts import Interrupts
-from gradkit.objectives import (
+from gradkit.engines.objectives import (
     LOSS,
     GraphCheck,
     NoGradientError,
@@ -25,10 +26,9 @@ from gradkit.objectives import (
     computed_outside,
     micro_batches,
 )
-from gradkit.oracle import Along, Context, Weigh
-from gradkit.processes import Processes
-from gradkit.random import RandomState
-from gradkit.scaling import LossScale
+from gradkit.engines.rows import Rows, no_gradient, stacked
+from gradkit.engines.session import Session
+from gradkit.engines.stream import streamed_gram
 
 _NOT_JOINT = (
     "rows='stream' needs all losses before it back-propagates any: pass step() one closure that "

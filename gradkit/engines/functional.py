@@ -10,14 +10,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from gradkit.core.flat import Layout, Pool
+from gradkit.core.oracle import Along
+from gradkit.core.ranks import is_expanded
 from gradkit.engines.backward import Receivers, explaining_donated_buffers, handing_on, take_grads
 from gradkit.engines.choice import ParameterPlaces
 from gradkit.engines.displace import write_sums
+from gradkit.engines.objectives import NoGradientError
 from gradkit.engines.session import Result
-from gradkit.flat import Layout, Pool
-from gradkit.objectives import NoGradientError
-from gradkit.oracle import Along
-from gradkit.processes import is_expanded
 
 Buffers = list[dict[str, Tensor | None]]
 

@@ -13,6 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from gradkit.core.flat import Layout, Pool, copy_all
+from gradkit.core.oracle import Along
+from gradkit.core.ranks import is_expanded
 from gradkit.engines.backward import (
     Receivers,
     explaining_donated_buffers,
@@ -23,9 +26,6 @@ from gradkit.engines.backward import (
 from gradkit.engines.choice import ParameterPlaces
 from gradkit.engines.displace import write_sums
 from gradkit.engines.session import Result
-from gradkit.flat import Layout, Pool, copy_all
-from gradkit.oracle import Along
-from gradkit.processes import is_expanded
 
 
 class InplaceSession:

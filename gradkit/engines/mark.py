@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gradkit.flat import Layout
-from gradkit.processes import local
+from gradkit.core.flat import Layout
+from gradkit.core.ranks import local
 
 
 class Mark:

@@ -9,13 +9,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gradkit.core.flat import are_unshared
+from gradkit.core.gradients import Gradients, Parts
+from gradkit.core.gram import accumulator
+from gradkit.core.oracle import Context, copy_parts
+from gradkit.core.ranks import Processes, local
 from gradkit.engines.backward import Receivers
-from gradkit.flat import are_unshared
-from gradkit.gradients import Gradients, Parts
-from gradkit.gram import accumulator
-from gradkit.objectives import LOSS, NoGradientError, as_plain, checked_grad
-from gradkit.oracle import Context, copy_parts
-from gradkit.processes import Processes, local
+from gradkit.engines.objectives import LOSS, NoGradientError, as_plain, checked_grad
 
 
 class Rows:

@@ -9,8 +9,8 @@ from typing import Protocol, TypeVar, runtime_checkable
 from jaxtyping import Float
 from torch import Tensor
 
+from gradkit.core.oracle import Along
 from gradkit.engines.backward import Receivers
-from gradkit.oracle import Along
 
 Result = TypeVar("Result")
 

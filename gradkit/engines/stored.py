@@ -7,10 +7,10 @@ from collections.abc import Container, Sequence
 from jaxtyping import Float
 from torch import Tensor
 
+from gradkit.core.gradients import Gradients
+from gradkit.core.oracle import Context
+from gradkit.core.ranks import Processes
 from gradkit.engines.rows import Rows
-from gradkit.gradients import Gradients
-from gradkit.oracle import Context
-from gradkit.processes import Processes
 
 
 class StoredGradients:

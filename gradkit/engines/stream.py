@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gradkit.gram import accumulator, inner_products
+from gradkit.core.gram import accumulator, inner_products
 
 
 def streamed_gram(losses: Float[Tensor, " K"], leaves: Sequence[Tensor]) -> Float[Tensor, "K K"]:

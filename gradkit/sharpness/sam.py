@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from gradkit.gradients import Gradients
-from gradkit.oracle import Along, Context, Oracle, Transform, check_number, displacement
+from gradkit.core.gradients import Gradients
+from gradkit.core.oracle import Along, Context, Oracle, Transform, check_number, displacement
 
 
 @dataclass(eq=False)

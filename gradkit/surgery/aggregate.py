@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gradkit.flat import Scope
-from gradkit.gradients import Gradients, combine, scaled
-from gradkit.oracle import Along, Context, Oracle, takes_along
+from gradkit.core.flat import Scope
+from gradkit.core.gradients import Gradients, combine, scaled
+from gradkit.core.oracle import Along, Context, Oracle, takes_along
 from gradkit.surgery.given import Given
 from gradkit.surgery.rule import GramRule, Rule, active_rows, check_scope
 

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gradkit.gram import accumulator
-from gradkit.processes import Shards
+from gradkit.core.gram import accumulator
+from gradkit.core.ranks import Shards
 from gradkit.surgery.elementwise import Blocks, ElementwiseRule
 from gradkit.surgery.rule import own_generator
 

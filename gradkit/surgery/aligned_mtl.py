@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from gradkit.flat import Scope
+from gradkit.core.flat import Scope
 from gradkit.surgery.given import Given, Preference, check_preference
 from gradkit.surgery.rule import GramRule, check_scope
 from gradkit.surgery.spectrum import narrowed, rank, reciprocal, widened

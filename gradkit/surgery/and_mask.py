@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gradkit.oracle import check_number
+from gradkit.core.oracle import check_number
 from gradkit.surgery.elementwise import ElementwiseRule
 
 

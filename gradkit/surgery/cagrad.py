@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gradkit.flat import Scope
-from gradkit.oracle import check_number
+from gradkit.core.flat import Scope
+from gradkit.core.oracle import check_number
 from gradkit.surgery.dualproj import regularized
 from gradkit.surgery.given import Given
 from gradkit.surgery.rule import GramRule, check_scope

@@ -8,8 +8,8 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from gradkit.flat import Scope
-from gradkit.gram import cosines
+from gradkit.core.flat import Scope
+from gradkit.core.gram import cosines
 from gradkit.surgery.given import Given
 from gradkit.surgery.rule import GramRule, check_scope
 from gradkit.surgery.spectrum import narrowed, widened

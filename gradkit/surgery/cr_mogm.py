@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gradkit.oracle import check_number
+from gradkit.core.oracle import check_number
 from gradkit.surgery.given import Given
 from gradkit.surgery.mgda import MGDA
 from gradkit.surgery.rule import GramRule

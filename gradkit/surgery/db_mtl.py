@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gradkit.gradients import Gradients, scaled
-from gradkit.gram import at_least_single, block_spans, block_width
-from gradkit.oracle import check_number
+from gradkit.core.gradients import Gradients, scaled
+from gradkit.core.gram import at_least_single, block_spans, block_width
+from gradkit.core.oracle import check_number
 from gradkit.surgery.given import Given, too_low
 from gradkit.surgery.vectors import VectorRule
 

@@ -11,11 +11,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gradkit.flat import Layout
-from gradkit.gradients import Gradients
-from gradkit.gram import at_least_single, block_spans, block_width
-from gradkit.oracle import Along, Context, Oracle, takes_along
-from gradkit.processes import Shards, part_of
+from gradkit.core.flat import Layout
+from gradkit.core.gradients import Gradients
+from gradkit.core.gram import at_least_single, block_spans, block_width
+from gradkit.core.oracle import Along, Context, Oracle, takes_along
+from gradkit.core.ranks import Shards, part_of
 from gradkit.surgery.rule import Rule, active_rows, checked_jacobian
 
 

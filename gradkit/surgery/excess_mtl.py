@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from gradkit.gradients import Gradients
-from gradkit.gram import accumulator, at_least_single, block_spans, block_width
-from gradkit.oracle import check_number
+from gradkit.core.gradients import Gradients
+from gradkit.core.gram import accumulator, at_least_single, block_spans, block_width
+from gradkit.core.oracle import check_number
 from gradkit.surgery.given import Given
 from gradkit.surgery.vectors import VectorRule
 

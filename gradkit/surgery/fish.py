@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gradkit.gradients import Gradients
-from gradkit.oracle import Context, Oracle, Transform, check_number, displacement, join
+from gradkit.core.gradients import Gradients
+from gradkit.core.oracle import Context, Oracle, Transform, check_number, displacement, join
 from gradkit.surgery.rule import own_generator
 from gradkit.surgery.visits import Those, Visits
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gradkit.processes import Shards
+from gradkit.core.ranks import Shards
 from gradkit.surgery.elementwise import Blocks, ElementwiseRule
 from gradkit.surgery.given import Given, Preference, check_preference
 from gradkit.surgery.rule import own_generator

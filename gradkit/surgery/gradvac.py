@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gradkit.flat import Scope
-from gradkit.gram import cosines
-from gradkit.oracle import check_number
+from gradkit.core.flat import Scope
+from gradkit.core.gram import cosines
+from gradkit.core.oracle import check_number
 from gradkit.surgery.given import Given
 from gradkit.surgery.host import lightest, products_of, random_orders, rows_of, uploaded
 from gradkit.surgery.rule import GramRule, check_scope, own_generator

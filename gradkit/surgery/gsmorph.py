@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gradkit.flat import Scope
+from gradkit.core.flat import Scope
 from gradkit.surgery.cosine_gate import check_main
 from gradkit.surgery.given import Given
 from gradkit.surgery.host import lightest, products_of

@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gradkit.gradients import Gradients, combine
-from gradkit.gram import norm
-from gradkit.oracle import Context, Oracle, Transform, check_number, displacement
+from gradkit.core.gradients import Gradients, combine
+from gradkit.core.gram import norm
+from gradkit.core.oracle import Context, Oracle, Transform, check_number, displacement
 
 
 @dataclass(eq=False)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from gradkit.flat import Scope
+from gradkit.core.flat import Scope
 from gradkit.surgery.given import Given
 from gradkit.surgery.rule import GramRule, check_scope
 from gradkit.surgery.spectrum import (

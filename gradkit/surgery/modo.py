@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gradkit.flat import Scope
-from gradkit.oracle import check_number
+from gradkit.core.flat import Scope
+from gradkit.core.oracle import check_number
 from gradkit.surgery.given import Given
 from gradkit.surgery.rule import GramRule, check_scope
 from gradkit.surgery.solvers.simplex import project_onto_simplex

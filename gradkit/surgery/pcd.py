@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from gradkit.flat import Scope
-from gradkit.oracle import check_number
+from gradkit.core.flat import Scope
+from gradkit.core.oracle import check_number
 from gradkit.surgery.given import Given, Preference, check_preference
 from gradkit.surgery.rule import GramRule, check_scope
 from gradkit.surgery.solvers.least_distance import least_distance

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gradkit.flat import Scope
-from gradkit.gram import accumulator
+from gradkit.core.flat import Scope
+from gradkit.core.gram import accumulator
 from gradkit.surgery.given import Given
 from gradkit.surgery.host import lightest, on_host, products_of, random_orders, rows_of, uploaded
 from gradkit.surgery.rule import GramRule, check_scope, own_generator

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradkit.oracle import Transform
+from gradkit.core.oracle import Transform
 from gradkit.surgery.given import Memory, known_objectives
 from gradkit.surgery.host import uploaded
 

@@ -9,11 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gradkit.flat import SCOPES, Scope
-from gradkit.gradients import Gradients, combine
-from gradkit.gram import accumulator
-from gradkit.gram import gram as gram_matrix
-from gradkit.oracle import Context, Oracle, Transform, reweighing
+from gradkit.core.flat import SCOPES, Scope
+from gradkit.core.gradients import Gradients, combine
+from gradkit.core.gram import accumulator
+from gradkit.core.gram import gram as gram_matrix
+from gradkit.core.oracle import Context, Oracle, Transform, reweighing
 from gradkit.surgery.given import Given, check_remembered
 from gradkit.surgery.remembering import Remembering
 from gradkit.surgery.semidefinite import check_gram_matrix

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from gradkit.gram import accumulator, cosines
+from gradkit.core.gram import accumulator, cosines
 
 DEPENDENT = 1e-7
 """Eigenvalues of a matrix of cosines below this share of the largest count as 0."""

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gradkit.flat import Scope
+from gradkit.core.flat import Scope
 from gradkit.surgery.dualproj import check_reg, regularized
 from gradkit.surgery.given import Given, Preference, check_preference
 from gradkit.surgery.rule import GramRule, check_scope

@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gradkit.flat import Layout
-from gradkit.gradients import Gradients
-from gradkit.gram import accumulator
-from gradkit.oracle import Along, Context, Oracle, takes_along
+from gradkit.core.flat import Layout
+from gradkit.core.gradients import Gradients
+from gradkit.core.gram import accumulator
+from gradkit.core.oracle import Along, Context, Oracle, takes_along
 from gradkit.surgery.given import Given, Memory, known_objectives
 from gradkit.surgery.rule import Rule, active_rows, checked_jacobian
 

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradkit.optimizer import GradientOptimizer
-from gradkit.oracle import Transform
-from gradkit.record import StepRecord
+from gradkit.core.oracle import Transform
+from gradkit.optimizer.gradient_optimizer import GradientOptimizer
+from gradkit.optimizer.record import StepRecord
+from gradkit.optimizer.wrapping import wrap
 from gradkit.tta.statistics import (
     Statistics,
     install_statistics,
     norm_affine_parameters,
     resolve_statistics,
 )
-from gradkit.wrapping import wrap
 
 Objective = Callable[[nn.Module, Tensor], Tensor]
 OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]

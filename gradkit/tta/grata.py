@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradkit.lookahead import LookAhead
-from gradkit.step_size import Activation, CosineLR
+from gradkit.alignment.cosine_lr import Activation, CosineLR
+from gradkit.alignment.look_ahead import LookAhead
 from gradkit.tta.adapter import Adapter, Objective, OptimizerFactory
 from gradkit.tta.objectives import (
     Consistency,

@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gradkit.gradients import Gradients
-from gradkit.gram import accumulator
-from gradkit.oracle import Context, Oracle, reweighing
+from gradkit.core.gradients import Gradients
+from gradkit.core.gram import accumulator
+from gradkit.core.oracle import Context, Oracle, reweighing
 from gradkit.surgery.given import Given
 from gradkit.surgery.remembering import Remembering
 from gradkit.surgery.rule import checked_losses

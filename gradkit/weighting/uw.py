@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gradkit.oracle import check_number
+from gradkit.core.oracle import check_number
 from gradkit.surgery.given import Given
 from gradkit.weighting.adam import adam, adam_memory
 from gradkit.weighting.loss_weighting import LossWeighting

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from gradkit import flat
+from gradkit.core import flat
 
 # Processes are forked from one that has imported everything once; dynamo is what the first
 # optimizer of a process imports.

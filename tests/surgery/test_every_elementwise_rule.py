@@ -11,7 +11,7 @@ import torch
 from surgery.methods import ELEMENTWISE, METHODS, Training, made, matrices, normal
 from torch import nn
 
-from gradkit import gram
+from gradkit.core import gram
 
 FACTORS = (1e-6, 1e-3, 3.0, 1e3, 1e6)
 every_rule = pytest.mark.parametrize("name", ELEMENTWISE)

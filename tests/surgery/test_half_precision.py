@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradkit as gk
-from gradkit import gram
-from gradkit.gradients import combine, scaled
+from gradkit.core import gram
+from gradkit.core.gradients import combine, scaled
 
 HALF = (torch.bfloat16, torch.float16)
 in_half = pytest.mark.parametrize("dtype", HALF)

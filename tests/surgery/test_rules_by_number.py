@@ -11,7 +11,7 @@ from torchjd.aggregation import GradDrop as TorchjdGradDrop
 from torchjd.aggregation import TrimmedMean as TorchjdTrimmedMean
 
 import gradkit as gk
-from gradkit import gram
+from gradkit.core import gram
 from gradkit.surgery.given import Given
 
 RULES = (gk.AgrSum, gk.AgrRand, gk.GradDrop, gk.ANDMask, gk.SANDMask, gk.TrimmedMean)

@@ -28,7 +28,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from gradkit.gram import exact_products
+from gradkit.core.gram import exact_products
 from gradkit.surgery.solvers.prepared import ridge
 
 # Enough to bring the objective within ε/100 of its minimum whatever the eigenvalues.

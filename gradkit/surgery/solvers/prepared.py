@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from gradkit.gram import accumulator, cosines
+from gradkit.core.gram import accumulator, cosines
 
 
 def prepare(

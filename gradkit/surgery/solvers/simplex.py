@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gradkit.gram import accumulator
+from gradkit.core.gram import accumulator
 from gradkit.surgery.solvers.active_set import minimise, over_simplex
 from gradkit.surgery.solvers.prepared import prepare
 

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gradkit.processes import is_sharded, local, reshard
-from gradkit.teacher.copying import copied, is_writable, joined, unwrapped
+from gradkit.core.ranks import is_sharded, local, reshard
+from gradkit.teachers.copying import copied, is_writable, joined, unwrapped
 
 Share = Float[Tensor, ""] | float
 """1 - decay: what the teacher takes of the student."""

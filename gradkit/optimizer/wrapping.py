@@ -10,13 +10,12 @@ from torch import nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from gradkit.bases import check_base
+from gradkit.core.oracle import Streams, Transform
+from gradkit.core.ranks import ProcessGroupChoice
 from gradkit.engines.choice import ENGINES, EngineName
-from gradkit.nonfinite import NONFINITE, Nonfinite
-from gradkit.optimizer import GradientOptimizer
-from gradkit.oracle import Streams, Transform
-from gradkit.processes import ProcessGroupChoice
-from gradkit.surgery.rule import Rule
+from gradkit.optimizer.bases import check_base
+from gradkit.optimizer.finite_check import NONFINITE, Nonfinite
+from gradkit.optimizer.gradient_optimizer import GradientOptimizer
 
 RowsChoice = Literal["auto", "keep", "stream"]
 ROWS: tuple[RowsChoice, ...] = ("auto", "keep", "stream")
@@ -160,7 +159,7 @@ def _check_chain(transforms: Sequence[Transform]) -> None:
             raise ValueError(
                 f"{transform!r} is passed twice; make two objects, since each keeps its own state"
             )
-        if (isinstance(transform, Rule) or transform.reweighs) and last is not None:
+        if transform.joins and last is not None:
             raise ValueError(
                 f"{transform!r} cannot follow {last!r}, whose result is no weighted sum of "
                 "whole gradients; put it first"

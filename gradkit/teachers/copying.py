@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
-from gradkit.processes import is_expanded, is_sharded
+from gradkit.core.ranks import is_expanded, is_sharded
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gradkit.gradients import Gradients
-from gradkit.oracle import Context, Oracle, Selection, check_number
-from gradkit.teacher.decay import check_decay, like, warmed_up
-from gradkit.teacher.mean_teacher import MeanTeacher
+from gradkit.core.gradients import Gradients
+from gradkit.core.oracle import Context, Oracle, Selection, check_number
+from gradkit.teachers.decay import check_decay, like, warmed_up
+from gradkit.teachers.mean_teacher import MeanTeacher
 
 Measure = Literal["sign_cosine", "cosine"]
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from gradkit.gradients import Gradients
-from gradkit.oracle import Context, Oracle, Selection, Transform
+from gradkit.core.gradients import Gradients
+from gradkit.core.oracle import Context, Oracle, Selection, Transform
 
 Activation = Callable[[Tensor], Tensor]
 

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradkit.flat import Layout
-from gradkit.oracle import Transform
-from gradkit.processes import as_part_of, is_sharded, local
+from gradkit.core.flat import Layout
+from gradkit.core.oracle import Transform
+from gradkit.core.ranks import as_part_of, is_sharded, local
 
 KEY = "gradkit"
 PREFIX = "gradkit."

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gradkit.processes import Shards
+from gradkit.core.ranks import Shards
 
 BLOCK = 1 << 9
 # Shorter blocks would leave the fast path of torch's norm.

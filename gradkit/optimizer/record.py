@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from gradkit.gram import cosines
+from gradkit.core.gram import cosines
 
 
 @dataclass(frozen=True, eq=False, repr=False)

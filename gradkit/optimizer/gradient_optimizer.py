@@ -20,9 +20,11 @@ from torch._compile import _disable_dynamo
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from gradkit import state as saved_state
-from gradkit.attempt import Attempt
-from gradkit.bases import Whole, check_group, sharing_kept, whole
+from gradkit.core.flat import Layout, Pool
+from gradkit.core.gradients import Gradients
+from gradkit.core.interrupts import Interrupts
+from gradkit.core.oracle import Context, Streams, Transform
+from gradkit.core.ranks import Processes, ProcessGroupChoice, reshard
 from gradkit.engines.choice import (
     EngineName,
     ParameterPlaces,
@@ -31,19 +33,17 @@ from gradkit.engines.choice import (
 from gradkit.engines.evaluator import Evaluator
 from gradkit.engines.functional import FunctionalSession
 from gradkit.engines.inplace import InplaceSession
+from gradkit.engines.loss_scale import LossScale
+from gradkit.engines.objectives import LOSS, NoGradientError, Objectives, check_objectives
 from gradkit.engines.rows import stacked
 from gradkit.engines.session import Session
 from gradkit.engines.stored import StoredGradients
-from gradkit.flat import Layout, Pool
-from gradkit.gradients import Gradients
-from gradkit.hooks import global_post_hooks, global_pre_hooks
-from gradkit.interrupts import Interrupts
-from gradkit.nonfinite import Nonfinite, NonFiniteError, judge
-from gradkit.objectives import LOSS, NoGradientError, Objectives, check_objectives
-from gradkit.oracle import Context, Streams, Transform
-from gradkit.processes import Processes, ProcessGroupChoice, reshard
-from gradkit.record import StepRecord
-from gradkit.scaling import LossScale
+from gradkit.optimizer import state as saved_state
+from gradkit.optimizer.bases import Whole, check_group, sharing_kept, whole
+from gradkit.optimizer.finite_check import Nonfinite, NonFiniteError, judge
+from gradkit.optimizer.hooks import global_post_hooks, global_pre_hooks
+from gradkit.optimizer.record import StepRecord
+from gradkit.optimizer.transaction import Attempt
 
 _IDLE = (
     "step() had nothing to step on: {}. As with a bare optimizer nothing was changed, and "

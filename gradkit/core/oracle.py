@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gradkit.flat import Layout, Pool
-from gradkit.gradients import Gradients, Parts
+from gradkit.core.flat import Layout, Pool
+from gradkit.core.gradients import Gradients, Parts
 
 Oracle = Callable[..., Gradients]
 """`oracle(at=None, only=None) -> Gradients`.

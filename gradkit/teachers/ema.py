@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from gradkit.oracle import Context
-from gradkit.teacher.decay import check_decay, like, warmed_up
-from gradkit.teacher.mean_teacher import MeanTeacher
+from gradkit.core.oracle import Context
+from gradkit.teachers.decay import check_decay, like, warmed_up
+from gradkit.teachers.mean_teacher import MeanTeacher
 
 
 @dataclass(eq=False)

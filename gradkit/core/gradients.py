@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gradkit.flat import Layout, Scope
-from gradkit.gram import (
+from gradkit.core.flat import Layout, Scope
+from gradkit.core.gram import (
     accumulator,
     at_least_single,
     block_grams,
@@ -24,7 +24,7 @@ from gradkit.gram import (
     norm,
     squared_norm,
 )
-from gradkit.processes import Shards
+from gradkit.core.ranks import Shards
 
 Parts = Sequence[Tensor | None]
 """A flat vector as one tensor per parameter; None where it is 0."""

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from gradkit.oracle import Context, Transform
-from gradkit.processes import as_part_of, is_sharded, local, reshard
-from gradkit.teacher.copying import make_teacher, saved_buffers, unwrapped
-from gradkit.teacher.following import Following, Plan, Share, is_short, paired
+from gradkit.core.oracle import Context, Transform
+from gradkit.core.ranks import as_part_of, is_sharded, local, reshard
+from gradkit.teachers.copying import make_teacher, saved_buffers, unwrapped
+from gradkit.teachers.following import Following, Plan, Share, is_short, paired
 
 _SAMPLES = 8
 

@@ -18,7 +18,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from gradkit.processes import Shards, local
+from gradkit.core.ranks import Shards, local
 
 Scope = Literal["global", "group", "tensor", "shared"]
 SCOPES: tuple[Scope, ...] = ("global", "group", "tensor", "shared")

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gradkit.oracle import Context, check_number
+from gradkit.core.oracle import Context, check_number
 
 
 def warmed_up(decay: float, t: int) -> float:

@@ -9,17 +9,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gradkit.core.gradients import Gradients, Parts, scaled
+from gradkit.core.gram import norm
+from gradkit.core.oracle import Context, Oracle, Transform, reweighing
+from gradkit.core.random import RandomState
+from gradkit.core.ranks import Processes, as_part_of, local
 from gradkit.engines.evaluator import Evaluator
+from gradkit.engines.objectives import LOSS, NoGradientError, Objectives
 from gradkit.engines.session import Session
 from gradkit.engines.stored import StoredGradients
-from gradkit.gradients import Gradients, Parts, scaled
-from gradkit.gram import norm
-from gradkit.hooks import global_hooks_muted
-from gradkit.objectives import LOSS, NoGradientError, Objectives
-from gradkit.oracle import Context, Oracle, Transform, reweighing
-from gradkit.processes import Processes, as_part_of, local
-from gradkit.random import RandomState
-from gradkit.state import link_stepped
+from gradkit.optimizer.hooks import global_hooks_muted
+from gradkit.optimizer.state import link_stepped
 
 
 class Attempt:

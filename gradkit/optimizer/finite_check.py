@@ -9,8 +9,8 @@ from typing import Literal, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from gradkit.gradients import Gradients
-from gradkit.gram import accumulator
+from gradkit.core.gradients import Gradients
+from gradkit.core.gram import accumulator
 
 Nonfinite = Literal["raise", "skip", "ignore"]
 NONFINITE: tuple[Nonfinite, ...] = ("raise", "skip", "ignore")

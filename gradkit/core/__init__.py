@@ -1,0 +1,1 @@
+"""Flat vectors, gradients, and the seams between oracles and transforms."""

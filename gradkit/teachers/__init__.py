@@ -1,0 +1,8 @@
+"""Mean teachers: modules that follow a student by an exponential moving average."""
+
+from gradkit.teachers.ema import EMA
+from gradkit.teachers.following import follow
+from gradkit.teachers.gated_ema import GatedEMA
+from gradkit.teachers.mean_teacher import MeanTeacher
+
+__all__ = ["EMA", "GatedEMA", "MeanTeacher", "follow"]
