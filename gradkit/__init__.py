@@ -2,9 +2,12 @@
 
 from gradkit import testing, tta, weighting
 from gradkit.alignment import CosineLR, LookAhead
+from gradkit.core.context import Context
+from gradkit.core.displacement import Displacement
 from gradkit.core.gradients import Gradients
-from gradkit.core.oracle import Context, Oracle, Transform
+from gradkit.core.oracle import Oracle
 from gradkit.core.ranks import RankError
+from gradkit.core.transform import Reweighing, Transform
 from gradkit.engines.objectives import NoGradientError
 from gradkit.optimizer import GradientOptimizer, NonFiniteError, StepRecord, wrap
 from gradkit.recipes import GraTa
@@ -78,6 +81,7 @@ __all__ = [
     "Context",
     "CosineGate",
     "CosineLR",
+    "Displacement",
     "DualProj",
     "ExcessMTL",
     "FairGrad",
@@ -101,6 +105,7 @@ __all__ = [
     "PCGrad",
     "RandomWeights",
     "RankError",
+    "Reweighing",
     "SANDMask",
     "SDMGrad",
     "StepRecord",

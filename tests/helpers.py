@@ -11,7 +11,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from gradkit.core.oracle import Transform
+from gradkit.core.transform import Transform
 
 # GS-EMA's own example: the raw gradients conflict, their signs agree.
 CONFLICT = ((-4.0, 1.0, 1.0), (6.0, 1.0, 1.0))

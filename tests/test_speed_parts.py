@@ -34,17 +34,13 @@ def _measurements_end_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "LIMIT", 120.0)
 
 
-class ByLosses(gk.Transform):
+class ByLosses(gk.Reweighing):
     """Weighs objectives by their losses, as loss weightings do."""
 
     needs_rows = False
-    reweighs = True
 
-    def around(self, inner: gk.Oracle, context: Any) -> gk.Oracle:
-        def weigh(gradients: Any) -> Any:
-            return gradients.replace(weights=gradients.weights / (1 + gradients.losses.abs()))
-
-        return gk.oracle.reweighing(inner, weigh)
+    def weigher(self, context: Any) -> Any:
+        return lambda gradients: gradients.reweighted(1 / (1 + gradients.losses.abs()))
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

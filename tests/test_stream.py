@@ -13,23 +13,20 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import gradkit as gk
+from gradkit.core.flat import Pool
 from gradkit.engines.stream import streamed_gram
 
 ENGINES = ("functional", "inplace")
 NAMES = ("a", "b", "c")
 
 
-class ByLosses(gk.Transform):
+class ByLosses(gk.Reweighing):
     """Weighs objectives by their losses, as loss weightings do."""
 
     needs_rows = False
-    reweighs = True
 
-    def around(self, inner, context):
-        def weigh(gradients):
-            return gradients.replace(weights=gradients.weights / (1 + gradients.losses.abs()))
-
-        return gk.oracle.reweighing(inner, weigh)
+    def weigher(self, context):
+        return lambda gradients: gradients.reweighted(1 / (1 + gradients.losses.abs()))
 
 
 def network() -> nn.Module:
@@ -251,10 +248,10 @@ def test_the_one_gradient_is_made_flat_only_for_those_who_ask(engine, monkeypatc
     found = {}
     for how in ("nothing", "parts", "norm", "scale", "update", "another"):
         taken = []
-        take = gk.flat.Pool._free_buffer
+        take = Pool._free_buffer
         with monkeypatch.context() as patch:
             patch.setattr(
-                gk.flat.Pool,
+                Pool,
                 "_free_buffer",
                 lambda pool, count, taken=taken, take=take: (
                     taken.append(count) or take(pool, count)
@@ -323,12 +320,11 @@ def test_no_rows_can_be_looked_at():
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_observers_are_not_back_propagated(engine):
-    class Observes(gk.Transform):
+    class Observes(gk.Reweighing):
         needs_rows = False
-        reweighs = True
 
-        def around(self, inner, context):
-            return gk.oracle.reweighing(inner, lambda gradients: gradients.observe("b"))
+        def weigher(self, context):
+            return lambda gradients: gradients.observe("b")
 
     kept, _, _ = train((Observes(), gk.PCGrad()), "keep", engine)
     streamed, _, record = train((Observes(), gk.PCGrad()), "stream", engine)

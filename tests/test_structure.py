@@ -26,10 +26,12 @@ ROOMS: dict[str, set[str]] = {
 }
 # Inside the core, each file may import those of earlier rows and its own.
 CORE = [
-    {"interrupts", "random", "ranks"},
+    {"arguments", "interrupts", "random", "ranks"},
     {"flat", "gram"},
-    {"gradients"},
-    {"oracle"},
+    {"combine", "noise", "storage"},
+    {"displacement", "gradients"},
+    {"joining", "oracle"},
+    {"context", "transform"},
 ]
 
 

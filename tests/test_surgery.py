@@ -17,7 +17,7 @@ from torch import nn
 from torchjd.aggregation import PCGrad as TorchjdPCGrad
 
 import gradkit as gk
-from gradkit.core import gradients as gradients_module
+from gradkit.core import storage
 from gradkit.surgery.given import Given
 from gradkit.surgery.pcgrad import pcgrad_weights
 
@@ -303,8 +303,8 @@ def test_scopes_differ():
 def test_products_by_tensor_serve_for_the_whole(monkeypatch):
     """Rows are read once for both."""
     whole = []
-    real = gradients_module.gram
-    monkeypatch.setattr(gradients_module, "gram", lambda *a, **k: whole.append(a) or real(*a, **k))
+    real = storage.gram
+    monkeypatch.setattr(storage, "gram", lambda *a, **k: whole.append(a) or real(*a, **k))
     rows = torch.randn(3, 10, generator=seeded(0), dtype=torch.float64)
     _, record = step_with(rows, gk.PCGrad(scope="tensor"))
     assert not whole

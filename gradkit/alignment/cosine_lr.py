@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor
 
+from gradkit.core.context import Context
+from gradkit.core.displacement import Point
 from gradkit.core.gradients import Gradients
-from gradkit.core.oracle import Context, Oracle, Selection, Transform
+from gradkit.core.oracle import Oracle, Selection
+from gradkit.core.transform import Transform
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -68,12 +70,10 @@ class CosineLR(Transform):
                 "or pass a callable from the cosine to the factor"
             )
 
-    def around(self, inner: Oracle, context: Context) -> Oracle:  # noqa: D102 # see the class
+    def around(self, inner: Oracle, context: Context) -> Oracle:
         activation = self.activation if callable(self.activation) else ACTIVATIONS[self.activation]
 
-        def oracle(
-            at: Float[Tensor, " P"] | None = None, only: Container[str] | None = None
-        ) -> Gradients:
+        def oracle(at: Point | None = None, only: Container[str] | None = None) -> Gradients:
             context.require(self, self.a, self.b)
             gradients = inner(at, Selection(only, include=(self.a, self.b)))
             context.require(self, self.a, self.b)
@@ -87,6 +87,6 @@ class CosineLR(Transform):
                     f"the activation returned a tensor of shape {tuple(factor.shape)}; "
                     "return one number, a 0-d tensor"
                 )
-            return gradients.replace(lr_scale=gradients.lr_scale * factor)
+            return gradients.with_lr_scale(factor)
 
         return oracle

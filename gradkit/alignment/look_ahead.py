@@ -5,19 +5,12 @@ from __future__ import annotations
 from collections.abc import Container
 from dataclasses import dataclass
 
-from jaxtyping import Float
-from torch import Tensor
-
+from gradkit.core.arguments import check_number
+from gradkit.core.context import Context
+from gradkit.core.displacement import Point
 from gradkit.core.gradients import Gradients
-from gradkit.core.oracle import (
-    Context,
-    Oracle,
-    Selection,
-    Transform,
-    check_number,
-    displacement,
-    join,
-)
+from gradkit.core.oracle import Oracle, Selection
+from gradkit.core.transform import Transform
 
 
 @dataclass(eq=False)
@@ -69,10 +62,8 @@ class LookAhead(Transform):
                 "looking ahead along an objective's own gradient is SAM with rho < 0"
             )
 
-    def around(self, inner: Oracle, context: Context) -> Oracle:  # noqa: D102 # see the class
-        def oracle(
-            at: Float[Tensor, " P"] | None = None, only: Container[str] | None = None
-        ) -> Gradients:
+    def around(self, inner: Oracle, context: Context) -> Oracle:
+        def oracle(at: Point | None = None, only: Container[str] | None = None) -> Gradients:
             context.require(self, self.along, self.update)
             here = inner(at, Selection(only, include=(self.along,), exclude=(self.update,)))
             context.require(self, self.along, self.update)
@@ -80,9 +71,8 @@ class LookAhead(Transform):
             if only is not None and self.update not in only:
                 return here
             row = here.row(self.along)
-            there = inner(displacement(row, -self.step_size, at, inner, context), (self.update,))
+            there = inner(context.displaced(at, row, -self.step_size), (self.update,))
             # Transforms inside may have asked for further rows at either point.
-            joined = join({**dict.fromkeys(here.names, here), self.update: there}, context)
-            return joined.replace(lr_scale=there.lr_scale) if there.scales_lr else joined
+            return context.join({**dict.fromkeys(here.names, here), self.update: there}, there)
 
         return oracle

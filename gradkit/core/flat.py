@@ -220,6 +220,17 @@ def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
         torch._foreach_copy_(list(targets), list(sources))
 
 
+def copy_parts(parts: Sequence[Tensor | None], views: Sequence[Tensor]) -> None:
+    """Copy a vector's parts to the views of a flat one."""
+    there = [t for t, part in enumerate(parts) if part is not None]
+    if there:
+        sources = [part for part in parts if part is not None]
+        torch._foreach_copy_([views[t] for t in there], sources)
+    missing = [view for view, part in zip(views, parts, strict=True) if part is None]
+    if missing:
+        torch._foreach_zero_(missing)
+
+
 def _check(parameter: Tensor, what: str) -> None:
     if is_lazy(parameter):
         raise ValueError(

@@ -9,11 +9,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gradkit.core.context import Context
+from gradkit.core.displacement import Displacement, Point
 from gradkit.core.gradients import Gradients
 from gradkit.core.interrupts import Interrupts
-from gradkit.core.oracle import Along, Context, Weigh
 from gradkit.core.random import RandomState
 from gradkit.core.ranks import Processes
+from gradkit.core.storage import Dense, Summed
+from gradkit.core.transform import Weigh
 from gradkit.engines.backward import Receivers, take_grads
 from gradkit.engines.loss_scale import LossScale
 from gradkit.engines.mark import Mark
@@ -59,6 +62,7 @@ class Evaluator:
         processes: Processes,
         settings: int,
         loss_scale: LossScale | None,
+        weighers: Sequence[Weigh] = (),
         accumulated: Sequence[int] = (),
         beside: Sequence[Tensor] = (),
     ) -> None:
@@ -72,6 +76,8 @@ class Evaluator:
         self._processes = processes
         self._settings = settings
         self._loss_scale = loss_scale
+        self._weighers = weighers
+        self._streams = context.streams if weighers or context.streams == "must" else "no"
         self._mark = Mark(context.layout, accumulated)
         self._beside = beside
         self._had_gradient = {parameter for parameter in beside if parameter.grad is not None}
@@ -91,33 +97,30 @@ class Evaluator:
     # A method, not `__call__`: calling an instance keeps the arguments alive until it returns.
     def evaluate(
         self,
-        at: Float[Tensor, " P"] | Along | None = None,
+        at: Point | None = None,
         only: Container[str] | None = None,
-        weigh: Weigh | None = None,
     ) -> Gradients:
         """The gradients at the weights plus `at`, of all objectives or those in `only`.
+
+        They are weighed before the backward pass where the step streams, and there is then one
+        pass.
 
         Args:
             at: A displacement; None for none.
             only: The objectives to back-propagate; None for all.
-            weigh: Gives them other weights; called before the backward pass where the step
-                streams, and there is then one pass.
         """
         names = self._context.names
         if names is not None:
             _check_known(only, names)
-        if isinstance(at, Tensor) and at.shape != (self._context.layout.numel,):
-            raise ValueError(
-                f"the displacement at= has shape {tuple(at.shape)}, but the flat vector of the "
-                f"weights has {(self._context.layout.numel,)}"
-            )
         self._is_displaced = at is not None
-        place = self._session.displaced(at)
+        place = self._session.displaced(
+            None if at is None else Displacement.of(at, self._context.layout)
+        )
         del at  # a point is not needed once the weights are there
         with place as leaves, self._processes.local_gradients():
             if self._closures is None:
-                rows, weighed = self._evaluate_jointly(leaves, only, weigh)
-            elif weigh is not None and self._context.streams == "must":
+                rows, weighed = self._evaluate_jointly(leaves, only)
+            elif self._streams == "must":
                 raise ValueError(_NOT_JOINT)
             else:
                 rows, weighed = self._evaluate_one_by_one(leaves, only), None
@@ -127,15 +130,26 @@ class Evaluator:
             losses = stacked([rows.loss(name) for name in weighed.names], rows.device)
             if self._measure:
                 self.measured.append(_measured_together(gradients, weighed.names, losses))
-            return weighed.taken_together(losses, gradients)
+            return self._together(weighed, losses, gradients)
         if self._context.by_tensor and len(gradients.names) > 1:
             gradients.gram("tensor")  # so that the whole is not read once more
         if self._measure:
             self.measured.append(gradients.without_rows())
-        return gradients if weigh is None else weigh(gradients)
+        return self._weigh(gradients)
 
-    evaluate.takes_along = True  # type: ignore[attr-defined]  # see `Along`
-    evaluate.takes_weigher = True  # type: ignore[attr-defined]  # see `Weigh`
+    def _weigh(self, gradients: Gradients) -> Gradients:
+        for weigh in self._weighers:
+            gradients = weigh(gradients)
+        return gradients
+
+    @staticmethod
+    def _together(weighed: Gradients, losses: Float[Tensor, " K"], total: Gradients) -> Gradients:
+        """What has been weighed, with the gradient of the weighted sum."""
+        assert isinstance(weighed.storage, Summed)
+        count = len(weighed.names)
+        reached = None if total.reached is None else total.reached * count
+        storage = weighed.storage.with_total(total.storage, count)
+        return weighed.replace(rows=storage, losses=losses, reached=reached)
 
     def _finish(self, rows: Rows) -> None:
         self._processes.check_clear(len(self._context.names or ()))
@@ -183,9 +197,9 @@ class Evaluator:
         return rows
 
     def _evaluate_jointly(
-        self, leaves: Sequence[Tensor], only: Container[str] | None, weigh: Weigh | None
+        self, leaves: Sequence[Tensor], only: Container[str] | None
     ) -> tuple[Rows, Gradients | None]:
-        """The rows; or one row of their weighted sum, and what `weigh` has made of the losses."""
+        """The rows; or one row of their weighted sum, and what was made of the losses."""
         closure = self._joint
         assert closure is not None
         rows: Rows | None = None
@@ -194,9 +208,9 @@ class Evaluator:
         def body() -> None:
             nonlocal rows, weighed
             returned = closure()
-            streams = weigh is not None and self._context.streams != "no"
+            streams = self._streams != "no"
             if streams and isinstance(returned, Generator):
-                if self._context.streams == "must":
+                if self._streams == "must":
                     returned.close()
                     raise ValueError(_NOT_JOINT)
                 streams = False
@@ -205,8 +219,8 @@ class Evaluator:
                     losses = item if isinstance(item, Mapping) else {LOSS: item}
                     names = self._agree_on(tuple(losses), only)
                     wanted = tuple(name for name in names if only is None or name in only)
-                    if streams and weigh is not None and wanted and self._fits(losses):
-                        rows, weighed = self._stream(losses, wanted, leaves, weigh)
+                    if streams and wanted and self._fits(losses):
+                        rows, weighed = self._stream(losses, wanted, leaves)
                         continue
                     if rows is None:
                         rows = Rows(wanted, leaves, self._context, losses=names)
@@ -225,14 +239,13 @@ class Evaluator:
         """
         narrow = (torch.float16, torch.bfloat16)
         half = any(getattr(loss, "dtype", None) in narrow for loss in losses.values())
-        return len(losses) > 1 and (self._context.streams == "must" or not half)
+        return len(losses) > 1 and (self._streams == "must" or not half)
 
     def _stream(
         self,
         losses: Mapping[str, object],
         wanted: tuple[str, ...],
         leaves: Sequence[Tensor],
-        weigh: Weigh,
     ) -> tuple[Rows, Gradients]:
         """Weigh the losses, then back-propagate their weighted sum."""
         total = f"weighted sum of {', '.join(wanted)}"
@@ -250,8 +263,8 @@ class Evaluator:
                 raise NoGradientError(no_gradient(name, none=loss is None), loss)
             chosen.append(loss)
         together = stacked(chosen, rows.device)
-        weighed = weigh(self._pending(wanted, together, leaves))
-        if self._context.streams == "must":
+        weighed = self._weigh(self._pending(wanted, together, leaves))
+        if self._streams == "must":
             active = list(weighed.active)
         else:  # weights by losses are not 0, and the host need not look
             active = [k for k, name in enumerate(wanted) if name not in weighed.observers]
@@ -291,7 +304,7 @@ class Evaluator:
             products = streamed_gram(scale.scaled(losses), leaves)
             return products * scale.inverse(device).square()
 
-        return Gradients.of_losses(names, values, self._context.layout, gram)
+        return Gradients(names, values, Summed(self._context.layout, gram))
 
     def _run(
         self, key: str | None, body: Callable[[], None], first: bool, leaves: Sequence[Tensor]
@@ -465,11 +478,11 @@ def _measured_together(
     """The losses of objectives, and the length of the gradient of their weighted sum."""
     square = total.gram()[0]
     squares = torch.cat([square.new_zeros(len(names)), square])
+    empty = losses.new_empty(len(names) + 1, 0)
     return Gradients(
         (*names, *total.names),
         torch.cat([losses, losses.new_zeros(1)]),
-        losses.new_empty(len(names) + 1, 0),
-        _products={("global", False): squares.diag()},
+        Dense(empty, gram=squares.diag()),
     )
 
 

@@ -7,15 +7,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
+from gradkit.core.displacement import Displacement
 from gradkit.core.flat import Layout, Pool
-from gradkit.core.oracle import Along
 from gradkit.core.ranks import is_expanded
 from gradkit.engines.backward import Receivers, explaining_donated_buffers, handing_on, take_grads
 from gradkit.engines.choice import ParameterPlaces
-from gradkit.engines.displace import write_sums
 from gradkit.engines.objectives import NoGradientError
 from gradkit.engines.session import Result
 
@@ -64,9 +62,7 @@ class FunctionalSession:
         self._held: dict[Any, Any] | None = None
 
     @contextmanager
-    def displaced(  # noqa: D102
-        self, at: Float[Tensor, " P"] | Along | None
-    ) -> Iterator[Sequence[Tensor]]:
+    def displaced(self, at: Displacement | None) -> Iterator[Sequence[Tensor]]:
         parameters = self._layout.parameters
         with torch.no_grad():
             if at is None:
@@ -74,7 +70,7 @@ class FunctionalSession:
                 points = [parameter.detach() for parameter in parameters]
             else:
                 values = self._layout.views(self._pool.take_vector())
-                write_sums(values, parameters, at, self._layout)
+                at.add_to(parameters, values)
                 del at  # not needed any more, and maybe the last reference
                 points = [
                     value if value.dtype == parameter.dtype else value.to(parameter.dtype)
@@ -88,7 +84,7 @@ class FunctionalSession:
         finally:
             self._leaves = []
 
-    def run(self, body: Callable[[], Result], *, keep_buffers: bool) -> Result:  # noqa: D102
+    def run(self, body: Callable[[], Result], *, keep_buffers: bool) -> Result:
         if keep_buffers and self._kept_buffers is not None:
             buffers = self._kept_buffers
         else:
@@ -162,7 +158,7 @@ class FunctionalSession:
             _refill(self._state, self._held)
             self._held = None
 
-    def differentiate(  # noqa: D102
+    def differentiate(
         self,
         loss: Tensor,
         leaves: Sequence[Tensor],
@@ -177,7 +173,7 @@ class FunctionalSession:
         self._refuse_live([parameter.grad for parameter in live])
         return take_grads(leaves)
 
-    def collect(self, leaves: Sequence[Tensor]) -> list[Tensor | None] | None:  # noqa: D102
+    def collect(self, leaves: Sequence[Tensor]) -> list[Tensor | None] | None:
         self._refuse_live([parameter.grad for parameter in self._layout.parameters])
         if all(leaf.grad is None for leaf in leaves):
             return None
@@ -194,7 +190,7 @@ class FunctionalSession:
                     "engine='inplace' to gk.wrap()"
                 )
 
-    def commit(self) -> None:  # noqa: D102
+    def commit(self) -> None:
         if self._kept_buffers is None:
             return
         old: list[Tensor] = []
@@ -215,7 +211,7 @@ class FunctionalSession:
             with torch.no_grad():
                 torch._foreach_copy_(old, new)
 
-    def rollback(self) -> None:  # noqa: D102
+    def rollback(self) -> None:
         self._put_back()
 
 

@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from gradkit.core.displacement import Displacement
 from gradkit.core.flat import Layout, Pool, copy_all
-from gradkit.core.oracle import Along
 from gradkit.core.ranks import is_expanded
 from gradkit.engines.backward import (
     Receivers,
@@ -24,7 +24,6 @@ from gradkit.engines.backward import (
     take_grads,
 )
 from gradkit.engines.choice import ParameterPlaces
-from gradkit.engines.displace import write_sums
 from gradkit.engines.session import Result
 
 
@@ -65,9 +64,7 @@ class InplaceSession:
         ]
 
     @contextmanager
-    def displaced(  # noqa: D102
-        self, at: Float[Tensor, " P"] | Along | None
-    ) -> Iterator[Sequence[Tensor]]:
+    def displaced(self, at: Displacement | None) -> Iterator[Sequence[Tensor]]:
         parameters = self._layout.parameters
         if at is None:
             yield parameters
@@ -78,7 +75,7 @@ class InplaceSession:
                 values = self._layout.local_parameters()
                 copy_all(self._layout.views(saved), values)
                 self._saved = saved
-                write_sums(values, values, at, self._layout)
+                at.add_to(values, values)
                 del at  # not needed any more, and maybe the last reference
             self._forget_copies()
             yield parameters
@@ -107,7 +104,7 @@ class InplaceSession:
         for module in self._sharded_modules:
             module.reshard()
 
-    def run(self, body: Callable[[], Result], *, keep_buffers: bool) -> Result:  # noqa: D102
+    def run(self, body: Callable[[], Result], *, keep_buffers: bool) -> Result:
         if keep_buffers:
             return body()
         before = _BufferValues(self._modules)
@@ -116,7 +113,7 @@ class InplaceSession:
         finally:
             before.restore()
 
-    def differentiate(  # noqa: D102
+    def differentiate(
         self,
         loss: Tensor,
         leaves: Sequence[Tensor],
@@ -143,7 +140,7 @@ class InplaceSession:
             for other, grad in zip(self._others, grads, strict=True):
                 other.grad = grad
 
-    def collect(self, leaves: Sequence[Tensor]) -> list[Tensor | None] | None:  # noqa: D102
+    def collect(self, leaves: Sequence[Tensor]) -> list[Tensor | None] | None:
         if all(leaf.grad is None for leaf in leaves):
             return None
         return take_grads(leaves)
@@ -151,7 +148,7 @@ class InplaceSession:
     def commit(self) -> None:
         """Nothing to do: kept changes were made to the live buffers."""
 
-    def rollback(self) -> None:  # noqa: D102
+    def rollback(self) -> None:
         self._put_data_back()
         for held, objects in self._held:
             if any(held.get(key) is not value for key, value in objects.items()):

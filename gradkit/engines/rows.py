@@ -9,11 +9,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gradkit.core.flat import are_unshared
-from gradkit.core.gradients import Gradients, Parts
+from gradkit.core.context import Context
+from gradkit.core.flat import are_unshared, copy_parts
+from gradkit.core.gradients import Gradients
 from gradkit.core.gram import accumulator
-from gradkit.core.oracle import Context, copy_parts
 from gradkit.core.ranks import Processes, local
+from gradkit.core.storage import Parts, Single
 from gradkit.engines.backward import Receivers
 from gradkit.engines.objectives import LOSS, NoGradientError, as_plain, checked_grad
 
@@ -242,8 +243,11 @@ class Rows:
         """What has been added up."""
         if self._parts is not None:
             (name,) = self._names
-            return Gradients.of_parts(
-                name, self.loss(name), self._parts, self._layout, self._flattened
+            return Gradients(
+                (name,),
+                self.loss(name)[None],
+                Single(self._parts, self._layout, self._flattened),
+                reached=(tuple(part is not None for part in self._parts),),
             )
         return Gradients(
             self._names,

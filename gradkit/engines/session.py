@@ -6,10 +6,9 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol, TypeVar, runtime_checkable
 
-from jaxtyping import Float
 from torch import Tensor
 
-from gradkit.core.oracle import Along
+from gradkit.core.displacement import Displacement
 from gradkit.engines.backward import Receivers
 
 Result = TypeVar("Result")
@@ -23,9 +22,7 @@ class Session(Protocol):
     either, whatever happened, the weights are as before.
     """
 
-    def displaced(
-        self, at: Float[Tensor, " P"] | Along | None
-    ) -> AbstractContextManager[Sequence[Tensor]]:
+    def displaced(self, at: Displacement | None) -> AbstractContextManager[Sequence[Tensor]]:
         """The leaves to differentiate with respect to, at the weights plus `at`."""
 
     def run(self, body: Callable[[], Result], *, keep_buffers: bool) -> Result:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Container, Sequence
 
-from jaxtyping import Float
 from torch import Tensor
 
+from gradkit.core.context import Context
+from gradkit.core.displacement import Point
 from gradkit.core.gradients import Gradients
-from gradkit.core.oracle import Context
 from gradkit.core.ranks import Processes
 from gradkit.engines.rows import Rows
 
@@ -40,7 +40,9 @@ class StoredGradients:
         self.measured = [self._gradients.without_rows()]
 
     def evaluate(
-        self, at: Float[Tensor, " P"] | None = None, only: Container[str] | None = None
+        self,
+        at: Point | None = None,
+        only: Container[str] | None = None,
     ) -> Gradients:
         """The stored gradients; there are none at other weights."""
         if at is not None:

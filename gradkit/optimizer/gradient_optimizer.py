@@ -20,11 +20,12 @@ from torch._compile import _disable_dynamo
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from gradkit.core.context import Context, Streams
 from gradkit.core.flat import Layout, Pool
 from gradkit.core.gradients import Gradients
 from gradkit.core.interrupts import Interrupts
-from gradkit.core.oracle import Context, Streams, Transform
 from gradkit.core.ranks import Processes, ProcessGroupChoice, reshard
+from gradkit.core.transform import Transform
 from gradkit.engines.choice import (
     EngineName,
     ParameterPlaces,
@@ -314,6 +315,7 @@ class GradientOptimizer(Optimizer):
             try:
                 attempt.set_gradients_aside()
                 attempt.context.ascended = ()  # whatever the base makes of them
+                attempt.context.streams = "no"
                 found = attempt.evaluator(objectives).evaluate(at, only)
                 return found.with_parameter_names(self._parameter_names(attempt.context.layout))
             finally:

@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradkit.core.flat import Layout
-from gradkit.core.oracle import Transform
 from gradkit.core.ranks import as_part_of, is_sharded, local
+from gradkit.core.transform import Transform
 
 KEY = "gradkit"
 PREFIX = "gradkit."

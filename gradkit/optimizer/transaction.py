@@ -9,11 +9,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gradkit.core.gradients import Gradients, Parts, scaled
+from gradkit.core.combine import scaled
+from gradkit.core.context import Context
+from gradkit.core.gradients import Gradients
 from gradkit.core.gram import norm
-from gradkit.core.oracle import Context, Oracle, Transform, reweighing
+from gradkit.core.oracle import Oracle
 from gradkit.core.random import RandomState
 from gradkit.core.ranks import Processes, as_part_of, local
+from gradkit.core.storage import Parts
+from gradkit.core.transform import Transform, Weigh, leading_reweighings
 from gradkit.engines.evaluator import Evaluator
 from gradkit.engines.objectives import LOSS, NoGradientError, Objectives
 from gradkit.engines.session import Session
@@ -138,12 +142,18 @@ class Attempt:
             grad = torch.zeros_like(other.parameter) if grad is None else grad.detach().clone()
             other.parameter.grad = processes.add_up(grad).div_(processes.size)
 
-    def evaluator(self, objectives: Objectives) -> Evaluator:
-        """The innermost oracle over these objectives."""
+    def evaluator(self, objectives: Objectives, weighers: Sequence[Weigh] = ()) -> Evaluator:
+        """The innermost oracle over these objectives.
+
+        Args:
+            objectives: The objectives.
+            weighers: What gives their gradients other weights, first of all.
+        """
         return self._make_evaluator(
             objectives,
             self._session,
             self.context,
+            weighers=weighers,
             accumulated=self._accumulated,
             beside=self._unplaced,
         )
@@ -152,12 +162,12 @@ class Attempt:
         """The gradients that the chain of transforms returns; `source` says where they are from."""
         if objectives is None:
             return self._evaluate_stored(LOSS, None, transforms)
-        source = self.source = self.evaluator(objectives)
-        innermost: Oracle = source.evaluate
-        if self.context.streams == "must":
-            innermost = reweighing(innermost, lambda gradients: gradients)
+        leading = leading_reweighings(transforms)
+        weighers = [transform.weigher(self.context) for transform in leading]
+        source = self.source = self.evaluator(objectives, weighers)
         try:
-            return self._checked(self._chain(innermost, transforms)(), transforms)
+            oracle = self._chain(source.evaluate, transforms[len(leading) :])
+            return self._checked(oracle(), transforms)
         except NoGradientError as error:
             # A trainer may have called backward before and pass a closure that only reports. What
             # an earlier step left in `.grad` is no such gradient.

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import dropwhile
 from typing import Literal
 
 from torch import nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from gradkit.core.oracle import Streams, Transform
+from gradkit.core.context import Streams
 from gradkit.core.ranks import ProcessGroupChoice
+from gradkit.core.transform import Transform, leading_reweighings
 from gradkit.engines.choice import ENGINES, EngineName
 from gradkit.optimizer.bases import check_base
 from gradkit.optimizer.finite_check import NONFINITE, Nonfinite
@@ -189,8 +189,8 @@ def _check_students(base: Optimizer, transforms: Sequence[Transform]) -> None:
 
 def _streams(rows: RowsChoice, transforms: Sequence[Transform]) -> Streams:
     """Whether objectives are weighed before they are back-propagated."""
-    around = list(dropwhile(lambda transform: transform.reweighs, transforms))
-    weighers = transforms[: len(transforms) - len(around)]
+    weighers = leading_reweighings(transforms)
+    around = transforms[len(weighers) :]
     looking = [transform for transform in around if transform.needs_rows]
     if rows == "stream":
         if looking:

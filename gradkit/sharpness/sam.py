@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Container
 from dataclasses import dataclass
 
-from jaxtyping import Float
 from torch import Tensor
 
+from gradkit.core.arguments import check_number
+from gradkit.core.context import Context
+from gradkit.core.displacement import Displacement, Point
 from gradkit.core.gradients import Gradients
-from gradkit.core.oracle import Along, Context, Oracle, Transform, check_number, displacement
+from gradkit.core.oracle import Oracle
+from gradkit.core.transform import Transform
 
 
 @dataclass(eq=False)
@@ -46,26 +49,21 @@ class SAM(Transform):
             raise ValueError(f"rho is {self.rho}; the ascent radius must be at least 0")
         check_number("rho", self.rho)
 
-    def around(self, inner: Oracle, context: Context) -> Oracle:  # noqa: D102 # see the class
-        def oracle(
-            at: Float[Tensor, " P"] | None = None, only: Container[str] | None = None
-        ) -> Gradients:
+    def around(self, inner: Oracle, context: Context) -> Oracle:
+        def oracle(at: Point | None = None, only: Container[str] | None = None) -> Gradients:
             # No name holds on to the first evaluation or to the point of the second, so that their
             # memory is free as soon as it is no longer needed.
-            return inner(self._ascent(inner(at, only), at, inner, context), only)
+            return inner(self._ascent(inner(at, only), at, context), only)
 
         return oracle
 
     def _ascent(
         self,
         gradients: Gradients,
-        at: Float[Tensor, " P"] | None,
-        inner: Oracle,
+        at: Point | None,
         context: Context,
-    ) -> Float[Tensor, " P"] | Along:
-        if gradients.parts is not None:
-            factor = self.rho / (gradients.direction_norm() + 1e-12)
-            return displacement(gradients.parts, factor, at, inner, context)
-        d = gradients.direction()
-        factor = self.rho / (gradients.direction_norm(d) + 1e-12)
-        return displacement(d, factor, at, inner, context)
+    ) -> Displacement:
+        parts = gradients.parts
+        direction = gradients.direction() if parts is None else parts
+        norm = gradients.direction_norm(direction if isinstance(direction, Tensor) else None)
+        return context.displaced(at, direction, self.rho / (norm + 1e-12))

@@ -10,9 +10,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gradkit.core.combine import combine, scaled
+from gradkit.core.context import Context
+from gradkit.core.displacement import Point
 from gradkit.core.flat import Scope
-from gradkit.core.gradients import Gradients, combine, scaled
-from gradkit.core.oracle import Along, Context, Oracle, takes_along
+from gradkit.core.gradients import Gradients
+from gradkit.core.oracle import Oracle
 from gradkit.surgery.given import Given
 from gradkit.surgery.rule import GramRule, Rule, active_rows, check_scope
 
@@ -99,9 +102,7 @@ class Aggregate(Rule):
             )
         return self._weighting(gram.dtype).weights(gram)
 
-    def __call__(  # noqa: D102 # inherited
-        self, jacobian: Float[Tensor, "K P"]
-    ) -> Float[Tensor, " P"]:
+    def __call__(self, jacobian: Float[Tensor, "K P"]) -> Float[Tensor, " P"]:
         if self.works_on == "gram":
             return self._weighting(jacobian.dtype)(jacobian)
         if self.scope != "global":
@@ -111,7 +112,7 @@ class Aggregate(Rule):
             )
         return self._direction(jacobian.detach().clone())
 
-    def around(self, inner: Oracle, context: Context) -> Oracle:  # noqa: D102 # see the class
+    def around(self, inner: Oracle, context: Context) -> Oracle:
         if self.works_on == "gram":
             return self._weighting(context.layout.dtype).around(inner, context)
         if context.layout.shards is not None:
@@ -121,12 +122,9 @@ class Aggregate(Rule):
                 "this is one), or DistributedDataParallel in place of fully_shard"
             )
 
-        def oracle(
-            at: Float[Tensor, " P"] | Along | None = None, only: Container[str] | None = None
-        ) -> Gradients:
+        def oracle(at: Point | None = None, only: Container[str] | None = None) -> Gradients:
             return self._merged(inner(at, only), context)
 
-        oracle.takes_along = takes_along(inner)  # type: ignore[attr-defined]  # a function's own
         return oracle
 
     def _merged(self, gradients: Gradients, context: Context) -> Gradients:
@@ -156,7 +154,7 @@ class Aggregate(Rule):
             pieces = torch.split(direction, [stop - start for start, stop in spans])
             for (start, stop), piece in zip(spans, pieces, strict=True):
                 update[start:stop] = piece
-        return gradients.replace(update=update, _seen_gram=seen)
+        return gradients.replace(update=update, seen_gram=seen)
 
     def _direction(self, rows: Float[Tensor, "K n"]) -> Float[Tensor, " n"]:
         # As in a script that calls the function on gradients, where autograd is on.

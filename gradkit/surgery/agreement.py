@@ -35,7 +35,7 @@ class AgrSum(ElementwiseRule):
         tensor([0., 2., 2.])
     """
 
-    def merge(  # noqa: D102 # inherited
+    def merge(
         self, rows: Float[Tensor, "K n"], noise: Float[Tensor, " n"] | None, prepared: Any
     ) -> Float[Tensor, " n"]:
         return rows.sum(0).mul_(_agreement(rows.amin(0), rows.amax(0)))
@@ -75,9 +75,7 @@ class AgrRand(ElementwiseRule):
     def __post_init__(self) -> None:
         self.generator = own_generator(self.generator)
 
-    def prepare(  # noqa: D102 # inherited
-        self, blocks: Blocks, over: Shards | None
-    ) -> Float[Tensor, ""]:
+    def prepare(self, blocks: Blocks, over: Shards | None) -> Float[Tensor, ""]:
         sizes, counts = [], []
         for rows in blocks:
             wide = accumulator(rows.device)
@@ -91,7 +89,7 @@ class AgrRand(ElementwiseRule):
             over.add_up(sums)
         return sums[0] / sums[1].clamp(min=1)
 
-    def merge(  # noqa: D102 # inherited
+    def merge(
         self,
         rows: Float[Tensor, "K n"],
         noise: Float[Tensor, " n"] | None,

@@ -64,9 +64,7 @@ class AlignedMTL(GramRule):
         if self.scale_mode not in ("min", "median", "rmse"):
             raise ValueError(f"scale_mode is {self.scale_mode!r}; choose 'min', 'median' or 'rmse'")
 
-    def weigh(  # noqa: D102 # inherited
-        self, gram: Float[Tensor, "*batch K K"], given: Given
-    ) -> Float[Tensor, "*batch K"]:
+    def weigh(self, gram: Float[Tensor, "*batch K K"], given: Given) -> Float[Tensor, "*batch K"]:
         wide, finite = widened(gram)
         count = gram.shape[-1]
         preference = given.shares(self.preference, wide)

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gradkit.core.oracle import check_number
+from gradkit.core.arguments import check_number
 from gradkit.surgery.elementwise import ElementwiseRule
 
 
@@ -44,7 +44,7 @@ class ANDMask(ElementwiseRule):
         if not 0 <= self.tau <= 1:
             raise ValueError(f"tau is {self.tau}; it must be between 0 and 1")
 
-    def merge(  # noqa: D102 # inherited
+    def merge(
         self, rows: Float[Tensor, "K n"], noise: Float[Tensor, " n"] | None, prepared: Any
     ) -> Float[Tensor, " n"]:
         count = len(rows)
@@ -101,7 +101,7 @@ class SANDMask(ElementwiseRule):
         if self.k <= 0:
             raise ValueError(f"k is {self.k}; it must be positive")
 
-    def merge(  # noqa: D102 # inherited
+    def merge(
         self, rows: Float[Tensor, "K n"], noise: Float[Tensor, " n"] | None, prepared: Any
     ) -> Float[Tensor, " n"]:
         count = len(rows)

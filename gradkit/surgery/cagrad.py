@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gradkit.core.arguments import check_number
 from gradkit.core.flat import Scope
-from gradkit.core.oracle import check_number
 from gradkit.surgery.dualproj import regularized
 from gradkit.surgery.given import Given
 from gradkit.surgery.rule import GramRule, check_scope
@@ -67,9 +67,7 @@ class CAGrad(GramRule):
         if self.rescale not in ("none", "square", "linear"):
             raise ValueError(f"rescale is {self.rescale!r}; choose one of none, square, linear")
 
-    def weigh(  # noqa: D102 # inherited
-        self, gram: Float[Tensor, "*batch K K"], given: Given
-    ) -> Float[Tensor, "*batch K"]:
+    def weigh(self, gram: Float[Tensor, "*batch K K"], given: Given) -> Float[Tensor, "*batch K"]:
         count = gram.shape[-1]
         w = conflict_averse(gram, self.c)
         mean = (gram.sum((-2, -1)).clamp(min=0) / count**2).sqrt()

@@ -51,9 +51,7 @@ class ConFIG(GramRule):
         check_scope(self.scope)
         check_preference("preference", self.preference, positive=True)
 
-    def weigh(  # noqa: D102 # inherited
-        self, gram: Float[Tensor, "*batch K K"], given: Given
-    ) -> Float[Tensor, "*batch K"]:
+    def weigh(self, gram: Float[Tensor, "*batch K K"], given: Given) -> Float[Tensor, "*batch K"]:
         wide, finite = widened(gram)
         norms = lengths(wide)
         if gram.shape[-1] == 2 and self.preference is None:

@@ -48,7 +48,5 @@ class Constant(GramRule):
     def __repr__(self) -> str:
         return f"Constant({self.preference!r})"
 
-    def weigh(  # noqa: D102 # inherited
-        self, gram: Float[Tensor, "*batch K K"], given: Given
-    ) -> Float[Tensor, "*batch K"]:
+    def weigh(self, gram: Float[Tensor, "*batch K K"], given: Given) -> Float[Tensor, "*batch K"]:
         return given.numbers(self.preference, gram).expand(gram.shape[:-1])

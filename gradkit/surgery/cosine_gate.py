@@ -63,9 +63,7 @@ class CosineGate(GramRule):
         if self.mode not in ("weighted", "unweighted"):
             raise ValueError(f"mode is {self.mode!r}; choose 'weighted' or 'unweighted'")
 
-    def weigh(  # noqa: D102 # inherited
-        self, gram: Float[Tensor, "*batch K K"], given: Given
-    ) -> Float[Tensor, "*batch K"]:
+    def weigh(self, gram: Float[Tensor, "*batch K K"], given: Given) -> Float[Tensor, "*batch K"]:
         wide, finite = widened(gram)
         main = given.index(self.main)
         cosine = cosines(wide)[..., main, :]

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gradkit.core.oracle import check_number
+from gradkit.core.arguments import check_number
 from gradkit.surgery.given import Given
 from gradkit.surgery.mgda import MGDA
 from gradkit.surgery.rule import GramRule
@@ -64,10 +64,10 @@ class CRMOGM(GramRule):
         """Whether the rule does."""
         return self.rule.needs_losses
 
-    def draw(self, count: int) -> Any:  # noqa: D102 # inherited
+    def draw(self, count: int) -> Any:
         return self.rule.draw(count)
 
-    def initial_memory(self, count: int) -> dict[str, Tensor]:  # noqa: D102 # inherited
+    def initial_memory(self, count: int) -> dict[str, Tensor]:
         inner = self.rule.initial_memory(count)
         return {
             "weights": torch.zeros(count),
@@ -75,9 +75,7 @@ class CRMOGM(GramRule):
             **{_INNER + key: value for key, value in inner.items()},
         }
 
-    def weigh(  # noqa: D102 # inherited
-        self, gram: Float[Tensor, "*batch K K"], given: Given
-    ) -> Float[Tensor, "*batch K"]:
+    def weigh(self, gram: Float[Tensor, "*batch K K"], given: Given) -> Float[Tensor, "*batch K"]:
         of_rule = {key: value for key, value in given.memory.items() if key.startswith(_INNER)}
         inner = Given(
             given.draws,

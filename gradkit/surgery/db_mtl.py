@@ -9,9 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gradkit.core.gradients import Gradients, scaled
+from gradkit.core.arguments import check_number
+from gradkit.core.combine import scaled
+from gradkit.core.gradients import Gradients
 from gradkit.core.gram import at_least_single, block_spans, block_width
-from gradkit.core.oracle import check_number
 from gradkit.surgery.given import Given, too_low
 from gradkit.surgery.vectors import VectorRule
 
@@ -79,10 +80,10 @@ class DBMTL(VectorRule):
         if self.eps < 0:
             raise ValueError(f"eps is {self.eps}; it must be at least 0")
 
-    def initial_memory(self, count: int) -> dict[str, Tensor]:  # noqa: D102 # inherited
+    def initial_memory(self, count: int) -> dict[str, Tensor]:
         return {"steps": torch.zeros(count, dtype=torch.float64)}
 
-    def renew(  # noqa: D102 # inherited
+    def renew(
         self,
         row: Float[Tensor, " P"],
         weight: Float[Tensor, ""],
@@ -104,10 +105,10 @@ class DBMTL(VectorRule):
             new = row[start:stop].to(dtype) * factor.to(dtype)
             out[start:stop] = new.addcmul_(old[start:stop].to(dtype), beta.to(dtype))
 
-    def objection(self, losses: Mapping[str, float]) -> str | None:  # noqa: D102 # inherited
+    def objection(self, losses: Mapping[str, float]) -> str | None:
         return too_low(self, losses, -self.eps, f"losses above -{self.eps:g}")
 
-    def respond(  # noqa: D102 # inherited
+    def respond(
         self,
         gradients: Gradients,
         active: list[int],

@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gradkit.core.arguments import check_number
 from gradkit.core.flat import Scope
-from gradkit.core.oracle import check_number
 from gradkit.surgery.given import Given, Preference, check_preference
 from gradkit.surgery.rule import GramRule, check_scope
 from gradkit.surgery.solvers.dual_cone import project_onto_dual_cone
@@ -53,9 +53,7 @@ class DualProj(GramRule):
         check_reg(self.reg)
         check_preference("preference", self.preference, positive=True)
 
-    def weigh(  # noqa: D102 # inherited
-        self, gram: Float[Tensor, "*batch K K"], given: Given
-    ) -> Float[Tensor, "*batch K"]:
+    def weigh(self, gram: Float[Tensor, "*batch K K"], given: Given) -> Float[Tensor, "*batch K"]:
         bounds = given.shares(self.preference, gram).expand(gram.shape[:-1])
         return project_onto_dual_cone(regularized(gram, self.reg), bounds[..., None, :])[..., 0, :]
 

@@ -11,11 +11,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gradkit.core.context import Context
+from gradkit.core.displacement import Point
 from gradkit.core.flat import Layout
 from gradkit.core.gradients import Gradients
 from gradkit.core.gram import at_least_single, block_spans, block_width
-from gradkit.core.oracle import Along, Context, Oracle, takes_along
-from gradkit.core.ranks import Shards, part_of
+from gradkit.core.noise import numbers_by_parameter
+from gradkit.core.oracle import Oracle
+from gradkit.core.ranks import Shards
 from gradkit.surgery.rule import Rule, active_rows, checked_jacobian
 
 
@@ -79,9 +82,7 @@ class ElementwiseRule(Rule):
         """True: the result is no weighted sum of whole gradients."""
         return True
 
-    def __call__(  # noqa: D102 # inherited
-        self, jacobian: Float[Tensor, "K P"]
-    ) -> Float[Tensor, " P"]:
+    def __call__(self, jacobian: Float[Tensor, "K P"]) -> Float[Tensor, " P"]:
         jacobian = checked_jacobian(jacobian)
         direction = torch.empty_like(jacobian[0])
         layout = Layout.of([{"params": [direction.clone().requires_grad_()]}])
@@ -94,13 +95,11 @@ class ElementwiseRule(Rule):
                 self.generator.set_state(state)
         return direction
 
-    def around(self, inner: Oracle, context: Context) -> Oracle:  # noqa: D102 # see the class
+    def around(self, inner: Oracle, context: Context) -> Oracle:
         # Drawn once a step, when gradients are first there.
         drawn: list[int | None] = []
 
-        def oracle(
-            at: Float[Tensor, " P"] | Along | None = None, only: Container[str] | None = None
-        ) -> Gradients:
+        def oracle(at: Point | None = None, only: Container[str] | None = None) -> Gradients:
             gradients = inner(at, only)
             active = active_rows(self, gradients)
             if not active:
@@ -116,7 +115,6 @@ class ElementwiseRule(Rule):
             )
             return gradients.replace(update=update)
 
-        oracle.takes_along = takes_along(inner)  # type: ignore[attr-defined]  # a function's own
         return oracle
 
     def _draw(self) -> int | None:
@@ -149,34 +147,9 @@ class ElementwiseRule(Rule):
             for start, stop in spans:
                 out[start:stop] = self.merge(block(start, stop), None, prepared)
             return
-        draw = _noise(self.noise, seed, layout)
+        draw = numbers_by_parameter(self.noise, seed, layout)
         for t, (first, last) in enumerate(layout.segments("tensor")):
             noise = draw(t)
             for start, stop in block_spans(first, last, width):
                 part = noise[start - first : stop - first]
                 out[start:stop] = self.merge(block(start, stop), part, prepared)
-
-
-def _noise(
-    kind: Literal["uniform", "normal"], seed: int, layout: Layout
-) -> Callable[[int], Float[Tensor, " n"]]:
-    """Random numbers by parameter, the same however parameters are sharded and laid out."""
-    generator = torch.Generator(layout.device).manual_seed(seed)
-    draw = torch.rand if kind == "uniform" else torch.randn
-
-    def numbers(t: int) -> Float[Tensor, " n"]:
-        parameter = layout.parameters[t]
-        whole = draw(
-            parameter.shape, generator=generator, device=layout.device, dtype=torch.float32
-        )
-        local = part_of(whole, parameter)
-        strides = layout.strides[t]
-        if strides is None:
-            return local.reshape(-1)
-        laid_out = torch.empty_strided(
-            local.shape, strides, device=layout.device, dtype=torch.float32
-        )
-        laid_out.copy_(local)
-        return laid_out.as_strided((local.numel(),), (1,))
-
-    return numbers

@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from gradkit.core.arguments import check_number
 from gradkit.core.gradients import Gradients
 from gradkit.core.gram import accumulator, at_least_single, block_spans, block_width
-from gradkit.core.oracle import check_number
 from gradkit.surgery.given import Given
 from gradkit.surgery.vectors import VectorRule
 
@@ -76,7 +76,7 @@ class ExcessMTL(VectorRule):
         if self.n_warmup_steps < 0:
             raise ValueError(f"n_warmup_steps is {self.n_warmup_steps}; it must be at least 0")
 
-    def initial_memory(self, count: int) -> dict[str, Tensor]:  # noqa: D102 # inherited
+    def initial_memory(self, count: int) -> dict[str, Tensor]:
         zeros = torch.zeros(count, dtype=torch.float64)
         return {"logits": zeros, "first_excess": zeros, "steps": zeros}
 
@@ -102,7 +102,7 @@ class ExcessMTL(VectorRule):
             excess += squares.div_(root).sum(dtype=wide)
         return excess
 
-    def respond(  # noqa: D102 # inherited
+    def respond(
         self,
         gradients: Gradients,
         active: list[int],

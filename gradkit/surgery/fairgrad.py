@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
+from gradkit.core.arguments import check_number
 from gradkit.core.flat import Scope
-from gradkit.core.oracle import check_number
 from gradkit.surgery.given import Given
 from gradkit.surgery.rule import GramRule, check_scope
 from gradkit.surgery.solvers.fair import fair_weights
@@ -51,7 +51,5 @@ class FairGrad(GramRule):
             raise ValueError(f"alpha is {self.alpha}; it must be positive")
         self.degree = (1 - self.alpha) / (1 + self.alpha)
 
-    def weigh(  # noqa: D102 # inherited
-        self, gram: Float[Tensor, "*batch K K"], given: Given
-    ) -> Float[Tensor, "*batch K"]:
+    def weigh(self, gram: Float[Tensor, "*batch K K"], given: Given) -> Float[Tensor, "*batch K"]:
         return fair_weights(gram, self.alpha)

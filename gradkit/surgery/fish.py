@@ -6,11 +6,13 @@ from collections.abc import Container
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
+from gradkit.core.arguments import check_number
+from gradkit.core.context import Context
+from gradkit.core.displacement import Point
 from gradkit.core.gradients import Gradients
-from gradkit.core.oracle import Context, Oracle, Transform, check_number, displacement, join
+from gradkit.core.oracle import Oracle
+from gradkit.core.transform import Transform
 from gradkit.surgery.rule import own_generator
 from gradkit.surgery.visits import Those, Visits
 
@@ -81,19 +83,18 @@ class Fish(Transform):
             raise ValueError(f"inner_lr is {self.inner_lr}; a domain's step must be at least 0")
         self.generator = own_generator(self.generator)
 
-    def around(self, inner: Oracle, context: Context) -> Oracle:  # noqa: D102 # see the class
+    def around(self, inner: Oracle, context: Context) -> Oracle:
         visits = Visits(context, self.generator if self.shuffle else None)
 
-        def oracle(
-            at: Float[Tensor, " P"] | None = None, only: Container[str] | None = None
-        ) -> Gradients:
+        def oracle(at: Point | None = None, only: Container[str] | None = None) -> Gradients:
             # What the objectives are called may be known only once a closure has run.
             first = inner(at, Those(lambda name: name in visits.order(only)[:1]))
             names = visits.order(only)
             if len(names) < 2:
                 return first
             sources: dict[str, Gradients] = {}
-            last, point = first, at
+            last = first
+            point: Point | None = at
             for name in names:
                 start = at if name in visits.observers else point
                 part = inner(start, (name,)) if sources else first
@@ -101,14 +102,12 @@ class Fish(Transform):
                     last = part
                     if name != names[-1]:
                         factor = -self.inner_lr * part.weights[part.index(name)]
-                        # Flat, as `oracle` takes it, since the next step is added to it.
-                        moved = displacement(part.row(name), factor, point, oracle, context)
-                        assert isinstance(moved, Tensor)
-                        point = moved
+                        moved = context.displaced(point, part.row(name), factor)
+                        # Computed, since further steps are added to it.
+                        point = moved.flat(context.pool.take_vector())
                 elif start is not at:
                     part = inner(at, (name,))
                 sources[name] = part
-            joined = join(sources, context)
-            return joined.replace(lr_scale=last.lr_scale) if last.scales_lr else joined
+            return context.join(sources, last)
 
         return oracle

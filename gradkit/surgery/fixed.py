@@ -27,9 +27,7 @@ class Sum(GramRule):
     needs_several = False
     needs_gram = False
 
-    def weigh(  # noqa: D102 # inherited
-        self, gram: Float[Tensor, "*batch K K"], given: Given
-    ) -> Float[Tensor, "*batch K"]:
+    def weigh(self, gram: Float[Tensor, "*batch K K"], given: Given) -> Float[Tensor, "*batch K"]:
         return gram.new_ones(gram.shape[:-1])
 
 
@@ -48,7 +46,5 @@ class Mean(GramRule):
     needs_gram = False
     needs_several = False
 
-    def weigh(  # noqa: D102 # inherited
-        self, gram: Float[Tensor, "*batch K K"], given: Given
-    ) -> Float[Tensor, "*batch K"]:
+    def weigh(self, gram: Float[Tensor, "*batch K K"], given: Given) -> Float[Tensor, "*batch K"]:
         return gram.new_full(gram.shape[:-1], 1 / gram.shape[-1])

@@ -68,15 +68,13 @@ class GradDrop(ElementwiseRule):
             )
         self.generator = own_generator(self.generator)
 
-    def prepare(  # noqa: D102 # inherited
-        self, blocks: Blocks, over: Shards | None
-    ) -> Float[Tensor, "K 1"] | None:
+    def prepare(self, blocks: Blocks, over: Shards | None) -> Float[Tensor, "K 1"] | None:
         if self.leak is None:
             return None
         like = torch.empty(0, dtype=torch.float64, device=blocks.device)
         return Given(names=blocks.names).numbers(self.leak, like)[:, None]
 
-    def merge(  # noqa: D102 # inherited
+    def merge(
         self,
         rows: Float[Tensor, "K n"],
         noise: Float[Tensor, " n"] | None,

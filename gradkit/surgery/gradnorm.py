@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gradkit.core.arguments import check_number
 from gradkit.core.flat import Scope
 from gradkit.core.gram import accumulator
-from gradkit.core.oracle import check_number
 from gradkit.surgery.given import Given
 from gradkit.surgery.rule import GramRule, check_scope
 
@@ -76,7 +76,7 @@ class GradNorm(GramRule):
         if self.lr < 0:
             raise ValueError(f"lr is {self.lr}; it must be at least 0")
 
-    def initial_memory(self, count: int) -> dict[str, Tensor]:  # noqa: D102 # inherited
+    def initial_memory(self, count: int) -> dict[str, Tensor]:
         zeros = torch.zeros(count, dtype=torch.float64)
         return {
             "weights": zeros + 1,
@@ -86,9 +86,7 @@ class GradNorm(GramRule):
             "second_moments": zeros,
         }
 
-    def weigh(  # noqa: D102 # inherited
-        self, gram: Float[Tensor, "*batch K K"], given: Given
-    ) -> Float[Tensor, "*batch K"]:
+    def weigh(self, gram: Float[Tensor, "*batch K K"], given: Given) -> Float[Tensor, "*batch K"]:
         memory = {key: value.to(accumulator(gram.device)) for key, value in given.memory.items()}
         count = gram.shape[-1]
         weights = _of_sum(count, memory["weights"])

@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from gradkit.core.arguments import check_number
 from gradkit.core.flat import Scope
 from gradkit.core.gram import cosines
-from gradkit.core.oracle import check_number
 from gradkit.surgery.given import Given
 from gradkit.surgery.host import lightest, products_of, random_orders, rows_of, uploaded
 from gradkit.surgery.rule import GramRule, check_scope, own_generator
@@ -86,9 +86,7 @@ class GradVac(GramRule):
         """The targets φ̂, 0 at first."""
         return {"targets": torch.zeros(count, count)}
 
-    def weigh(  # noqa: D102 # inherited
-        self, gram: Float[Tensor, "*batch K K"], given: Given
-    ) -> Float[Tensor, "*batch K"]:
+    def weigh(self, gram: Float[Tensor, "*batch K K"], given: Given) -> Float[Tensor, "*batch K"]:
         wide, finite = widened(gram)
         old = given.memory["targets"].to(wide)
         weights, new = gradvac_weights(wide, old, self.beta, given.draws)

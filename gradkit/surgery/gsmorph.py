@@ -55,9 +55,7 @@ class GSMorph(GramRule):
         check_scope(self.scope)
         check_main(self.main)
 
-    def weigh(  # noqa: D102 # inherited
-        self, gram: Float[Tensor, "*batch K K"], given: Given
-    ) -> Float[Tensor, "*batch K"]:
+    def weigh(self, gram: Float[Tensor, "*batch K K"], given: Given) -> Float[Tensor, "*batch K"]:
         wide, finite = widened(gram)
         main = given.index(self.main)
         weights = torch.zeros_like(wide[..., 0])

@@ -9,9 +9,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gradkit.core.gradients import Gradients, combine
-from gradkit.core.gram import norm
-from gradkit.core.oracle import Context, Oracle, Transform, check_number, displacement
+from gradkit.core.arguments import check_number
+from gradkit.core.combine import combine
+from gradkit.core.context import Context
+from gradkit.core.displacement import Point
+from gradkit.core.gradients import Gradients
+from gradkit.core.oracle import Oracle
+from gradkit.core.transform import Transform
 
 
 @dataclass(eq=False)
@@ -84,10 +88,8 @@ class IDGM(Transform):
         if not self.epsilon > 0:
             raise ValueError(f"epsilon is {self.epsilon}; pass a positive distance, or None")
 
-    def around(self, inner: Oracle, context: Context) -> Oracle:  # noqa: D102 # see the class
-        def oracle(
-            at: Float[Tensor, " P"] | None = None, only: Container[str] | None = None
-        ) -> Gradients:
+    def around(self, inner: Oracle, context: Context) -> Oracle:
+        def oracle(at: Point | None = None, only: Container[str] | None = None) -> Gradients:
             self._check_precision(context)
             here = inner(at, only)
             if here.has_update:
@@ -116,16 +118,16 @@ class IDGM(Transform):
         self,
         name: str,
         v: Float[Tensor, " P"],
-        at: Float[Tensor, " P"] | None,
+        at: Point | None,
         inner: Oracle,
         context: Context,
     ) -> Float[Tensor, " P"]:
         """The Hessian of an objective times v; written to v."""
         epsilon = self._distance(context)
-        length = norm(v, over=context.layout.shards)
+        length = context.norm(v)
         factor = torch.where(length > 0, epsilon / length, torch.zeros_like(length))
-        ahead = inner(displacement(v, factor, at, inner, context), (name,))
-        behind = inner(displacement(v, -factor, at, inner, context), (name,))
+        ahead = inner(context.displaced(at, v, factor), (name,))
+        behind = inner(context.displaced(at, v, -factor), (name,))
         torch.sub(ahead.rows[ahead.index(name)], behind.rows[behind.index(name)], out=v)
         return v.mul_(length / (2 * epsilon))
 

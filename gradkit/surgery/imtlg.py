@@ -60,9 +60,7 @@ class IMTLG(GramRule):
     def __post_init__(self) -> None:
         check_scope(self.scope)
 
-    def weigh(  # noqa: D102 # inherited
-        self, gram: Float[Tensor, "*batch K K"], given: Given
-    ) -> Float[Tensor, "*batch K"]:
+    def weigh(self, gram: Float[Tensor, "*batch K K"], given: Given) -> Float[Tensor, "*batch K"]:
         wide, finite = widened(gram)
         norms = lengths(wide)
         if gram.shape[-1] == 2:

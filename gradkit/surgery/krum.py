@@ -60,9 +60,7 @@ class Krum(GramRule):
             if value < least:
                 raise ValueError(f"{name} is {value}; it must be at least {least}")
 
-    def weigh(  # noqa: D102 # inherited
-        self, gram: Float[Tensor, "*batch K K"], given: Given
-    ) -> Float[Tensor, "*batch K"]:
+    def weigh(self, gram: Float[Tensor, "*batch K K"], given: Given) -> Float[Tensor, "*batch K"]:
         count = gram.shape[-1]
         if self.n_selected > count:
             raise ValueError(

@@ -60,9 +60,7 @@ class MGDA(GramRule):
         """Whether the gradients are divided by losses."""
         return self.normalization in ("loss", "loss+")
 
-    def weigh(  # noqa: D102 # inherited
-        self, gram: Float[Tensor, "*batch K K"], given: Given
-    ) -> Float[Tensor, "*batch K"]:
+    def weigh(self, gram: Float[Tensor, "*batch K K"], given: Given) -> Float[Tensor, "*batch K"]:
         if self.normalization == "none":
             return simplex_minimum(gram)
         divisors = gram.new_ones(gram.shape[:-1])

@@ -6,11 +6,14 @@ from collections.abc import Container
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
-from gradkit.core.gradients import Gradients, combine
-from gradkit.core.oracle import Context, Oracle, Transform, check_number, displacement, join
+from gradkit.core.arguments import check_number
+from gradkit.core.combine import combine
+from gradkit.core.context import Context
+from gradkit.core.displacement import Point
+from gradkit.core.gradients import Gradients
+from gradkit.core.oracle import Oracle
+from gradkit.core.transform import Transform
 from gradkit.surgery.rule import own_generator
 from gradkit.surgery.visits import Those, Visits
 
@@ -79,12 +82,10 @@ class MLDG(Transform):
             raise TypeError(f"test is {self.test!r}; pass the name of an objective, or None")
         self.generator = own_generator(self.generator)
 
-    def around(self, inner: Oracle, context: Context) -> Oracle:  # noqa: D102 # see the class
+    def around(self, inner: Oracle, context: Context) -> Oracle:
         visits = Visits(context, self.generator if self.test is None else None)
 
-        def oracle(
-            at: Float[Tensor, " P"] | None = None, only: Container[str] | None = None
-        ) -> Gradients:
+        def oracle(at: Point | None = None, only: Container[str] | None = None) -> Gradients:
             def test() -> str | None:
                 if self.test is not None:
                     return self.test
@@ -106,18 +107,17 @@ class MLDG(Transform):
             if only is None or j in only:
                 weights = here.weights / len(train)
                 mean = combine(here.rows, weights, train, context.pool.take_vector())
-                last = inner(displacement(mean, -self.alpha, at, inner, context), (j,))
+                last = inner(context.displaced(at, mean, -self.alpha), (j,))
                 if not visits.is_active(j, last):
                     self._check_drawn(j)
                     return oracle(at, only)  # with the next in the order
                 sources[j] = last
-            joined = join(sources, context)
+            joined = context.join(sources, last)
             weights = joined.weights / len(train)
             if j in joined.names:
                 k = joined.index(j)
                 weights[k] = self.beta * joined.weights[k]
-            joined = joined.replace(weights=weights)
-            return joined.replace(lr_scale=last.lr_scale) if last.scales_lr else joined
+            return joined.replace(weights=weights)
 
         return oracle
 

@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gradkit.core.arguments import check_number
 from gradkit.core.flat import Scope
-from gradkit.core.oracle import check_number
 from gradkit.surgery.given import Given
 from gradkit.surgery.rule import GramRule, check_scope
 from gradkit.surgery.solvers.simplex import project_onto_simplex
@@ -57,12 +57,10 @@ class MoDo(GramRule):
         if self.rho < 0:
             raise ValueError(f"rho is {self.rho}; it must be at least 0")
 
-    def initial_memory(self, count: int) -> dict[str, Tensor]:  # noqa: D102 # inherited
+    def initial_memory(self, count: int) -> dict[str, Tensor]:
         return {"weights": torch.full((count,), 1 / count)}
 
-    def weigh(  # noqa: D102 # inherited
-        self, gram: Float[Tensor, "*batch K K"], given: Given
-    ) -> Float[Tensor, "*batch K"]:
+    def weigh(self, gram: Float[Tensor, "*batch K K"], given: Given) -> Float[Tensor, "*batch K"]:
         # Of the objectives that take part; the others keep their shares.
         share = given.memory["weights"].sum(-1, keepdim=True)
         share = torch.where(share > 0, share, torch.ones_like(share))

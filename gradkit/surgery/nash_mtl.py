@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gradkit.core.arguments import check_number
 from gradkit.core.flat import Scope
-from gradkit.core.oracle import check_number
 from gradkit.surgery.given import Given
 from gradkit.surgery.rule import GramRule, check_scope
 from gradkit.surgery.solvers.fair import fair_weights
@@ -59,9 +59,7 @@ class NashMTL(GramRule):
                     f"max_norm is {self.max_norm}; it must be positive, or None for no clipping"
                 )
 
-    def weigh(  # noqa: D102 # inherited
-        self, gram: Float[Tensor, "*batch K K"], given: Given
-    ) -> Float[Tensor, "*batch K"]:
+    def weigh(self, gram: Float[Tensor, "*batch K K"], given: Given) -> Float[Tensor, "*batch K"]:
         weights = fair_weights(gram)
         if self.max_norm is None:
             return weights

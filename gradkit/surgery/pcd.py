@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from gradkit.core.arguments import check_number
 from gradkit.core.flat import Scope
-from gradkit.core.oracle import check_number
 from gradkit.surgery.given import Given, Preference, check_preference
 from gradkit.surgery.rule import GramRule, check_scope
 from gradkit.surgery.solvers.least_distance import least_distance
@@ -82,12 +82,10 @@ class PCD(GramRule):
         if self.eps < 0:
             raise ValueError(f"eps is {self.eps}; it must be at least 0")
 
-    def initial_memory(self, count: int) -> dict[str, Tensor]:  # noqa: D102 # inherited
+    def initial_memory(self, count: int) -> dict[str, Tensor]:
         return {"squares": torch.zeros(count), "steps": torch.zeros(count)}
 
-    def weigh(  # noqa: D102 # inherited
-        self, gram: Float[Tensor, "*batch K K"], given: Given
-    ) -> Float[Tensor, "*batch K"]:
+    def weigh(self, gram: Float[Tensor, "*batch K K"], given: Given) -> Float[Tensor, "*batch K"]:
         squares = gram.diagonal(dim1=-2, dim2=-1)
         scales = self._scales(squares, given)
         main = given.index(self.main)

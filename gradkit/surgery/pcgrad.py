@@ -63,9 +63,7 @@ class PCGrad(GramRule):
         """For each objective, the order in which the others are visited."""
         return random_orders(count, self.generator) if count > 2 else None
 
-    def weigh(  # noqa: D102 # inherited
-        self, gram: Float[Tensor, "*batch K K"], given: Given
-    ) -> Float[Tensor, "*batch K"]:
+    def weigh(self, gram: Float[Tensor, "*batch K K"], given: Given) -> Float[Tensor, "*batch K"]:
         weights = pcgrad_weights(gram, given.draws)
         return weights / gram.shape[-1] if self.reduction == "mean" else weights
 

@@ -49,8 +49,6 @@ class RandomWeights(GramRule):
         """The numbers z, one for each objective."""
         return torch.randn(count, generator=self.generator, dtype=torch.float64, device="cpu")
 
-    def weigh(  # noqa: D102 # inherited
-        self, gram: Float[Tensor, "*batch K K"], given: Given
-    ) -> Float[Tensor, "*batch K"]:
+    def weigh(self, gram: Float[Tensor, "*batch K K"], given: Given) -> Float[Tensor, "*batch K"]:
         drawn: Float[Tensor, " K"] = given.draws
         return uploaded(drawn.softmax(0), gram).expand(gram.shape[:-1])

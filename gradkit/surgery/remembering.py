@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradkit.core.oracle import Transform
+from gradkit.core.transform import Transform
 from gradkit.surgery.given import Memory, known_objectives
 from gradkit.surgery.host import uploaded
 
@@ -61,7 +61,7 @@ class Remembering(Transform):
         fresh = {key: uploaded(value, like) for key, value in fresh.items()}
         return Memory(self, state, names, fresh, batch, blocks, scope)
 
-    def belong_to(self, optimizer: object) -> None:  # noqa: D102 # inherited
+    def belong_to(self, optimizer: object) -> None:
         super().belong_to(optimizer)
         # Calls alone have numbered the objectives; an optimizer names them.
         if self.__dict__.pop("_learnt_alone", False):

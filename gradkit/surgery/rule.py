@@ -9,11 +9,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gradkit.core.combine import combine
+from gradkit.core.context import Context
 from gradkit.core.flat import SCOPES, Scope
-from gradkit.core.gradients import Gradients, combine
+from gradkit.core.gradients import Gradients
 from gradkit.core.gram import accumulator
 from gradkit.core.gram import gram as gram_matrix
-from gradkit.core.oracle import Context, Oracle, Transform, reweighing
+from gradkit.core.transform import Reweighing, Transform, Weigh
 from gradkit.surgery.given import Given, check_remembered
 from gradkit.surgery.remembering import Remembering
 from gradkit.surgery.semidefinite import check_gram_matrix
@@ -39,7 +41,7 @@ class Rule(Transform, ABC):
         """The direction that this rule makes of gradients, one a row."""
 
 
-class GramRule(Remembering, Rule):
+class GramRule(Remembering, Rule, Reweighing):
     """A rule that weights gradients by a function of their Gram matrix.
 
     Usable in a third way, on Gram matrices: `rule.weights(gram) -> [..., K]`, batched over leading
@@ -157,12 +159,10 @@ class GramRule(Remembering, Rule):
         """Whether the rule works on whole gradients."""
         return self.scope == "global"
 
-    def around(self, inner: Oracle, context: Context) -> Oracle:  # noqa: D102 # see the class
+    def weigher(self, context: Context) -> Weigh:
         drawn: dict[int, Any] = {}
         evaluated: set[str] = set()
-        return reweighing(
-            inner, lambda gradients: self._reweighed(gradients, drawn, evaluated, context)
-        )
+        return lambda gradients: self._reweighed(gradients, drawn, evaluated, context)
 
     def _reweighed(
         self,
@@ -226,7 +226,7 @@ class GramRule(Remembering, Rule):
         for weights, (start, stop), rows in parts:
             combine(gradients.rows[:, start:stop], weights, rows, update[start:stop])
         seen = None if shared is None else shared.gram
-        return gradients.replace(update=update, _seen_gram=seen)
+        return gradients.replace(update=update, seen_gram=seen)
 
 
 def active_rows(rule: Rule, gradients: Gradients) -> tuple[int, ...]:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
+from gradkit.core.arguments import check_number
 from gradkit.core.flat import Scope
-from gradkit.core.oracle import check_number
 from gradkit.surgery.given import Given, Preference, check_preference
 from gradkit.surgery.rule import GramRule, check_scope
 from gradkit.surgery.solvers.simplex import simplex_minimum
@@ -54,9 +54,7 @@ class SDMGrad(GramRule):
             raise ValueError(f"lambda_ is {self.lambda_}; it must be at least 0")
         check_preference("preference", self.preference, positive=True)
 
-    def weigh(  # noqa: D102 # inherited
-        self, gram: Float[Tensor, "*batch K K"], given: Given
-    ) -> Float[Tensor, "*batch K"]:
+    def weigh(self, gram: Float[Tensor, "*batch K K"], given: Given) -> Float[Tensor, "*batch K"]:
         target = given.shares(self.preference, gram)
         w = simplex_minimum(gram, self.lambda_ * (gram @ target))
         return (w + self.lambda_ * target) / (1 + self.lambda_)

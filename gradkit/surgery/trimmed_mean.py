@@ -43,7 +43,7 @@ class TrimmedMean(ElementwiseRule):
         if self.trim < 0:
             raise ValueError(f"trim is {self.trim}; it must be at least 0")
 
-    def merge(  # noqa: D102 # inherited
+    def merge(
         self, rows: Float[Tensor, "K n"], noise: Float[Tensor, " n"] | None, prepared: Any
     ) -> Float[Tensor, " n"]:
         count = len(rows)

@@ -53,8 +53,6 @@ class UPGrad(GramRule):
         check_reg(self.reg)
         check_preference("preference", self.preference, positive=True)
 
-    def weigh(  # noqa: D102 # inherited
-        self, gram: Float[Tensor, "*batch K K"], given: Given
-    ) -> Float[Tensor, "*batch K"]:
+    def weigh(self, gram: Float[Tensor, "*batch K K"], given: Given) -> Float[Tensor, "*batch K"]:
         bounds = torch.diag(given.shares(self.preference, gram)).expand(gram.shape)
         return project_onto_dual_cone(regularized(gram, self.reg), bounds).sum(-2)

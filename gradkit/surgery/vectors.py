@@ -11,10 +11,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gradkit.core.context import Context
+from gradkit.core.displacement import Point
 from gradkit.core.flat import Layout
 from gradkit.core.gradients import Gradients
 from gradkit.core.gram import accumulator
-from gradkit.core.oracle import Along, Context, Oracle, takes_along
+from gradkit.core.oracle import Oracle
 from gradkit.surgery.given import Given, Memory, known_objectives
 from gradkit.surgery.rule import Rule, active_rows, checked_jacobian
 
@@ -91,7 +93,7 @@ class VectorRule(Rule):
         state: dict[str, Any] = self.__dict__["_state"]
         return state
 
-    def initial_vectors(self, layout: Layout) -> dict[str, Tensor]:  # noqa: D102 # inherited
+    def initial_vectors(self, layout: Layout) -> dict[str, Tensor]:
         names = self.state["objectives"] or []
         return {
             self._key(name): torch.zeros(layout.numel, dtype=layout.dtype, device=layout.device)
@@ -138,14 +140,12 @@ class VectorRule(Rule):
             self.__dict__["_alone"] = _Remembered(state, {**alone.vectors, **vectors})
         return result.direction()
 
-    def around(self, inner: Oracle, context: Context) -> Oracle:  # noqa: D102 # see the class
+    def around(self, inner: Oracle, context: Context) -> Oracle:
         before = _Remembered(self.state, self.vectors)
         proposed = self.state
         evaluated: set[str] = set()
 
-        def oracle(
-            at: Float[Tensor, " P"] | Along | None = None, only: Container[str] | None = None
-        ) -> Gradients:
+        def oracle(at: Point | None = None, only: Container[str] | None = None) -> Gradients:
             nonlocal proposed
             gradients = inner(at, only)
             if self.needs_losses:
@@ -162,7 +162,6 @@ class VectorRule(Rule):
                 context.propose_vectors(self, **vectors)
             return result
 
-        oracle.takes_along = takes_along(inner)  # type: ignore[attr-defined]  # a function's own
         return oracle
 
     def _answer(

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from gradkit.core.context import Context
 from gradkit.core.gradients import Gradients
-from gradkit.core.oracle import Context
 
 
 @dataclass(frozen=True)

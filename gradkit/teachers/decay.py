@@ -6,7 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gradkit.core.oracle import Context, check_number
+from gradkit.core.arguments import check_number
+from gradkit.core.context import Context
 
 
 def warmed_up(decay: float, t: int) -> float:

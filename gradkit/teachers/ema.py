@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from gradkit.core.oracle import Context
+from gradkit.core.context import Context
 from gradkit.teachers.decay import check_decay, like, warmed_up
 from gradkit.teachers.mean_teacher import MeanTeacher
 
@@ -80,7 +80,7 @@ class EMA(MeanTeacher):
         check_decay("decay", self.decay)
         self._begin()
 
-    def after_step(self, context: Context) -> None:  # noqa: D102 # see the class
+    def after_step(self, context: Context) -> None:
         decay = warmed_up(self.decay, self._t) if self.warmup else self.decay
         self._move(1 - decay)
         context.decay = like(decay, context)

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
+from gradkit.core.arguments import check_number
+from gradkit.core.context import Context
+from gradkit.core.displacement import Point
 from gradkit.core.gradients import Gradients
-from gradkit.core.oracle import Context, Oracle, Selection, check_number
+from gradkit.core.oracle import Oracle, Selection
 from gradkit.teachers.decay import check_decay, like, warmed_up
 from gradkit.teachers.mean_teacher import MeanTeacher
 
@@ -93,10 +95,8 @@ class GatedEMA(MeanTeacher):
             raise ValueError(f"between is {self.between!r}; name two different objectives")
         self._begin()
 
-    def around(self, inner: Oracle, context: Context) -> Oracle:  # noqa: D102 # see the class
-        def oracle(
-            at: Float[Tensor, " P"] | None = None, only: Container[str] | None = None
-        ) -> Gradients:
+    def around(self, inner: Oracle, context: Context) -> Oracle:
+        def oracle(at: Point | None = None, only: Container[str] | None = None) -> Gradients:
             context.require(self, *self.between)
             if context.gate is not None:
                 return inner(at, only)
@@ -109,7 +109,7 @@ class GatedEMA(MeanTeacher):
 
         return oracle
 
-    def after_step(self, context: Context) -> None:  # noqa: D102 # see the class
+    def after_step(self, context: Context) -> None:
         assert context.gate is not None  # set by the first evaluation
         aligned, conflict = self.decay_aligned, self.decay_conflict
         if self.warmup:

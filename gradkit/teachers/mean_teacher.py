@@ -9,8 +9,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from gradkit.core.oracle import Context, Transform
+from gradkit.core.context import Context
 from gradkit.core.ranks import as_part_of, is_sharded, local, reshard
+from gradkit.core.transform import Transform
 from gradkit.teachers.copying import make_teacher, saved_buffers, unwrapped
 from gradkit.teachers.following import Following, Plan, Share, is_short, paired
 

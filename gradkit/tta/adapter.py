@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradkit.core.oracle import Transform
+from gradkit.core.transform import Transform
 from gradkit.optimizer.gradient_optimizer import GradientOptimizer
 from gradkit.optimizer.record import StepRecord
 from gradkit.optimizer.wrapping import wrap

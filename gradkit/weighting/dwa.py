@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gradkit.core.oracle import check_number
+from gradkit.core.arguments import check_number
 from gradkit.surgery.given import Given
 from gradkit.weighting.loss_weighting import LossWeighting, check_count
 
@@ -59,9 +59,7 @@ class DWA(LossWeighting):
         keys = ("last", "before_last", "total", "steps", "epochs")
         return {key: torch.zeros(count, dtype=torch.float64) for key in keys}
 
-    def learn(  # noqa: D102 # inherited
-        self, losses: Float[Tensor, " K"], given: Given
-    ) -> dict[str, Tensor]:
+    def learn(self, losses: Float[Tensor, " K"], given: Given) -> dict[str, Tensor]:
         memory = given.memory
         total, steps = memory["total"] + losses, memory["steps"] + 1
         ends = steps >= self.steps_per_epoch
@@ -74,9 +72,7 @@ class DWA(LossWeighting):
             "epochs": memory["epochs"] + ends,
         }
 
-    def weigh(  # noqa: D102 # inherited
-        self, losses: Float[Tensor, " K"], given: Given
-    ) -> Float[Tensor, " K"]:
+    def weigh(self, losses: Float[Tensor, " K"], given: Given) -> Float[Tensor, " K"]:
         memory = given.memory
         known = (memory["epochs"] >= 2) & (memory["before_last"] != 0)
         ratios = torch.where(known, memory["last"] / memory["before_last"], 1.0)

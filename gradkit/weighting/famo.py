@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gradkit.core.oracle import check_number
+from gradkit.core.arguments import check_number
 from gradkit.surgery.given import Given, Preference, check_preference, too_low
 from gradkit.weighting.adam import adam, adam_memory
 from gradkit.weighting.loss_weighting import LossWeighting
@@ -82,9 +82,7 @@ class FAMO(LossWeighting):
         zeros = {key: torch.zeros(count, dtype=torch.float64) for key in ("xi", "logs", "seen")}
         return {**zeros, **adam_memory(count)}
 
-    def learn(  # noqa: D102 # inherited
-        self, losses: Float[Tensor, " K"], given: Given
-    ) -> dict[str, Tensor]:
+    def learn(self, losses: Float[Tensor, " K"], given: Given) -> dict[str, Tensor]:
         memory = given.memory
         logs = self._logs(losses, given)
         known = memory["seen"] > 0
@@ -97,13 +95,11 @@ class FAMO(LossWeighting):
         learnt = {key: torch.where(known, new, memory[key]) for key, new in remembered.items()}
         return {**learnt, "logs": logs, "seen": torch.ones_like(logs)}
 
-    def weigh(  # noqa: D102 # inherited
-        self, losses: Float[Tensor, " K"], given: Given
-    ) -> Float[Tensor, " K"]:
+    def weigh(self, losses: Float[Tensor, " K"], given: Given) -> Float[Tensor, " K"]:
         # zᵢ/Dᵢ, divided by their sum, by logarithms: no loss is too small or too large.
         return (given.remembered["xi"] - self._logs(losses, given)).softmax(0)
 
-    def objection(self, losses: Mapping[str, float]) -> str | None:  # noqa: D102 # inherited
+    def objection(self, losses: Mapping[str, float]) -> str | None:
         lowest = self.min_losses
         if isinstance(lowest, (int, float)):
             least = dict.fromkeys(losses, float(lowest))

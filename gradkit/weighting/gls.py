@@ -35,13 +35,11 @@ class GLS(LossWeighting):
         tensor([1.0000, 0.2500])
     """
 
-    def weigh(  # noqa: D102 # inherited
-        self, losses: Float[Tensor, " K"], given: Given
-    ) -> Float[Tensor, " K"]:
+    def weigh(self, losses: Float[Tensor, " K"], given: Given) -> Float[Tensor, " K"]:
         if len(losses) == 1:
             return torch.ones_like(losses)
         logs = losses.log()
         return (logs.mean() - logs).exp() / len(losses)
 
-    def objection(self, losses: Mapping[str, float]) -> str | None:  # noqa: D102 # inherited
+    def objection(self, losses: Mapping[str, float]) -> str | None:
         return too_low(self, losses, 0.0, "positive losses")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,9 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gradkit.core.context import Context
 from gradkit.core.gradients import Gradients
 from gradkit.core.gram import accumulator
-from gradkit.core.oracle import Context, Oracle, reweighing
+from gradkit.core.transform import Reweighing, Weigh
 from gradkit.surgery.given import Given
 from gradkit.surgery.remembering import Remembering
 from gradkit.surgery.rule import checked_losses
@@ -36,7 +37,7 @@ class SeenInStep:
     names: set[str] = field(default_factory=set)
 
 
-class LossWeighting(Remembering, ABC):
+class LossWeighting(Remembering, Reweighing):
     """Weights objectives by a function of their losses, and of what it remembers of them by name.
 
     Usable in two ways: in `wrap`, and alone on losses, `weighting(losses) -> weights [K]`.
@@ -59,7 +60,6 @@ class LossWeighting(Remembering, ABC):
     """
 
     needs_rows = False
-    reweighs = True
     joins = True
     needs_several = True
 
@@ -101,7 +101,7 @@ class LossWeighting(Remembering, ABC):
         """What `reweigh` needs to know of a step that begins."""
         return SeenInStep(before=dict(self.state), state=dict(self.state))
 
-    def around(self, inner: Oracle, context: Context) -> Oracle:  # noqa: D102 # see the class
+    def weigher(self, context: Context) -> Weigh:
         seen = self.begin()
 
         def weigh(gradients: Gradients) -> Gradients:
@@ -112,7 +112,7 @@ class LossWeighting(Remembering, ABC):
                 )
             return self.reweigh(gradients, context, seen)
 
-        return reweighing(inner, weigh)
+        return weigh
 
     def reweigh(self, gradients: Gradients, context: Context, seen: SeenInStep) -> Gradients:
         """Gradients with the objectives' weights multiplied by this weighting's own.

@@ -49,8 +49,6 @@ class RLW(LossWeighting):
         """A standard normal number for each objective."""
         return torch.randn(count, dtype=torch.float64, generator=self.generator, device="cpu")
 
-    def weigh(  # noqa: D102 # inherited
-        self, losses: Float[Tensor, " K"], given: Given
-    ) -> Float[Tensor, " K"]:
+    def weigh(self, losses: Float[Tensor, " K"], given: Given) -> Float[Tensor, " K"]:
         draws: Float[Tensor, " K"] = given.draws
         return uploaded(draws.softmax(0), losses)

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gradkit.core.oracle import check_number
+from gradkit.core.arguments import check_number
 from gradkit.surgery.given import Given, too_low
 from gradkit.weighting.loss_weighting import LossWeighting, check_count
 
@@ -75,9 +75,7 @@ class STCH(LossWeighting):
         keys = ("steps", "counted", "total")
         return {key: torch.zeros(count, dtype=torch.float64) for key in keys}
 
-    def learn(  # noqa: D102 # inherited
-        self, losses: Float[Tensor, " K"], given: Given
-    ) -> dict[str, Tensor]:
+    def learn(self, losses: Float[Tensor, " K"], given: Given) -> dict[str, Tensor]:
         steps, total = given.memory["steps"], given.memory["total"]
         counts = (steps >= self.warmup_steps) & ~self._is_done(given)
         return {
@@ -86,9 +84,7 @@ class STCH(LossWeighting):
             "total": torch.where(counts, total + losses, total),
         }
 
-    def weigh(  # noqa: D102 # inherited
-        self, losses: Float[Tensor, " K"], given: Given
-    ) -> Float[Tensor, " K"]:
+    def weigh(self, losses: Float[Tensor, " K"], given: Given) -> Float[Tensor, " K"]:
         done = self._is_done(given)
         nadir = given.memory["total"] / given.memory["counted"]
         nadir = torch.where(done, nadir, torch.ones_like(nadir))
@@ -98,7 +94,7 @@ class STCH(LossWeighting):
         # Not shares / losses: the logarithm of a negative loss is NaN.
         return shares * (-x).exp() / nadir
 
-    def objection(self, losses: Mapping[str, float]) -> str | None:  # noqa: D102 # inherited
+    def objection(self, losses: Mapping[str, float]) -> str | None:
         return too_low(self, losses, -_EPS, "no negative losses")
 
     def _is_done(self, given: Given) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gradkit.core.oracle import check_number
+from gradkit.core.arguments import check_number
 from gradkit.surgery.given import Given
 from gradkit.weighting.adam import adam, adam_memory
 from gradkit.weighting.loss_weighting import LossWeighting
@@ -65,15 +65,11 @@ class UW(LossWeighting):
         s = torch.full((count,), self.initial, dtype=torch.float64)
         return {"s": s, **adam_memory(count)}
 
-    def learn(  # noqa: D102 # inherited
-        self, losses: Float[Tensor, " K"], given: Given
-    ) -> dict[str, Tensor]:
+    def learn(self, losses: Float[Tensor, " K"], given: Given) -> dict[str, Tensor]:
         s = given.memory["s"]
         gradient = (1 - losses * (-s).exp()) / 2
         s, remembered = adam(s, gradient, given.memory, self.lr)
         return {"s": s, **remembered}
 
-    def weigh(  # noqa: D102 # inherited
-        self, losses: Float[Tensor, " K"], given: Given
-    ) -> Float[Tensor, " K"]:
+    def weigh(self, losses: Float[Tensor, " K"], given: Given) -> Float[Tensor, " K"]:
         return (-given.memory["s"]).exp() / 2

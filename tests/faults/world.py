@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import gradkit as gk
 from faults.case import BASES, CHAINS, NETWORKS, ONE, Case, Moment
+from gradkit.engines.objectives import Objectives
 
 
 class Network(nn.Module):
@@ -109,7 +110,7 @@ class World:
 
     def objectives(
         self, strike: Strike | None = None, names: Sequence[str] | None = None
-    ) -> gk.optimizer.Objectives:
+    ) -> Objectives:
         """This case's objectives, one of which `strike` may spoil."""
         strike = strike or Strike(self, lambda loss: loss, harmless=True)
         form, names = self.shape.form, names or self.shape.names

@@ -8,9 +8,9 @@ import torch
 from surgery.table import Entry, of_class
 
 import gradkit as gk
+from gradkit.core.arguments import check_number
 from gradkit.core.flat import Scope
 from gradkit.core.gram import cosines
-from gradkit.core.oracle import check_number
 from gradkit.surgery import ElementwiseRule, GramRule
 from gradkit.surgery.given import Preference, check_preference
 from gradkit.surgery.rule import check_scope, own_generator

@@ -16,8 +16,7 @@ from torch import Tensor
 import gradkit as gk
 from gradkit.surgery import ElementwiseRule, GramRule, Rule
 
-# Transforms of these modules are no methods that weigh objectives against each other.
-ELSEWHERE = ("oracle", "lookahead", "step_size", "teacher", "sharpness")
+# Where methods lie that weigh objectives against each other.
 FOLDERS = ("surgery", "weighting")
 PACKAGES = [
     importlib.import_module(f"gradkit.{folder}")
@@ -138,7 +137,7 @@ def exported() -> dict[str, type[gk.Transform]]:
     return {
         name: thing
         for name, thing in sorted(found.items())
-        if is_method(thing) and thing.__module__.split(".")[1] not in ELSEWHERE
+        if is_method(thing) and thing.__module__.split(".")[1] in FOLDERS
     }
 
 

@@ -9,7 +9,7 @@ from surgery.methods import METHODS, made
 from torch import Tensor, nn
 
 import gradkit as gk
-from gradkit.core.oracle import Transform
+from gradkit.core.transform import Transform
 from gradkit.surgery import GramRule
 from gradkit.surgery.vectors import VectorRule
 from gradkit.weighting.loss_weighting import LossWeighting

@@ -38,8 +38,8 @@ from helpers import (
 from torch import nn
 
 import gradkit as gk
+from gradkit.core.context import Context
 from gradkit.core.flat import Layout, Pool
-from gradkit.core.oracle import Context
 from gradkit.surgery.visits import Visits
 
 

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradkit as gk
 from gradkit.core import gram
-from gradkit.core.gradients import combine, scaled
+from gradkit.core.combine import combine, scaled
 
 HALF = (torch.bfloat16, torch.float16)
 in_half = pytest.mark.parametrize("dtype", HALF)

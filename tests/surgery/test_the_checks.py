@@ -147,9 +147,7 @@ class HeedsNoWeights(Recalling):
 
 
 def unweighted(gradients: gk.Gradients) -> gk.Gradients:
-    return gradients.replace(
-        weights=torch.ones_like(gradients.weights), observers=frozenset(), _made_weights=None
-    )
+    return gradients.replace(weights=torch.ones_like(gradients.weights), observers=frozenset())
 
 
 def in_blocks(name: str) -> None:

@@ -1,0 +1,249 @@
+"""What a transform may know of the step it takes part in, and do in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gradkit.core.displacement import Displacement, Point
+from gradkit.core.flat import Layout, Pool
+from gradkit.core.gradients import Gradients
+from gradkit.core.gram import inner_products
+from gradkit.core.joining import join
+from gradkit.core.noise import numbers_by_parameter
+from gradkit.core.ranks import local
+from gradkit.core.storage import Parts
+
+if TYPE_CHECKING:
+    from gradkit.core.transform import Transform
+
+Streams = Literal["no", "may", "must"]
+"""Whether objectives are weighed before they are back-propagated, in one pass: if possible, or else
+that is an error."""
+
+
+@dataclass(eq=False)
+class Context:
+    """What a transform may know of the step it takes part in.
+
+    Attributes:
+        layout: Where each parameter lies in the flat vector.
+        pool: Memory for flat vectors.
+        base: The wrapped optimizer.
+        names: The objectives of the step, in order; None until a closure that returns a mapping
+            has run for the first time.
+        gradients: The evaluation that the step applies; there from `after_step` on.
+        gate: Set by a gated transform: 1 aligned, 0 conflict.
+        decay: Set by a teacher: the decay it used.
+        streams: Whether objectives may be weighed before they are back-propagated.
+        by_tensor: Whether a transform takes inner products tensor by tensor; those over all
+            parameters are their sum then.
+        without_loss: The objectives whose closure returned no loss, but called backward.
+        ascended: The parameters in groups with `maximize`, by position in the layout. Their
+            gradients are negated as soon as they are known, so that what transforms see is to be
+            minimised; where all parameters are such, so are the losses.
+        parameter_names: What the model or the base optimizer calls each parameter; else its
+            position.
+    """
+
+    layout: Layout
+    pool: Pool
+    base: torch.optim.Optimizer
+    names: tuple[str, ...] | None = None
+    gradients: Gradients | None = None
+    gate: Float[Tensor, ""] | None = None
+    decay: Float[Tensor, ""] | None = None
+    streams: Streams = "no"
+    by_tensor: bool = False
+    without_loss: set[str] = field(default_factory=set)
+    ascended: tuple[int, ...] = ()
+    parameter_names: tuple[str | int, ...] = ()
+    _proposals: dict[int, dict[str, Any]] = field(default_factory=dict, repr=False)
+    _vectors: dict[int, dict[str, Tensor]] = field(default_factory=dict, repr=False)
+
+    # What the engines know.
+
+    @property
+    def ascends_everywhere(self) -> bool:
+        """Whether all parameters are in groups with `maximize`."""
+        return len(self.ascended) == len(self.layout.parameters) and bool(self.ascended)
+
+    # What transforms need of points, vectors and settings.
+
+    def weights(self, at: Point | None = None) -> Float[Tensor, " P"]:
+        """A copy of the weights plus `at`, as a flat vector."""
+        result = self.pool.take_vector()
+        values = self.layout.local_parameters()
+        Displacement.of(at, self.layout).add_to(values, self.layout.views(result))
+        return result
+
+    def displaced(
+        self,
+        at: Point | None,
+        vector: Float[Tensor, " P"] | Parts,
+        factor: Float[Tensor, ""] | float = 1.0,
+    ) -> Displacement:
+        """The point `at + factor * vector`, for an oracle.
+
+        Args:
+            at: Where to start from; None for the weights themselves.
+            vector: A flat vector, or one tensor per parameter; only read, and not to be written
+                until the oracle has been called.
+            factor: What to multiply it by.
+        """
+        return Displacement.of(at, self.layout).plus(vector, factor)
+
+    def join(self, sources: Mapping[str, Gradients], last: Gradients) -> Gradients:
+        """Gradients whose rows come from several evaluations, in the objectives' order.
+
+        Args:
+            sources: For each objective, the evaluation its row is taken from.
+            last: The evaluation whose factor of the learning rate is kept.
+
+        Raises:
+            ValueError: If one of them has an `update`, which belongs to one point only.
+        """
+        return join(sources, self.names or tuple(sources), self.pool, last)
+
+    def norm(self, vector: Float[Tensor, " P"] | Parts) -> Float[Tensor, ""]:
+        """The Euclidean norm of a vector, over all ranks that hold parts of it; in float64."""
+        return self.dot(vector, vector).sqrt()
+
+    def dot(
+        self, a: Float[Tensor, " P"] | Parts, b: Float[Tensor, " P"] | Parts
+    ) -> Float[Tensor, ""]:
+        """The inner product of two vectors, over all ranks that hold parts of them; in float64."""
+        rows = [self._flat(vector)[None] for vector in ((a,) if a is b else (a, b))]
+        return inner_products(rows[0], rows[-1], over=self.layout.shards)[0, 0]
+
+    def _flat(self, vector: Float[Tensor, " P"] | Parts) -> Float[Tensor, " P"]:
+        if isinstance(vector, Tensor):
+            return vector
+        return Displacement(((vector, 1.0),), self.layout).flat(self.pool.take_vector())
+
+    def noise(
+        self, generator: torch.Generator, kind: Literal["uniform", "normal"] = "normal"
+    ) -> Float[Tensor, " P"]:
+        """Random numbers, alike on all ranks, however parameters are sharded and laid out.
+
+        Args:
+            generator: On the CPU; it moves on by one number.
+            kind: "normal" of mean 0 and variance 1, or "uniform" from 0 to 1.
+        """
+        seed = int(torch.randint(2**62, (), generator=generator, device="cpu"))
+        draw = numbers_by_parameter(kind, seed, self.layout)
+        result = self.pool.take_vector()
+        for t, (start, stop) in enumerate(self.layout.segments("tensor")):
+            result[start:stop] = draw(t)
+        return result
+
+    def group_values(self, name: str, default: Any) -> tuple[Any, ...]:
+        """A setting of each parameter's group in the base optimizer, or a default.
+
+        One value per parameter of the layout, so that
+        `zip(context.layout.views(vector), context.group_values("rho", 0.05))` pairs them.
+        """
+        values = [group.get(name, default) for group in self.base.param_groups]
+        return tuple(values[group] for group in self.layout.groups)
+
+    def base_state(self, key: str) -> Parts:
+        """What the base optimizer keeps of each parameter under a key ("momentum_buffer", say).
+
+        One tensor per parameter, this rank's part of it; None where there is none.
+        """
+        held = [self.base.state.get(each) or {} for each in self.layout.parameters]
+        found = [state.get(key) for state in held]
+        return [local(each) if isinstance(each, Tensor) else None for each in found]
+
+    # What outlasts the step.
+
+    def propose(self, transform: Transform, **state: Any) -> None:
+        """Note new state for `transform`; it takes effect if the step is applied.
+
+        Of several proposals in one step the last one counts.
+
+        Raises:
+            ValueError: If a vector has another shape than the one it is to replace, or if a tensor
+                is too large for what is saved as text.
+        """
+        for name, value in state.items():
+            if name not in transform.vectors:
+                _check_small(transform, name, value, self.layout.numel)
+            kept = transform.vectors.get(name)
+            if kept is not None and value.shape != kept.shape:
+                raise ValueError(
+                    f"{type(transform).__name__} proposed a vector {name!r} of shape "
+                    f"{tuple(value.shape)}; it has shape {tuple(kept.shape)}"
+                )
+        self._proposals.setdefault(id(transform), {}).update(state)
+
+    def propose_vectors(self, transform: Transform, **vectors: Float[Tensor, " P"]) -> None:
+        """Note new flat vectors for `transform`, which may be ones it has not had before.
+
+        They are copied when the step is applied. A transform that learns only from a step which
+        vectors it keeps must say so in its state, which is loaded first, and have
+        `initial_vectors` make them then.
+        """
+        self._vectors.setdefault(id(transform), {}).update(vectors)
+
+    def proposed(self, transform: Transform) -> dict[str, Any]:
+        """What has been proposed for `transform` in this step so far."""
+        return dict(self._proposals.get(id(transform), {}))
+
+    def commit(self, transform: Transform) -> None:
+        """Make what was proposed for `transform` its state."""
+        for name, value in self._proposals.get(id(transform), {}).items():
+            if name in transform.vectors:
+                transform.vectors[name].copy_(value)
+            else:
+                transform.state[name] = value
+        for name, vector in self._vectors.get(id(transform), {}).items():
+            if name in transform.vectors:
+                transform.vectors[name].copy_(vector)
+            else:
+                transform.vectors[name] = vector.clone()
+
+    def require_losses(self, who: Transform, names: Sequence[str]) -> None:
+        """Check that the losses of these objectives are known.
+
+        Raises:
+            ValueError: If one is not.
+        """
+        missing = [name for name in names if name in self.without_loss]
+        if missing:
+            raise ValueError(
+                f"{who!r} works on losses, and that of objective {missing[0]!r} is not known: its "
+                "closure called backward and returned None, or there was none; return the loss"
+            )
+
+    def require(self, who: Transform, *names: str) -> None:
+        """Check that the step has these objectives.
+
+        Raises:
+            ValueError: If it has not.
+        """
+        if self.names is None:
+            return
+        missing = [name for name in names if name not in self.names]
+        if missing:
+            raise ValueError(
+                f"{type(who).__name__} needs the objective {missing[0]!r}, but the step has "
+                f"{', '.join(map(repr, self.names))}; pass step() a mapping of named objectives"
+            )
+
+
+def _check_small(transform: Transform, name: str, value: object, numel: int) -> None:
+    if not isinstance(value, Tensor):
+        return
+    is_flat = value.shape == (numel,) and numel > 1 << 12
+    if is_flat or value.numel() * value.element_size() > 1 << 22:
+        raise ValueError(
+            f"{type(transform).__name__} proposed a tensor {name!r} of shape "
+            f"{tuple(value.shape)} as small state, which is saved as text; return a vector of the "
+            "length of the weights from initial_vectors(), or pass it to context.propose_vectors()"
+        )

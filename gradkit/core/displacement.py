@@ -1,0 +1,149 @@
+"""Points near the weights, as sums that are computed when an engine needs them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Union
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gradkit.core.combine import scaled
+from gradkit.core.flat import Layout
+from gradkit.core.storage import Parts
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True, eq=False)
+class Displacement:
+    """A sum of vectors, each times a factor, that is yet to be computed.
+
+    Weights plus displacement are then one pass over memory for each term. Wherever the library
+    takes a displacement, a flat vector [P] does as well; `context.displaced` makes one of either.
+    Adding a flat vector gives another displacement.
+
+    Attributes:
+        terms: Vectors, flat [P] or one tensor per parameter, and what each is multiplied by.
+        layout: Where each parameter lies in the flat vector.
+
+    Examples:
+        >>> weight = torch.nn.Parameter(torch.zeros(2))
+        >>> layout = Layout.of([{"params": [weight]}])
+        >>> point = Displacement((), layout).plus(torch.tensor([1.0, 2.0]), -0.5)
+        >>> (point + torch.ones(2)).flat()
+        tensor([0.5000, 0.0000])
+    """
+
+    terms: tuple[tuple[Float[Tensor, " P"] | Parts, Float[Tensor, ""] | float], ...]
+    layout: Layout
+
+    @classmethod
+    def of(cls, at: Point | None, layout: Layout) -> Displacement:
+        """A displacement in any of the forms in which one is given.
+
+        Raises:
+            ValueError: If a flat vector has another length than the weights.
+        """
+        if isinstance(at, Displacement):
+            return at
+        if at is None:
+            return cls((), layout)
+        if at.shape != (layout.numel,):
+            raise ValueError(
+                f"the displacement at= has shape {tuple(at.shape)}, but the flat vector of the "
+                f"weights has {(layout.numel,)}"
+            )
+        return cls(((at, 1.0),), layout)
+
+    def plus(
+        self, vector: Float[Tensor, " P"] | Parts, factor: Float[Tensor, ""] | float = 1.0
+    ) -> Displacement:
+        """The displacement plus `factor` times `vector`, which is only read."""
+        return Displacement((*self.terms, (vector, factor)), self.layout)
+
+    def __add__(self, vector: Float[Tensor, " P"]) -> Displacement:
+        return self.plus(vector)
+
+    __radd__ = __add__
+
+    def flat(self, out: Float[Tensor, " P"] | None = None) -> Float[Tensor, " P"]:
+        """The displacement as a flat vector.
+
+        Args:
+            out: Memory for the result, which no term may share; by default it is new.
+        """
+        layout = self.layout
+        if out is None:
+            out = torch.empty(layout.numel, dtype=layout.dtype, device=layout.device)
+        if not self.terms:
+            return out.zero_()
+        for number, (vector, factor) in enumerate(self.terms):
+            if isinstance(vector, Tensor):
+                if number == 0 and isinstance(factor, Tensor):
+                    scaled(vector, factor, out)
+                elif number == 0:
+                    torch.mul(vector, factor, out=out)
+                else:
+                    out.add_(vector * factor)
+                continue
+            for view, part in zip(layout.views(out), vector, strict=True):
+                if part is None:
+                    if number == 0:
+                        view.zero_()
+                elif number == 0:
+                    torch.mul(part, factor, out=view)
+                else:
+                    view.add_(part * factor)
+        return out
+
+    def add_to(self, weights: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+        """Write weights plus displacement, tensor by tensor.
+
+        Args:
+            weights: One tensor per parameter.
+            out: Memory for the sums, which may be the weights themselves.
+        """
+        terms = [
+            (self.layout.views(vector) if isinstance(vector, Tensor) else vector, _Factor(factor))
+            for vector, factor in self.terms
+        ]
+        for t, (value, weight) in enumerate(zip(out, weights, strict=True)):
+            found = [(vector[t], factor) for vector, factor in terms]
+            there = [(part, factor) for part, factor in found if part is not None]
+            kinds = {value.dtype, weight.dtype, *(part.dtype for part, _ in there)}
+            if not there:
+                if value is not weight:
+                    value.copy_(weight)
+            elif len(kinds) == 1 and value.dtype not in _HALF:
+                for number, (part, factor) in enumerate(there):
+                    factor.add(weight if number == 0 else value, part, value)
+            else:  # half precision would round each factor, and each product, before the sum
+                wide = torch.promote_types(value.dtype, torch.float32)
+                total = weight.to(wide)
+                for part, factor in there:
+                    total = total + part.to(wide) * factor.value
+                value.copy_(total)
+
+
+Point = Union[Float[Tensor, " P"], Displacement]  # noqa: UP007 # a class of jaxtyping's has no "|"
+"""Where an oracle is asked: a displacement of the weights, or one as a flat vector."""
+
+
+class _Factor:
+    """What a term is multiplied by, cast to each dtype once."""
+
+    def __init__(self, value: Float[Tensor, ""] | float) -> None:
+        self.value = value
+        self._cast: dict[torch.dtype, Tensor] = {}
+
+    def add(self, weight: Tensor, part: Tensor, out: Tensor) -> None:
+        """Write `weight + value * part` to `out`."""
+        if not isinstance(self.value, Tensor):
+            torch.add(weight, part, alpha=self.value, out=out)
+            return
+        if out.dtype not in self._cast:
+            self._cast[out.dtype] = self.value.to(out.dtype)
+        torch.addcmul(weight, part, self._cast[out.dtype], out=out)

@@ -1,0 +1,38 @@
+"""Random numbers that do not depend on how parameters are sharded and laid out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gradkit.core.flat import Layout
+from gradkit.core.ranks import part_of
+
+
+def numbers_by_parameter(
+    kind: Literal["uniform", "normal"], seed: int, layout: Layout
+) -> Callable[[int], Float[Tensor, " n"]]:
+    """Random numbers by parameter, the same however parameters are sharded and laid out."""
+    generator = torch.Generator(layout.device).manual_seed(seed)
+    draw = torch.rand if kind == "uniform" else torch.randn
+
+    def numbers(t: int) -> Float[Tensor, " n"]:
+        parameter = layout.parameters[t]
+        whole = draw(
+            parameter.shape, generator=generator, device=layout.device, dtype=torch.float32
+        )
+        local = part_of(whole, parameter)
+        strides = layout.strides[t]
+        if strides is None:
+            return local.reshape(-1)
+        laid_out = torch.empty_strided(
+            local.shape, strides, device=layout.device, dtype=torch.float32
+        )
+        laid_out.copy_(local)
+        return laid_out.as_strided((local.numel(),), (1,))
+
+    return numbers

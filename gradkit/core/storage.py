@@ -1,0 +1,184 @@
+"""How the gradients of one evaluation are stored: as rows, in parts, or as a sum alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gradkit.core.flat import Layout, Scope
+from gradkit.core.gram import accumulator, block_grams, gram, squared_norm
+from gradkit.core.ranks import Shards
+
+Parts = Sequence[Tensor | None]
+"""A flat vector as one tensor per parameter; None where it is 0."""
+
+
+class Storage:
+    """Gradients of K objectives, and the inner products that have been taken of them.
+
+    Attributes:
+        layout: Where each parameter lies in the flat vector; None for a bare matrix.
+    """
+
+    def __init__(self, layout: Layout | None) -> None:
+        self.layout = layout
+        self._products: dict[tuple[Scope, bool], Tensor] = {}
+
+    @property
+    def rows(self) -> Float[Tensor, "K P"]:
+        """The gradients, one a row."""
+        raise NotImplementedError
+
+    @property
+    def parts(self) -> Parts | None:
+        """A single gradient, one tensor per parameter, where no flat vector was made of it."""
+        return None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the gradients are."""
+        return self.rows.device if self.layout is None else self.layout.device
+
+    @property
+    def shards(self) -> Shards | None:
+        """The ranks that hold other parts of the flat vectors, if there are any."""
+        return None if self.layout is None else self.layout.shards
+
+    def gram(self, scope: Scope, *, signs: bool) -> Float[Tensor, ...]:
+        """The Gram matrix [K, K]; [S, K, K] by group or tensor. Computed once."""
+        key = (scope, signs)
+        if key not in self._products:
+            by_tensor = self._products.get(("tensor", signs))
+            if scope != "global":
+                segments = self.segments(scope)
+                found = block_grams(self.rows, segments, signs=signs, over=self.shards)
+            else:
+                found = self._gram(signs) if by_tensor is None else by_tensor.sum(0)
+            self._products[key] = found
+        return self._products[key]
+
+    def _gram(self, signs: bool) -> Float[Tensor, "K K"]:
+        return gram(self.rows, signs=signs, over=self.shards)
+
+    def segments(self, scope: Scope) -> tuple[tuple[int, int], ...]:
+        """The column ranges that `scope` treats one by one.
+
+        Raises:
+            ValueError: If there is no layout and `scope` is not "global".
+        """
+        if self.layout is not None:
+            return self.layout.segments(scope)
+        if scope == "global":
+            return ((0, self.rows.shape[1]),)
+        raise ValueError(
+            f"scope {scope!r} needs to know where the parameters lie; "
+            "a bare matrix has only the scope 'global'"
+        )
+
+
+class Dense(Storage):
+    """One flat row per objective."""
+
+    def __init__(
+        self,
+        rows: Float[Tensor, "K P"],
+        layout: Layout | None = None,
+        gram: Float[Tensor, "K K"] | None = None,
+    ) -> None:
+        super().__init__(layout)
+        self._rows = rows
+        if gram is not None:
+            self._products["global", False] = gram
+
+    @property
+    def rows(self) -> Float[Tensor, "K P"]:
+        return self._rows
+
+
+class Single(Storage):
+    """One objective's gradient as autograd gave it; copied into a row only if one is asked for.
+
+    Args:
+        parts: One tensor per parameter, in its dtype, shape and memory format; None for one that
+            the graph does not reach.
+        layout: Where each parameter lies in the flat vector.
+        flatten: Makes a row of the parts.
+    """
+
+    def __init__(
+        self, parts: Parts, layout: Layout, flatten: Callable[[Parts], Float[Tensor, "1 P"]]
+    ) -> None:
+        super().__init__(layout)
+        self._parts = parts
+        self._flatten = flatten
+
+    @cached_property
+    def rows(self) -> Float[Tensor, "1 P"]:
+        """The gradient as a row."""
+        return self._flatten(self._parts)
+
+    @property
+    def parts(self) -> Parts:
+        return self._parts
+
+    def _gram(self, signs: bool) -> Float[Tensor, "1 1"]:
+        if signs or self.device.type not in ("cpu", "cuda"):
+            return super()._gram(signs)
+        square = squared_norm([part for part in self._parts if part is not None])
+        if square is None:
+            return super()._gram(signs)
+        square = square.reshape(1, 1)
+        return square if self.shards is None else self.shards.add_up(square)
+
+
+class Summed(Storage):
+    """Objectives that are differentiated together: no gradient of a single one is ever there.
+
+    Args:
+        layout: Where each parameter lies in the flat vector.
+        gram: Takes the gradients' Gram matrix; called at most once, if somebody asks.
+        total: The gradient of their weighted sum, once it has been taken.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        gram: Callable[[], Float[Tensor, "K K"]],
+        total: Storage | None = None,
+    ) -> None:
+        super().__init__(layout)
+        self._make_gram = gram
+        self.total = total
+
+    @property
+    def rows(self) -> Float[Tensor, "K P"]:
+        raise RuntimeError(
+            "the objectives' gradients were not taken one by one in this step, so there are no "
+            "rows; pass rows='keep' to gk.wrap()"
+        )
+
+    @property
+    def parts(self) -> Parts | None:
+        return None if self.total is None else self.total.parts
+
+    def _gram(self, signs: bool) -> Float[Tensor, "K K"]:
+        return super()._gram(signs) if signs else self._make_gram()
+
+    def with_total(self, total: Storage | None, count: int) -> Summed:
+        """A copy with the gradient of the weighted sum; of the graph it keeps nothing.
+
+        The Gram matrix is NaN from then on if nobody has asked for it before.
+        """
+        device = self.device
+
+        def unknown() -> Float[Tensor, "K K"]:
+            return torch.full((count, count), torch.nan, dtype=accumulator(device), device=device)
+
+        assert self.layout is not None
+        made = Summed(self.layout, unknown, total)
+        made._products.update(self._products)
+        return made
