@@ -169,7 +169,7 @@ def test_descent_is_adam_on_the_sum_and_repeats() -> None:
 
 def test_a_failing_strategy_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     class Broken(gk.Sum):
-        def weigh(self, gram: Tensor, draws: Any) -> Tensor:
+        def weigh(self, inputs: Any, memory: Any) -> Any:
             raise ValueError("needs\nmore objectives")
 
     monkeypatch.setitem(strategies.STRATEGIES, "Mean", Broken)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 
 import gradkit as gk
-from gradkit.surgery import Given
+from gradkit.surgery import RuleInputs
 
 ENGINES = ["functional", "inplace"]
 INPUT = torch.linspace(-1, 1, 48).reshape(16, 3)
@@ -80,13 +80,16 @@ def test_float16_pcgrad_within_sam_equals_the_loop_by_hand(engine: str) -> None:
         rows = reference_rows(hand, 2.0**8)
         draws = twin.draw(3)
         gram = rows.double() @ rows.double().T
-        direction = twin.weigh(gram, Given(draws)).float() @ rows
+        weights, _ = twin.weigh(RuleInputs(gram, draws=draws), {})
+        direction = weights.float() @ rows
         point = flat(hand.parameters())
         moved = point + 0.5 * direction / direction.double().norm().float()
         buffers = [buffer.clone() for buffer in hand.buffers()]
         nn.utils.vector_to_parameters(moved, hand.parameters())
         rows = reference_rows(hand, 2.0**8)
-        direction = twin.weigh(rows.double() @ rows.double().T, Given(draws)).float() @ rows
+        gram = rows.double() @ rows.double().T
+        weights, _ = twin.weigh(RuleInputs(gram, draws=draws), {})
+        direction = weights.float() @ rows
         nn.utils.vector_to_parameters(point, hand.parameters())
         for buffer, value in zip(hand.buffers(), buffers, strict=True):
             buffer.copy_(value)

@@ -119,10 +119,10 @@ def test_every_rule_makes_a_step() -> None:
 
 def test_a_rule_that_refuses_so_many_is_left_out() -> None:
     class Pair(gk.PCGrad):
-        def weigh(self, gram: torch.Tensor, given: Any) -> torch.Tensor:
-            if gram.shape[-1] != 2:
+        def weigh(self, inputs: Any, memory: Any) -> Any:
+            if len(inputs.names) != 2:
                 raise ValueError("two, please")
-            return super().weigh(gram, given)
+            return super().weigh(inputs, memory)
 
     assert rules.takes(Pair, 2)
     assert not rules.takes(Pair, 4)

@@ -18,7 +18,7 @@ from torchjd.aggregation import PCGrad as TorchjdPCGrad
 
 import gradkit as gk
 from gradkit.core import storage
-from gradkit.surgery.given import Given
+from gradkit.surgery import RuleInputs
 from gradkit.surgery.pcgrad import pcgrad_weights
 
 
@@ -189,11 +189,12 @@ def test_batches_of_gram_matrices_give_what_a_loop_gives(count, make):
     grams = jacobians @ jacobians.mT
     rule = make()
     draws = rule.draw(count)
-    batched = rule.weigh(grams, Given(draws))
+    batched, _ = rule.weigh(RuleInputs(grams, draws=draws), {})
     assert batched.shape == (2, 3, count)
     for i in range(2):
         for j in range(3):
-            torch.testing.assert_close(batched[i, j], rule.weigh(grams[i, j], Given(draws)))
+            one, _ = rule.weigh(RuleInputs(grams[i, j], draws=draws), {})
+            torch.testing.assert_close(batched[i, j], one)
 
 
 def test_the_same_seed_gives_the_same_bits():

@@ -221,12 +221,19 @@ class Gradients:
     @property
     def parts(self) -> Parts | None:
         """The direction, one tensor per parameter, where no flat vector was made of it."""
-        return None if self._update is not None else self.storage.parts
+        if self._update is not None:
+            return None
+        is_direction = self._total is not None or (self._weights is None and self._declared == [0])
+        return self.storage.parts if is_direction else None
+
+    @property
+    def _declared(self) -> list[int]:
+        return [k for k, name in enumerate(self.names) if name not in self.observers]
 
     def row(self, name: str) -> Float[Tensor, " P"] | Parts:
         """An objective's gradient, flat or in parts, whichever is there."""
         index = self.index(name)
-        parts = None if self.has_update else self.parts
+        parts = None if self.has_update else self.storage.parts
         return self.rows[index] if parts is None else parts
 
     def index(self, name: str) -> int:
@@ -248,7 +255,7 @@ class Gradients:
         Reads the weights from the device, unless they are as `observe` or the oracle made them.
         """
         if self._weights is None:
-            return tuple(k for k, name in enumerate(self.names) if name not in self.observers)
+            return tuple(self._declared)
         return tuple(k for k, weight in enumerate(self._weights.tolist()) if weight != 0)
 
     @property
@@ -389,7 +396,7 @@ class Gradients:
         update = self.update
         if update is not None:
             return update
-        declared = [k for k, name in enumerate(self.names) if name not in self.observers]
+        declared = self._declared
         if len(declared) == 1 and self._weights is None:
             return self.rows[declared[0]]
         result = out() if out is not None else torch.empty_like(self.rows[0])
@@ -397,7 +404,7 @@ class Gradients:
 
     def direction_norm(self, direction: Float[Tensor, " P"] | None = None) -> Float[Tensor, ""]:
         """The Euclidean norm of `direction()`, which may be passed in if it is there already."""
-        declared = [k for k, name in enumerate(self.names) if name not in self.observers]
+        declared = self._declared
         if self._update is None and self._total is not None:
             return self._total.gram("global", signs=False)[0, 0].sqrt()
         if self._update is None and self._weights is None and len(declared) == 1:

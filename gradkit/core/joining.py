@@ -6,6 +6,7 @@ import functools
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from gradkit.core.flat import Pool, copy_parts
 from gradkit.core.gradients import Gradients
@@ -33,11 +34,12 @@ def join(
     names = tuple(name for name in names if name in sources)
     taken = [(sources[name], sources[name].index(name)) for name in names]
     rows, views = pool.take(len(names))
-    for index, (part, k) in enumerate(taken):
-        if part.parts is None:
-            rows[index].copy_(part.rows[k])
+    for index, name in enumerate(names):
+        row = sources[name].row(name)
+        if isinstance(row, Tensor):
+            rows[index].copy_(row)
         else:
-            copy_parts(part.parts, views[index])
+            copy_parts(row, views[index])
     dtype = functools.reduce(torch.promote_types, (part.losses.dtype for part, _ in taken))
     joined = Gradients(
         names,

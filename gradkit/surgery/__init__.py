@@ -16,13 +16,13 @@ from gradkit.surgery.excess_mtl import ExcessMTL
 from gradkit.surgery.fairgrad import FairGrad
 from gradkit.surgery.fish import Fish
 from gradkit.surgery.fixed import Mean, Sum
-from gradkit.surgery.given import Given
 from gradkit.surgery.graddrop import GradDrop
 from gradkit.surgery.gradnorm import GradNorm
 from gradkit.surgery.gradvac import GradVac
 from gradkit.surgery.gsmorph import GSMorph
 from gradkit.surgery.idgm import IDGM
 from gradkit.surgery.imtlg import IMTLG
+from gradkit.surgery.inputs import RuleInputs
 from gradkit.surgery.krum import Krum
 from gradkit.surgery.mgda import MGDA
 from gradkit.surgery.mldg import MLDG
@@ -31,12 +31,12 @@ from gradkit.surgery.nash_mtl import NashMTL
 from gradkit.surgery.pcd import PCD
 from gradkit.surgery.pcgrad import PCGrad
 from gradkit.surgery.random_weights import RandomWeights
-from gradkit.surgery.remembering import Remembering
 from gradkit.surgery.rule import GramRule, Rule
 from gradkit.surgery.sdmgrad import SDMGrad
 from gradkit.surgery.trimmed_mean import TrimmedMean
 from gradkit.surgery.upgrad import UPGrad
 from gradkit.surgery.vectors import VectorRule
+from gradkit.surgery.weighing import Remembering, Weighting
 
 __all__ = [
     "CRMOGM",
@@ -61,7 +61,6 @@ __all__ = [
     "FairGrad",
     "Fish",
     "GSMorph",
-    "Given",
     "GradDrop",
     "GradNorm",
     "GradVac",
@@ -74,10 +73,12 @@ __all__ = [
     "RandomWeights",
     "Remembering",
     "Rule",
+    "RuleInputs",
     "SANDMask",
     "SDMGrad",
     "Sum",
     "TrimmedMean",
     "UPGrad",
     "VectorRule",
+    "Weighting",
 ]

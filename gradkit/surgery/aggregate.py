@@ -16,8 +16,10 @@ from gradkit.core.displacement import Point
 from gradkit.core.flat import Scope
 from gradkit.core.gradients import Gradients
 from gradkit.core.oracle import Oracle
-from gradkit.surgery.given import Given
-from gradkit.surgery.rule import GramRule, Rule, active_rows, check_scope
+from gradkit.surgery.inputs import RuleInputs
+from gradkit.surgery.memory import Remembered, Weighed
+from gradkit.surgery.rule import GramRule, Rule, check_scope
+from gradkit.surgery.weighing import active_rows
 
 
 @dataclass(eq=False)
@@ -198,10 +200,11 @@ class _Weighting(GramRule):
     def __repr__(self) -> str:
         return repr(self._aggregate)
 
-    def weigh(self, gram: Float[Tensor, "*batch K K"], given: Given) -> Float[Tensor, "*batch K"]:
+    def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:
+        gram = inputs.gram
         matrices = gram.to(self._dtype).reshape(-1, *gram.shape[-2:])
         weights = [self._weights_of(matrix) for matrix in matrices]
-        return torch.stack(weights).reshape(gram.shape[:-1]).to(gram)
+        return torch.stack(weights).reshape(gram.shape[:-1]).to(gram), memory
 
     def _weights_of(self, matrix: Float[Tensor, "K K"]) -> Float[Tensor, " K"]:
         owner = self._aggregate

@@ -10,7 +10,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from gradkit.core.flat import Scope
-from gradkit.surgery.given import Given, Preference, check_preference
+from gradkit.surgery.inputs import Preference, RuleInputs, check_preference
+from gradkit.surgery.memory import Remembered, Weighed
 from gradkit.surgery.rule import GramRule, check_scope
 from gradkit.surgery.spectrum import narrowed, rank, reciprocal, widened
 
@@ -64,10 +65,11 @@ class AlignedMTL(GramRule):
         if self.scale_mode not in ("min", "median", "rmse"):
             raise ValueError(f"scale_mode is {self.scale_mode!r}; choose 'min', 'median' or 'rmse'")
 
-    def weigh(self, gram: Float[Tensor, "*batch K K"], given: Given) -> Float[Tensor, "*batch K"]:
+    def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:
+        gram = inputs.gram
         wide, finite = widened(gram)
         count = gram.shape[-1]
-        preference = given.shares(self.preference, wide)
+        preference = inputs.shares(self.preference, wide)
         values, vectors = torch.linalg.eigh(wide)
         smallest = count * torch.finfo(values.dtype).eps * values[..., -1:]
         place = torch.arange(count, device=values.device)
@@ -77,7 +79,7 @@ class AlignedMTL(GramRule):
         parts = vectors.mT @ preference
         weights = (vectors @ (factors * parts)[..., None])[..., 0]
         weights = torch.where(kept.any(-1, keepdim=True), weights, preference)
-        return narrowed(weights, finite, gram)
+        return narrowed(weights, finite, gram), memory
 
 
 def _scale(

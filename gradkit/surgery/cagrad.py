@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from gradkit.core.arguments import check_number
 from gradkit.core.flat import Scope
 from gradkit.surgery.dualproj import regularized
-from gradkit.surgery.given import Given
+from gradkit.surgery.inputs import RuleInputs
+from gradkit.surgery.memory import Remembered, Weighed
 from gradkit.surgery.rule import GramRule, check_scope
 from gradkit.surgery.solvers.conflict_averse import conflict_averse
 from gradkit.surgery.solvers.dual_cone import project_onto_dual_cone
@@ -67,7 +66,8 @@ class CAGrad(GramRule):
         if self.rescale not in ("none", "square", "linear"):
             raise ValueError(f"rescale is {self.rescale!r}; choose one of none, square, linear")
 
-    def weigh(self, gram: Float[Tensor, "*batch K K"], given: Given) -> Float[Tensor, "*batch K"]:
+    def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:
+        gram = inputs.gram
         count = gram.shape[-1]
         w = conflict_averse(gram, self.c)
         mean = (gram.sum((-2, -1)).clamp(min=0) / count**2).sqrt()
@@ -82,4 +82,6 @@ class CAGrad(GramRule):
             bounds = gram.new_full((*gram.shape[:-2], 1, count), 1 / count)
             projected = project_onto_dual_cone(regularized(gram, 0.0), bounds)[..., 0, :]
             weights = torch.where(vanishes[..., None], projected, weights)
-        return weights / {"none": 1.0, "square": 1 + self.c**2, "linear": 1 + self.c}[self.rescale]
+        return weights / {"none": 1.0, "square": 1 + self.c**2, "linear": 1 + self.c}[
+            self.rescale
+        ], memory

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jaxtyping import Float
-from torch import Tensor
-
 from gradkit.core.flat import Scope
-from gradkit.surgery.given import Given, Preference, check_preference
+from gradkit.surgery.inputs import Preference, RuleInputs, check_preference
+from gradkit.surgery.memory import Remembered, Weighed
 from gradkit.surgery.rule import GramRule, check_scope
 from gradkit.surgery.spectrum import cosine_solution, lengths, narrowed, reciprocal, widened
 
@@ -51,20 +49,21 @@ class ConFIG(GramRule):
         check_scope(self.scope)
         check_preference("preference", self.preference, positive=True)
 
-    def weigh(self, gram: Float[Tensor, "*batch K K"], given: Given) -> Float[Tensor, "*batch K"]:
+    def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:
+        gram = inputs.gram
         wide, finite = widened(gram)
         norms = lengths(wide)
         if gram.shape[-1] == 2 and self.preference is None:
             other = norms.flip(-1)
             # A gradient beside one of length 0 stays as it is.
             other = other.where(other > 0, norms)
-            return narrowed((norms + other) / 2 * reciprocal(norms), finite, gram)
+            return narrowed((norms + other) / 2 * reciprocal(norms), finite, gram), memory
         if self.preference is None:
             target = wide.new_ones(gram.shape[-1])
         else:
-            target = given.numbers(self.preference, wide)
+            target = inputs.numbers(self.preference, wide)
         solution, attained = cosine_solution(wide, target)
         projections = (norms * attained).sum(-1, keepdim=True)
         square = (solution * attained).sum(-1, keepdim=True)
         weights = projections * reciprocal(square) * solution * reciprocal(norms)
-        return narrowed(weights, finite, gram)
+        return narrowed(weights, finite, gram), memory

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from jaxtyping import Float
-from torch import Tensor
-
-from gradkit.surgery.given import Given, Preference, check_preference
+from gradkit.surgery.inputs import Preference, RuleInputs, check_preference
+from gradkit.surgery.memory import Remembered, Weighed
 from gradkit.surgery.rule import GramRule
 
 
@@ -48,5 +46,6 @@ class Constant(GramRule):
     def __repr__(self) -> str:
         return f"Constant({self.preference!r})"
 
-    def weigh(self, gram: Float[Tensor, "*batch K K"], given: Given) -> Float[Tensor, "*batch K"]:
-        return given.numbers(self.preference, gram).expand(gram.shape[:-1])
+    def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:
+        gram = inputs.gram
+        return inputs.numbers(self.preference, gram).expand(gram.shape[:-1]), memory

@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from jaxtyping import Float
-from torch import Tensor
-
 from gradkit.core.flat import Scope
 from gradkit.core.gram import cosines
-from gradkit.surgery.given import Given
+from gradkit.surgery.inputs import RuleInputs
+from gradkit.surgery.memory import Remembered, Weighed
 from gradkit.surgery.rule import GramRule, check_scope
 from gradkit.surgery.spectrum import narrowed, widened
 
@@ -63,14 +61,15 @@ class CosineGate(GramRule):
         if self.mode not in ("weighted", "unweighted"):
             raise ValueError(f"mode is {self.mode!r}; choose 'weighted' or 'unweighted'")
 
-    def weigh(self, gram: Float[Tensor, "*batch K K"], given: Given) -> Float[Tensor, "*batch K"]:
+    def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:
+        gram = inputs.gram
         wide, finite = widened(gram)
-        main = given.index(self.main)
+        main = inputs.index(self.main)
         cosine = cosines(wide)[..., main, :]
         weights = cosine.clamp(min=0) if self.mode == "weighted" else (cosine >= 0).to(wide)
         weights = weights.clone()
         weights[..., main] = 1
-        return narrowed(weights, finite, gram)
+        return narrowed(weights, finite, gram), memory
 
 
 def check_main(main: object) -> None:

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from gradkit.core.arguments import check_number
-from gradkit.surgery.given import Given
+from gradkit.surgery.inputs import RuleInputs
+from gradkit.surgery.memory import Remembered, Weighed
 from gradkit.surgery.mgda import MGDA
 from gradkit.surgery.rule import GramRule
 
@@ -67,30 +67,25 @@ class CRMOGM(GramRule):
     def draw(self, count: int) -> Any:
         return self.rule.draw(count)
 
-    def initial_memory(self, count: int) -> dict[str, Tensor]:
-        inner = self.rule.initial_memory(count)
+    def init(self, count: int) -> dict[str, Tensor]:
+        inner = self.rule.init(count)
         return {
             "weights": torch.zeros(count),
             "seen": torch.zeros(count),
             **{_INNER + key: value for key, value in inner.items()},
         }
 
-    def weigh(self, gram: Float[Tensor, "*batch K K"], given: Given) -> Float[Tensor, "*batch K"]:
-        of_rule = {key: value for key, value in given.memory.items() if key.startswith(_INNER)}
-        inner = Given(
-            given.draws,
-            given.losses,
-            given.names,
-            {key.removeprefix(_INNER): value for key, value in of_rule.items()},
-            every=given.every,
-        )
-        new = self.rule._checked(self.rule.weigh(gram, inner), gram)
-        seen = given.memory["seen"]
-        averaged = torch.lerp(new, given.memory["weights"], self.alpha)
-        weights = torch.where(seen > 0, averaged, new)
-        given.remembered.update(
-            weights=weights,
-            seen=torch.ones_like(seen),
-            **{_INNER + key: value for key, value in inner.remembered.items()},
-        )
-        return weights
+    def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:
+        of_rule = {
+            key.removeprefix(_INNER): value
+            for key, value in memory.items()
+            if key.startswith(_INNER)
+        }
+        new, learnt = self.rule.checked_weights(inputs, of_rule)
+        seen = memory["seen"]
+        weights = torch.where(seen > 0, torch.lerp(new, memory["weights"], self.alpha), new)
+        return weights, {
+            "weights": weights,
+            "seen": torch.ones_like(seen),
+            **{_INNER + key: value for key, value in learnt.items()},
+        }

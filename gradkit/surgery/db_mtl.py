@@ -13,7 +13,8 @@ from gradkit.core.arguments import check_number
 from gradkit.core.combine import scaled
 from gradkit.core.gradients import Gradients
 from gradkit.core.gram import at_least_single, block_spans, block_width
-from gradkit.surgery.given import Given, too_low
+from gradkit.surgery.inputs import RuleInputs, too_low
+from gradkit.surgery.memory import Remembered
 from gradkit.surgery.vectors import VectorRule
 
 
@@ -80,7 +81,7 @@ class DBMTL(VectorRule):
         if self.eps < 0:
             raise ValueError(f"eps is {self.eps}; it must be at least 0")
 
-    def initial_memory(self, count: int) -> dict[str, Tensor]:
+    def init(self, count: int) -> dict[str, Tensor]:
         return {"steps": torch.zeros(count, dtype=torch.float64)}
 
     def renew(
@@ -114,9 +115,9 @@ class DBMTL(VectorRule):
         active: list[int],
         renewed: Float[Tensor, "K P"],
         learned: Float[Tensor, " K"] | None,
-        given: Given,
-    ) -> Gradients:
-        given.remembered = {"steps": given.memory["steps"] + 1}
+        inputs: RuleInputs,
+        memory: Remembered,
+    ) -> tuple[Gradients, Remembered]:
         rows = renewed
         if len(active) < len(gradients.names):  # what observers there are stay as they were
             rows = gradients.rows.clone()
@@ -126,4 +127,4 @@ class DBMTL(VectorRule):
         scales = lengths.max() / torch.where(lengths == 0, torch.ones_like(lengths), lengths)
         weights = torch.zeros_like(gradients.weights)
         weights[active] = scales.to(weights)
-        return balanced.replace(weights=weights)
+        return balanced.replace(weights=weights), {"steps": memory["steps"] + 1}

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from gradkit.core.arguments import check_number
 from gradkit.core.flat import Scope
-from gradkit.surgery.given import Given, Preference, check_preference
+from gradkit.surgery.inputs import Preference, RuleInputs, check_preference
+from gradkit.surgery.memory import Remembered, Weighed
 from gradkit.surgery.rule import GramRule, check_scope
 from gradkit.surgery.solvers.dual_cone import project_onto_dual_cone
 
@@ -53,9 +54,12 @@ class DualProj(GramRule):
         check_reg(self.reg)
         check_preference("preference", self.preference, positive=True)
 
-    def weigh(self, gram: Float[Tensor, "*batch K K"], given: Given) -> Float[Tensor, "*batch K"]:
-        bounds = given.shares(self.preference, gram).expand(gram.shape[:-1])
-        return project_onto_dual_cone(regularized(gram, self.reg), bounds[..., None, :])[..., 0, :]
+    def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:
+        gram = inputs.gram
+        bounds = inputs.shares(self.preference, gram).expand(gram.shape[:-1])
+        return project_onto_dual_cone(regularized(gram, self.reg), bounds[..., None, :])[
+            ..., 0, :
+        ], memory
 
 
 def regularized(gram: Float[Tensor, "*batch K K"], reg: float) -> Float[Tensor, "*batch K K"]:

@@ -19,7 +19,8 @@ from gradkit.core.gram import at_least_single, block_spans, block_width
 from gradkit.core.noise import numbers_by_parameter
 from gradkit.core.oracle import Oracle
 from gradkit.core.ranks import Shards
-from gradkit.surgery.rule import Rule, active_rows, checked_jacobian
+from gradkit.surgery.rule import Rule, checked_jacobian
+from gradkit.surgery.weighing import active_rows
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,8 @@ from torch import Tensor
 from gradkit.core.arguments import check_number
 from gradkit.core.gradients import Gradients
 from gradkit.core.gram import accumulator, at_least_single, block_spans, block_width
-from gradkit.surgery.given import Given
+from gradkit.surgery.inputs import RuleInputs
+from gradkit.surgery.memory import Remembered
 from gradkit.surgery.vectors import VectorRule
 
 # The authors' own under the root; TorchJD has it beside the first excess, too.
@@ -76,7 +77,7 @@ class ExcessMTL(VectorRule):
         if self.n_warmup_steps < 0:
             raise ValueError(f"n_warmup_steps is {self.n_warmup_steps}; it must be at least 0")
 
-    def initial_memory(self, count: int) -> dict[str, Tensor]:
+    def init(self, count: int) -> dict[str, Tensor]:
         zeros = torch.zeros(count, dtype=torch.float64)
         return {"logits": zeros, "first_excess": zeros, "steps": zeros}
 
@@ -108,16 +109,19 @@ class ExcessMTL(VectorRule):
         active: list[int],
         renewed: Float[Tensor, "K P"],
         learned: Float[Tensor, " K"] | None,
-        given: Given,
-    ) -> Gradients:
+        inputs: RuleInputs,
+        memory: Remembered,
+    ) -> tuple[Gradients, Remembered]:
         assert learned is not None  # the excess
-        factors = self._weights(learned, given)
+        factors, learnt = self._weights(learned, memory)
         weights = torch.zeros_like(gradients.weights)
         weights[active] = gradients.weights[active] * factors.to(weights)
-        return gradients.replace(weights=weights)
+        return gradients.replace(weights=weights), learnt
 
-    def _weights(self, excess: Float[Tensor, " K"], given: Given) -> Float[Tensor, " K"]:
-        memory, warmup = given.memory, self.n_warmup_steps
+    def _weights(
+        self, excess: Float[Tensor, " K"], memory: Remembered
+    ) -> tuple[Float[Tensor, " K"], Remembered]:
+        warmup = self.n_warmup_steps
         steps, logits = memory["steps"], _with_newcomers(memory["logits"], memory["steps"] == 0)
         # Those that take no part in this step keep their shares.
         share = logits.logsumexp(0)
@@ -132,8 +136,8 @@ class ExcessMTL(VectorRule):
         relative = torch.where(raw, excess, excess / (first + _EPSILON))
         moves = steps >= warmup
         moved = _moved(logits, self.robust_step_size * relative, moves)
-        given.remembered = {"logits": moved + share, "first_excess": first, "steps": steps + 1}
-        return moved.softmax(0)
+        learnt = {"logits": moved + share, "first_excess": first, "steps": steps + 1}
+        return moved.softmax(0), learnt
 
 
 def _with_newcomers(logits: Float[Tensor, " K"], new: Bool[Tensor, " K"]) -> Float[Tensor, " K"]:

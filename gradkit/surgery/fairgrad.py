@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jaxtyping import Float
-from torch import Tensor
-
 from gradkit.core.arguments import check_number
 from gradkit.core.flat import Scope
-from gradkit.surgery.given import Given
+from gradkit.surgery.inputs import RuleInputs
+from gradkit.surgery.memory import Remembered, Weighed
 from gradkit.surgery.rule import GramRule, check_scope
 from gradkit.surgery.solvers.fair import fair_weights
 
@@ -51,5 +49,6 @@ class FairGrad(GramRule):
             raise ValueError(f"alpha is {self.alpha}; it must be positive")
         self.degree = (1 - self.alpha) / (1 + self.alpha)
 
-    def weigh(self, gram: Float[Tensor, "*batch K K"], given: Given) -> Float[Tensor, "*batch K"]:
-        return fair_weights(gram, self.alpha)
+    def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:
+        gram = inputs.gram
+        return fair_weights(gram, self.alpha), memory

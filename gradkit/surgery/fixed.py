@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jaxtyping import Float
-from torch import Tensor
-
-from gradkit.surgery.given import Given
+from gradkit.surgery.inputs import RuleInputs
+from gradkit.surgery.memory import Remembered, Weighed
 from gradkit.surgery.rule import GramRule
 
 
@@ -27,8 +25,9 @@ class Sum(GramRule):
     needs_several = False
     needs_gram = False
 
-    def weigh(self, gram: Float[Tensor, "*batch K K"], given: Given) -> Float[Tensor, "*batch K"]:
-        return gram.new_ones(gram.shape[:-1])
+    def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:
+        gram = inputs.gram
+        return gram.new_ones(gram.shape[:-1]), memory
 
 
 @dataclass(eq=False)
@@ -46,5 +45,6 @@ class Mean(GramRule):
     needs_gram = False
     needs_several = False
 
-    def weigh(self, gram: Float[Tensor, "*batch K K"], given: Given) -> Float[Tensor, "*batch K"]:
-        return gram.new_full(gram.shape[:-1], 1 / gram.shape[-1])
+    def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:
+        gram = inputs.gram
+        return gram.new_full(gram.shape[:-1], 1 / gram.shape[-1]), memory

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradkit.core.ranks import Shards
 from gradkit.surgery.elementwise import Blocks, ElementwiseRule
-from gradkit.surgery.given import Given, Preference, check_preference
+from gradkit.surgery.inputs import Preference, check_preference, numbers_of
 from gradkit.surgery.rule import own_generator
 
 
@@ -72,7 +72,7 @@ class GradDrop(ElementwiseRule):
         if self.leak is None:
             return None
         like = torch.empty(0, dtype=torch.float64, device=blocks.device)
-        return Given(names=blocks.names).numbers(self.leak, like)[:, None]
+        return numbers_of(self.leak, blocks.names, like)[:, None]
 
     def merge(
         self,

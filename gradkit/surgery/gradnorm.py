@@ -10,8 +10,8 @@ from torch import Tensor
 
 from gradkit.core.arguments import check_number
 from gradkit.core.flat import Scope
-from gradkit.core.gram import accumulator
-from gradkit.surgery.given import Given
+from gradkit.surgery.inputs import RuleInputs
+from gradkit.surgery.memory import Remembered, Weighed
 from gradkit.surgery.rule import GramRule, check_scope
 
 # Adam's, as its authors set them.
@@ -76,7 +76,7 @@ class GradNorm(GramRule):
         if self.lr < 0:
             raise ValueError(f"lr is {self.lr}; it must be at least 0")
 
-    def initial_memory(self, count: int) -> dict[str, Tensor]:
+    def init(self, count: int) -> dict[str, Tensor]:
         zeros = torch.zeros(count, dtype=torch.float64)
         return {
             "weights": zeros + 1,
@@ -86,11 +86,11 @@ class GradNorm(GramRule):
             "second_moments": zeros,
         }
 
-    def weigh(self, gram: Float[Tensor, "*batch K K"], given: Given) -> Float[Tensor, "*batch K"]:
-        memory = {key: value.to(accumulator(gram.device)) for key, value in given.memory.items()}
+    def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:
+        gram = inputs.gram
         count = gram.shape[-1]
         weights = _of_sum(count, memory["weights"])
-        losses = given.needed_losses(self).to(weights)
+        losses = inputs.needed_losses(self).to(weights)
         lengths = gram.diagonal(dim1=-2, dim2=-1).to(weights).sqrt()
         steps = memory["steps"] + 1
         first_losses = torch.where(steps == 1, losses, memory["first_losses"])
@@ -100,7 +100,7 @@ class GradNorm(GramRule):
         size = (second / (1 - _BETAS[1] ** steps)).sqrt()
         mean = first / (1 - _BETAS[0] ** steps)
         change = torch.where(size == 0, mean, mean / size)
-        given.remembered = {
+        learnt = {
             # Those that take no part in this step keep their shares.
             "weights": _of_sum(count, (weights - self.lr * change).clamp(min=0))
             * (memory["weights"].sum(-1, keepdim=True) / count),
@@ -109,7 +109,7 @@ class GradNorm(GramRule):
             "first_moments": first,
             "second_moments": second,
         }
-        return weights.to(gram.dtype)
+        return weights, learnt
 
     def _slope(
         self,

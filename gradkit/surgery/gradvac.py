@@ -13,8 +13,9 @@ from torch import Tensor
 from gradkit.core.arguments import check_number
 from gradkit.core.flat import Scope
 from gradkit.core.gram import cosines
-from gradkit.surgery.given import Given
 from gradkit.surgery.host import lightest, products_of, random_orders, rows_of, uploaded
+from gradkit.surgery.inputs import RuleInputs
+from gradkit.surgery.memory import Remembered, Weighed
 from gradkit.surgery.rule import GramRule, check_scope, own_generator
 from gradkit.surgery.spectrum import lengths, narrowed, widened
 
@@ -82,16 +83,17 @@ class GradVac(GramRule):
         """For each objective, the order in which the others are visited."""
         return random_orders(count, self.generator) if count > 2 else None
 
-    def initial_memory(self, count: int) -> dict[str, Tensor]:
+    def init(self, count: int) -> dict[str, Tensor]:
         """The targets φ̂, 0 at first."""
         return {"targets": torch.zeros(count, count)}
 
-    def weigh(self, gram: Float[Tensor, "*batch K K"], given: Given) -> Float[Tensor, "*batch K"]:
+    def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:
+        gram = inputs.gram
         wide, finite = widened(gram)
-        old = given.memory["targets"].to(wide)
-        weights, new = gradvac_weights(wide, old, self.beta, given.draws)
-        given.remembered["targets"] = torch.where(finite[..., None], new, old)
-        return narrowed(weights, finite, gram)
+        old = memory["targets"].to(wide)
+        weights, new = gradvac_weights(wide, old, self.beta, inputs.draws)
+        learnt = {"targets": torch.where(finite[..., None], new, old)}
+        return narrowed(weights, finite, gram), learnt
 
 
 def gradvac_weights(

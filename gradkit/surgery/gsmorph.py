@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from gradkit.core.flat import Scope
 from gradkit.surgery.cosine_gate import check_main
-from gradkit.surgery.given import Given
 from gradkit.surgery.host import lightest, products_of
+from gradkit.surgery.inputs import RuleInputs
+from gradkit.surgery.memory import Remembered, Weighed
 from gradkit.surgery.rule import GramRule, check_scope
 from gradkit.surgery.spectrum import narrowed, reciprocal, widened
 
@@ -55,9 +54,10 @@ class GSMorph(GramRule):
         check_scope(self.scope)
         check_main(self.main)
 
-    def weigh(self, gram: Float[Tensor, "*batch K K"], given: Given) -> Float[Tensor, "*batch K"]:
+    def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:
+        gram = inputs.gram
         wide, finite = widened(gram)
-        main = given.index(self.main)
+        main = inputs.index(self.main)
         weights = torch.zeros_like(wide[..., 0])
         weights[..., main] = 1
         inverses = reciprocal(wide.diagonal(dim1=-2, dim2=-1))
@@ -66,4 +66,4 @@ class GSMorph(GramRule):
                 if j != main:
                     product = products_of(products[..., j, :], numbers)
                     numbers[..., j] -= product * (product < 0) * scales[..., j]
-        return narrowed(weights, finite, gram)
+        return narrowed(weights, finite, gram), memory

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jaxtyping import Float
-from torch import Tensor
-
 from gradkit.core.flat import Scope
-from gradkit.surgery.given import Given
+from gradkit.surgery.inputs import RuleInputs
+from gradkit.surgery.memory import Remembered, Weighed
 from gradkit.surgery.rule import GramRule, check_scope
 from gradkit.surgery.spectrum import (
     cosine_solution,
@@ -60,7 +58,8 @@ class IMTLG(GramRule):
     def __post_init__(self) -> None:
         check_scope(self.scope)
 
-    def weigh(self, gram: Float[Tensor, "*batch K K"], given: Given) -> Float[Tensor, "*batch K"]:
+    def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:
+        gram = inputs.gram
         wide, finite = widened(gram)
         norms = lengths(wide)
         if gram.shape[-1] == 2:
@@ -70,4 +69,4 @@ class IMTLG(GramRule):
         else:
             solution, _ = cosine_solution(wide, wide.new_ones(gram.shape[-1]))
             weights = sum_to_one(solution * reciprocal(norms))
-        return narrowed(weights, finite, gram)
+        return narrowed(weights, finite, gram), memory

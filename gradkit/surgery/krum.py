@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from gradkit.core.flat import Scope
-from gradkit.surgery.given import Given
+from gradkit.surgery.inputs import RuleInputs
+from gradkit.surgery.memory import Remembered, Weighed
 from gradkit.surgery.rule import GramRule, check_scope
 from gradkit.surgery.spectrum import narrowed, widened
 
@@ -60,7 +59,8 @@ class Krum(GramRule):
             if value < least:
                 raise ValueError(f"{name} is {value}; it must be at least {least}")
 
-    def weigh(self, gram: Float[Tensor, "*batch K K"], given: Given) -> Float[Tensor, "*batch K"]:
+    def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:
+        gram = inputs.gram
         count = gram.shape[-1]
         if self.n_selected > count:
             raise ValueError(
@@ -75,4 +75,4 @@ class Krum(GramRule):
         scores = distances.sort(-1).values[..., :neighbours].sum(-1)
         selected = scores.argsort(dim=-1, stable=True)[..., : self.n_selected]
         weights = torch.zeros_like(scores).scatter(-1, selected, 1 / self.n_selected)
-        return narrowed(weights, finite, gram)
+        return narrowed(weights, finite, gram), memory

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from gradkit.core.flat import Scope
-from gradkit.surgery.given import Given
+from gradkit.surgery.inputs import RuleInputs
+from gradkit.surgery.memory import Remembered, Weighed
 from gradkit.surgery.rule import GramRule, check_scope
 from gradkit.surgery.solvers.simplex import simplex_minimum
 
@@ -60,13 +59,14 @@ class MGDA(GramRule):
         """Whether the gradients are divided by losses."""
         return self.normalization in ("loss", "loss+")
 
-    def weigh(self, gram: Float[Tensor, "*batch K K"], given: Given) -> Float[Tensor, "*batch K"]:
+    def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:
+        gram = inputs.gram
         if self.normalization == "none":
-            return simplex_minimum(gram)
+            return simplex_minimum(gram), memory
         divisors = gram.new_ones(gram.shape[:-1])
         if self.normalization in ("l2", "loss+"):
             divisors = divisors * gram.diagonal(dim1=-2, dim2=-1).sqrt()
         if self.needs_losses:
-            divisors = divisors * given.needed_losses(self).to(gram)
+            divisors = divisors * inputs.needed_losses(self).to(gram)
         divisors = torch.where(divisors == 0, torch.ones_like(divisors), divisors)
-        return simplex_minimum(gram / divisors[..., :, None] / divisors[..., None, :])
+        return simplex_minimum(gram / divisors[..., :, None] / divisors[..., None, :]), memory

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from gradkit.core.arguments import check_number
 from gradkit.core.flat import Scope
-from gradkit.surgery.given import Given
+from gradkit.surgery.inputs import RuleInputs
+from gradkit.surgery.memory import Remembered, Weighed
 from gradkit.surgery.rule import GramRule, check_scope
 from gradkit.surgery.solvers.simplex import project_onto_simplex
 
@@ -57,15 +57,15 @@ class MoDo(GramRule):
         if self.rho < 0:
             raise ValueError(f"rho is {self.rho}; it must be at least 0")
 
-    def initial_memory(self, count: int) -> dict[str, Tensor]:
+    def init(self, count: int) -> dict[str, Tensor]:
         return {"weights": torch.full((count,), 1 / count)}
 
-    def weigh(self, gram: Float[Tensor, "*batch K K"], given: Given) -> Float[Tensor, "*batch K"]:
+    def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:
+        gram = inputs.gram
         # Of the objectives that take part; the others keep their shares.
-        share = given.memory["weights"].sum(-1, keepdim=True)
+        share = memory["weights"].sum(-1, keepdim=True)
         share = torch.where(share > 0, share, torch.ones_like(share))
-        old = given.memory["weights"] / share
+        old = memory["weights"] / share
         slope = (gram @ old[..., None])[..., 0] + self.rho * old
         weights = project_onto_simplex(old - self.gamma * slope)
-        given.remembered["weights"] = weights * share
-        return weights
+        return weights, {"weights": weights * share}

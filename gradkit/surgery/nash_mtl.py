@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from gradkit.core.arguments import check_number
 from gradkit.core.flat import Scope
-from gradkit.surgery.given import Given
+from gradkit.surgery.inputs import RuleInputs
+from gradkit.surgery.memory import Remembered, Weighed
 from gradkit.surgery.rule import GramRule, check_scope
 from gradkit.surgery.solvers.fair import fair_weights
 
@@ -59,10 +58,11 @@ class NashMTL(GramRule):
                     f"max_norm is {self.max_norm}; it must be positive, or None for no clipping"
                 )
 
-    def weigh(self, gram: Float[Tensor, "*batch K K"], given: Given) -> Float[Tensor, "*batch K"]:
+    def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:
+        gram = inputs.gram
         weights = fair_weights(gram)
         if self.max_norm is None:
-            return weights
+            return weights, memory
         square = (weights[..., None, :] @ gram @ weights[..., :, None])[..., 0, :]
         length = square.clamp(min=torch.finfo(gram.dtype).tiny).sqrt()
-        return weights * (self.max_norm / length).clamp(max=1)
+        return weights * (self.max_norm / length).clamp(max=1), memory

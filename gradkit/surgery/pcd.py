@@ -11,7 +11,8 @@ from torch import Tensor
 
 from gradkit.core.arguments import check_number
 from gradkit.core.flat import Scope
-from gradkit.surgery.given import Given, Preference, check_preference
+from gradkit.surgery.inputs import Preference, RuleInputs, check_preference
+from gradkit.surgery.memory import Remembered, Weighed
 from gradkit.surgery.rule import GramRule, check_scope
 from gradkit.surgery.solvers.least_distance import least_distance
 
@@ -82,17 +83,18 @@ class PCD(GramRule):
         if self.eps < 0:
             raise ValueError(f"eps is {self.eps}; it must be at least 0")
 
-    def initial_memory(self, count: int) -> dict[str, Tensor]:
+    def init(self, count: int) -> dict[str, Tensor]:
         return {"squares": torch.zeros(count), "steps": torch.zeros(count)}
 
-    def weigh(self, gram: Float[Tensor, "*batch K K"], given: Given) -> Float[Tensor, "*batch K"]:
+    def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:
+        gram = inputs.gram
         squares = gram.diagonal(dim1=-2, dim2=-1)
-        scales = self._scales(squares, given)
-        main = given.index(self.main)
+        scales, learnt = self._scales(squares, memory)
+        main = inputs.index(self.main)
         normalized = gram * scales[..., :, None] * scales[..., None, :]
         order = [main, *(k for k in range(gram.shape[-1]) if k != main)]
         ordered = normalized[..., order, :][..., :, order]
-        taus = self._taus(given, gram)[order[1:]]
+        taus = self._taus(inputs, gram)[order[1:]]
         demanded = taus * ordered.diagonal(dim1=-2, dim2=-1)[..., 1:]
         weights = torch.empty_like(squares)
         weights[..., order], _ = least_distance(ordered, demanded)
@@ -106,7 +108,7 @@ class PCD(GramRule):
         vanishes = self._vanishes(weights, normalized) | (squares[..., main] == 0)
         ratio = squares[..., main] / torch.where(vanishes, torch.ones_like(square), square)
         length = torch.where(vanishes, torch.zeros_like(ratio), ratio.sqrt())
-        return weights * scales * length[..., None]
+        return weights * scales * length[..., None], learnt
 
     @staticmethod
     def _vanishes(
@@ -118,16 +120,16 @@ class PCD(GramRule):
         return square <= _PRECISION * whole
 
     def _scales(
-        self, squares: Float[Tensor, "*batch K"], given: Given
-    ) -> Float[Tensor, "*batch K"]:
-        """1/√(v̂ + ε); 0 for an objective whose gradient has always been 0."""
-        steps = given.memory["steps"] + 1
-        average = self.beta * given.memory["squares"] + (1 - self.beta) * squares
-        given.remembered.update(squares=average, steps=steps)
+        self, squares: Float[Tensor, "*batch K"], memory: Remembered
+    ) -> tuple[Float[Tensor, "*batch K"], Remembered]:
+        """1/√(v̂ + ε), 0 for an objective whose gradient has always been 0; and the new memory."""
+        steps = memory["steps"] + 1
+        average = self.beta * memory["squares"] + (1 - self.beta) * squares
         roots = (average / (1 - self.beta**steps) + self.eps).sqrt()
-        return torch.where(roots == 0, torch.zeros_like(roots), 1 / roots)
+        scales = torch.where(roots == 0, torch.zeros_like(roots), 1 / roots)
+        return scales, {"squares": average, "steps": steps}
 
-    def _taus(self, given: Given, like: Tensor) -> Float[Tensor, " K"]:
+    def _taus(self, inputs: RuleInputs, like: Tensor) -> Float[Tensor, " K"]:
         if isinstance(self.tau, (int, float)):
-            return like.new_full((len(given.names),), float(self.tau))
-        return given.numbers(self.tau, like)
+            return like.new_full((len(inputs.names),), float(self.tau))
+        return inputs.numbers(self.tau, like)

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from gradkit.core.flat import Scope
 from gradkit.core.gram import accumulator
-from gradkit.surgery.given import Given
 from gradkit.surgery.host import lightest, on_host, products_of, random_orders, rows_of, uploaded
+from gradkit.surgery.inputs import RuleInputs
+from gradkit.surgery.memory import Remembered, Weighed
 from gradkit.surgery.rule import GramRule, check_scope, own_generator
 
 _FEW = 8
@@ -63,9 +64,10 @@ class PCGrad(GramRule):
         """For each objective, the order in which the others are visited."""
         return random_orders(count, self.generator) if count > 2 else None
 
-    def weigh(self, gram: Float[Tensor, "*batch K K"], given: Given) -> Float[Tensor, "*batch K"]:
-        weights = pcgrad_weights(gram, given.draws)
-        return weights / gram.shape[-1] if self.reduction == "mean" else weights
+    def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:
+        gram = inputs.gram
+        weights = pcgrad_weights(gram, inputs.draws)
+        return weights / gram.shape[-1] if self.reduction == "mean" else weights, memory
 
 
 def pcgrad_weights(

@@ -8,8 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gradkit.surgery.given import Given
 from gradkit.surgery.host import uploaded
+from gradkit.surgery.inputs import RuleInputs
+from gradkit.surgery.memory import Remembered, Weighed
 from gradkit.surgery.rule import GramRule, own_generator
 
 
@@ -49,6 +50,7 @@ class RandomWeights(GramRule):
         """The numbers z, one for each objective."""
         return torch.randn(count, generator=self.generator, dtype=torch.float64, device="cpu")
 
-    def weigh(self, gram: Float[Tensor, "*batch K K"], given: Given) -> Float[Tensor, "*batch K"]:
-        drawn: Float[Tensor, " K"] = given.draws
-        return uploaded(drawn.softmax(0), gram).expand(gram.shape[:-1])
+    def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:
+        gram = inputs.gram
+        drawn: Float[Tensor, " K"] = inputs.draws
+        return uploaded(drawn.softmax(0), gram).expand(gram.shape[:-1]), memory

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from gradkit.core.combine import combine
-from gradkit.core.context import Context
-from gradkit.core.flat import SCOPES, Scope
-from gradkit.core.gradients import Gradients
+from gradkit.core.flat import SCOPES
 from gradkit.core.gram import accumulator
 from gradkit.core.gram import gram as gram_matrix
-from gradkit.core.transform import Reweighing, Transform, Weigh
-from gradkit.surgery.given import Given, check_remembered
-from gradkit.surgery.remembering import Remembering
+from gradkit.core.transform import Transform
 from gradkit.surgery.semidefinite import check_gram_matrix
+from gradkit.surgery.weighing import Weighting
 
 
 class Rule(Transform, ABC):
@@ -41,44 +37,18 @@ class Rule(Transform, ABC):
         """The direction that this rule makes of gradients, one a row."""
 
 
-class GramRule(Remembering, Rule, Reweighing):
-    """A rule that weights gradients by a function of their Gram matrix.
+class GramRule(Weighting, Rule):
+    """A rule that weights gradients by a function of their Gram matrix; see `Weighting`.
 
     Usable in a third way, on Gram matrices: `rule.weights(gram) -> [..., K]`, batched over leading
     dimensions.
 
     Gradients that are not finite give a direction of NaNs where it depends on them; `weights`
     refuses matrices that are not finite.
-
-    In `wrap` the rule multiplies the weights of the rows it sees by its own. With `scope` "group"
-    or "tensor", inner products are taken and gradients combined for each parameter group or tensor
-    by itself. With "shared" they are taken over the parameters in which at least two objectives
-    have a gradient that is not 0, a trunk's; what belongs to one of them, such as its head, gets
-    that one's gradient as it is.
-    The result is then no weighted sum of whole rows, so no other rule can follow.
-
-    A rule may remember something of each objective: see `initial_memory`. A step learns from each
-    objective's first evaluation in it, which is that at the step's own weights; at displaced ones
-    (SAM around the rule) the rule starts from the same memory and learns nothing. In an optimizer
-    only applied steps change what it remembers, and it is saved with the optimizer's state. Alone,
-    each call does; `reset` forgets.
     """
-
-    scope: Scope = "global"
-    needs_gram: bool = True
-    """Whether the weights depend on the Gram matrix at all; otherwise it may hold anything."""
 
     needs_symmetry: bool = True
     """Whether the Gram matrix has to be that of one set of gradients, not J₁·J₂ᵀ of two."""
-
-    @abstractmethod
-    def weigh(self, gram: Float[Tensor, "*batch K K"], given: Given) -> Float[Tensor, "*batch K"]:
-        """The weights for Gram matrices, which come in float64."""
-
-    @property
-    def needs_losses(self) -> bool:
-        """Whether the rule works on losses, too."""
-        return False
 
     def weights(
         self, gram: Float[Tensor, "*batch K K"], losses: Float[Tensor, " K"] | None = None
@@ -104,28 +74,8 @@ class GramRule(Remembering, Rule, Reweighing):
         self, gram: Float[Tensor, "*batch K K"], losses: Float[Tensor, " K"] | None = None
     ) -> Float[Tensor, "*batch K"]:
         """As `weights`, of any square matrices; NaN gives NaN."""
-        wide = gram.to(accumulator(gram.device))
-        count = gram.shape[-1]
-        names = tuple(map(str, range(count)))
-        losses = None if losses is None else checked_losses(losses, count)
-        with self._called_alone() as state:
-            memory = self._recall(names, wide, gram.shape[:-2], state)
-            given = Given(self.draw(count), losses, names, memory.of_present())
-            weights = self._checked(self.weigh(wide, given), wide)
-            state.update(memory.with_present(given.remembered))
-        return weights.to(gram.dtype)
-
-    def _checked(
-        self, weights: object, gram: Float[Tensor, "*batch K K"]
-    ) -> Float[Tensor, "*batch K"]:
-        """What `weigh` returned, if it can be weights."""
-        if isinstance(weights, Tensor) and weights.shape == gram.shape[:-1]:
-            return weights
-        what = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
-        raise ValueError(
-            f"weigh() of {self!r} returned {what} for Gram matrices of shape {tuple(gram.shape)}; "
-            f"return one weight for each objective, a tensor of shape {tuple(gram.shape[:-1])}"
-        )
+        losses = None if losses is None else checked_losses(losses, gram.shape[-1])
+        return self.weigh_alone(gram.to(accumulator(gram.device)), losses).to(gram.dtype)
 
     def __call__(
         self, jacobian: Float[Tensor, "K P"], losses: Float[Tensor, " K"] | None = None
@@ -148,99 +98,6 @@ class GramRule(Remembering, Rule, Reweighing):
         jacobian = checked_jacobian(jacobian)
         weights = self._weights_alone(gram_matrix(jacobian), losses)
         return combine(jacobian, weights, range(len(jacobian)), torch.empty_like(jacobian[0]))
-
-    @property
-    def sets_update(self) -> bool:
-        """Whether the rule works by group or tensor, or on shared parameters."""
-        return self.scope != "global"
-
-    @property
-    def reweighs(self) -> bool:
-        """Whether the rule works on whole gradients."""
-        return self.scope == "global"
-
-    def weigher(self, context: Context) -> Weigh:
-        drawn: dict[int, Any] = {}
-        evaluated: set[str] = set()
-        return lambda gradients: self._reweighed(gradients, drawn, evaluated, context)
-
-    def _reweighed(
-        self,
-        gradients: Gradients,
-        drawn: dict[int, Any],
-        evaluated: set[str],
-        context: Context,
-    ) -> Gradients:
-        seen_rows = active_rows(self, gradients)
-        before = frozenset(evaluated)
-        evaluated.update(gradients.names)
-        shared = gradients.shared(seen_rows) if self.scope == "shared" else None
-        active = list(seen_rows if shared is None else shared.rows)
-        if not active:
-            return gradients
-        if len(active) not in drawn:
-            drawn[len(active)] = self.draw(len(active))
-        every = len(active) == len(gradients.names)
-        old = gradients.weights if every else gradients.weights[active]
-        if self.needs_gram:
-            gram = gradients.gram(self.scope) if shared is None else shared.gram
-            chosen = gram if every else gram[..., active, :][..., :, active]
-        else:
-            chosen = old.new_zeros(len(active), len(active))
-        names = tuple(gradients.names[k] for k in active)
-        given = Given(drawn[len(active)], names=names, every=context.names or names)
-        if self.needs_losses:
-            context.require_losses(self, names)
-            given.losses = gradients.losses[active].to(old) * old
-        memory = None
-        if self.state:
-            keys, batch = block_keys(self.scope, context), chosen.shape[:-2]
-            memory = self._recall(names, chosen, batch, self.state, keys, self.scope)
-            given.memory = memory.of_present()
-        weighted = old[:, None] * old * chosen
-        new = old * self._checked(self.weigh(weighted, given), weighted)
-        if memory is None:
-            check_remembered(self, given.remembered, {})
-        # A second look at an objective, at displaced weights, teaches nothing.
-        first = [name not in before for name in names]
-        if memory is not None and any(first):
-            learnt = context.proposed(self)
-            if learnt:  # from another evaluation in this step, of other objectives
-                state = {**self.state, **learnt}
-                memory = self._recall(names, chosen, batch, state, keys, self.scope)
-            learns = None if all(first) else first
-            context.propose(self, **memory.with_present(given.remembered, learns))
-        if not every:
-            spread = new.new_zeros((*new.shape[:-1], len(gradients.names)))
-            spread[..., active] = new
-            new = spread
-        if self.scope == "global":
-            return gradients.replace(weights=new)
-        if shared is None:
-            blocks = zip(new, gradients.segments(self.scope), strict=True)
-            parts = [(weights, span, active) for weights, span in blocks]
-        else:
-            parts = [(new, span, active) for span in shared.spans]
-            parts += [(gradients.weights, span, list(seen_rows)) for span in shared.others]
-        update = context.pool.take_vector()
-        for weights, (start, stop), rows in parts:
-            combine(gradients.rows[:, start:stop], weights, rows, update[start:stop])
-        seen = None if shared is None else shared.gram
-        return gradients.replace(update=update, seen_gram=seen)
-
-
-def active_rows(rule: Rule, gradients: Gradients) -> tuple[int, ...]:
-    """The rows that a rule sees.
-
-    Raises:
-        ValueError: If the update has been set already.
-    """
-    if gradients.has_update:
-        raise ValueError(
-            f"{rule!r} cannot follow a transform that has set the update, which is no "
-            "weighted sum of whole gradients; put it first in wrap()"
-        )
-    return gradients.active
 
 
 def checked_jacobian(jacobian: Float[Tensor, "K P"]) -> Float[Tensor, "K P"]:
@@ -294,20 +151,6 @@ def checked_losses(losses: Float[Tensor, " K"], count: int | None = None) -> Flo
             + (f", {count} in all" if count else "")
         )
     return losses.detach()
-
-
-def block_keys(scope: Scope, context: Context) -> list[str] | None:
-    """What identifies the blocks of a scope, whichever parameters are frozen; None for one block.
-
-    Positions of groups, or of tensors in them.
-    """
-    if scope in ("global", "shared"):
-        return None
-    if scope == "group":
-        return [f"group {group}" for group in dict.fromkeys(context.layout.groups)]
-    every = (p for group in context.base.param_groups for p in group["params"])
-    places = {parameter: place for place, parameter in enumerate(every)}
-    return [f"tensor {places[parameter]}" for parameter in context.layout.parameters]
 
 
 def check_scope(scope: str) -> None:

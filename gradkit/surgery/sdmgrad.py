@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jaxtyping import Float
-from torch import Tensor
-
 from gradkit.core.arguments import check_number
 from gradkit.core.flat import Scope
-from gradkit.surgery.given import Given, Preference, check_preference
+from gradkit.surgery.inputs import Preference, RuleInputs, check_preference
+from gradkit.surgery.memory import Remembered, Weighed
 from gradkit.surgery.rule import GramRule, check_scope
 from gradkit.surgery.solvers.simplex import simplex_minimum
 
@@ -54,7 +52,8 @@ class SDMGrad(GramRule):
             raise ValueError(f"lambda_ is {self.lambda_}; it must be at least 0")
         check_preference("preference", self.preference, positive=True)
 
-    def weigh(self, gram: Float[Tensor, "*batch K K"], given: Given) -> Float[Tensor, "*batch K"]:
-        target = given.shares(self.preference, gram)
+    def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:
+        gram = inputs.gram
+        target = inputs.shares(self.preference, gram)
         w = simplex_minimum(gram, self.lambda_ * (gram @ target))
-        return (w + self.lambda_ * target) / (1 + self.lambda_)
+        return (w + self.lambda_ * target) / (1 + self.lambda_), memory

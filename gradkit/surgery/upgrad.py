@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from gradkit.core.flat import Scope
 from gradkit.surgery.dualproj import check_reg, regularized
-from gradkit.surgery.given import Given, Preference, check_preference
+from gradkit.surgery.inputs import Preference, RuleInputs, check_preference
+from gradkit.surgery.memory import Remembered, Weighed
 from gradkit.surgery.rule import GramRule, check_scope
 from gradkit.surgery.solvers.dual_cone import project_onto_dual_cone
 
@@ -53,6 +52,7 @@ class UPGrad(GramRule):
         check_reg(self.reg)
         check_preference("preference", self.preference, positive=True)
 
-    def weigh(self, gram: Float[Tensor, "*batch K K"], given: Given) -> Float[Tensor, "*batch K"]:
-        bounds = torch.diag(given.shares(self.preference, gram)).expand(gram.shape)
-        return project_onto_dual_cone(regularized(gram, self.reg), bounds).sum(-2)
+    def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:
+        gram = inputs.gram
+        bounds = torch.diag(inputs.shares(self.preference, gram)).expand(gram.shape)
+        return project_onto_dual_cone(regularized(gram, self.reg), bounds).sum(-2), memory

@@ -15,13 +15,14 @@ from gradkit.core.context import Context
 from gradkit.core.displacement import Point
 from gradkit.core.flat import Layout
 from gradkit.core.gradients import Gradients
-from gradkit.core.gram import accumulator
 from gradkit.core.oracle import Oracle
-from gradkit.surgery.given import Given, Memory, known_objectives
-from gradkit.surgery.rule import Rule, active_rows, checked_jacobian
+from gradkit.surgery.inputs import RuleInputs, needed
+from gradkit.surgery.memory import Remembered
+from gradkit.surgery.rule import Rule, checked_jacobian
+from gradkit.surgery.weighing import Remembering, active_rows
 
 
-class VectorRule(Rule):
+class VectorRule(Remembering, Rule):
     """A rule that remembers a flat vector of each objective, and whatever else is small.
 
     A step learns from each objective's first evaluation in it, which is that at the step's own
@@ -69,27 +70,25 @@ class VectorRule(Rule):
         active: list[int],
         renewed: Float[Tensor, "K P"],
         learned: Float[Tensor, " K"] | None,
-        given: Given,
-    ) -> Gradients:
-        """What the rule makes of the gradients.
+        inputs: RuleInputs,
+        memory: Remembered,
+    ) -> tuple[Gradients, Remembered]:
+        """What the rule makes of the gradients, and of what is small of what it remembers.
 
         Args:
             gradients: The gradients of all objectives.
             active: The rows that the rule sees.
             renewed: What is remembered of each of these from now on.
             learned: What `renew` returned for each of these, on all ranks.
-            given: The rule's small memory, of these.
+            inputs: The names and losses of these; their Gram matrix is not there.
+            memory: What is small of what is remembered of them.
         """
-
-    def initial_memory(self, count: int) -> dict[str, Tensor]:
-        """What is remembered beside the vectors; as for a rule by Gram matrix."""
-        return {}
 
     @property
     def state(self) -> dict[str, Any]:
         """The objectives that the rule has seen, and what is small of what it remembers."""
         if "_state" not in self.__dict__:
-            self.__dict__["_state"] = dict.fromkeys(("objectives", *self.initial_memory(1)))
+            self.__dict__["_state"] = dict.fromkeys(("objectives", *self.init(1)))
         state: dict[str, Any] = self.__dict__["_state"]
         return state
 
@@ -109,7 +108,7 @@ class VectorRule(Rule):
         # An optimizer's state shows these very vectors, and names them by these objectives.
         for vector in self.vectors.values():
             vector.zero_()
-        self.state.update(self.initial_memory(len(self.state["objectives"] or [])))
+        self.state.update(self.init(len(self.state["objectives"] or [])))
 
     def __call__(
         self, jacobian: Float[Tensor, "K P"], losses: Float[Tensor, " K"] | None = None
@@ -121,7 +120,7 @@ class VectorRule(Rule):
             losses: The objectives' losses, for rules that need them.
         """
         if self.needs_losses:
-            losses = Given(losses=losses).needed_losses(self)
+            losses = needed(losses, self)
         jacobian = checked_jacobian(jacobian)
         names = tuple(map(str, range(len(jacobian))))
         owned = self._owner() is not None
@@ -188,9 +187,10 @@ class VectorRule(Rule):
         names = tuple(gradients.names[k] for k in active)
         weights = gradients.weights[active]
         losses = gradients.losses[active].to(weights)
-        memory = self._recall(before.state, names, gradients)
-        given = Given(None, losses * weights, names, memory.of_present())
-        small = {key: value for key, value in given.memory.items() if value.dim() == 1}
+        empty = weights.new_zeros(len(active), len(active))
+        memory = self.recall(names, empty, (), before.state).of_present()
+        inputs = RuleInputs(empty, names, losses * weights)
+        small = {key: value for key, value in memory.items() if value.dim() == 1}
         renewed = take(len(active))
         learned = []
         for n, (out, k, weight, loss) in enumerate(
@@ -202,10 +202,11 @@ class VectorRule(Rule):
                 old = None
             own = {key: value[n] for key, value in small.items()}
             learned.append(self.renew(row, weight, loss, old, out, own))
-        result = self.respond(gradients, active, renewed, _summed(learned, gradients), given)
+        total = _summed(learned, gradients)
+        result, learnt = self.respond(gradients, active, renewed, total, inputs, memory)
         learns = [name in first for name in names]
-        changed = self._recall(proposed, names, gradients).with_present(
-            given.remembered, None if all(learns) else learns
+        changed = self.recall(names, empty, (), proposed).with_present(
+            learnt, None if all(learns) else learns
         )
         vectors = {
             self._key(name): out
@@ -213,15 +214,6 @@ class VectorRule(Rule):
             if new
         }
         return result, changed, vectors
-
-    def _recall(
-        self, state: dict[str, Any], names: tuple[str, ...], gradients: Gradients
-    ) -> Memory:
-        device = gradients.rows.device
-        with torch.device("cpu"):  # whatever the default device is
-            fresh = self.initial_memory(len(known_objectives(state, names)))
-        fresh = {key: value.to(device, accumulator(device)) for key, value in fresh.items()}
-        return Memory(self, state, names, fresh, (), None)
 
 
 @dataclass(eq=False)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from gradkit.core.arguments import check_number
-from gradkit.surgery.given import Given
+from gradkit.surgery.inputs import RuleInputs, needed
+from gradkit.surgery.memory import Remembered, Weighed
 from gradkit.weighting.loss_weighting import LossWeighting, check_count
 
 
@@ -54,27 +54,24 @@ class DWA(LossWeighting):
             raise ValueError(f"temperature is {self.temperature}; it must be positive")
         check_count("steps_per_epoch", self.steps_per_epoch, 1)
 
-    def initial_memory(self, count: int) -> dict[str, Tensor]:
+    def init(self, count: int) -> dict[str, Tensor]:
         """Mean losses of two epochs, the sum so far, and the numbers of steps and epochs."""
         keys = ("last", "before_last", "total", "steps", "epochs")
         return {key: torch.zeros(count, dtype=torch.float64) for key in keys}
 
-    def learn(self, losses: Float[Tensor, " K"], given: Given) -> dict[str, Tensor]:
-        memory = given.memory
+    def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:
+        losses = needed(inputs.first_losses, self)
+        known = (memory["epochs"] >= 2) & (memory["before_last"] != 0)
+        ratios = torch.where(known, memory["last"] / memory["before_last"], 1.0)
+        ratios = ratios.clamp(max=torch.finfo(ratios.dtype).max)  # after a loss of 1e-310, say
+        weights = len(losses) * (ratios / self.temperature).softmax(0)
         total, steps = memory["total"] + losses, memory["steps"] + 1
         ends = steps >= self.steps_per_epoch
         zero = torch.zeros_like(total)
-        return {
+        return weights, {
             "last": torch.where(ends, total / steps, memory["last"]),
             "before_last": torch.where(ends, memory["last"], memory["before_last"]),
             "total": torch.where(ends, zero, total),
             "steps": torch.where(ends, zero, steps),
             "epochs": memory["epochs"] + ends,
         }
-
-    def weigh(self, losses: Float[Tensor, " K"], given: Given) -> Float[Tensor, " K"]:
-        memory = given.memory
-        known = (memory["epochs"] >= 2) & (memory["before_last"] != 0)
-        ratios = torch.where(known, memory["last"] / memory["before_last"], 1.0)
-        ratios = ratios.clamp(max=torch.finfo(ratios.dtype).max)  # after a loss of 1e-310, say
-        return len(losses) * (ratios / self.temperature).softmax(0)

@@ -11,7 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gradkit.core.arguments import check_number
-from gradkit.surgery.given import Given, Preference, check_preference, too_low
+from gradkit.surgery.inputs import Preference, RuleInputs, check_preference, needed, too_low
+from gradkit.surgery.memory import Remembered, Weighed
 from gradkit.weighting.adam import adam, adam_memory
 from gradkit.weighting.loss_weighting import LossWeighting
 
@@ -77,27 +78,23 @@ class FAMO(LossWeighting):
         else:
             check_preference("min_losses", self.min_losses)
 
-    def initial_memory(self, count: int) -> dict[str, Tensor]:
+    def init(self, count: int) -> dict[str, Tensor]:
         """ξ, Adam's memory of it, ln D of the last step, and whether there was one."""
         zeros = {key: torch.zeros(count, dtype=torch.float64) for key in ("xi", "logs", "seen")}
         return {**zeros, **adam_memory(count)}
 
-    def learn(self, losses: Float[Tensor, " K"], given: Given) -> dict[str, Tensor]:
-        memory = given.memory
-        logs = self._logs(losses, given)
-        known = memory["seen"] > 0
-        xi = memory["xi"]
+    def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:
+        logs = self._logs(needed(inputs.first_losses, self), inputs)
+        known, xi = memory["seen"] > 0, memory["xi"]
         z = xi.masked_fill(~known, -torch.inf).softmax(0)
         falls = torch.where(known, memory["logs"] - logs, torch.zeros_like(logs))
         gradient = z * (falls - (z * falls).sum())
         new_xi, remembered = adam(xi, gradient, memory, self.lr, self.decay)
         remembered["xi"] = new_xi
         learnt = {key: torch.where(known, new, memory[key]) for key, new in remembered.items()}
-        return {**learnt, "logs": logs, "seen": torch.ones_like(logs)}
-
-    def weigh(self, losses: Float[Tensor, " K"], given: Given) -> Float[Tensor, " K"]:
         # zᵢ/Dᵢ, divided by their sum, by logarithms: no loss is too small or too large.
-        return (given.remembered["xi"] - self._logs(losses, given)).softmax(0)
+        weights = (learnt["xi"] - self._logs(inputs.needed_losses(self), inputs)).softmax(0)
+        return weights, {**learnt, "logs": logs, "seen": torch.ones_like(logs)}
 
     def objection(self, losses: Mapping[str, float]) -> str | None:
         lowest = self.min_losses
@@ -112,7 +109,7 @@ class FAMO(LossWeighting):
         least = {name: number - _EPS for name, number in least.items()}
         return too_low(self, losses, least, "no losses below min_losses")
 
-    def _logs(self, losses: Float[Tensor, " K"], given: Given) -> Float[Tensor, " K"]:
+    def _logs(self, losses: Float[Tensor, " K"], inputs: RuleInputs) -> Float[Tensor, " K"]:
         if isinstance(self.min_losses, (int, float)):
             return (losses - self.min_losses + _EPS).log()
-        return (losses - given.numbers(self.min_losses, losses) + _EPS).log()
+        return (losses - inputs.numbers(self.min_losses, losses) + _EPS).log()

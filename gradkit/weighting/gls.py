@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
-from gradkit.surgery.given import Given, too_low
+from gradkit.surgery.inputs import RuleInputs, too_low
+from gradkit.surgery.memory import Remembered, Weighed
 from gradkit.weighting.loss_weighting import LossWeighting
 
 
@@ -35,11 +34,12 @@ class GLS(LossWeighting):
         tensor([1.0000, 0.2500])
     """
 
-    def weigh(self, losses: Float[Tensor, " K"], given: Given) -> Float[Tensor, " K"]:
+    def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:
+        losses = inputs.needed_losses(self)
         if len(losses) == 1:
-            return torch.ones_like(losses)
+            return torch.ones_like(losses), memory
         logs = losses.log()
-        return (logs.mean() - logs).exp() / len(losses)
+        return (logs.mean() - logs).exp() / len(losses), memory
 
     def objection(self, losses: Mapping[str, float]) -> str | None:
         return too_low(self, losses, 0.0, "positive losses")

@@ -8,8 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gradkit.surgery.given import Given
 from gradkit.surgery.host import uploaded
+from gradkit.surgery.inputs import RuleInputs
+from gradkit.surgery.memory import Remembered, Weighed
 from gradkit.surgery.rule import own_generator
 from gradkit.weighting.loss_weighting import LossWeighting
 
@@ -49,6 +50,6 @@ class RLW(LossWeighting):
         """A standard normal number for each objective."""
         return torch.randn(count, dtype=torch.float64, generator=self.generator, device="cpu")
 
-    def weigh(self, losses: Float[Tensor, " K"], given: Given) -> Float[Tensor, " K"]:
-        draws: Float[Tensor, " K"] = given.draws
-        return uploaded(draws.softmax(0), losses)
+    def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:
+        draws: Float[Tensor, " K"] = inputs.draws
+        return uploaded(draws.softmax(0), inputs.gram), memory

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from gradkit.core.arguments import check_number
-from gradkit.surgery.given import Given, too_low
+from gradkit.surgery.inputs import RuleInputs, needed, too_low
+from gradkit.surgery.memory import Remembered, Weighed
 from gradkit.weighting.loss_weighting import LossWeighting, check_count
 
 # Added within logarithms, as in the authors' code: a loss of 0 has one then.
@@ -70,33 +70,26 @@ class STCH(LossWeighting):
         check_count("warmup_steps", self.warmup_steps, 0)
         check_count("nadir_steps", self.nadir_steps, 1)
 
-    def initial_memory(self, count: int) -> dict[str, Tensor]:
+    def init(self, count: int) -> dict[str, Tensor]:
         """Steps, and how many losses the nadir is the mean of, with their sum."""
         keys = ("steps", "counted", "total")
         return {key: torch.zeros(count, dtype=torch.float64) for key in keys}
 
-    def learn(self, losses: Float[Tensor, " K"], given: Given) -> dict[str, Tensor]:
-        steps, total = given.memory["steps"], given.memory["total"]
-        counts = (steps >= self.warmup_steps) & ~self._is_done(given)
-        return {
-            "steps": steps + 1,
-            "counted": given.memory["counted"] + counts,
-            "total": torch.where(counts, total + losses, total),
-        }
-
-    def weigh(self, losses: Float[Tensor, " K"], given: Given) -> Float[Tensor, " K"]:
-        done = self._is_done(given)
-        nadir = given.memory["total"] / given.memory["counted"]
-        nadir = torch.where(done, nadir, torch.ones_like(nadir))
+    def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:
+        losses, first = inputs.needed_losses(self), needed(inputs.first_losses, self)
+        steps, counted, total = memory["steps"], memory["counted"], memory["total"]
+        done = (steps >= self.warmup_steps + self.nadir_steps) & (counted > 0)
+        nadir = torch.where(done, total / counted, torch.ones_like(total))
         x = (losses / nadir + _EPS).log()
         shares = (x / self.mu).masked_fill(~done, -torch.inf).softmax(0)
         shares = torch.where(done, done.sum() * shares, torch.ones_like(shares))
+        counts = (steps >= self.warmup_steps) & ~done
         # Not shares / losses: the logarithm of a negative loss is NaN.
-        return shares * (-x).exp() / nadir
+        return shares * (-x).exp() / nadir, {
+            "steps": steps + 1,
+            "counted": counted + counts,
+            "total": torch.where(counts, total + first, total),
+        }
 
     def objection(self, losses: Mapping[str, float]) -> str | None:
         return too_low(self, losses, -_EPS, "no negative losses")
-
-    def _is_done(self, given: Given) -> Tensor:
-        enough = given.memory["steps"] >= self.warmup_steps + self.nadir_steps
-        return enough & (given.memory["counted"] > 0)

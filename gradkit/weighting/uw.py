@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from gradkit.core.arguments import check_number
-from gradkit.surgery.given import Given
+from gradkit.surgery.inputs import RuleInputs, needed
+from gradkit.surgery.memory import Remembered, Weighed
 from gradkit.weighting.adam import adam, adam_memory
 from gradkit.weighting.loss_weighting import LossWeighting
 
@@ -60,16 +60,14 @@ class UW(LossWeighting):
         if self.lr < 0:
             raise ValueError(f"lr is {self.lr}; the learning rate of s must be at least 0")
 
-    def initial_memory(self, count: int) -> dict[str, Tensor]:
+    def init(self, count: int) -> dict[str, Tensor]:
         """The log-variances, and Adam's memory of them."""
         s = torch.full((count,), self.initial, dtype=torch.float64)
         return {"s": s, **adam_memory(count)}
 
-    def learn(self, losses: Float[Tensor, " K"], given: Given) -> dict[str, Tensor]:
-        s = given.memory["s"]
-        gradient = (1 - losses * (-s).exp()) / 2
-        s, remembered = adam(s, gradient, given.memory, self.lr)
-        return {"s": s, **remembered}
-
-    def weigh(self, losses: Float[Tensor, " K"], given: Given) -> Float[Tensor, " K"]:
-        return (-given.memory["s"]).exp() / 2
+    def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:
+        losses = needed(inputs.first_losses, self)
+        s = memory["s"]
+        weights = (-s).exp()
+        learnt, remembered = adam(s, (1 - losses * weights) / 2, memory, self.lr)
+        return weights / 2, {"s": learnt, **remembered}

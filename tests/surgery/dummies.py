@@ -12,7 +12,7 @@ from gradkit.core.arguments import check_number
 from gradkit.core.flat import Scope
 from gradkit.core.gram import cosines
 from gradkit.surgery import ElementwiseRule, GramRule
-from gradkit.surgery.given import Preference, check_preference
+from gradkit.surgery.inputs import Preference, check_preference
 from gradkit.surgery.rule import check_scope, own_generator
 
 
@@ -32,27 +32,28 @@ class Recalling(GramRule):
         check_number("beta", self.beta)
         check_preference("preference", self.preference, positive=True)
 
-    def initial_memory(self, count):
+    def init(self, count):
         return {
             "cosines": torch.zeros(count, count),
             "shares": torch.ones(count),
             "steps": torch.zeros(()),
         }
 
-    def weigh(self, gram, given):
+    def weigh(self, inputs, memory):
+        gram = inputs.gram
         lengths = gram.diagonal(dim1=-2, dim2=-1).sqrt()
         total = lengths.sum(-1, keepdim=True)
         share = lengths / torch.where(total == 0, torch.ones_like(total), total)
-        old, steps = given.memory, given.memory["steps"] + 1
-        given.remembered = {
-            "cosines": torch.lerp(old["cosines"], cosines(gram), self.beta),
-            "shares": torch.lerp(old["shares"], share, self.beta),
+        steps = memory["steps"] + 1
+        learnt = {
+            "cosines": torch.lerp(memory["cosines"], cosines(gram), self.beta),
+            "shares": torch.lerp(memory["shares"], share, self.beta),
             "steps": steps,
         }
-        weights = given.remembered["shares"] + given.remembered["cosines"].mean(-1).abs()
+        weights = learnt["shares"] + learnt["cosines"].mean(-1).abs()
         if self.preference is not None:
-            weights = weights * given.numbers(self.preference, gram)
-        return weights * (1 + 1 / steps[..., None])
+            weights = weights * inputs.numbers(self.preference, gram)
+        return weights * (1 + 1 / steps[..., None]), learnt
 
 
 @dataclass(eq=False)
@@ -73,9 +74,11 @@ class Drawn(GramRule):
     def draw(self, count):
         return torch.rand(count, generator=self.generator, dtype=torch.float64) + 0.1
 
-    def weigh(self, gram, given):
+    def weigh(self, inputs, memory):
+        gram = inputs.gram
         lengths = gram.diagonal(dim1=-2, dim2=-1).sqrt()
-        return given.draws.to(gram) / torch.where(lengths == 0, torch.ones_like(lengths), lengths)
+        lengths = torch.where(lengths == 0, torch.ones_like(lengths), lengths)
+        return inputs.draws.to(gram) / lengths, memory
 
 
 @dataclass(eq=False)
@@ -91,15 +94,14 @@ class ByLosses(GramRule):
     def __post_init__(self):
         check_scope(self.scope)
 
-    def initial_memory(self, count):
+    def init(self, count):
         return {"first": torch.full((count,), torch.nan)}
 
-    def weigh(self, gram, given):
-        losses = given.needed_losses(self).expand(gram.shape[:-1])
-        first = given.memory["first"]
-        first = torch.where(first.isnan(), losses, first)
-        given.remembered = {"first": first}
-        return losses.to(gram) / first + cosines(gram).sum(-1).abs()
+    def weigh(self, inputs, memory):
+        gram = inputs.gram
+        losses = inputs.needed_losses(self).expand(gram.shape[:-1])
+        first = torch.where(memory["first"].isnan(), losses, memory["first"])
+        return losses.to(gram) / first + cosines(gram).sum(-1).abs(), {"first": first}
 
 
 @dataclass(eq=False)

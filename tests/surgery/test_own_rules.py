@@ -19,17 +19,19 @@ class Own(GramRule):
         self.function = function
         self.scope = scope
 
-    def weigh(self, gram, given):
-        return self.function(gram, given)
+    def weigh(self, inputs, memory):
+        return self.function(inputs, memory)
 
 
 @pytest.mark.parametrize(
     ("function", "what"),
     [
-        (lambda gram, given: torch.ones(1).double(), r"\(1,\)"),
-        (lambda gram, given: gram, r"\(3, 3\)"),
-        (lambda gram, given: [1.0, 1.0, 1.0], "list"),
-        (lambda gram, given: None, "NoneType"),
+        (lambda inputs, memory: (torch.ones(1).double(), memory), r"\(1,\)"),
+        (lambda inputs, memory: (inputs.gram, memory), r"\(3, 3\)"),
+        (lambda inputs, memory: ([1.0, 1.0, 1.0], memory), "list"),
+        (lambda inputs, memory: (None, memory), "NoneType"),
+        (lambda inputs, memory: torch.ones(3).double(), r"\(3,\) alone"),
+        (lambda inputs, memory: (torch.ones(3).double(), None), "tuple alone"),
     ],
 )
 def test_weights_are_checked(function, what):
@@ -41,23 +43,22 @@ def test_weights_are_checked(function, what):
 
 
 def test_batches_are_not_to_be_forgotten():
-    rule = Own(lambda gram, given: gram.new_ones(3), scope="tensor")
+    rule = Own(lambda inputs, memory: (inputs.gram.new_ones(3), memory), scope="tensor")
     with as_users_run_it(), pytest.raises(ValueError, match=r"a tensor of shape \(4, 3\)"):
         step_with(ROWS, rule)
 
 
 def test_what_is_remembered_must_be_named():
-    def function(gram, given):
-        given.remembered["lengths"] = gram.diagonal()
-        return torch.ones_like(gram[0])
+    def function(inputs, memory):
+        return torch.ones_like(inputs.gram[0]), {"lengths": inputs.gram.diagonal()}
 
     for use in (lambda rule: step_with(ROWS, rule), lambda rule: rule(ROWS)):
-        with pytest.raises(ValueError, match="remembers 'lengths', which its initial_memory"):
+        with pytest.raises(ValueError, match="remembers 'lengths', which its init"):
             use(Own(function))
 
 
 def test_losses_must_be_asked_for():
-    rule = Own(lambda gram, given: given.needed_losses(rule))
+    rule = Own(lambda inputs, memory: (inputs.needed_losses(rule), memory))
     with pytest.raises(ValueError, match=r"needs_losses be True in gk\.wrap"):
         step_with(ROWS, rule)
 

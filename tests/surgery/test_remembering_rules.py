@@ -90,13 +90,12 @@ def test_cr_mogm_averages_as_torchjds_does(alpha):
 
 def test_cr_mogm_keeps_the_memory_of_the_rule_inside():
     class Counts(gk.surgery.GramRule):
-        def initial_memory(self, count):
+        def init(self, count):
             return {"steps": torch.zeros(count)}
 
-        def weigh(self, gram, given):
-            steps = given.memory["steps"] + 1
-            given.remembered["steps"] = steps
-            return steps
+        def weigh(self, inputs, memory):
+            steps = memory["steps"] + 1
+            return steps, {"steps": steps}
 
     rule = gk.CRMOGM(Counts(), alpha=0.5)
     gram = torch.eye(2, dtype=torch.float64)
@@ -190,8 +189,8 @@ def test_in_steps_they_do_what_they_do_alone(name, scope):
 
 def test_cr_mogm_checks_the_weights_of_the_rule_inside():
     class Wrong(gk.surgery.GramRule):
-        def weigh(self, gram, given):
-            return gram
+        def weigh(self, inputs, memory):
+            return inputs.gram, memory
 
     message = r"weigh\(\) of .*Wrong.* returned \(2, 2\) for Gram"
     with as_users_run_it(), pytest.raises(ValueError, match=message):

@@ -12,7 +12,7 @@ from torchjd.aggregation import TrimmedMean as TorchjdTrimmedMean
 
 import gradkit as gk
 from gradkit.core import gram
-from gradkit.surgery.given import Given
+from gradkit.surgery.inputs import numbers_of
 
 RULES = (gk.AgrSum, gk.AgrRand, gk.GradDrop, gk.ANDMask, gk.SANDMask, gk.TrimmedMean)
 
@@ -325,7 +325,7 @@ def test_leaks_are_given_by_position_or_name():
         gk.GradDrop([0.0, 1.0, 0.5])(jacobian)
     with pytest.raises(ValueError, match="there is no number for the objective '1'"):
         gk.GradDrop({"0": 1.0})(jacobian)
-    assert Given(names=("a",)).numbers([0.5], torch.empty(0)).tolist() == [0.5]
+    assert numbers_of([0.5], ("a",), torch.empty(0)).tolist() == [0.5]
 
 
 def test_arguments_are_checked():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -18,50 +19,55 @@ from surgery.methods import METHODS
 from surgery.table import Entry, of_class
 
 import gradkit as gk
-from gradkit.surgery import Given
 
 
 class AbsoluteThreshold(Recalling):
-    def weigh(self, gram, given):
-        return super().weigh(gram, given) * (1 + (gram[..., :1, 0] > 1e-3))
+    def weigh(self, inputs, memory):
+        weights, learnt = super().weigh(inputs, memory)
+        return weights * (1 + (inputs.gram[..., :1, 0] > 1e-3)), learnt
 
 
 class OfAllTheBatch(Recalling):
-    def weigh(self, gram, given):
-        return super().weigh(gram, given) / gram.mean()
+    def weigh(self, inputs, memory):
+        weights, learnt = super().weigh(inputs, memory)
+        return weights / inputs.gram.mean(), learnt
 
 
 class MemoryOfOne(Recalling):
-    def initial_memory(self, count):
-        return {**super().initial_memory(1), "steps": torch.zeros(())}
+    def init(self, count):
+        return {**super().init(1), "steps": torch.zeros(())}
 
 
 class Negative(Recalling):
-    def weigh(self, gram, given):
-        return -super().weigh(gram, given)
+    def weigh(self, inputs, memory):
+        weights, learnt = super().weigh(inputs, memory)
+        return -weights, learnt
 
 
 class FirstCounts(Recalling):
-    def weigh(self, gram, given):
-        weights = super().weigh(gram, given).clone()
+    def weigh(self, inputs, memory):
+        weights, learnt = super().weigh(inputs, memory)
+        weights = weights.clone()
         weights[..., 0] *= 2
-        return weights
+        return weights, learnt
 
 
 class Inverts(Recalling):
-    def weigh(self, gram, given):
-        return super().weigh(gram, given) + gram.inverse().sum(-1) * gram[..., 0, :1]
+    def weigh(self, inputs, memory):
+        weights, learnt = super().weigh(inputs, memory)
+        return weights + inputs.gram.inverse().sum(-1) * inputs.gram[..., 0, :1], learnt
 
 
 class HidesNaN(Recalling):
-    def weigh(self, gram, given):
-        return super().weigh(gram.nan_to_num(), given)
+    def weigh(self, inputs, memory):
+        gram = inputs.gram.nan_to_num()
+        return super().weigh(dataclasses.replace(inputs, gram=gram), memory)
 
 
 class Writes(Recalling):
-    def weigh(self, gram, given):
-        gram += 0.1
-        return super().weigh(gram, given)
+    def weigh(self, inputs, memory):
+        inputs.gram.add_(0.1)
+        return super().weigh(inputs, memory)
 
 
 class KeepsAside(Recalling):
@@ -69,9 +75,10 @@ class KeepsAside(Recalling):
 
     seen = 0
 
-    def weigh(self, gram, given):
+    def weigh(self, inputs, memory):
         type(self).seen += 1
-        return super().weigh(gram, given) / self.seen
+        weights, learnt = super().weigh(inputs, memory)
+        return weights / self.seen, learnt
 
 
 class LearnsAside(Recalling):
@@ -79,9 +86,10 @@ class LearnsAside(Recalling):
         super().__post_init__()
         self.seen = 0
 
-    def weigh(self, gram, given):
+    def weigh(self, inputs, memory):
         self.seen += 1
-        return super().weigh(gram, given) / self.seen
+        weights, learnt = super().weigh(inputs, memory)
+        return weights / self.seen, learnt
 
 
 class Global(Drawn):
@@ -90,16 +98,17 @@ class Global(Drawn):
 
 
 class DrawsInWeigh(Drawn):
-    def weigh(self, gram, given):
-        return super().weigh(gram, Given(self.draw(gram.shape[-1])))
+    def weigh(self, inputs, memory):
+        draws = self.draw(inputs.gram.shape[-1])
+        return super().weigh(dataclasses.replace(inputs, draws=draws), memory)
 
 
 class FirstLosses(ByLosses):
     """Of the order in which objectives came, whatever their names are."""
 
-    def weigh(self, gram, given):
-        given.losses = given.losses.sort().values
-        return super().weigh(gram, given)
+    def weigh(self, inputs, memory):
+        losses = inputs.losses.sort().values
+        return super().weigh(dataclasses.replace(inputs, losses=losses), memory)
 
 
 class WholeBlocks(Signs):

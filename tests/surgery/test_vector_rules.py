@@ -271,9 +271,9 @@ def test_the_rule_sees_weighted_gradients_and_losses(make):
 @every_rule
 def test_another_rule_can_follow(make):
     class Kept(gk.PCGrad):
-        def weigh(self, gram, given):
-            self.seen = gram
-            return super().weigh(gram, given)
+        def weigh(self, inputs, memory):
+            self.seen = inputs.gram
+            return super().weigh(inputs, memory)
 
     follower = Kept()
     rows, losses = normal(2), positive(2)

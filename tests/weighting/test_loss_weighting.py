@@ -10,6 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from weighting_references import PAIRS, WEIGHTINGS, batches, objectives, wrapped
 
 import gradkit as gk
+from gradkit.core.flat import Layout
+from gradkit.core.storage import Summed
 
 positive = st.floats(1e-3, 1e3)
 STATEFUL = ["uw", "dwa", "famo", "stch"]
@@ -243,19 +245,16 @@ class Recorded(gk.weighting.LossWeighting):
     """Remembers its last losses, and notes what it is asked."""
 
     def __init__(self):
-        self.seen, self.learnt = [], []
+        self.seen, self.first_losses = [], []
 
-    def initial_memory(self, count):
+    def init(self, count):
         return {"last": torch.zeros(count)}
 
-    def learn(self, losses, given):
-        self.learnt.append(dict(zip(given.names, losses.tolist(), strict=True)))
-        return {"last": losses}
-
-    def weigh(self, losses, given):
-        self.seen.append((given.names, given.memory["last"].tolist()))
-        assert given.losses is losses
-        return torch.ones_like(losses)
+    def weigh(self, inputs, memory):
+        self.seen.append((inputs.names, memory["last"].tolist()))
+        first = zip(inputs.names, inputs.first_losses.tolist(), strict=True)
+        self.first_losses.append(dict(first))
+        return torch.ones_like(inputs.losses), {"last": inputs.first_losses}
 
 
 def test_each_objectives_first_loss_in_a_step_counts():
@@ -266,7 +265,7 @@ def test_each_objectives_first_loss_in_a_step_counts():
     for _ in range(2):
         optimizer.step({"pseudo": lambda: weight.sum() ** 2, "auxiliary": lambda: weight.sum()})
     # The pseudo loss is first seen one step along the auxiliary gradient, 1.
-    assert weighting.learnt == [{"auxiliary": 2.0}, {"pseudo": 1.0}] * 2
+    assert weighting.first_losses == [{"auxiliary": 2.0}, {"pseudo": 1.0}] * 4
     # SAM's second round sees the same memory as the first.
     before, after = weighting.seen[:4], weighting.seen[4:]
     assert before == [(("auxiliary",), [0.0]), (("pseudo",), [0.0])] * 2
@@ -275,31 +274,31 @@ def test_each_objectives_first_loss_in_a_step_counts():
     assert weighting.state["last"].tolist() == [2.0, 1.0]
 
 
-def test_reweigh_reads_names_losses_and_weights_only():
-    """So that it works before there are any gradients."""
+def test_only_names_losses_and_weights_are_read():
+    """So that they are weighed before the backward pass."""
 
-    class Losses:
-        names = ("a", "b", "c")
-        losses = torch.tensor([1.0, 2.0, 4.0])
-        weights = torch.tensor([1.0, 0.0, 2.0], dtype=torch.float64)
-        active = (0, 2)
-
-        def replace(self, weights):
-            return weights
+    def refuse():
+        raise AssertionError("the Gram matrix was asked for")
 
     class Proposals:
+        names = ("a", "b", "c")
+        proposed = staticmethod(lambda transform: {})
+
         def propose(self, transform, **state):
             self.state = state
 
         def require_losses(self, transform, names):
             assert names == ("a", "c")
 
+    layout = Layout.of([{"params": [nn.Parameter(torch.zeros(1))]}])
+    losses, weights = torch.tensor([1.0, 2.0, 4.0]), torch.tensor([1.0, 0.0, 2.0]).double()
+    gradients = gk.Gradients(Proposals.names, losses, Summed(layout, refuse), weights)
     with as_users_run_it():
         for make in WEIGHTINGS.values():
             weighting, alone, context = make(), make(), Proposals()
-            weights = weighting.reweigh(Losses(), context, weighting.begin())
+            found = weighting.weigher(context)(gradients).weights
             expected = alone(torch.tensor([1.0, 4.0]).double())
-            assert weights.tolist() == [expected[0], 0.0, 2 * expected[1]]
+            assert found.tolist() == [expected[0], 0.0, 2 * expected[1]]
             if weighting.state:
                 assert context.state["objectives"] == ["a", "c"]
 

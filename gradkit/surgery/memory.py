@@ -1,147 +1,20 @@
-"""What a rule is given beside the Gram matrix, and what it remembers from step to step."""
+"""What rules remember of each objective, kept by name in their state."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from numbers import Real
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gradkit.surgery.host import uploaded
+Remembered = Mapping[str, Tensor]
+"""What a rule remembers of the objectives that take part: tensors [*batch], [*batch, K] or
+[*batch, K, K] by name."""
 
-Preference = Sequence[float] | Mapping[str, float] | Tensor
-"""One number for each objective, in their order (a 1-d tensor, too) or by their names."""
-
-
-@dataclass(eq=False)
-class Given:
-    """What a rule is given beside the Gram matrix, for one evaluation.
-
-    Attributes:
-        draws: What the rule's `draw` drew for this step.
-        losses: The objectives' losses [K], in the rule's weights; None if nobody knows them.
-        names: The objectives' names; the rows' numbers for a bare matrix.
-        memory: What the rule remembers, as `initial_memory` shapes it.
-        remembered: Filled in by the rule: what it is to remember instead.
-        every: The names of all objectives of the step, those included that take no part.
-    """
-
-    draws: Any = None
-    losses: Float[Tensor, " K"] | None = None
-    names: tuple[str, ...] = ()
-    memory: dict[str, Tensor] = field(default_factory=dict)
-    remembered: dict[str, Tensor] = field(default_factory=dict)
-    every: tuple[str, ...] = ()
-
-    def index(self, objective: str | int) -> int:
-        """The row of an objective, given by name or position.
-
-        Raises:
-            ValueError: If there is no such objective.
-        """
-        if isinstance(objective, str) and objective in self.names:
-            return self.names.index(objective)
-        if isinstance(objective, int) and -len(self.names) <= objective < len(self.names):
-            return objective % len(self.names)
-        raise ValueError(
-            f"there is no objective {objective!r}; there are {', '.join(map(repr, self.names))}. A "
-            "main objective (main=) takes part in every step"
-        )
-
-    def numbers(self, preference: Preference, like: Tensor) -> Float[Tensor, " K"]:
-        """A preference as one number for each row.
-
-        Raises:
-            ValueError: If it does not have one for each.
-        """
-        if isinstance(preference, Tensor):
-            preference = preference.tolist()
-        if isinstance(preference, Mapping):
-            missing = [name for name in self.names if name not in preference]
-            if missing:
-                raise ValueError(
-                    f"there is no number for the objective {missing[0]!r}; there are numbers for "
-                    f"{', '.join(map(repr, preference))}"
-                )
-            chosen = [float(preference[name]) for name in self.names]
-        elif len(preference) == len(self.every) != len(self.names):
-            chosen = [float(preference[self.every.index(name)]) for name in self.names]
-        elif len(preference) != len(self.names):
-            raise ValueError(
-                f"there are {len(preference)} numbers ({', '.join(map(str, preference))}) for "
-                f"{len(self.names)} objectives ({', '.join(self.names)}); pass one for each, or a "
-                "mapping from names where some may be absent"
-            )
-        else:
-            chosen = [float(number) for number in preference]
-        return uploaded(torch.tensor(chosen, dtype=like.dtype, device="cpu"), like)
-
-    def shares(self, preference: Preference | None, like: Tensor) -> Float[Tensor, " K"]:
-        """A preference as one number for each row; equal ones of sum 1 if there is none."""
-        if preference is None:
-            count = like.shape[-1]
-            return like.new_full((count,), 1 / count)
-        return self.numbers(preference, like)
-
-    def needed_losses(self, who: object) -> Float[Tensor, " K"]:
-        """The losses, for a rule that cannot do without.
-
-        Raises:
-            ValueError: If nobody knows them.
-        """
-        if self.losses is None:
-            raise ValueError(
-                f"{who!r} works on losses, too; pass losses= beside the gradients, and let its "
-                "needs_losses be True in gk.wrap()"
-            )
-        return self.losses
-
-
-def check_preference(name: str, preference: Preference | None, *, positive: bool = False) -> None:
-    """Check numbers for objectives, given by a user.
-
-    Raises:
-        TypeError: If they are no sequence or mapping of numbers.
-        ValueError: If one is not finite, or negative though it must not be.
-    """
-    if preference is None:
-        return
-    if isinstance(preference, Tensor) and preference.dim() == 1:
-        preference = preference.tolist()
-    if isinstance(preference, (str, Tensor)) or not isinstance(preference, (Sequence, Mapping)):
-        raise TypeError(
-            f"{name} is {preference!r}; pass a list with one number for each objective, or a "
-            "mapping from their names"
-        )
-    numbers = preference.values() if isinstance(preference, Mapping) else preference
-    for number in numbers:
-        if isinstance(number, bool) or not isinstance(number, Real):
-            raise TypeError(f"{name} holds {number!r}; pass numbers")
-        if number != number or number in (float("inf"), float("-inf")):
-            raise ValueError(f"{name} holds {number}; its numbers must be finite")
-        if positive and number < 0:
-            raise ValueError(f"{name} holds {number}; its numbers must be at least 0")
-
-
-def too_low(
-    who: object, losses: Mapping[str, float], least: Mapping[str, float] | float, what: str
-) -> str | None:
-    """Says which loss is not above its bound; None if all are.
-
-    Args:
-        who: The transform.
-        losses: The objectives' losses.
-        least: The bound, or each objective's.
-        what: What losses must be, in words.
-    """
-    for name, loss in losses.items():
-        if not loss > (least if isinstance(least, (int, float)) else least[name]):
-            return f"{who!r} takes {what}, and that of objective {name!r} is {loss:g}"
-    return None
+Weighed = tuple[Float[Tensor, "*batch K"], Remembered]
+"""Weights, and what is to be remembered instead."""
 
 
 def check_remembered(
@@ -155,8 +28,8 @@ def check_remembered(
     unknown = remembered.keys() - known.keys()
     if unknown:
         raise ValueError(
-            f"{who!r} remembers {min(unknown)!r}, which its initial_memory() does not name; return "
-            "there what it is at first"
+            f"{who!r} remembers {min(unknown)!r}, which its init() does not name; return there "
+            "what it is at first"
         )
 
 
@@ -165,7 +38,7 @@ class Memory:
 
     Tensors end in one dimension of length K, or two, or none, after those of the batch of Gram
     matrices. An objective that takes no part in a step keeps what is remembered of it; one that is
-    new begins as `initial_memory` says. So does a block of parameters that is new, and a batch of
+    new begins as `init` says. So does a block of parameters that is new, and a batch of
     another shape.
     """
 
@@ -246,7 +119,7 @@ class Memory:
             learns: Of which of them; None for all. What belongs to a pair changes with either.
 
         Raises:
-            ValueError: If something is remembered that `initial_memory` does not know.
+            ValueError: If something is remembered that `init` does not know.
         """
         check_remembered(self._who, remembered, self._whole)
         state: dict[str, Any] = {"objectives": list(self.known)}

@@ -1,0 +1,162 @@
+"""What a rule works on, and the checks of preferences given by users."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gradkit.surgery.host import uploaded
+
+Preference = Sequence[float] | Mapping[str, float] | Tensor
+"""One number for each objective, in their order (a 1-d tensor, too) or by their names."""
+
+
+@dataclass(frozen=True, eq=False)
+class RuleInputs:
+    """What a rule works on, in one evaluation.
+
+    Attributes:
+        gram: The Gram matrix [*batch, K, K] of the rows wᵢgᵢ that the rule sees, in float64; zeros
+            for rules that do not need it.
+        names: The objectives' names; the rows' numbers for a bare matrix.
+        losses: The objectives' losses [K], in the rule's weights; None if nobody knows them.
+        first_losses: Their losses in the step's first evaluation of each, at the step's own
+            weights; the same as `losses` there.
+        draws: What the rule's `draw` drew for this step.
+        every: The names of all objectives of the step, those included that take no part.
+    """
+
+    gram: Float[Tensor, "*batch K K"]
+    names: tuple[str, ...] = ()
+    losses: Float[Tensor, " K"] | None = None
+    first_losses: Float[Tensor, " K"] | None = None
+    draws: Any = None
+    every: tuple[str, ...] = ()
+
+    def index(self, objective: str | int) -> int:
+        """The row of an objective, given by name or position.
+
+        Raises:
+            ValueError: If there is no such objective.
+        """
+        if isinstance(objective, str) and objective in self.names:
+            return self.names.index(objective)
+        if isinstance(objective, int) and -len(self.names) <= objective < len(self.names):
+            return objective % len(self.names)
+        raise ValueError(
+            f"there is no objective {objective!r}; there are {', '.join(map(repr, self.names))}. A "
+            "main objective (main=) takes part in every step"
+        )
+
+    def numbers(self, preference: Preference, like: Tensor) -> Float[Tensor, " K"]:
+        """A preference as one number for each row; see `numbers_of`."""
+        return numbers_of(preference, self.names, like, self.every)
+
+    def shares(self, preference: Preference | None, like: Tensor) -> Float[Tensor, " K"]:
+        """A preference as one number for each row; equal ones of sum 1 if there is none."""
+        if preference is None:
+            count = like.shape[-1]
+            return like.new_full((count,), 1 / count)
+        return self.numbers(preference, like)
+
+    def needed_losses(self, who: object) -> Float[Tensor, " K"]:
+        """The losses, for a rule that cannot do without.
+
+        Raises:
+            ValueError: If nobody knows them.
+        """
+        return needed(self.losses, who)
+
+
+def numbers_of(
+    preference: Preference, names: Sequence[str], like: Tensor, every: Sequence[str] = ()
+) -> Float[Tensor, " K"]:
+    """A preference as one number for each of these objectives, among all of the step.
+
+    Raises:
+        ValueError: If it does not have one for each.
+    """
+    if isinstance(preference, Tensor):
+        preference = preference.tolist()
+    if isinstance(preference, Mapping):
+        missing = [name for name in names if name not in preference]
+        if missing:
+            raise ValueError(
+                f"there is no number for the objective {missing[0]!r}; there are numbers for "
+                f"{', '.join(map(repr, preference))}"
+            )
+        chosen = [float(preference[name]) for name in names]
+    elif len(preference) == len(every) != len(names):
+        chosen = [float(preference[every.index(name)]) for name in names]
+    elif len(preference) != len(names):
+        raise ValueError(
+            f"there are {len(preference)} numbers ({', '.join(map(str, preference))}) for "
+            f"{len(names)} objectives ({', '.join(names)}); pass one for each, or a "
+            "mapping from names where some may be absent"
+        )
+    else:
+        chosen = [float(number) for number in preference]
+    return uploaded(torch.tensor(chosen, dtype=like.dtype, device="cpu"), like)
+
+
+def needed(losses: Float[Tensor, " K"] | None, who: object) -> Float[Tensor, " K"]:
+    """Losses, for a rule that cannot do without.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    if losses is None:
+        raise ValueError(
+            f"{who!r} works on losses, too; pass losses= beside the gradients, and let its "
+            "needs_losses be True in gk.wrap()"
+        )
+    return losses
+
+
+def check_preference(name: str, preference: Preference | None, *, positive: bool = False) -> None:
+    """Check numbers for objectives, given by a user.
+
+    Raises:
+        TypeError: If they are no sequence or mapping of numbers.
+        ValueError: If one is not finite, or negative though it must not be.
+    """
+    if preference is None:
+        return
+    if isinstance(preference, Tensor) and preference.dim() == 1:
+        preference = preference.tolist()
+    if isinstance(preference, (str, Tensor)) or not isinstance(preference, (Sequence, Mapping)):
+        raise TypeError(
+            f"{name} is {preference!r}; pass a list with one number for each objective, or a "
+            "mapping from their names"
+        )
+    numbers = preference.values() if isinstance(preference, Mapping) else preference
+    for number in numbers:
+        if isinstance(number, bool) or not isinstance(number, Real):
+            raise TypeError(f"{name} holds {number!r}; pass numbers")
+        if number != number or number in (float("inf"), float("-inf")):
+            raise ValueError(f"{name} holds {number}; its numbers must be finite")
+        if positive and number < 0:
+            raise ValueError(f"{name} holds {number}; its numbers must be at least 0")
+
+
+def too_low(
+    who: object, losses: Mapping[str, float], least: Mapping[str, float] | float, what: str
+) -> str | None:
+    """Says which loss is not above its bound; None if all are.
+
+    Args:
+        who: The transform.
+        losses: The objectives' losses.
+        least: The bound, or each objective's.
+        what: What losses must be, in words.
+    """
+    for name, loss in losses.items():
+        if not loss > (least if isinstance(least, (int, float)) else least[name]):
+            return f"{who!r} takes {what}, and that of objective {name!r} is {loss:g}"
+    return None
