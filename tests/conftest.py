@@ -7,17 +7,22 @@ import signal
 from collections.abc import Iterator
 
 import pytest
-from checked import check_inner_functions_once
+from checked import begin_test, check_quickly
 from children import ROOT
 
 from gradkit.core import flat
 
-check_inner_functions_once()
+check_quickly()
 
 # Programs and ranks that tests start import this copy of the package, wherever they run.
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
 )
+
+
+def pytest_runtest_setup() -> None:
+    """Each test's first calls are checked."""
+    begin_test()
 
 
 @pytest.fixture(autouse=True, scope="session")

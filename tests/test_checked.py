@@ -1,4 +1,4 @@
-"""Functions inside functions are checked as jaxtyping itself checks them, by one checker each."""
+"""Functions are checked as jaxtyping itself checks them, in a test's first calls."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jaxtyping
 import pytest
 import torch
 from beartype import beartype
-from checked import jaxtyped
+from checked import CALLS, begin_test, jaxtyped
 from jaxtyping import Float
 from torch import Tensor
 
@@ -100,3 +100,16 @@ def test_defaults_that_are_objects_are_not_shared() -> None:
         return add
 
     assert [float(adding(n * X)(X)[0]) for n in (1, 2)] == [2.0, 3.0]
+
+
+def test_the_first_calls_in_a_test_are_checked() -> None:
+    @jaxtyped(typechecker=beartype)
+    def count(x: Float[Tensor, " n"]) -> int:
+        return 1
+
+    for _ in range(2):
+        begin_test()
+        for _ in range(CALLS):
+            with pytest.raises(jaxtyping.TypeCheckError):
+                count(1.0)
+        assert count(1.0) == 1
