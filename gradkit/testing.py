@@ -56,6 +56,28 @@ def check_optimizer_contract(
             check(make_optimizer, tuple(objectives))
 
 
+def bits(value: Any) -> Any:
+    """A value in which tensors are dtype, shape and bytes, so that `==` means equal bits.
+
+    Looks into mappings, lists and tuples; everything else stays as it is.
+
+    Examples:
+        >>> import torch, gradkit as gk
+        >>> gk.testing.bits({"w": torch.zeros(2)}) == gk.testing.bits({"w": torch.zeros(2)})
+        True
+        >>> gk.testing.bits(torch.tensor(0.0)) == gk.testing.bits(torch.tensor(-0.0))
+        False
+    """
+    if isinstance(value, Tensor):
+        data = value.detach().contiguous().reshape(-1)
+        return (str(value.dtype), tuple(value.shape), data.view(torch.uint8).numpy().tobytes())
+    if isinstance(value, Mapping):
+        return {key: bits(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [bits(item) for item in value]
+    return value
+
+
 class _Problem:
     """A network, its optimizer, and objectives that reach different parts of it."""
 
@@ -95,12 +117,12 @@ class _Problem:
         """Everything that a failed step must leave as it was, in comparable form."""
         optimizer = self.optimizer
         return {
-            "weights and buffers": _plain(self.model.state_dict()),
-            "gradients": [_plain(parameter.grad) for parameter in self.model.parameters()],
-            "optimizer and transform state": _plain(optimizer.state_dict()),
-            "learning rates": [_plain(group["lr"]) for group in optimizer.param_groups],
-            "teachers": [_plain(teacher.state_dict()) for teacher in self.teachers()],
-            "random numbers": _plain(torch.get_rng_state()),
+            "weights and buffers": bits(self.model.state_dict()),
+            "gradients": [bits(parameter.grad) for parameter in self.model.parameters()],
+            "optimizer and transform state": bits(optimizer.state_dict()),
+            "learning rates": [bits(group["lr"]) for group in optimizer.param_groups],
+            "teachers": [bits(teacher.state_dict()) for teacher in self.teachers()],
+            "random numbers": bits(torch.get_rng_state()),
         }
 
 
@@ -122,18 +144,6 @@ class _Network(nn.Module):
 
 _INPUT = torch.linspace(-1, 1, 24).reshape(8, 3).sin()
 _TARGET = torch.linspace(1, -1, 16).reshape(8, 2)
-
-
-def _plain(value: Any) -> Any:
-    """Tensors as dtype, shape and bytes, so that == means equal bits."""
-    if isinstance(value, Tensor):
-        data = value.detach().contiguous().reshape(-1)
-        return (str(value.dtype), tuple(value.shape), data.view(torch.uint8).numpy().tobytes())
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value
 
 
 def _require(condition: bool, message: str) -> None:
@@ -256,7 +266,7 @@ def _check_nonfinite(make: MakeOptimizer, names: tuple[str, ...]) -> None:
         weight = problem.model.last.bias
         weight.fill_(torch.nan)
     for mode in ("raise", "skip"):
-        problem.optimizer.nonfinite = mode
+        problem.optimizer.options.nonfinite = mode
         before = problem.snapshot()
         try:
             problem.step()
@@ -374,9 +384,9 @@ def _check_without_closure(make: MakeOptimizer, names: tuple[str, ...]) -> None:
         for parameter in problem.model.parameters():
             if parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
-        before = _plain(dict(problem.model.named_parameters()))
+        before = bits(dict(problem.model.named_parameters()))
         problem.optimizer.step()
-        after = _plain(dict(problem.model.named_parameters()))
+        after = bits(dict(problem.model.named_parameters()))
     _require(before == after, "a step without closure at learning rate 0 changes weights")
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import gradkit as gk
-from gradkit.testing import _plain as plain
+from gradkit.testing import bits as plain
 
 ENGINES = ["functional", "inplace"]
 INPUT = torch.linspace(-1, 1, 24).reshape(8, 3)
@@ -331,7 +331,7 @@ def test_a_transform_that_returns_nan(transform) -> None:
     optimizer = gk.wrap(sgd(model), transform(), model=model)
     with pytest.raises(gk.NonFiniteError, match="transforms' result is not finite"):
         optimizer.step(lambda: model(INPUT).sum())
-    optimizer.nonfinite = "skip"
+    optimizer.options.nonfinite = "skip"
     optimizer.step(lambda: model(INPUT).sum())
     assert plain(model.state_dict()) == before
 
@@ -349,7 +349,7 @@ def test_code_that_fails_on_weights_displaced_by_nan(engine: str) -> None:
     with pytest.raises(gk.NonFiniteError, match="loss of objective 'loss' is nan") as caught:
         optimizer.step(closure)
     assert isinstance(caught.value.__cause__, ValueError)
-    optimizer.nonfinite = "skip"
+    optimizer.options.nonfinite = "skip"
     optimizer.step(closure)
     assert not optimizer.last_step.applied
     with pytest.raises(ValueError, match="Expected parameter"):  # an error of its own is no NaN
@@ -361,7 +361,7 @@ def test_an_infinite_gradient_of_a_finite_loss_is_found() -> None:
     optimizer = gk.wrap(torch.optim.SGD([weight], lr=0.1))
     with pytest.raises(gk.NonFiniteError, match="gradient of objective 'root' is not finite"):
         optimizer.step({"fine": lambda: weight.sum(), "root": lambda: weight.sqrt().sum()})
-    optimizer.nonfinite = "ignore"
+    optimizer.options.nonfinite = "ignore"
     optimizer.step({"root": lambda: weight.sqrt().sum()})
     assert not weight.isfinite().item()
 
@@ -404,7 +404,7 @@ def test_a_direction_that_overflows_is_not_applied(what: str) -> None:
     with pytest.raises(gk.NonFiniteError, match="the transforms' result is not finite"):
         optimizer.step(closures)
     assert weight.tolist() == [1.0, 1.0]
-    optimizer.nonfinite = "skip"
+    optimizer.options.nonfinite = "skip"
     optimizer.step(closures)
     assert weight.tolist() == [1.0, 1.0]
     assert not optimizer.last_step.applied

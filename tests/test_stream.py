@@ -346,7 +346,7 @@ def test_a_loss_that_is_not_finite_is_named(engine):
     )
     with pytest.raises(gk.NonFiniteError, match="the loss of objective 'b' is inf"):
         optimizer.step(closure)
-    optimizer.nonfinite = "skip"
+    optimizer.options.nonfinite = "skip"
     before = copy.deepcopy(model.state_dict())
     optimizer.step(closure)
     assert not optimizer.last_step.applied

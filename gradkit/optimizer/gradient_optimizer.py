@@ -17,17 +17,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
-from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from gradkit.core.context import Context, Streams
+from gradkit.core.context import Context
 from gradkit.core.flat import Layout, Pool
 from gradkit.core.gradients import Gradients
 from gradkit.core.interrupts import Interrupts
-from gradkit.core.ranks import Processes, ProcessGroupChoice, reshard
+from gradkit.core.ranks import Processes, reshard
 from gradkit.core.transform import Transform
 from gradkit.engines.choice import (
-    EngineName,
     ParameterPlaces,
     choose_engine,
 )
@@ -43,6 +41,7 @@ from gradkit.optimizer import state as saved_state
 from gradkit.optimizer.bases import Whole, check_group, sharing_kept, whole
 from gradkit.optimizer.finite_check import Nonfinite, NonFiniteError, judge
 from gradkit.optimizer.hooks import global_post_hooks, global_pre_hooks
+from gradkit.optimizer.options import StepOptions
 from gradkit.optimizer.record import StepRecord
 from gradkit.optimizer.transaction import Attempt
 
@@ -71,6 +70,7 @@ class GradientOptimizer(Optimizer):
     Attributes:
         base: The wrapped optimizer.
         transforms: The transforms, innermost first.
+        options: What `wrap` was told.
         last_step: What happened in the last step; None before the first.
     """
 
@@ -78,27 +78,12 @@ class GradientOptimizer(Optimizer):
         self,
         base: Optimizer,
         transforms: Sequence[Transform],
-        *,
-        model: nn.Module | None,
-        engine: EngineName,
-        nonfinite: Nonfinite,
-        max_norm: float | None,
-        replay_rng: bool,
-        scaler: GradScaler | None,
-        process_group: ProcessGroupChoice,
-        streams: Streams,
+        options: StepOptions,
     ) -> None:
         # Optimizer.__init__ would build param_groups and state of its own beside the base's.
         self.base = base
         self.transforms = tuple(transforms)
-        self.model = model
-        self.engine = engine
-        self.nonfinite = nonfinite
-        self.max_norm = max_norm
-        self.replay_rng = replay_rng
-        self.scaler = scaler
-        self.process_group = process_group
-        self.streams = streams
+        self.options = options
         self.last_step: StepRecord | None = None
         self._vector_layout: Layout | None = None
         # Where the base's state dict is of its own form, vectors lie beside its state.
@@ -107,10 +92,11 @@ class GradientOptimizer(Optimizer):
             self._beside = defaultdict(dict)
             saved_state.give_store(base, self._beside)
         self._prepare_scratch()
-        if engine == "functional":
+        model = options.model
+        if options.engine == "functional":
             layout = Layout.of(base.param_groups)
             places = None if model is None else ParameterPlaces(model, layout)
-            choose_engine(engine, places, layout)
+            choose_engine(options.engine, places, layout)
         if model is not None and not _share_parameters(model, base):
             raise ValueError(
                 "model= holds none of the parameters that the optimizer was made with, so that "
@@ -131,6 +117,7 @@ class GradientOptimizer(Optimizer):
         """Make what is neither copied nor saved."""
         self._pool: Pool | None = None
         self._places: ParameterPlaces | None = None
+        self._names: tuple[str | int, ...] = ()
         self._stepping = False
         self._applied = 0
         self._warned: set[str] = set()
@@ -140,6 +127,11 @@ class GradientOptimizer(Optimizer):
         self._optimizer_state_dict_post_hooks: OrderedDict[int, Any] = OrderedDict()
         self._optimizer_load_state_dict_pre_hooks: OrderedDict[int, Any] = OrderedDict()
         self._optimizer_load_state_dict_post_hooks: OrderedDict[int, Any] = OrderedDict()
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The module whose parameters are optimised, if `wrap` was told."""
+        return self.options.model
 
     # What torch code expects of an optimizer, delegated to the base. Nothing is aliased: loading
     # a state dict replaces the base's lists and dicts by new ones.
@@ -202,14 +194,12 @@ class GradientOptimizer(Optimizer):
         return f"{type(self).__name__}(\n  {inside}\n)".replace(",\n", ",\n  ")
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = (
-            "base", "transforms", "model", "engine", "nonfinite", "max_norm", "replay_rng",
-            "scaler", "process_group", "streams", "last_step", "_vector_layout", "_beside",
-        )  # fmt: skip
+        kept = ("transforms", "options", "last_step", "_vector_layout", "_beside")
         return {**{name: self.__dict__[name] for name in kept}, "base": whole(self.base)}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GradientOptimizer:
-        memo[id(self.process_group)] = self.process_group  # a connection, which has no copy
+        group = self.options.process_group
+        memo[id(group)] = group  # a connection, which has no copy
         made = type(self).__new__(type(self))
         memo[id(self)] = made
         made.__setstate__(copy.deepcopy(self.__getstate__(), memo))
@@ -281,7 +271,7 @@ class GradientOptimizer(Optimizer):
             if not self._stepping:
                 with contextlib.suppress(ValueError):  # the hook's own error says more
                     layout = self._layout()
-                    processes = Processes.of(self.model, layout.shards, self.process_group)
+                    processes = Processes.of(self.model, layout.shards, self.options.process_group)
                     processes.report(error, layout.device)
             raise
         return closure
@@ -313,11 +303,11 @@ class GradientOptimizer(Optimizer):
         with self._attempt() as attempt:
             check_objectives(objectives)
             try:
-                attempt.set_gradients_aside()
+                attempt.fields.set_aside()
                 attempt.context.ascended = ()  # whatever the base makes of them
                 attempt.context.streams = "no"
                 found = attempt.evaluator(objectives).evaluate(at, only)
-                return found.with_parameter_names(self._parameter_names(attempt.context.layout))
+                return found.with_parameter_names(attempt.context.parameter_names)
             finally:
                 attempt.undo(rng=False)
 
@@ -357,12 +347,14 @@ class GradientOptimizer(Optimizer):
                     "this optimizer scales losses itself (scaler=), so that it cannot know the "
                     "scale of gradients that are there already; pass step() a closure"
                 )
-            nonfinite = self.nonfinite if scale is None else "skip"
+            nonfinite = self.options.nonfinite if scale is None else "skip"
             try:
-                attempt.set_gradients_aside()
+                attempt.fields.set_aside()
                 try:
                     gradients, source = self._evaluate(attempt, closure, nonfinite)
                 except NoGradientError as error:
+                    if self.options.on_empty == "skip":
+                        return self._skip_empty(attempt, error.loss), None
                     if not attempt.may_be_idle():
                         raise
                     attempt.idle()
@@ -371,13 +363,13 @@ class GradientOptimizer(Optimizer):
                     return given, ("idle", _IDLE.format(error))
                 verdict = judge(gradients, source, nonfinite, self.base, self._objection)
                 if verdict.culprit is None:
-                    direction = attempt.direction(gradients, self.max_norm)
+                    direction = attempt.direction(gradients, self.options.max_norm)
                     for transform in self.transforms:
                         transform.before_step(attempt.context)
                 attempt.processes.agree("step", attempt.context.layout.device)
                 if verdict.culprit is None:
                     if closure is not None:
-                        attempt.average_others()
+                        attempt.fields.average_others(attempt.processes)
                     attempt.apply(
                         gradients, direction, verdict.scale, verdict.weights, self.transforms
                     )
@@ -402,6 +394,13 @@ class GradientOptimizer(Optimizer):
                 return None, warning
             firsts = [*source.first_losses.values()]
             return stacked(firsts, attempt.context.layout.device).sum(), warning
+
+    def _skip_empty(self, attempt: Attempt, loss: Tensor | None) -> Tensor | None:
+        """Leave everything as it was where objectives have left nothing to step on."""
+        attempt.processes.agree("idle", attempt.context.layout.device)
+        attempt.undo(rng=False)
+        self._record_idle(attempt, loss)
+        return None if loss is None else loss.detach()
 
     def _warn(self, kind: str, text: str) -> None:
         """Warn of something once."""
@@ -456,7 +455,7 @@ class GradientOptimizer(Optimizer):
         first, attempt = self._vector_layout is None, None
         try:
             layout = self._layout()
-            processes = Processes.of(self.model, layout.shards, self.process_group)
+            processes = Processes.of(self.model, layout.shards, self.options.process_group)
             self._stepping = True
             try:
                 attempt = self._make_attempt(layout, processes, interrupts)
@@ -484,10 +483,10 @@ class GradientOptimizer(Optimizer):
 
     @property
     def _loss_scale(self) -> LossScale | None:
-        enabled = self.scaler is not None and self.scaler.is_enabled()
-        if self.scaler is None or not enabled:
+        scaler = self.options.scaler
+        if scaler is None or not scaler.is_enabled():
             return None
-        return LossScale(self.scaler, owners=(self, self.base))
+        return LossScale(scaler, owners=(self, self.base))
 
     def _settings(self, processes: Processes, layout: Layout) -> int:
         """A number that says whether ranks would step alike on the same gradients."""
@@ -499,7 +498,14 @@ class GradientOptimizer(Optimizer):
         order: dict[Tensor, int] = {parameter: index for index, parameter in enumerate(every)}
         places = [(order.get(p), tuple(p.shape)) for p in layout.parameters]
         state = saved_state.encode(self.transforms)
-        facts = (numbers, places, self._applied, self.max_norm, self.nonfinite, state)
+        facts = (
+            numbers,
+            places,
+            self._applied,
+            self.options.max_norm,
+            self.options.nonfinite,
+            state,
+        )
         return zlib.crc32(repr(facts).encode())
 
     def _make_attempt(
@@ -517,7 +523,7 @@ class GradientOptimizer(Optimizer):
                 "soon as it is divided out again; keep them float32 and compute under "
                 "torch.autocast"
             )
-        engine = choose_engine(self.engine, places, layout)
+        engine = choose_engine(self.options.engine, places, layout)
         if engine == "functional" and places is not None:
             session: Session = FunctionalSession(layout, self._pool, places, self.base)
         else:
@@ -529,9 +535,10 @@ class GradientOptimizer(Optimizer):
                 layout,
                 self._pool,
                 self.base,
-                streams=self.streams,
+                streams=self.options.streams,
                 by_tensor=self._by_tensor,
                 ascended=self._ascended(layout),
+                parameter_names=self._names,
             ),
             generators=[transform.generator for transform in self.transforms],
             others=[] if places is None else places.others,
@@ -540,8 +547,8 @@ class GradientOptimizer(Optimizer):
             frozen=self._frozen(),
             make_evaluator=functools.partial(
                 Evaluator,
-                replay_rng=self.replay_rng,
-                measure=self.nonfinite != "ignore" or scale is not None,
+                replay_rng=self.options.replay_rng,
+                measure=self.options.nonfinite != "ignore" or scale is not None,
                 interrupts=interrupts,
                 processes=processes,
                 settings=self._settings(processes, layout),
@@ -559,15 +566,17 @@ class GradientOptimizer(Optimizer):
     def _record_idle(self, attempt: Attempt, loss: Tensor | None) -> None:
         """Record a step in which there was nothing to step on."""
         device = attempt.context.layout.device
-        value = torch.tensor(torch.nan, device=device) if loss is None else loss.detach()
-        zero = torch.zeros(1, device=device)
+        names = attempt.context.names or (LOSS,)
+        unknown = torch.full((), torch.nan, device=device)
+        losses = [unknown if loss is None or len(names) > 1 else loss.detach() for _ in names]
+        zeros = torch.zeros(len(names), device=device)
         self.last_step = StepRecord(
-            names=attempt.context.names or (LOSS,),
-            losses=stacked([value], device),
+            names=names,
+            losses=stacked(losses, device),
             applied=False,
-            _gram=zero[None],
-            _weights=zero + 1,
-            _lr_scale=zero[0] + 1,
+            _gram=zeros.diag(),
+            _weights=zeros + 1,
+            _lr_scale=zeros[0] + 1,
             _gate=None,
             _decay=None,
         )
@@ -616,9 +625,10 @@ class GradientOptimizer(Optimizer):
         if self._pool is not None:
             self._refuse_changed(self._pool.layout, layout)
         places = None if self.model is None else ParameterPlaces(self.model, layout)
-        if self.engine == "functional":
-            choose_engine(self.engine, places, layout)
+        if self.options.engine == "functional":
+            choose_engine(self.options.engine, places, layout)
         self._pool, self._places = Pool(layout), places
+        self._names = self._parameter_names(layout)
         return layout
 
     def _refuse_changed(self, old: Layout, new: Layout) -> None:

@@ -12,10 +12,11 @@ from torch.optim import Optimizer
 from gradkit.core.context import Streams
 from gradkit.core.ranks import ProcessGroupChoice
 from gradkit.core.transform import Transform, leading_reweighings
-from gradkit.engines.choice import ENGINES, EngineName
+from gradkit.engines.choice import EngineName
 from gradkit.optimizer.bases import check_base
-from gradkit.optimizer.finite_check import NONFINITE, Nonfinite
+from gradkit.optimizer.finite_check import Nonfinite
 from gradkit.optimizer.gradient_optimizer import GradientOptimizer
+from gradkit.optimizer.options import OnEmpty, StepOptions
 
 RowsChoice = Literal["auto", "keep", "stream"]
 ROWS: tuple[RowsChoice, ...] = ("auto", "keep", "stream")
@@ -32,6 +33,7 @@ def wrap(
     scaler: GradScaler | None = None,
     process_group: ProcessGroupChoice = "auto",
     rows: RowsChoice = "auto",
+    on_empty: OnEmpty = "raise",
 ) -> GradientOptimizer:
     """Wrap an optimizer, so that transforms bend its gradient on the way in.
 
@@ -80,6 +82,10 @@ def wrap(
             streams where objectives are weighed by their losses only and no inner product is
             needed, and keeps rows otherwise. In a streamed step `last_step.gram` is NaN unless a
             rule has asked for it.
+        on_empty: On objectives that leave nothing to step on (a closure that returns None, a
+            filter that keeps no sample), "skip" leaves everything but the random numbers as it was
+            and sets `last_step.applied` to False. "raise" is an error where the step has several
+            objectives, and otherwise torch's step on nothing, with one warning.
 
     Returns:
         The optimizer; see `GradientOptimizer`.
@@ -104,30 +110,11 @@ def wrap(
             "base is a gradkit optimizer already; pass all transforms to one wrap() instead"
         )
     check_base(base)
-    if model is not None and not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; pass the torch.nn.Module")
-    if engine not in ENGINES:
-        raise ValueError(f"engine is {engine!r}; choose one of {', '.join(ENGINES)}")
-    if nonfinite not in NONFINITE:
-        raise ValueError(f"nonfinite is {nonfinite!r}; choose one of {', '.join(NONFINITE)}")
-    if max_norm is not None and not isinstance(max_norm, (int, float)):
-        raise TypeError(f"max_norm is {max_norm!r}; pass a positive number, or None")
-    if max_norm is not None and not max_norm > 0:
-        raise ValueError(f"max_norm is {max_norm}; it must be positive, or None for no clipping")
-    if scaler is not None and not isinstance(scaler, GradScaler):
-        raise TypeError(f"scaler is a {type(scaler).__name__}; pass a torch.amp.GradScaler")
-    if isinstance(process_group, str) and process_group != "auto":
-        raise ValueError(
-            f"process_group is {process_group!r}; pass 'auto', None or a ProcessGroup, such as "
-            "torch.distributed.group.WORLD"
-        )
     if rows not in ROWS:
         raise ValueError(f"rows is {rows!r}; choose one of {', '.join(ROWS)}")
     _check_chain(transforms)
     _check_students(base, transforms)
-    return GradientOptimizer(
-        base,
-        transforms,
+    options = StepOptions(
         model=model,
         engine=engine,
         nonfinite=nonfinite,
@@ -136,7 +123,9 @@ def wrap(
         scaler=scaler,
         process_group=process_group,
         streams=_streams(rows, transforms),
+        on_empty=on_empty,
     )
+    return GradientOptimizer(base, transforms, options)
 
 
 def _check_chain(transforms: Sequence[Transform]) -> None:

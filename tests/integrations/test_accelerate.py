@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import gradkit as gk
-from gradkit.testing import _plain as plain
+from gradkit.testing import bits as plain
 
 ENGINES = ["functional", "inplace"]
 BATCHES = data(6)

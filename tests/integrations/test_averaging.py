@@ -23,7 +23,7 @@ from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, up
 from torch.utils.checkpoint import checkpoint
 
 import gradkit as gk
-from gradkit.testing import _plain as plain
+from gradkit.testing import bits as plain
 
 ENGINES = ["functional", "inplace"]
 BATCHES = data(6)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 import gradkit as gk
-from gradkit.testing import _plain as plain
+from gradkit.testing import bits as plain
 
 ENGINES = ["functional", "inplace"]
 INPUT = torch.linspace(-1, 1, 24, dtype=torch.float64).sin()

@@ -24,7 +24,7 @@ from references import assert_close, assert_equal, error, gradient, move, networ
 from torch import Tensor, nn
 
 import gradkit as gk
-from gradkit.testing import _plain as plain
+from gradkit.testing import bits as plain
 
 pytestmark = WARNINGS
 

@@ -10,7 +10,7 @@ from references import assert_close, assert_equal, data, error, gradient, move, 
 from torch import Tensor, nn
 
 import gradkit as gk
-from gradkit.testing import _plain as plain
+from gradkit.testing import bits as plain
 
 ENGINES = ["functional", "inplace"]
 

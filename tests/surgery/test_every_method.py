@@ -73,7 +73,7 @@ class Run:
     def bits(self) -> Any:
         state = self.saved()
         generator = self.method.generator
-        return gk.testing._plain([state, generator and generator.get_state()])
+        return gk.testing.bits([state, generator and generator.get_state()])
 
 
 @pytest.mark.parametrize(("name", "engine"), CONTRACT.items())

@@ -16,7 +16,7 @@ from helpers import as_users_run_it
 from torch import nn
 
 import gradkit as gk
-from gradkit.testing import _plain as plain
+from gradkit.testing import bits as plain
 
 
 def network(dtype: torch.dtype = torch.float64) -> nn.Sequential:

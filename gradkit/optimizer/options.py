@@ -1,0 +1,58 @@
+"""The options of a step, as `wrap` hands them down."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from torch import nn
+from torch.amp import GradScaler
+
+from gradkit.core.context import Streams
+from gradkit.core.ranks import ProcessGroupChoice
+from gradkit.engines.choice import ENGINES, EngineName
+from gradkit.optimizer.finite_check import NONFINITE, Nonfinite
+
+OnEmpty = Literal["raise", "skip"]
+
+
+@dataclass
+class StepOptions:
+    """What `wrap` was told; see there."""
+
+    model: nn.Module | None = None
+    engine: EngineName = "auto"
+    nonfinite: Nonfinite = "raise"
+    max_norm: float | None = None
+    replay_rng: bool = False
+    scaler: GradScaler | None = None
+    process_group: ProcessGroupChoice = "auto"
+    streams: Streams = "no"
+    on_empty: OnEmpty = "raise"
+
+    def __post_init__(self) -> None:
+        if self.model is not None and not isinstance(self.model, nn.Module):
+            kind = type(self.model).__name__
+            raise TypeError(f"model is a {kind}; pass the torch.nn.Module")
+        _check_choice("engine", self.engine, ENGINES)
+        _check_choice("nonfinite", self.nonfinite, NONFINITE)
+        _check_choice("on_empty", self.on_empty, get_args(OnEmpty))
+        if self.max_norm is not None and not isinstance(self.max_norm, (int, float)):
+            raise TypeError(f"max_norm is {self.max_norm!r}; pass a positive number, or None")
+        if self.max_norm is not None and not self.max_norm > 0:
+            raise ValueError(
+                f"max_norm is {self.max_norm}; it must be positive, or None for no clipping"
+            )
+        if self.scaler is not None and not isinstance(self.scaler, GradScaler):
+            kind = type(self.scaler).__name__
+            raise TypeError(f"scaler is a {kind}; pass a torch.amp.GradScaler")
+        if isinstance(self.process_group, str) and self.process_group != "auto":
+            raise ValueError(
+                f"process_group is {self.process_group!r}; pass 'auto', None or a ProcessGroup, "
+                "such as torch.distributed.group.WORLD"
+            )
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}")

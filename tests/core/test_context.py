@@ -1,0 +1,109 @@
+"""What a transform may ask of the step it takes part in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from helpers import flat
+from torch import nn
+
+import gradkit as gk
+
+ENGINES = ("inplace", "functional")
+
+
+def inside(
+    look: Callable[[gk.Context], object], engine: str = "inplace", **group: object
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Take two steps in which a transform looks at its context, before any closure runs."""
+
+    class Looks(gk.Transform):
+        def around(self, inner, context):
+            look(context)
+            return inner
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1)).double()
+    groups = [{"params": model[0].parameters(), **group}, {"params": model[1].parameters()}]
+    base = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+    optimizer = gk.wrap(base, Looks(), model=model, engine=engine)
+    for _ in range(2):
+        optimizer.step(lambda: model(torch.ones(4, 3, dtype=torch.float64)).square().mean())
+    return model, base
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_weights_plus_a_displacement_are_a_copy(engine):
+    found = []
+
+    def look(context):
+        at = torch.ones(context.layout.numel, dtype=torch.float64)
+        point = context.displaced(at, -2 * at, torch.tensor(0.25)) + at
+        found.append((context.weights(), context.weights(at), context.weights(point)))
+        found[-1][0].clone()
+        context.weights().zero_()
+
+    model, _ = inside(look, engine)
+    (first, plus_one, moved), _ = found
+    torch.testing.assert_close(plus_one, first + 1, rtol=0, atol=1e-15)
+    torch.testing.assert_close(moved, first + 1.5, rtol=0, atol=1e-15)
+    assert bool(flat(model.parameters()).any())
+
+
+def test_norms_and_inner_products_are_of_flat_vectors_and_of_parts():
+    def look(context):
+        a, b = (torch.randn(context.layout.numel, dtype=torch.float64) for _ in range(2))
+        parts = [*context.layout.views(a)]
+        torch.testing.assert_close(context.norm(a), a.norm())
+        torch.testing.assert_close(context.norm(parts), a.norm())
+        torch.testing.assert_close(context.dot(parts, b), a @ b)
+        parts[1] = None  # of a parameter that no graph has reached
+        a[6:8] = 0
+        torch.testing.assert_close(context.dot(parts, parts), a @ a)
+        torch.testing.assert_close(context.displaced(b, parts, -0.5).flat(), b - a / 2)
+
+    inside(look)
+
+
+@pytest.mark.parametrize("kind", ["normal", "uniform"])
+def test_noise_is_drawn_from_the_generator_alone(kind):
+    found = []
+
+    def look(context):
+        found.append(context.noise(torch.Generator().manual_seed(3), kind))
+
+    before = torch.get_rng_state()
+    inside(look)
+    torch.set_rng_state(before)
+    assert torch.equal(found[0], found[1])
+    assert len(set(found[0].tolist())) == len(found[0])
+    assert (found[0].min() >= 0) == (kind == "uniform")
+
+
+def test_settings_and_state_of_the_base_come_parameter_by_parameter():
+    found = []
+
+    def look(context):
+        found.append((context.group_values("rho", 0.05), context.base_state("momentum_buffer")))
+
+    model, base = inside(look, rho=0.5)
+    assert [values for values, _ in found] == [(0.5, 0.5, 0.05, 0.05)] * 2
+    assert found[0][1] == [None] * 4
+    for parameter, buffer in zip(model.parameters(), found[1][1], strict=True):
+        assert buffer is base.state[parameter]["momentum_buffer"]
+
+
+def test_parameters_have_the_models_names():
+    names = []
+    inside(lambda context: names.append(context.parameter_names))
+    assert names == [("0.weight", "0.bias", "1.weight", "1.bias")] * 2
+
+
+def test_a_displacement_of_another_length_is_refused():
+    def look(context):
+        context.displaced(torch.ones(3), torch.ones(3))
+
+    with pytest.raises(ValueError, match=r"at= has shape \(3,\), but the flat vector .* \(11,\)"):
+        inside(look)

@@ -1,0 +1,68 @@
+"""Steps whose objectives leave nothing to step on, where the caller allows that."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import as_users_run_it
+from torch import nn
+
+import gradkit as gk
+
+ENGINES = ("inplace", "functional")
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 2))
+
+
+def nothing_yielded():
+    yield from ()
+
+
+EMPTY = {
+    "None": lambda: None,
+    "no micro-batch": nothing_yielded,
+    "detached": lambda: torch.tensor(1.0),
+}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("what", EMPTY)
+@pytest.mark.parametrize("names", [("kept",), ("kept", "filtered")])
+def test_an_empty_objective_skips_the_step(names, what, engine):
+    model, x = network(), torch.randn(8, 3)
+    base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer = gk.wrap(
+        base, gk.PCGrad(), gk.EMA(model, decay=0.9), model=model, engine=engine, on_empty="skip"
+    )
+    full = {name: lambda n=n: model(x)[:, n].square().mean() for n, name in enumerate(names)}
+    optimizer.step(full)
+    before = gk.testing.bits((model.state_dict(), optimizer.state_dict()))
+    grads = [parameter.grad.clone() for parameter in model.parameters()]
+    optimizer.step({**full, names[-1]: EMPTY[what]})
+    assert gk.testing.bits((model.state_dict(), optimizer.state_dict())) == before
+    for parameter, grad in zip(model.parameters(), grads, strict=True):
+        assert torch.equal(parameter.grad, grad)
+    record = optimizer.last_step
+    assert not record.applied
+    assert record.names == names
+    assert record.losses.shape == record.weights.shape == (len(names),)
+    optimizer.step(full)
+    assert optimizer.last_step.applied
+
+
+def test_by_default_it_is_an_error_that_names_the_objective():
+    model, x = network(), torch.randn(8, 3)
+    optimizer = gk.wrap(torch.optim.SGD(model.parameters(), lr=0.1), gk.PCGrad(), model=model)
+    with pytest.raises(gk.NoGradientError, match="'filtered'"):
+        optimizer.step({"kept": lambda: model(x).mean(), "filtered": lambda: None})
+
+
+def test_the_choice_is_checked():
+    with (
+        as_users_run_it(),
+        pytest.raises(ValueError, match="on_empty is 'ignore'; choose one of raise, skip"),
+    ):
+        gk.wrap(torch.optim.SGD(network().parameters(), lr=0.1), on_empty="ignore")
