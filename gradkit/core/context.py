@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gradkit.core.displacement import Displacement, Point
-from gradkit.core.flat import Layout, Pool
+from gradkit.core.flat import Layout, Pool, copy_all
 from gradkit.core.gradients import Gradients
 from gradkit.core.gram import inner_products
 from gradkit.core.joining import join
@@ -81,6 +81,29 @@ class Context:
         values = self.layout.local_parameters()
         Displacement.of(at, self.layout).add_to(values, self.layout.views(result))
         return result
+
+    def set_weights(self, weights: Float[Tensor, " P"]) -> None:
+        """Write the weights, in `after_step`.
+
+        Args:
+            weights: A flat vector, of this rank's part where parameters are sharded.
+
+        Raises:
+            RuntimeError: If the base optimizer has not stepped yet.
+            ValueError: If the vector has another length than the weights.
+        """
+        if self.gradients is None:
+            raise RuntimeError(
+                "the weights can be written in after_step() only, once the base optimizer has "
+                "stepped; to evaluate at other weights, call the oracle at a displacement"
+            )
+        if weights.shape != (self.layout.numel,):
+            raise ValueError(
+                f"the weights to be written have shape {tuple(weights.shape)}; pass a flat vector "
+                f"of shape {(self.layout.numel,)}"
+            )
+        with torch.no_grad():
+            copy_all(self.layout.local_parameters(), self.layout.views(weights))
 
     def displaced(
         self,

@@ -107,3 +107,35 @@ def test_a_displacement_of_another_length_is_refused():
 
     with pytest.raises(ValueError, match=r"at= has shape \(3,\), but the flat vector .* \(11,\)"):
         inside(look)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_weights_are_written_once_the_base_has_stepped(engine):
+    class Halves(gk.Transform):
+        def after_step(self, context):
+            context.set_weights(context.weights() / 2)
+
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2).double()
+    optimizer = gk.wrap(
+        torch.optim.SGD(model.parameters(), lr=0.1), Halves(), model=model, engine=engine
+    )
+    start = flat(model.parameters())
+    optimizer.step(lambda: model(torch.ones(1, 3, dtype=torch.float64)).sum())
+    torch.testing.assert_close(flat(model.parameters()), (start - 0.1) / 2)
+
+
+def test_weights_are_not_written_during_evaluations():
+    with pytest.raises(RuntimeError, match=r"in after_step\(\) only"):
+        inside(lambda context: context.set_weights(context.weights()))
+
+
+def test_weights_of_another_length_are_refused():
+    class Short(gk.Transform):
+        def after_step(self, context):
+            context.set_weights(torch.ones(2))
+
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = gk.wrap(torch.optim.SGD([weight], lr=0.1), Short())
+    with pytest.raises(ValueError, match=r"have shape \(2,\); pass a flat vector of shape \(3,\)"):
+        optimizer.step(lambda: weight.sum())
