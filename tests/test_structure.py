@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -63,6 +64,14 @@ def test_imports_follow_the_drawing() -> None:
                 assert room in {part(path), *ROOMS[part(path)]}, f"{path} imports {name}"
                 seen += 1
     assert seen > 200
+
+
+def test_the_drawing_in_the_documentation_is_this_one() -> None:
+    text = (PACKAGE.parent / "docs" / "concepts.md").read_text()
+    block = text.split("## Where the code lies")[1].split("```text\n")[1].split("```")[0]
+    found = re.findall(r"^(\w+)(?: +<- ([\w, ]+?))?(?: {3,}.*)?$", block, re.MULTILINE)
+    drawn = {name: set(arrow.split(", ")) - {""} for name, arrow in found}
+    assert drawn == ROOMS
 
 
 def test_imports_inside_the_core_run_one_way() -> None:
