@@ -17,9 +17,9 @@ from gradkit.core.random import RandomState
 from gradkit.core.ranks import Processes
 from gradkit.core.storage import Dense, Summed
 from gradkit.core.transform import Weigh
+from gradkit.engines.accumulation_check import AccumulationCheck
 from gradkit.engines.backward import Receivers, take_grads
 from gradkit.engines.loss_scale import LossScale
-from gradkit.engines.mark import Mark
 from gradkit.engines.objectives import (
     LOSS,
     GraphCheck,
@@ -78,7 +78,7 @@ class Evaluator:
         self._loss_scale = loss_scale
         self._weighers = weighers
         self._streams = context.streams if weighers or context.streams == "must" else "no"
-        self._mark = Mark(context.layout, accumulated)
+        self._accumulation = AccumulationCheck(context.layout, accumulated)
         self._beside = beside
         self._had_gradient = {parameter for parameter in beside if parameter.grad is not None}
         self._check = GraphCheck((), 0)
@@ -253,7 +253,7 @@ class Evaluator:
         checked = {name: checked_loss(loss, name) for name, loss in losses.items()}
         for name, loss in checked.items():
             rows.add_loss(name, loss)
-        self._mark.take(leaves, wanted[0], several=True)
+        self._accumulation.check(leaves, wanted[0], several=True)
         if self._collect(leaves) is not None:
             raise RuntimeError(_OWN_BACKWARD)
         chosen = []
@@ -315,7 +315,7 @@ class Evaluator:
         )
 
         def interruptible() -> None:
-            self._mark.place(leaves)
+            self._accumulation.place(leaves)
             with torch.enable_grad(), self._interrupts.allowed():
                 body()
 
@@ -328,7 +328,7 @@ class Evaluator:
             raise RuntimeError(computed_outside(key or LOSS)) from error
         finally:
             _forget_parametrizations()
-            self._mark.forget()
+            self._accumulation.forget()
         if check.outside is not None:
             self._outside[key] = check.outside
 
@@ -361,7 +361,7 @@ class Evaluator:
         checked = {name: checked_loss(loss, name) for name, loss in losses.items()}
         for name, loss in checked.items():
             rows.add_loss(name, loss)
-        self._mark.take(leaves, next(iter(checked)), several=len(checked) > 1)
+        self._accumulation.check(leaves, next(iter(checked)), several=len(checked) > 1)
         own = self._collect(leaves)
         if own is not None:
             if len(checked) > 1:
