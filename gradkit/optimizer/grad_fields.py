@@ -12,7 +12,7 @@ from gradkit.core.ranks import Processes, local
 
 
 class GradFields:
-    """The `.grad` of all parameters as it was before an attempt at a step.
+    """The `.grad` of all parameters from before a step.
 
     Attributes:
         unplaced: The optimizer's parameters that have no place in the flat vector.
@@ -113,7 +113,7 @@ class GradFields:
 
 
 class _GradientBefore:
-    """The gradient of a parameter that is not optimised, as it was before the attempt."""
+    """The gradient that a parameter which is not optimised had before the step."""
 
     def __init__(self, parameter: Tensor) -> None:
         self.parameter = parameter

@@ -1,4 +1,4 @@
-"""One attempt at a step: what it evaluates, what it applies, and how it is undone."""
+"""The transaction of one step: evaluate, then apply everything or undo everything."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from gradkit.optimizer.hooks import global_hooks_muted
 from gradkit.optimizer.state import link_stepped
 
 
-class Attempt:
-    """One attempt at a step.
+class Transaction:
+    """One step, which is applied as a whole or leaves no trace.
 
-    Until `apply` has called the base optimizer, `undo` leaves no trace of it.
+    Until `apply` has called the base optimizer, `undo` can restore everything.
     """
 
     def __init__(
@@ -248,7 +248,7 @@ class Attempt:
         self.fields.put_back()
 
     def undo(self, *, rng: bool) -> None:
-        """Put everything back as it was before the attempt; the random numbers only if `rng`."""
+        """Restore the state from before the step; random number generators only if `rng`."""
         self._session.rollback()
         self.fields.put_all_back()
         for generator, state in self._generators:
