@@ -14,7 +14,7 @@ from gradkit.core.displacement import Displacement, Point
 from gradkit.core.gradients import Gradients
 from gradkit.core.interrupts import Interrupts
 from gradkit.core.random import RandomState
-from gradkit.core.ranks import Processes
+from gradkit.core.ranks import Ranks
 from gradkit.core.storage import Dense, Summed
 from gradkit.core.transform import Weigh
 from gradkit.engines.accumulation_check import AccumulationCheck
@@ -59,7 +59,7 @@ class Evaluator:
         replay_rng: bool,
         measure: bool,
         interrupts: Interrupts,
-        processes: Processes,
+        ranks: Ranks,
         settings: int,
         loss_scale: LossScale | None,
         weighers: Sequence[Weigh] = (),
@@ -73,7 +73,7 @@ class Evaluator:
         self._draws: dict[str | None, RandomState] | None = {} if replay_rng else None
         self._measure = measure
         self._interrupts = interrupts
-        self._processes = processes
+        self._ranks = ranks
         self._settings = settings
         self._loss_scale = loss_scale
         self._weighers = weighers
@@ -117,7 +117,7 @@ class Evaluator:
             None if at is None else Displacement.of(at, self._context.layout)
         )
         del at  # a point is not needed once the weights are there
-        with place as leaves, self._processes.local_gradients():
+        with place as leaves, self._ranks.local_gradients():
             if self._closures is None:
                 rows, weighed = self._evaluate_jointly(leaves, only)
             elif self._streams == "must":
@@ -152,11 +152,11 @@ class Evaluator:
         return weighed.replace(rows=storage, losses=losses, reached=reached)
 
     def _finish(self, rows: Rows) -> None:
-        self._processes.check_clear(len(self._context.names or ()))
+        self._ranks.check_clear(len(self._context.names or ()))
         scale = self._loss_scale
         device = self._context.layout.device
         rows.finish(
-            self._processes,
+            self._ranks,
             self._settings,
             None if scale is None else scale.inverse(device),
             self._context.ascended,
@@ -288,15 +288,15 @@ class Evaluator:
         """Objectives that are yet to be weighed and back-propagated."""
         device = self._context.layout.device
         values = -losses.detach() if self._context.ascends_everywhere else losses.detach().clone()
-        if self._processes.together:
-            self._processes.agree("losses", device, names=names)
-            self._processes.add_up(values).div_(self._processes.size)
+        if self._ranks.together:
+            self._ranks.agree("losses", device, names=names)
+            self._ranks.add_up(values).div_(self._ranks.size)
 
         def gram() -> Float[Tensor, "K K"]:
-            if self._processes.together:
+            if self._ranks.together:
                 raise ValueError(
                     "rows='stream' takes inner products on one process only, and there are "
-                    f"{self._processes.size}; pass rows='keep' to gk.wrap()"
+                    f"{self._ranks.size}; pass rows='keep' to gk.wrap()"
                 )
             scale = self._loss_scale
             if scale is None:
@@ -420,7 +420,7 @@ class Evaluator:
         They have no place in the flat vectors of the step.
         """
         found = [parameter for parameter in self._beside if parameter.requires_grad]
-        if found and (self._processes.together or self._context.layout.shards is not None):
+        if found and (self._ranks.together or self._context.layout.shards is not None):
             raise RuntimeError(
                 "a closure has unfrozen a parameter, which the other ranks would have to know "
                 "of; call requires_grad_(True) before step()"

@@ -23,7 +23,7 @@ from gradkit.core.context import Context
 from gradkit.core.flat import Layout, Pool
 from gradkit.core.gradients import Gradients
 from gradkit.core.interrupts import Interrupts
-from gradkit.core.ranks import Processes, reshard
+from gradkit.core.ranks import Ranks, reshard
 from gradkit.core.transform import Transform
 from gradkit.engines.choice import (
     ParameterPlaces,
@@ -271,8 +271,8 @@ class GradientOptimizer(Optimizer):
             if not self._stepping:
                 with contextlib.suppress(ValueError):  # the hook's own error says more
                     layout = self._layout()
-                    processes = Processes.of(self.model, layout.shards, self.options.process_group)
-                    processes.report(error, layout.device)
+                    ranks = Ranks.of(self.model, layout.shards, self.options.process_group)
+                    ranks.report(error, layout.device)
             raise
         return closure
 
@@ -366,10 +366,10 @@ class GradientOptimizer(Optimizer):
                     direction = transaction.direction(gradients, self.options.max_norm)
                     for transform in self.transforms:
                         transform.before_step(transaction.context)
-                transaction.processes.agree("step", transaction.context.layout.device)
+                transaction.ranks.agree("step", transaction.context.layout.device)
                 if verdict.culprit is None:
                     if closure is not None:
-                        transaction.fields.average_others(transaction.processes)
+                        transaction.fields.average_others(transaction.ranks)
                     transaction.apply(
                         gradients, direction, verdict.scale, verdict.weights, self.transforms
                     )
@@ -397,7 +397,7 @@ class GradientOptimizer(Optimizer):
 
     def _skip_empty(self, transaction: Transaction, loss: Tensor | None) -> Tensor | None:
         """Leave everything as it was where objectives have left nothing to step on."""
-        transaction.processes.agree("idle", transaction.context.layout.device)
+        transaction.ranks.agree("idle", transaction.context.layout.device)
         transaction.undo(rng=False)
         self._record_idle(transaction, loss)
         return None if loss is None else loss.detach()
@@ -455,15 +455,15 @@ class GradientOptimizer(Optimizer):
         first, transaction = self._vector_layout is None, None
         try:
             layout = self._layout()
-            processes = Processes.of(self.model, layout.shards, self.options.process_group)
+            ranks = Ranks.of(self.model, layout.shards, self.options.process_group)
             self._stepping = True
             try:
-                transaction = self._make_transaction(layout, processes, interrupts)
+                transaction = self._make_transaction(layout, ranks, interrupts)
                 with torch.no_grad():
                     yield transaction
             except BaseException as error:
                 if transaction is None or not transaction.applied:
-                    processes.report(error, layout.device)
+                    ranks.report(error, layout.device)
                 raise
         finally:
             if first and (transaction is None or not transaction.applied):
@@ -488,9 +488,9 @@ class GradientOptimizer(Optimizer):
             return None
         return LossScale(scaler, owners=(self, self.base))
 
-    def _settings(self, processes: Processes, layout: Layout) -> int:
+    def _settings(self, ranks: Ranks, layout: Layout) -> int:
         """A number that says whether ranks would step alike on the same gradients."""
-        if not processes.together:
+        if not ranks.together:
             return 0
         rates = [group.get("lr") for group in self.base.param_groups]
         numbers = [None if rate is None else float(rate) for rate in rates]
@@ -509,7 +509,7 @@ class GradientOptimizer(Optimizer):
         return zlib.crc32(repr(facts).encode())
 
     def _make_transaction(
-        self, layout: Layout, processes: Processes, interrupts: Interrupts
+        self, layout: Layout, ranks: Ranks, interrupts: Interrupts
     ) -> Transaction:
         assert self._pool is not None  # made by _layout()
         self._pool.trim()
@@ -542,7 +542,7 @@ class GradientOptimizer(Optimizer):
             ),
             generators=[transform.generator for transform in self.transforms],
             others=[] if places is None else places.others,
-            processes=processes,
+            ranks=ranks,
             buffers=[] if model is None else model.buffers(),
             frozen=self._frozen(),
             make_evaluator=functools.partial(
@@ -550,8 +550,8 @@ class GradientOptimizer(Optimizer):
                 replay_rng=self.options.replay_rng,
                 measure=self.options.nonfinite != "ignore" or scale is not None,
                 interrupts=interrupts,
-                processes=processes,
-                settings=self._settings(processes, layout),
+                ranks=ranks,
+                settings=self._settings(ranks, layout),
                 loss_scale=scale,
             ),
         )
