@@ -39,7 +39,7 @@ from gradkit.engines.session import Session
 from gradkit.engines.stored import StoredGradients
 from gradkit.optimizer import state as saved_state
 from gradkit.optimizer.bases import Whole, check_group, sharing_kept, whole
-from gradkit.optimizer.finite_check import Nonfinite, NonFiniteError, judge
+from gradkit.optimizer.finite_check import Nonfinite, NonFiniteError, check_finite
 from gradkit.optimizer.hooks import global_post_hooks, global_pre_hooks
 from gradkit.optimizer.options import StepOptions
 from gradkit.optimizer.record import StepRecord
@@ -361,17 +361,17 @@ class GradientOptimizer(Optimizer):
                     self._record_idle(transaction, error.loss)
                     given = None if error.loss is None else error.loss.detach()
                     return given, ("idle", _IDLE.format(error))
-                verdict = judge(gradients, source, nonfinite, self.base, self._objection)
-                if verdict.culprit is None:
+                check = check_finite(gradients, source, nonfinite, self.base, self._objection)
+                if check.problem is None:
                     direction = transaction.direction(gradients, self.options.max_norm)
                     for transform in self.transforms:
                         transform.before_step(transaction.context)
                 transaction.ranks.agree("step", transaction.context.layout.device)
-                if verdict.culprit is None:
+                if check.problem is None:
                     if closure is not None:
                         transaction.fields.average_others(transaction.ranks)
                     transaction.apply(
-                        gradients, direction, verdict.scale, verdict.weights, self.transforms
+                        gradients, direction, check.scale, check.weights, self.transforms
                     )
                 else:
                     transaction.undo(rng=False)
@@ -380,7 +380,7 @@ class GradientOptimizer(Optimizer):
                     transaction.undo(rng=True)
                 raise
             if scale is not None:
-                overflowed = verdict.culprit is not None
+                overflowed = check.problem is not None
                 scale.update(transaction.context.layout.device, overflowed=overflowed)
             self._applied += transaction.applied
             self._record(transaction, gradients, source)
@@ -426,10 +426,10 @@ class GradientOptimizer(Optimizer):
                 raise
             last = source.measured[-1]
             try:
-                culprit = judge(last, source, nonfinite, self.base, self._objection).culprit
+                problem = check_finite(last, source, nonfinite, self.base, self._objection).problem
             except NonFiniteError as found:
                 raise found from error
-            if culprit is None:
+            if problem is None:
                 raise
             return last, source
 
