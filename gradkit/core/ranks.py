@@ -181,7 +181,7 @@ def _shard_dimension(parameter: Any) -> int:
 
 
 @dataclass(frozen=True, eq=False)
-class Processes:
+class Ranks:
     """The ranks that take a step together; by default this one alone.
 
     Attributes:
@@ -204,7 +204,7 @@ class Processes:
     @classmethod
     def of(
         cls, model: nn.Module | None, shards: Shards | None, choice: ProcessGroupChoice
-    ) -> Processes:
+    ) -> Ranks:
         """The ranks that a model and its parameters belong to.
 
         Args:

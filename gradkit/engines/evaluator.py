@@ -14,12 +14,12 @@ from gradkit.core.displacement import Displacement, Point
 from gradkit.core.gradients import Gradients
 from gradkit.core.interrupts import Interrupts
 from gradkit.core.random import RandomState
-from gradkit.core.ranks import Processes
+from gradkit.core.ranks import Ranks
 from gradkit.core.storage import Dense, Summed
 from gradkit.core.transform import Weigh
+from gradkit.engines.accumulation_check import AccumulationCheck
 from gradkit.engines.backward import Receivers, take_grads
 from gradkit.engines.loss_scale import LossScale
-from gradkit.engines.mark import Mark
 from gradkit.engines.objectives import (
     LOSS,
     GraphCheck,
@@ -59,7 +59,7 @@ class Evaluator:
         replay_rng: bool,
         measure: bool,
         interrupts: Interrupts,
-        processes: Processes,
+        ranks: Ranks,
         settings: int,
         loss_scale: LossScale | None,
         weighers: Sequence[Weigh] = (),
@@ -73,12 +73,12 @@ class Evaluator:
         self._draws: dict[str | None, RandomState] | None = {} if replay_rng else None
         self._measure = measure
         self._interrupts = interrupts
-        self._processes = processes
+        self._ranks = ranks
         self._settings = settings
         self._loss_scale = loss_scale
         self._weighers = weighers
         self._streams = context.streams if weighers or context.streams == "must" else "no"
-        self._mark = Mark(context.layout, accumulated)
+        self._accumulation = AccumulationCheck(context.layout, accumulated)
         self._beside = beside
         self._had_gradient = {parameter for parameter in beside if parameter.grad is not None}
         self._check = GraphCheck((), 0)
@@ -117,7 +117,7 @@ class Evaluator:
             None if at is None else Displacement.of(at, self._context.layout)
         )
         del at  # a point is not needed once the weights are there
-        with place as leaves, self._processes.local_gradients():
+        with place as leaves, self._ranks.local_gradients():
             if self._closures is None:
                 rows, weighed = self._evaluate_jointly(leaves, only)
             elif self._streams == "must":
@@ -152,11 +152,11 @@ class Evaluator:
         return weighed.replace(rows=storage, losses=losses, reached=reached)
 
     def _finish(self, rows: Rows) -> None:
-        self._processes.check_clear(len(self._context.names or ()))
+        self._ranks.check_clear(len(self._context.names or ()))
         scale = self._loss_scale
         device = self._context.layout.device
         rows.finish(
-            self._processes,
+            self._ranks,
             self._settings,
             None if scale is None else scale.inverse(device),
             self._context.ascended,
@@ -253,7 +253,7 @@ class Evaluator:
         checked = {name: checked_loss(loss, name) for name, loss in losses.items()}
         for name, loss in checked.items():
             rows.add_loss(name, loss)
-        self._mark.take(leaves, wanted[0], several=True)
+        self._accumulation.check(leaves, wanted[0], several=True)
         if self._collect(leaves) is not None:
             raise RuntimeError(_OWN_BACKWARD)
         chosen = []
@@ -288,15 +288,15 @@ class Evaluator:
         """Objectives that are yet to be weighed and back-propagated."""
         device = self._context.layout.device
         values = -losses.detach() if self._context.ascends_everywhere else losses.detach().clone()
-        if self._processes.together:
-            self._processes.agree("losses", device, names=names)
-            self._processes.add_up(values).div_(self._processes.size)
+        if self._ranks.together:
+            self._ranks.agree("losses", device, names=names)
+            self._ranks.add_up(values).div_(self._ranks.size)
 
         def gram() -> Float[Tensor, "K K"]:
-            if self._processes.together:
+            if self._ranks.together:
                 raise ValueError(
                     "rows='stream' takes inner products on one process only, and there are "
-                    f"{self._processes.size}; pass rows='keep' to gk.wrap()"
+                    f"{self._ranks.size}; pass rows='keep' to gk.wrap()"
                 )
             scale = self._loss_scale
             if scale is None:
@@ -315,7 +315,7 @@ class Evaluator:
         )
 
         def interruptible() -> None:
-            self._mark.place(leaves)
+            self._accumulation.place(leaves)
             with torch.enable_grad(), self._interrupts.allowed():
                 body()
 
@@ -328,7 +328,7 @@ class Evaluator:
             raise RuntimeError(computed_outside(key or LOSS)) from error
         finally:
             _forget_parametrizations()
-            self._mark.forget()
+            self._accumulation.forget()
         if check.outside is not None:
             self._outside[key] = check.outside
 
@@ -361,7 +361,7 @@ class Evaluator:
         checked = {name: checked_loss(loss, name) for name, loss in losses.items()}
         for name, loss in checked.items():
             rows.add_loss(name, loss)
-        self._mark.take(leaves, next(iter(checked)), several=len(checked) > 1)
+        self._accumulation.check(leaves, next(iter(checked)), several=len(checked) > 1)
         own = self._collect(leaves)
         if own is not None:
             if len(checked) > 1:
@@ -420,7 +420,7 @@ class Evaluator:
         They have no place in the flat vectors of the step.
         """
         found = [parameter for parameter in self._beside if parameter.requires_grad]
-        if found and (self._processes.together or self._context.layout.shards is not None):
+        if found and (self._ranks.together or self._context.layout.shards is not None):
             raise RuntimeError(
                 "a closure has unfrozen a parameter, which the other ranks would have to know "
                 "of; call requires_grad_(True) before step()"

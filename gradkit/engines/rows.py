@@ -13,7 +13,7 @@ from gradkit.core.context import Context
 from gradkit.core.flat import are_unshared, copy_parts
 from gradkit.core.gradients import Gradients
 from gradkit.core.gram import accumulator
-from gradkit.core.ranks import Processes, local
+from gradkit.core.ranks import Ranks, local
 from gradkit.core.storage import Parts, Single
 from gradkit.engines.backward import Receivers
 from gradkit.engines.objectives import LOSS, NoGradientError, as_plain, checked_grad
@@ -182,7 +182,7 @@ class Rows:
     @torch.no_grad()
     def finish(
         self,
-        processes: Processes,
+        ranks: Ranks,
         settings: int,
         unscale: Float[Tensor, ""] | None,
         ascended: Sequence[int],
@@ -190,7 +190,7 @@ class Rows:
         """Undo the loss scale, average over the ranks, and make all that is maximised minimised.
 
         Args:
-            processes: The ranks.
+            ranks: The ranks.
             settings: A number that must be the same on all of them.
             unscale: What to multiply the gradients by; None for 1.
             ascended: The parameters whose gradients are to be negated.
@@ -198,7 +198,7 @@ class Rows:
         Raises:
             RankError: If a rank has failed, or if they differ where they must not.
         """
-        if self._parts is None or unscale is not None or processes.averages:
+        if self._parts is None or unscale is not None or ranks.averages:
             for name, views in zip(self._names, self._flat()[1], strict=True):
                 unreached = [
                     view for view, flag in zip(views, self._reached[name], strict=True) if not flag
@@ -206,10 +206,10 @@ class Rows:
                 if unreached:
                     torch._foreach_zero_(unreached)
         factor: Tensor | float | None = unscale
-        if processes.together:
-            self._average(processes, settings)
-            if processes.averages:
-                share = 1 / processes.size
+        if ranks.together:
+            self._average(ranks, settings)
+            if ranks.averages:
+                share = 1 / ranks.size
                 factor = share if unscale is None else unscale * share
         if factor is not None:
             self._flat()[0].mul_(factor)
@@ -220,24 +220,22 @@ class Rows:
             vectors = [self._parts] if self._parts is not None else self._flat()[1]
             torch._foreach_neg_([part for parts in vectors for part in _chosen(parts, ascended)])
 
-    def _average(self, processes: Processes, settings: int) -> None:
+    def _average(self, ranks: Ranks, settings: int) -> None:
         device = self._layout.device
         flags = bytes(flag for name in self._names for flag in self._reached[name])
-        alike = processes.agree(
-            "evaluation", device, names=self._names, settings=settings, flags=flags
-        )
+        alike = ranks.agree("evaluation", device, names=self._names, settings=settings, flags=flags)
         if not alike:
-            everywhere = processes.any([self._reached[name] for name in self._names], device)
+            everywhere = ranks.any([self._reached[name] for name in self._names], device)
             self._reached = dict(zip(self._names, everywhere, strict=True))
         names = [*self._losses]
         losses = stacked([self.loss(name) for name in names], device).to(accumulator(device))
-        processes.add_up(losses).div_(processes.size)
+        ranks.add_up(losses).div_(ranks.size)
         for name, loss in zip(names, losses, strict=True):
             own = self._losses[name]
             if own is not None:
                 self._losses[name] = loss.to(own.dtype)
-        if processes.averages:
-            processes.add_up(self._flat()[0])
+        if ranks.averages:
+            ranks.add_up(self._flat()[0])
 
     def gradients(self) -> Gradients:
         """What has been added up."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from gradkit.core.context import Context
 from gradkit.core.displacement import Point
 from gradkit.core.gradients import Gradients
-from gradkit.core.ranks import Processes
+from gradkit.core.ranks import Ranks
 from gradkit.engines.rows import Rows
 
 
@@ -22,15 +22,15 @@ class StoredGradients:
         grads: Sequence[Tensor | None],
         loss: Tensor | None,
         context: Context,
-        processes: Processes,
+        ranks: Ranks,
     ) -> None:
         context.names = (name,)
         rows = Rows((name,), context.layout.parameters, context)
         rows.add_loss(name, loss)
         rows.add(name, grads)
-        processes.check_clear(1)
-        reduced = processes.replicas or not processes.averages  # DDP has reduced its own
-        rows.finish(Processes() if reduced else processes, 0, None, context.ascended)
+        ranks.check_clear(1)
+        reduced = ranks.replicas or not ranks.averages  # DDP has reduced its own
+        rows.finish(Ranks() if reduced else ranks, 0, None, context.ascended)
         self._gradients = rows.gradients()
         self.first_losses = {name: rows.loss(name)}
         context.without_loss |= rows.without_loss()

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from gradkit.core.flat import Layout
-from gradkit.core.ranks import Processes, local
+from gradkit.core.ranks import Ranks, local
 
 
 class GradFields:
-    """The `.grad` of all parameters as it was before an attempt at a step.
+    """The `.grad` of all parameters from before a step.
 
     Attributes:
         unplaced: The optimizer's parameters that have no place in the flat vector.
@@ -86,17 +86,17 @@ class GradFields:
             parameter.grad = None
 
     @torch.no_grad()
-    def average_others(self, processes: Processes) -> None:
+    def average_others(self, ranks: Ranks) -> None:
         """Average the gradients that closures have left beside the optimised ones."""
-        if not (processes.averages and self._others):
+        if not (ranks.averages and self._others):
             return
-        anywhere = processes.any([[o.has_changed for o in self._others]], self._device)[0]
+        anywhere = ranks.any([[o.has_changed for o in self._others]], self._device)[0]
         for other, found in zip(self._others, anywhere, strict=True):
             if not found:
                 continue
             grad = other.parameter.grad
             grad = torch.zeros_like(other.parameter) if grad is None else grad.detach().clone()
-            other.parameter.grad = processes.add_up(grad).div_(processes.size)
+            other.parameter.grad = ranks.add_up(grad).div_(ranks.size)
 
     def put_back(self) -> None:
         """Put back what the optimizer's parameters held."""
@@ -113,7 +113,7 @@ class GradFields:
 
 
 class _GradientBefore:
-    """The gradient of a parameter that is not optimised, as it was before the attempt."""
+    """The gradient that a parameter which is not optimised had before the step."""
 
     def __init__(self, parameter: Tensor) -> None:
         self.parameter = parameter

@@ -23,7 +23,7 @@ from gradkit.core.context import Context
 from gradkit.core.flat import Layout, Pool
 from gradkit.core.gradients import Gradients
 from gradkit.core.interrupts import Interrupts
-from gradkit.core.ranks import Processes, reshard
+from gradkit.core.ranks import Ranks, reshard
 from gradkit.core.transform import Transform
 from gradkit.engines.choice import (
     ParameterPlaces,
@@ -39,11 +39,11 @@ from gradkit.engines.session import Session
 from gradkit.engines.stored import StoredGradients
 from gradkit.optimizer import state as saved_state
 from gradkit.optimizer.bases import Whole, check_group, sharing_kept, whole
-from gradkit.optimizer.finite_check import Nonfinite, NonFiniteError, judge
+from gradkit.optimizer.finite_check import Nonfinite, NonFiniteError, check_finite
 from gradkit.optimizer.hooks import global_post_hooks, global_pre_hooks
 from gradkit.optimizer.options import StepOptions
 from gradkit.optimizer.record import StepRecord
-from gradkit.optimizer.transaction import Attempt
+from gradkit.optimizer.transaction import Transaction
 
 _IDLE = (
     "step() had nothing to step on: {}. As with a bare optimizer nothing was changed, and "
@@ -271,8 +271,8 @@ class GradientOptimizer(Optimizer):
             if not self._stepping:
                 with contextlib.suppress(ValueError):  # the hook's own error says more
                     layout = self._layout()
-                    processes = Processes.of(self.model, layout.shards, self.options.process_group)
-                    processes.report(error, layout.device)
+                    ranks = Ranks.of(self.model, layout.shards, self.options.process_group)
+                    ranks.report(error, layout.device)
             raise
         return closure
 
@@ -300,16 +300,16 @@ class GradientOptimizer(Optimizer):
             >>> optimizer.gradients(lambda: w.square().sum(), at=torch.tensor([1.0])).rows
             tensor([[8.]])
         """
-        with self._attempt() as attempt:
+        with self._transaction() as transaction:
             check_objectives(objectives)
             try:
-                attempt.fields.set_aside()
-                attempt.context.ascended = ()  # whatever the base makes of them
-                attempt.context.streams = "no"
-                found = attempt.evaluator(objectives).evaluate(at, only)
-                return found.with_parameter_names(attempt.context.parameter_names)
+                transaction.fields.set_aside()
+                transaction.context.ascended = ()  # whatever the base makes of them
+                transaction.context.streams = "no"
+                found = transaction.evaluator(objectives).evaluate(at, only)
+                return found.with_parameter_names(transaction.context.parameter_names)
             finally:
-                attempt.undo(rng=False)
+                transaction.undo(rng=False)
 
     def _parameter_names(self, layout: Layout) -> tuple[str | int, ...]:
         """What the model or the base optimizer calls each parameter; else its position."""
@@ -330,17 +330,17 @@ class GradientOptimizer(Optimizer):
         self, closure: Objectives | None
     ) -> tuple[Tensor | None, tuple[str, str] | None]:
         """The loss, and what is to be warned of once the step is done: its kind and the text."""
-        with self._attempt() as attempt:
+        with self._transaction() as transaction:
             scale = self._loss_scale
             if scale is not None:
                 scale.refuse_unscaled()
             if closure is not None:
                 check_objectives(closure)
-            elif attempt.can_only_initialise():
-                attempt.initialise(self.transforms)
-                if not attempt.has_no_gradient:
+            elif transaction.can_only_initialise():
+                transaction.initialise(self.transforms)
+                if not transaction.has_no_gradient:
                     return None, None
-                self._record_idle(attempt, None)
+                self._record_idle(transaction, None)
                 return None, ("idle", _IDLE.format("no parameter has a gradient"))
             if closure is None and scale is not None:
                 raise RuntimeError(
@@ -349,41 +349,41 @@ class GradientOptimizer(Optimizer):
                 )
             nonfinite = self.options.nonfinite if scale is None else "skip"
             try:
-                attempt.fields.set_aside()
+                transaction.fields.set_aside()
                 try:
-                    gradients, source = self._evaluate(attempt, closure, nonfinite)
+                    gradients, source = self._evaluate(transaction, closure, nonfinite)
                 except NoGradientError as error:
                     if self.options.on_empty == "skip":
-                        return self._skip_empty(attempt, error.loss), None
-                    if not attempt.may_be_idle():
+                        return self._skip_empty(transaction, error.loss), None
+                    if not transaction.may_be_idle():
                         raise
-                    attempt.idle()
-                    self._record_idle(attempt, error.loss)
+                    transaction.idle()
+                    self._record_idle(transaction, error.loss)
                     given = None if error.loss is None else error.loss.detach()
                     return given, ("idle", _IDLE.format(error))
-                verdict = judge(gradients, source, nonfinite, self.base, self._objection)
-                if verdict.culprit is None:
-                    direction = attempt.direction(gradients, self.options.max_norm)
+                check = check_finite(gradients, source, nonfinite, self.base, self._objection)
+                if check.problem is None:
+                    direction = transaction.direction(gradients, self.options.max_norm)
                     for transform in self.transforms:
-                        transform.before_step(attempt.context)
-                attempt.processes.agree("step", attempt.context.layout.device)
-                if verdict.culprit is None:
+                        transform.before_step(transaction.context)
+                transaction.ranks.agree("step", transaction.context.layout.device)
+                if check.problem is None:
                     if closure is not None:
-                        attempt.fields.average_others(attempt.processes)
-                    attempt.apply(
-                        gradients, direction, verdict.scale, verdict.weights, self.transforms
+                        transaction.fields.average_others(transaction.ranks)
+                    transaction.apply(
+                        gradients, direction, check.scale, check.weights, self.transforms
                     )
                 else:
-                    attempt.undo(rng=False)
+                    transaction.undo(rng=False)
             except BaseException:
-                if not attempt.applied:
-                    attempt.undo(rng=True)
+                if not transaction.applied:
+                    transaction.undo(rng=True)
                 raise
             if scale is not None:
-                overflowed = verdict.culprit is not None
-                scale.update(attempt.context.layout.device, overflowed=overflowed)
-            self._applied += attempt.applied
-            self._record(attempt, gradients, source)
+                overflowed = check.problem is not None
+                scale.update(transaction.context.layout.device, overflowed=overflowed)
+            self._applied += transaction.applied
+            self._record(transaction, gradients, source)
             alone = [each for each in self.transforms if each.needs_several]
             warning = None
             if len(gradients.names) > 1:
@@ -393,13 +393,13 @@ class GradientOptimizer(Optimizer):
             if closure is None:
                 return None, warning
             firsts = [*source.first_losses.values()]
-            return stacked(firsts, attempt.context.layout.device).sum(), warning
+            return stacked(firsts, transaction.context.layout.device).sum(), warning
 
-    def _skip_empty(self, attempt: Attempt, loss: Tensor | None) -> Tensor | None:
+    def _skip_empty(self, transaction: Transaction, loss: Tensor | None) -> Tensor | None:
         """Leave everything as it was where objectives have left nothing to step on."""
-        attempt.processes.agree("idle", attempt.context.layout.device)
-        attempt.undo(rng=False)
-        self._record_idle(attempt, loss)
+        transaction.ranks.agree("idle", transaction.context.layout.device)
+        transaction.undo(rng=False)
+        self._record_idle(transaction, loss)
         return None if loss is None else loss.detach()
 
     def _warn(self, kind: str, text: str) -> None:
@@ -409,7 +409,7 @@ class GradientOptimizer(Optimizer):
             warnings.warn(text, UserWarning, stacklevel=5)
 
     def _evaluate(
-        self, attempt: Attempt, closure: Objectives | None, nonfinite: Nonfinite
+        self, transaction: Transaction, closure: Objectives | None, nonfinite: Nonfinite
     ) -> tuple[Gradients, Evaluator | StoredGradients]:
         """What the transforms make of the gradients; the source's own where that fails on NaNs.
 
@@ -417,19 +417,19 @@ class GradientOptimizer(Optimizer):
         anything. That is then a step that is not finite.
         """
         try:
-            gradients = attempt.evaluate(closure, self.transforms)
-            assert attempt.source is not None  # made by evaluate()
-            return gradients, attempt.source
+            gradients = transaction.evaluate(closure, self.transforms)
+            assert transaction.source is not None  # made by evaluate()
+            return gradients, transaction.source
         except Exception as error:
-            source = attempt.source
+            source = transaction.source
             if nonfinite == "ignore" or source is None or not source.measured:
                 raise
             last = source.measured[-1]
             try:
-                culprit = judge(last, source, nonfinite, self.base, self._objection).culprit
+                problem = check_finite(last, source, nonfinite, self.base, self._objection).problem
             except NonFiniteError as found:
                 raise found from error
-            if culprit is None:
+            if problem is None:
                 raise
             return last, source
 
@@ -439,7 +439,7 @@ class GradientOptimizer(Optimizer):
         return next((reason for reason in found if reason is not None), None)
 
     @contextmanager
-    def _attempt(self) -> Iterator[Attempt]:
+    def _transaction(self) -> Iterator[Transaction]:
         if self._stepping:
             raise RuntimeError(
                 "step() was called from inside a closure of the same optimizer; a closure only "
@@ -452,21 +452,21 @@ class GradientOptimizer(Optimizer):
             )
         interrupts = Interrupts()
         interrupts.begin()
-        first, attempt = self._vector_layout is None, None
+        first, transaction = self._vector_layout is None, None
         try:
             layout = self._layout()
-            processes = Processes.of(self.model, layout.shards, self.options.process_group)
+            ranks = Ranks.of(self.model, layout.shards, self.options.process_group)
             self._stepping = True
             try:
-                attempt = self._make_attempt(layout, processes, interrupts)
+                transaction = self._make_transaction(layout, ranks, interrupts)
                 with torch.no_grad():
-                    yield attempt
+                    yield transaction
             except BaseException as error:
-                if attempt is None or not attempt.applied:
-                    processes.report(error, layout.device)
+                if transaction is None or not transaction.applied:
+                    ranks.report(error, layout.device)
                 raise
         finally:
-            if first and (attempt is None or not attempt.applied):
+            if first and (transaction is None or not transaction.applied):
                 self._forget_vectors()  # weights may still change before the first step
             self._stepping = False
             interrupts.end()
@@ -488,9 +488,9 @@ class GradientOptimizer(Optimizer):
             return None
         return LossScale(scaler, owners=(self, self.base))
 
-    def _settings(self, processes: Processes, layout: Layout) -> int:
+    def _settings(self, ranks: Ranks, layout: Layout) -> int:
         """A number that says whether ranks would step alike on the same gradients."""
-        if not processes.together:
+        if not ranks.together:
             return 0
         rates = [group.get("lr") for group in self.base.param_groups]
         numbers = [None if rate is None else float(rate) for rate in rates]
@@ -508,9 +508,9 @@ class GradientOptimizer(Optimizer):
         )
         return zlib.crc32(repr(facts).encode())
 
-    def _make_attempt(
-        self, layout: Layout, processes: Processes, interrupts: Interrupts
-    ) -> Attempt:
+    def _make_transaction(
+        self, layout: Layout, ranks: Ranks, interrupts: Interrupts
+    ) -> Transaction:
         assert self._pool is not None  # made by _layout()
         self._pool.trim()
         model, places = self.model, self._places
@@ -528,7 +528,7 @@ class GradientOptimizer(Optimizer):
             session: Session = FunctionalSession(layout, self._pool, places, self.base)
         else:
             session = InplaceSession(layout, self._pool, model, places)
-        return Attempt(
+        return Transaction(
             self.base,
             session,
             Context(
@@ -542,7 +542,7 @@ class GradientOptimizer(Optimizer):
             ),
             generators=[transform.generator for transform in self.transforms],
             others=[] if places is None else places.others,
-            processes=processes,
+            ranks=ranks,
             buffers=[] if model is None else model.buffers(),
             frozen=self._frozen(),
             make_evaluator=functools.partial(
@@ -550,8 +550,8 @@ class GradientOptimizer(Optimizer):
                 replay_rng=self.options.replay_rng,
                 measure=self.options.nonfinite != "ignore" or scale is not None,
                 interrupts=interrupts,
-                processes=processes,
-                settings=self._settings(processes, layout),
+                ranks=ranks,
+                settings=self._settings(ranks, layout),
                 loss_scale=scale,
             ),
         )
@@ -563,10 +563,10 @@ class GradientOptimizer(Optimizer):
             return ()
         return tuple(t for t, group in enumerate(layout.groups) if flags[group])
 
-    def _record_idle(self, attempt: Attempt, loss: Tensor | None) -> None:
+    def _record_idle(self, transaction: Transaction, loss: Tensor | None) -> None:
         """Record a step in which there was nothing to step on."""
-        device = attempt.context.layout.device
-        names = attempt.context.names or (LOSS,)
+        device = transaction.context.layout.device
+        names = transaction.context.names or (LOSS,)
         unknown = torch.full((), torch.nan, device=device)
         losses = [unknown if loss is None or len(names) > 1 else loss.detach() for _ in names]
         zeros = torch.zeros(len(names), device=device)
@@ -582,16 +582,16 @@ class GradientOptimizer(Optimizer):
         )
 
     def _record(
-        self, attempt: Attempt, gradients: Gradients, source: Evaluator | StoredGradients
+        self, transaction: Transaction, gradients: Gradients, source: Evaluator | StoredGradients
     ) -> None:
-        device = attempt.context.layout.device
+        device = transaction.context.layout.device
         firsts = source.first_losses
         losses = stacked([firsts[name] for name in gradients.names], device)
-        context = attempt.context
+        context = transaction.context
         self.last_step = StepRecord(
             names=gradients.names,
             losses=losses,
-            applied=attempt.applied,
+            applied=transaction.applied,
             _gram=gradients.seen_gram,
             _weights=gradients.weights,
             _lr_scale=gradients.lr_scale,

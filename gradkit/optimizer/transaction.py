@@ -1,4 +1,4 @@
-"""One attempt at a step: what it evaluates, what it applies, and how it is undone."""
+"""The transaction of one step: evaluate, then apply everything or undo everything."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gradkit.core.gradients import Gradients
 from gradkit.core.gram import norm
 from gradkit.core.oracle import Oracle
 from gradkit.core.random import RandomState
-from gradkit.core.ranks import Processes, as_part_of
+from gradkit.core.ranks import Ranks, as_part_of
 from gradkit.core.storage import Parts
 from gradkit.core.transform import Transform, Weigh, leading_reweighings
 from gradkit.engines.evaluator import Evaluator
@@ -27,10 +27,10 @@ from gradkit.optimizer.hooks import global_hooks_muted
 from gradkit.optimizer.state import link_stepped
 
 
-class Attempt:
-    """One attempt at a step.
+class Transaction:
+    """One step, which is applied as a whole or leaves no trace.
 
-    Until `apply` has called the base optimizer, `undo` leaves no trace of it.
+    Until `apply` has called the base optimizer, `undo` can restore everything.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Attempt:
         others: Sequence[Tensor],
         frozen: Sequence[Tensor],
         make_evaluator: Callable[..., Evaluator],
-        processes: Processes,
+        ranks: Ranks,
         buffers: Iterable[Tensor],
     ) -> None:
         self.context = context
@@ -53,7 +53,7 @@ class Attempt:
         self._session = session
         self._parameters = context.layout.parameters
         self._make_evaluator = make_evaluator
-        self.processes = processes
+        self.ranks = ranks
         self._buffers = buffers
         self.fields = GradFields(base, context.layout, others, frozen)
         self._random = RandomState.capture(context.layout.device)
@@ -70,7 +70,7 @@ class Attempt:
         still = all(group.get("lr", 1) == 0 for group in self._base.param_groups)
         initialises = self.fields.are_none or (still and self.fields.are_zero)
         what = "nothing to step on" if initialises else "gradients to step on"
-        self.processes.agree("step", self.context.layout.device, names=(what,))
+        self.ranks.agree("step", self.context.layout.device, names=(what,))
         return initialises
 
     @property
@@ -132,7 +132,7 @@ class Attempt:
         self, name: str, loss: Tensor | None, transforms: Sequence[Transform]
     ) -> Gradients:
         source = self.source = StoredGradients(
-            name, self.fields.before, loss, self.context, self.processes
+            name, self.fields.before, loss, self.context, self.ranks
         )
         return self._chain(source.evaluate, transforms)()
 
@@ -204,9 +204,9 @@ class Attempt:
             if parameter.grad is not None:
                 marked(parameter.grad)  # some optimizers write into it
         self.applied = True
-        self.processes.agree("applied", self.context.layout.device)
+        self.ranks.agree("applied", self.context.layout.device)
         self._session.commit()
-        self.processes.share_buffers(self._buffers)
+        self.ranks.share_buffers(self._buffers)
         self.context.gradients = gradients
         for transform in transforms:
             self.context.commit(transform)
@@ -238,17 +238,17 @@ class Attempt:
 
         What closures have done to buffers stays; old gradients come back.
         """
-        self.processes.agree("idle", self.context.layout.device)
+        self.ranks.agree("idle", self.context.layout.device)
         self.fields.set_aside()
         self.fields.drop_stale()
         with global_hooks_muted():
             self._base.step()
         self._session.commit()
-        self.processes.share_buffers(self._buffers)
+        self.ranks.share_buffers(self._buffers)
         self.fields.put_back()
 
     def undo(self, *, rng: bool) -> None:
-        """Put everything back as it was before the attempt; the random numbers only if `rng`."""
+        """Restore the state from before the step; random number generators only if `rng`."""
         self._session.rollback()
         self.fields.put_all_back()
         for generator, state in self._generators:

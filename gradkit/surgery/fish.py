@@ -14,7 +14,7 @@ from gradkit.core.gradients import Gradients
 from gradkit.core.oracle import Oracle
 from gradkit.core.transform import Transform
 from gradkit.surgery.rule import own_generator
-from gradkit.surgery.visits import Those, Visits
+from gradkit.surgery.visit_order import LazySelection, VisitOrder
 
 
 @dataclass(eq=False)
@@ -84,11 +84,11 @@ class Fish(Transform):
         self.generator = own_generator(self.generator)
 
     def around(self, inner: Oracle, context: Context) -> Oracle:
-        visits = Visits(context, self.generator if self.shuffle else None)
+        visits = VisitOrder(context, self.generator if self.shuffle else None)
 
         def oracle(at: Point | None = None, only: Container[str] | None = None) -> Gradients:
             # What the objectives are called may be known only once a closure has run.
-            first = inner(at, Those(lambda name: name in visits.order(only)[:1]))
+            first = inner(at, LazySelection(lambda name: name in visits.order(only)[:1]))
             names = visits.order(only)
             if len(names) < 2:
                 return first

@@ -15,7 +15,7 @@ from gradkit.core.gradients import Gradients
 from gradkit.core.oracle import Oracle
 from gradkit.core.transform import Transform
 from gradkit.surgery.rule import own_generator
-from gradkit.surgery.visits import Those, Visits
+from gradkit.surgery.visit_order import LazySelection, VisitOrder
 
 
 @dataclass(eq=False)
@@ -83,7 +83,7 @@ class MLDG(Transform):
         self.generator = own_generator(self.generator)
 
     def around(self, inner: Oracle, context: Context) -> Oracle:
-        visits = Visits(context, self.generator if self.test is None else None)
+        visits = VisitOrder(context, self.generator if self.test is None else None)
 
         def oracle(at: Point | None = None, only: Container[str] | None = None) -> Gradients:
             def test() -> str | None:
@@ -93,7 +93,7 @@ class MLDG(Transform):
                 return next(left, None)
 
             self._require_test(context)
-            here = inner(at, Those(lambda n: n != test() and (only is None or n in only)))
+            here = inner(at, LazySelection(lambda n: n != test() and (only is None or n in only)))
             self._require_test(context)
             j = test()
             train = [k for k in here.active if here.names[k] != j]
