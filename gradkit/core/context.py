@@ -65,6 +65,7 @@ class Context:
     parameter_names: tuple[str | int, ...] = ()
     _proposals: dict[int, dict[str, Any]] = field(default_factory=dict, repr=False)
     _vectors: dict[int, dict[str, Tensor]] = field(default_factory=dict, repr=False)
+    _committed: bool = field(default=False, repr=False)
 
     # What the engines know.
 
@@ -188,7 +189,8 @@ class Context:
     def propose(self, transform: Transform, **state: Any) -> None:
         """Note new state for `transform`; it takes effect if the step is applied.
 
-        Of several proposals in one step the last one counts.
+        Of several proposals in one step the last one counts. In `after_step`, it takes effect at
+        once.
 
         Raises:
             ValueError: If a vector has another shape than the one it is to replace, or if a tensor
@@ -204,6 +206,8 @@ class Context:
                     f"{tuple(value.shape)}; it has shape {tuple(kept.shape)}"
                 )
         self._proposals.setdefault(id(transform), {}).update(state)
+        if self._committed:
+            self._commit(transform)
 
     def propose_vectors(self, transform: Transform, **vectors: Float[Tensor, " P"]) -> None:
         """Note new flat vectors for `transform`, which may be ones it has not had before.
@@ -213,23 +217,26 @@ class Context:
         `initial_vectors` make them then.
         """
         self._vectors.setdefault(id(transform), {}).update(vectors)
+        if self._committed:
+            self._commit(transform)
 
     def proposed(self, transform: Transform) -> dict[str, Any]:
         """What has been proposed for `transform` in this step so far."""
         return dict(self._proposals.get(id(transform), {}))
 
-    def commit(self, transform: Transform) -> None:
-        """Make what was proposed for `transform` its state."""
-        for name, value in self._proposals.get(id(transform), {}).items():
-            if name in transform.vectors:
-                transform.vectors[name].copy_(value)
-            else:
-                transform.state[name] = value
-        for name, vector in self._vectors.get(id(transform), {}).items():
-            if name in transform.vectors:
-                transform.vectors[name].copy_(vector)
-            else:
-                transform.vectors[name] = vector.clone()
+    def commit(self, transforms: Sequence[Transform]) -> None:
+        """Make what was proposed for transforms their state."""
+        self._committed = True
+        for transform in transforms:
+            self._commit(transform)
+
+    def _commit(self, transform: Transform) -> None:
+        for name, value in self._proposals.pop(id(transform), {}).items():
+            held = transform.vectors if name in transform.vectors else transform.state
+            held[name] = value
+        for name, vector in self._vectors.pop(id(transform), {}).items():
+            known = name in transform.vectors
+            transform.vectors[name] = vector if known else vector.clone()
 
     def require_losses(self, who: Transform, names: Sequence[str]) -> None:
         """Check that the losses of these objectives are known.

@@ -56,7 +56,7 @@ class Transform:
     @property
     def vectors(self) -> dict[str, Tensor]:
         """What outlasts a step, of the length of the flat vector."""
-        vectors: dict[str, Tensor] = self.__dict__.setdefault("_vectors", {})
+        vectors: dict[str, Tensor] = self.__dict__.setdefault("_vectors", _Vectors())
         return vectors
 
     @property
@@ -167,6 +167,23 @@ class Transform:
     def mark(self) -> str | None:
         """A short text by which to know again what is saved elsewhere; None for nothing."""
         return None
+
+
+class _Vectors(dict[str, Tensor]):
+    """Flat vectors by name. The optimizer's state shows them: an assigned vector is copied."""
+
+    def __setitem__(self, name: str, value: Tensor) -> None:
+        kept = self.get(name)
+        if kept is None:
+            super().__setitem__(name, value)
+            return
+        if value.shape != kept.shape:
+            raise ValueError(
+                f"the new vector {name!r} has shape {tuple(value.shape)}; it is to replace one of "
+                f"shape {tuple(kept.shape)}"
+            )
+        with torch.no_grad():
+            kept.copy_(value)
 
 
 Weigh = Callable[[Gradients], Gradients]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Container, Generator, Mapping, Sequence
+from collections.abc import Collection, Container, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -173,41 +174,33 @@ class Evaluator:
         names = tuple(name for name in self._closures if only is None or name in only)
         rows = Rows(names, leaves, self._context)
         for name in names:
-            closure = self._closures[name]
-
-            def body(name: str = name, closure: Any = closure) -> None:
-                with micro_batches(closure()) as items:
-                    empty = True
-                    for item in items:
-                        empty = False
-                        if isinstance(item, Mapping):
-                            raise ValueError(
-                                f"objective {name!r} returned a mapping; pass the closure itself "
-                                "to step() if it computes several objectives"
-                            )
-                        self._back_propagate(name, {name: item}, (name,), rows, leaves)
-                        del item  # and its graph, before the next micro-batch is computed
-                    if empty:
-                        raise NoGradientError(
-                            f"the closure of objective {name!r} produced no gradient: its "
-                            "generator yielded nothing"
+            with self._running(name, leaves), micro_batches(self._closures[name]()) as items:
+                empty = True
+                for item in items:
+                    empty = False
+                    if isinstance(item, Mapping):
+                        raise ValueError(
+                            f"objective {name!r} returned a mapping; pass the closure itself "
+                            "to step() if it computes several objectives"
                         )
-
-            self._run_with_draws(name, body, leaves)
+                    self._back_propagate(name, {name: item}, (name,), rows, leaves)
+                    del item  # and its graph, before the next micro-batch is computed
+                if empty:
+                    raise NoGradientError(
+                        f"the closure of objective {name!r} produced no gradient: its generator "
+                        "yielded nothing"
+                    )
         return rows
 
     def _evaluate_jointly(
         self, leaves: Sequence[Tensor], only: Container[str] | None
     ) -> tuple[Rows, Gradients | None]:
         """The rows; or one row of their weighted sum, and what was made of the losses."""
-        closure = self._joint
-        assert closure is not None
+        assert self._joint is not None
         rows: Rows | None = None
         weighed: Gradients | None = None
-
-        def body() -> None:
-            nonlocal rows, weighed
-            returned = closure()
+        with self._running(None, leaves):
+            returned = self._joint()
             streams = self._streams != "no"
             if streams and isinstance(returned, Generator):
                 if self._streams == "must":
@@ -215,6 +208,7 @@ class Evaluator:
                     raise ValueError(_NOT_JOINT)
                 streams = False
             with micro_batches(returned) as items:
+                del returned  # so that no name holds on to the losses
                 for item in items:
                     losses = item if isinstance(item, Mapping) else {LOSS: item}
                     names = self._agree_on(tuple(losses), only)
@@ -226,8 +220,6 @@ class Evaluator:
                         rows = Rows(wanted, leaves, self._context, losses=names)
                     self._back_propagate(None, losses, wanted, rows, leaves)
                     del item, losses  # and their graphs, before the next micro-batch is computed
-
-        self._run_with_draws(None, body, leaves)
         if rows is None:
             raise NoGradientError("the closure produced no gradient: its generator yielded nothing")
         return rows, weighed
@@ -306,22 +298,19 @@ class Evaluator:
 
         return Gradients(names, values, Summed(self._context.layout, gram))
 
-    def _run(
-        self, key: str | None, body: Callable[[], None], first: bool, leaves: Sequence[Tensor]
-    ) -> None:
-        known = self._outside.get(key)
+    @contextmanager
+    def _running(self, key: str | None, leaves: Sequence[Tensor]) -> Iterator[None]:
+        """A context for a closure and its gradients; `key` is its objective, None if joint."""
+        first, known = key not in self._evaluated, self._outside.get(key)
         self._check = check = GraphCheck.starting(
             (*leaves, *self._context.layout.parameters), known, suspicious=first
         )
-
-        def interruptible() -> None:
-            self._accumulation.place(leaves)
-            with torch.enable_grad(), self._interrupts.allowed():
-                body()
-
         _forget_parametrizations()
         try:
-            self._session.run(interruptible, keep_buffers=first)
+            with self._drawing(key), self._session.running(keep_buffers=first):
+                self._accumulation.place(leaves)
+                with torch.enable_grad(), self._interrupts.allowed():
+                    yield
         except RuntimeError as error:
             if known is None or not self._is_displaced or isinstance(error, NoGradientError):
                 raise
@@ -331,6 +320,24 @@ class Evaluator:
             self._accumulation.forget()
         if check.outside is not None:
             self._outside[key] = check.outside
+        self._evaluated.add(key)
+
+    @contextmanager
+    def _drawing(self, key: str | None) -> Iterator[None]:
+        """A context that replays the draws of a first evaluation if that was asked for."""
+        if self._draws is None:
+            yield
+            return
+        now = RandomState.capture(self._context.layout.device)
+        if key not in self._draws:
+            self._draws[key] = now
+            yield
+            return
+        self._draws[key].restore()
+        try:
+            yield
+        finally:
+            now.restore()
 
     def _agree_on(self, names: tuple[str, ...], only: Container[str] | None) -> tuple[str, ...]:
         """The objectives' names, which must not change within a step."""
@@ -450,26 +457,6 @@ class Evaluator:
         self._check.visit(loss, name, differentiated=differentiated)
         if self._check.outside is not None and self._is_displaced:
             raise RuntimeError(computed_outside(name))
-
-    def _run_with_draws(
-        self, key: str | None, body: Callable[[], None], leaves: Sequence[Tensor]
-    ) -> None:
-        """Run, and replay the draws of the objective's first evaluation if that was asked for."""
-        first = key not in self._evaluated
-        if self._draws is None:
-            self._run(key, body, first, leaves)
-        else:
-            now = RandomState.capture(self._context.layout.device)
-            if first:
-                self._draws[key] = now
-                self._run(key, body, first, leaves)
-            else:
-                self._draws[key].restore()
-                try:
-                    self._run(key, body, first, leaves)
-                finally:
-                    now.restore()
-        self._evaluated.add(key)
 
 
 def _measured_together(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,6 @@ from gradkit.core.ranks import is_expanded
 from gradkit.engines.backward import Receivers, explaining_donated_buffers, handing_on, take_grads
 from gradkit.engines.choice import ParameterPlaces
 from gradkit.engines.objectives import NoGradientError
-from gradkit.engines.session import Result
 
 Buffers = list[dict[str, Tensor | None]]
 
@@ -84,7 +83,8 @@ class FunctionalSession:
         finally:
             self._leaves = []
 
-    def run(self, body: Callable[[], Result], *, keep_buffers: bool) -> Result:
+    @contextmanager
+    def running(self, *, keep_buffers: bool) -> Iterator[None]:
         if keep_buffers and self._kept_buffers is not None:
             buffers = self._kept_buffers
         else:
@@ -99,13 +99,12 @@ class FunctionalSession:
             _refill(self._state, {leaves.get(id(key), key): h for key, h in self._held.items()})
             self._put_buffers(buffers)
             try:
-                result = body()
+                yield
             except NoGradientError:  # which need not be an error
                 self._keep(keep_buffers)
                 raise
             self._refuse_changes()
             self._keep(keep_buffers)
-            return result
         finally:
             self._put_back()
 

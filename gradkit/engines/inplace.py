@@ -5,7 +5,7 @@ It takes gradients by `backward`, so parameter hooks run and compiled modules wo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,7 +24,6 @@ from gradkit.engines.backward import (
     take_grads,
 )
 from gradkit.engines.choice import ParameterPlaces
-from gradkit.engines.session import Result
 
 
 class InplaceSession:
@@ -49,6 +48,7 @@ class InplaceSession:
         self._at_start = layout.flatten(layout.local_parameters()) if writes_weights else None
         self._modules = [] if model is None else list(model.modules())
         self._buffers = _BufferValues(self._modules)
+        self._discarded: _BufferValues | None = None
         self._sharded_modules: list[Any] = (
             []
             if layout.shards is None
@@ -104,14 +104,18 @@ class InplaceSession:
         for module in self._sharded_modules:
             module.reshard()
 
-    def run(self, body: Callable[[], Result], *, keep_buffers: bool) -> Result:
+    @contextmanager
+    def running(self, *, keep_buffers: bool) -> Iterator[None]:
         if keep_buffers:
-            return body()
-        before = _BufferValues(self._modules)
+            yield
+            return
+        self._discarded = _BufferValues(self._modules)
         try:
-            return body()
+            yield
         finally:
-            before.restore()
+            if self._discarded is not None:  # not rolled back meanwhile
+                self._discarded.restore()
+                self._discarded = None
 
     def differentiate(
         self,
@@ -155,7 +159,7 @@ class InplaceSession:
                 held.clear()
                 held.update(objects)
         self._restore_weights(self._at_start if self._at_start is not None else self._saved)
-        self._saved = None
+        self._saved = self._discarded = None
         self._buffers.restore()
 
 

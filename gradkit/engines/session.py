@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
 from gradkit.core.displacement import Displacement
 from gradkit.engines.backward import Receivers
 
-Result = TypeVar("Result")
-
 
 @runtime_checkable
 class Session(Protocol):
     """One engine during one step.
 
-    The weights and buffers may differ from the live ones inside `displaced` and `run`; after
+    The weights and buffers may differ from the live ones inside `displaced` and `running`; after
     either, whatever happened, the weights are as before.
     """
 
     def displaced(self, at: Displacement | None) -> AbstractContextManager[Sequence[Tensor]]:
         """The leaves to differentiate with respect to, at the weights plus `at`."""
 
-    def run(self, body: Callable[[], Result], *, keep_buffers: bool) -> Result:
-        """Run `body` inside `displaced`; its changes to buffers count if `keep_buffers`."""
+    def running(self, *, keep_buffers: bool) -> AbstractContextManager[None]:
+        """A context, inside `displaced`, for a closure and its gradients.
+
+        Changes to buffers count if `keep_buffers`, and are undone otherwise.
+        """
 
     def differentiate(
         self,

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
@@ -133,6 +134,11 @@ class GradientOptimizer(Optimizer):
         """The module whose parameters are optimised, if `wrap` was told."""
         return self.options.model
 
+    @property
+    def scaler(self) -> GradScaler | None:
+        """The loss scaler that the step owns, if `wrap` was given one."""
+        return self.options.scaler
+
     # What torch code expects of an optimizer, delegated to the base. Nothing is aliased: loading
     # a state dict replaces the base's lists and dicts by new ones.
 
@@ -246,7 +252,9 @@ class GradientOptimizer(Optimizer):
         acts while closures run, or else once the step is done.
         """
         closure = self._after_pre_hooks(closure)
-        loss = self._step(closure)
+        loss, warning = self._step(closure)
+        if warning is not None:
+            self._warn(*warning)
         for after in [*self._optimizer_step_post_hooks.values(), *global_post_hooks()]:
             after(self, (self, closure), {})
         return loss
@@ -320,15 +328,7 @@ class GradientOptimizer(Optimizer):
             names.update((p, name) for name, p in self.model.named_parameters())
         return tuple(names.get(p, t) for t, p in enumerate(layout.parameters))
 
-    def _step(self, closure: Objectives | None) -> Tensor | None:
-        loss, warning = self._step_quietly(closure)
-        if warning is not None:
-            self._warn(*warning)
-        return loss
-
-    def _step_quietly(
-        self, closure: Objectives | None
-    ) -> tuple[Tensor | None, tuple[str, str] | None]:
+    def _step(self, closure: Objectives | None) -> tuple[Tensor | None, tuple[str, str] | None]:
         """The loss, and what is to be warned of once the step is done: its kind and the text."""
         with self._transaction() as transaction:
             scale = self._loss_scale
@@ -406,7 +406,7 @@ class GradientOptimizer(Optimizer):
         """Warn of something once."""
         if kind not in self._warned:
             self._warned.add(kind)
-            warnings.warn(text, UserWarning, stacklevel=5)
+            warnings.warn(text, UserWarning, stacklevel=4)
 
     def _evaluate(
         self, transaction: Transaction, closure: Objectives | None, nonfinite: Nonfinite

@@ -208,8 +208,7 @@ class Transaction:
         self._session.commit()
         self.ranks.share_buffers(self._buffers)
         self.context.gradients = gradients
-        for transform in transforms:
-            self.context.commit(transform)
+        self.context.commit(transforms)
         link_stepped(transforms, self.context.layout, self._base)
         with ExitStack() as stack:
             # Called in order; one that raises keeps none of the others from its part.

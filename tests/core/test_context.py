@@ -139,3 +139,50 @@ def test_weights_of_another_length_are_refused():
     optimizer = gk.wrap(torch.optim.SGD([weight], lr=0.1), Short())
     with pytest.raises(ValueError, match=r"have shape \(2,\); pass a flat vector of shape \(3,\)"):
         optimizer.step(lambda: weight.sum())
+
+
+@pytest.mark.parametrize("how", ["assigned", "in place", "proposed"])
+def test_what_changes_after_the_step_is_saved(how):
+    class Slow(gk.Transform):
+        def __init__(self):
+            self.state["steps"] = 0
+
+        def initial_vectors(self, layout):
+            return {"slow": layout.flatten(layout.local_parameters())}
+
+        def after_step(self, context):
+            slow = torch.lerp(self.vectors["slow"], context.weights(), 0.5)
+            steps = self.state["steps"] + 1
+            if how == "proposed":
+                context.propose(self, slow=slow, steps=steps)
+            else:
+                self.state["steps"] = steps
+                if how == "assigned":
+                    self.vectors["slow"] = slow
+                else:
+                    self.vectors["slow"].copy_(slow)
+
+    weight = nn.Parameter(torch.tensor([1.0, 3.0]))
+    slow = Slow()
+    optimizer = gk.wrap(torch.optim.SGD([weight], lr=1.0), slow)
+    for _ in range(2):
+        optimizer.step(lambda: weight.sum())
+    # From 1: half of the way to 0, then to -1.
+    torch.testing.assert_close(slow.vectors["slow"], torch.tensor([-0.25, 1.75]))
+    saved = optimizer.state_dict()["state"][0]["gradkit.0.slow"]
+    torch.testing.assert_close(saved, slow.vectors["slow"])
+    assert slow.state["steps"] == 2
+
+
+def test_a_vector_of_another_length_cannot_be_assigned():
+    class Short(gk.Transform):
+        def initial_vectors(self, layout):
+            return {"mean": torch.zeros(layout.numel)}
+
+        def after_step(self, context):
+            self.vectors["mean"] = torch.zeros(())
+
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = gk.wrap(torch.optim.SGD([weight], lr=0.1), Short())
+    with pytest.raises(ValueError, match=r"'mean' has shape \(\); it is to replace .* \(3,\)"):
+        optimizer.step(lambda: weight.sum())
