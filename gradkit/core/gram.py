@@ -101,16 +101,16 @@ def squared_norm(parts: Sequence[Tensor]) -> Float[Tensor, ""] | None:
             piece for part in parts for piece in torch.split(part.reshape(-1), _CONVERTED_NUMBERS)
         ]
         return torch.stack(torch._foreach_norm(pieces, 2, dtype=torch.float64)).square().sum()
-    lengths, rest = [], []
+    norms, rest = [], []
     for part in parts:
         vector = part.reshape(-1)
         whole = vector.numel() - vector.numel() % _NORM_BLOCK if part.numel() > _SHORT else 0
         if whole:
             blocks = vector[:whole].view(-1, _NORM_BLOCK)
             dtype = torch.promote_types(part.dtype, torch.float32)
-            lengths.append(torch.linalg.vector_norm(blocks, dim=1, dtype=dtype))
+            norms.append(torch.linalg.vector_norm(blocks, dim=1, dtype=dtype))
         rest.append(vector[whole:])
-    wide = torch.cat([*lengths, *rest]).double() if parts else torch.zeros(0, dtype=torch.float64)
+    wide = torch.cat([*norms, *rest]).double() if parts else torch.zeros(0, dtype=torch.float64)
     total = wide @ wide
     return total if _in_range(total) else None
 
@@ -248,8 +248,8 @@ def cosines(gram: Float[Tensor, "*batch K K"]) -> Float[Tensor, "*batch K K"]:
                 [0., 0., 0.],
                 [1., 0., 1.]])
     """
-    lengths = gram.diagonal(dim1=-2, dim2=-1).sqrt()
-    products = lengths[..., :, None] * lengths[..., None, :]
+    norms = gram.diagonal(dim1=-2, dim2=-1).sqrt()
+    products = norms[..., :, None] * norms[..., None, :]
     # The denominator is made 1 where it is 0, so that no NaN arises and NaNs that come in stay.
     ratio = gram / torch.where(products == 0, torch.ones_like(products), products)
     return torch.where(products == 0, torch.zeros_like(ratio), ratio).clamp(-1, 1)

@@ -165,8 +165,8 @@ class Transaction:
         direction = gradients.direction(out=self.context.pool.take_vector)
         if max_norm is None:
             return direction
-        length = norm(direction, over=self.context.layout.shards)
-        factor = (max_norm / (length + 1e-6)).clamp(max=1)
+        direction_norm = norm(direction, over=self.context.layout.shards)
+        factor = (max_norm / (direction_norm + 1e-6)).clamp(max=1)
         return scaled(direction, factor, self.context.pool.take_vector())
 
     def apply(

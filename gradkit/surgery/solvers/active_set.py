@@ -369,9 +369,9 @@ def _upper_bound(gram: Float[Tensor, "K K"]) -> Float[Tensor, ""]:
     """A bound on the largest eigenvalue, at most K^(1/32) times as large: ‖G¹⁶‖^(1/16)."""
     logarithm, share = torch.zeros_like(gram[0, 0]), 1.0
     for _ in range(4):
-        length = torch.linalg.matrix_norm(gram)
-        logarithm = logarithm + share * length.log()
-        gram = gram / length
+        norm = torch.linalg.matrix_norm(gram)
+        logarithm = logarithm + share * norm.log()
+        gram = gram / norm
         gram = gram @ gram
         share /= 2
     bound: Tensor = (logarithm + share * torch.linalg.matrix_norm(gram).log()).exp()
