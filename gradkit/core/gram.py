@@ -26,11 +26,11 @@ _SHORT = 1 << 12
 _PRODUCTS = 1 << 20
 # Columns that are converted at a time where a copy is needed.
 _CONVERTED_COLUMNS = 1 << 18
-_CONVERTED_NUMBERS = 1 << 22
+_CONVERTED_ELEMENTS = 1 << 22
 # Numbers that are worked on at a time. On a CPU, what arises on the way stays in the cache; on an
 # accelerator, launching the kernels takes less time than running them.
-_NUMBERS = 1 << 17
-_NUMBERS_ELSEWHERE = 1 << 24
+_ELEMENTS = 1 << 17
+_ELEMENTS_ON_ACCELERATOR = 1 << 24
 # Squares beyond these may have overflowed in float32, or lost digits to underflow.
 _TRUSTED = (1e-28, 1e36)
 
@@ -98,7 +98,7 @@ def squared_norm(parts: Sequence[Tensor]) -> Float[Tensor, ""] | None:
     """
     if parts and parts[0].device.type == "cuda":  # in pieces, which need little memory if converted
         pieces = [
-            piece for part in parts for piece in torch.split(part.reshape(-1), _CONVERTED_NUMBERS)
+            piece for part in parts for piece in torch.split(part.reshape(-1), _CONVERTED_ELEMENTS)
         ]
         return torch.stack(torch._foreach_norm(pieces, 2, dtype=torch.float64)).square().sum()
     norms, rest = [], []
@@ -117,7 +117,7 @@ def squared_norm(parts: Sequence[Tensor]) -> Float[Tensor, ""] | None:
 
 def block_width(count: int, device: torch.device) -> int:
     """How many columns of so many rows to work on at a time."""
-    numbers = _NUMBERS if device.type == "cpu" else _NUMBERS_ELSEWHERE
+    numbers = _ELEMENTS if device.type == "cpu" else _ELEMENTS_ON_ACCELERATOR
     return max(numbers // max(count, 1), 1)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from gradkit.core.arguments import check_number
 from gradkit.core.flat import Scope
 from gradkit.core.gram import cosines
-from gradkit.surgery.host import lightest, products_of, random_orders, rows_of, uploaded
+from gradkit.surgery.host import numpy_or_torch, products_of, random_orders, rows_of, uploaded
 from gradkit.surgery.inputs import RuleInputs
 from gradkit.surgery.memory import Remembered, Weighed
 from gradkit.surgery.rule import GramRule, check_scope, own_generator
@@ -130,7 +130,7 @@ def gradvac_weights(
     # Row i of `parts` expresses g'_i/‖g_i‖ in the directions of the original gradients.
     parts = torch.eye(count, dtype=gram.dtype, device=gram.device).expand_as(gram).clone()
     targets = targets.clone()
-    with lightest(parts, targets, cosines(gram), norms, visited, each) as (module, arrays):
+    with numpy_or_torch(parts, targets, cosines(gram), norms, visited, each) as (module, arrays):
         _visit(module, beta, *arrays)
     sums = (norms[..., None] * parts).sum(-2)
     return torch.where(norms > 0, sums / norms, torch.ones_like(norms)), targets

@@ -38,8 +38,8 @@ _SMALL = 16
 # How often the number of wrong signs may fail to fall.
 _PATIENCE = 3
 # Numbers in the matrices that are factorised at a time: on a CPU about what the cache holds.
-_NUMBERS = 1 << 21
-_NUMBERS_ELSEWHERE = 1 << 27
+_ELEMENTS = 1 << 21
+_ELEMENTS_ON_ACCELERATOR = 1 << 27
 # Projected gradient steps at most, and after how many supports are compared.
 _GRADIENT_STEPS = 200
 _LOOK = 10
@@ -212,7 +212,7 @@ def minimise(
         tensor([[2., 0.]], dtype=torch.float64)
     """
     batch, count = support.shape
-    numbers = _NUMBERS if support.device.type == "cpu" else _NUMBERS_ELSEWHERE
+    numbers = _ELEMENTS if support.device.type == "cpu" else _ELEMENTS_ON_ACCELERATOR
     most = max(numbers // count**2, 1)
     if batch > most:
         parts = [
