@@ -15,7 +15,7 @@ from gradkit.core.flat import Layout, Pool, copy_all
 from gradkit.core.gradients import Gradients
 from gradkit.core.gram import inner_products
 from gradkit.core.joining import join
-from gradkit.core.noise import numbers_by_parameter
+from gradkit.core.noise import noise_by_parameter
 from gradkit.core.ranks import local
 from gradkit.core.storage import Parts
 
@@ -160,7 +160,7 @@ class Context:
             kind: "normal" of mean 0 and variance 1, or "uniform" from 0 to 1.
         """
         seed = int(torch.randint(2**62, (), generator=generator, device="cpu"))
-        draw = numbers_by_parameter(kind, seed, self.layout)
+        draw = noise_by_parameter(kind, seed, self.layout)
         result = self.pool.take_vector()
         for t, (start, stop) in enumerate(self.layout.segments("tensor")):
             result[start:stop] = draw(t)

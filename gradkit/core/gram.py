@@ -26,11 +26,11 @@ _SHORT = 1 << 12
 _PRODUCTS = 1 << 20
 # Columns that are converted at a time where a copy is needed.
 _CONVERTED_COLUMNS = 1 << 18
-_CONVERTED_NUMBERS = 1 << 22
+_CONVERTED_ELEMENTS = 1 << 22
 # Numbers that are worked on at a time. On a CPU, what arises on the way stays in the cache; on an
 # accelerator, launching the kernels takes less time than running them.
-_NUMBERS = 1 << 17
-_NUMBERS_ELSEWHERE = 1 << 24
+_ELEMENTS = 1 << 17
+_ELEMENTS_ON_ACCELERATOR = 1 << 24
 # Squares beyond these may have overflowed in float32, or lost digits to underflow.
 _TRUSTED = (1e-28, 1e36)
 
@@ -98,26 +98,26 @@ def squared_norm(parts: Sequence[Tensor]) -> Float[Tensor, ""] | None:
     """
     if parts and parts[0].device.type == "cuda":  # in pieces, which need little memory if converted
         pieces = [
-            piece for part in parts for piece in torch.split(part.reshape(-1), _CONVERTED_NUMBERS)
+            piece for part in parts for piece in torch.split(part.reshape(-1), _CONVERTED_ELEMENTS)
         ]
         return torch.stack(torch._foreach_norm(pieces, 2, dtype=torch.float64)).square().sum()
-    lengths, rest = [], []
+    norms, rest = [], []
     for part in parts:
         vector = part.reshape(-1)
         whole = vector.numel() - vector.numel() % _NORM_BLOCK if part.numel() > _SHORT else 0
         if whole:
             blocks = vector[:whole].view(-1, _NORM_BLOCK)
             dtype = torch.promote_types(part.dtype, torch.float32)
-            lengths.append(torch.linalg.vector_norm(blocks, dim=1, dtype=dtype))
+            norms.append(torch.linalg.vector_norm(blocks, dim=1, dtype=dtype))
         rest.append(vector[whole:])
-    wide = torch.cat([*lengths, *rest]).double() if parts else torch.zeros(0, dtype=torch.float64)
+    wide = torch.cat([*norms, *rest]).double() if parts else torch.zeros(0, dtype=torch.float64)
     total = wide @ wide
     return total if _in_range(total) else None
 
 
 def block_width(count: int, device: torch.device) -> int:
     """How many columns of so many rows to work on at a time."""
-    numbers = _NUMBERS if device.type == "cpu" else _NUMBERS_ELSEWHERE
+    numbers = _ELEMENTS if device.type == "cpu" else _ELEMENTS_ON_ACCELERATOR
     return max(numbers // max(count, 1), 1)
 
 
@@ -248,8 +248,8 @@ def cosines(gram: Float[Tensor, "*batch K K"]) -> Float[Tensor, "*batch K K"]:
                 [0., 0., 0.],
                 [1., 0., 1.]])
     """
-    lengths = gram.diagonal(dim1=-2, dim2=-1).sqrt()
-    products = lengths[..., :, None] * lengths[..., None, :]
+    norms = gram.diagonal(dim1=-2, dim2=-1).sqrt()
+    products = norms[..., :, None] * norms[..., None, :]
     # The denominator is made 1 where it is 0, so that no NaN arises and NaNs that come in stay.
     ratio = gram / torch.where(products == 0, torch.ones_like(products), products)
     return torch.where(products == 0, torch.zeros_like(ratio), ratio).clamp(-1, 1)

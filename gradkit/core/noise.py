@@ -13,7 +13,7 @@ from gradkit.core.flat import Layout
 from gradkit.core.ranks import part_of
 
 
-def numbers_by_parameter(
+def noise_by_parameter(
     kind: Literal["uniform", "normal"], seed: int, layout: Layout
 ) -> Callable[[int], Float[Tensor, " n"]]:
     """Random numbers by parameter, the same however parameters are sharded and laid out."""

@@ -89,7 +89,7 @@ class Evaluator:
         if self._closures is not None:
             context.names = tuple(self._closures)
         self._evaluated: set[str | None] = set()
-        self.thawed: dict[str, dict[Tensor, Tensor]] = {}
+        self.unfrozen: dict[str, dict[Tensor, Tensor]] = {}
         """By objective, the gradients of parameters that a closure has unfrozen in this step."""
         self.first_losses: dict[str, Tensor] = {}
         self.without_loss = context.without_loss
@@ -165,7 +165,7 @@ class Evaluator:
         for name in rows.measured:
             self.first_losses.setdefault(name, rows.loss(name))
         self.without_loss |= rows.without_loss()
-        self.thawed.update(rows.thawed)
+        self.unfrozen.update(rows.unfrozen)
         if self._context.ascends_everywhere:
             rows.negate_losses()
 
@@ -406,7 +406,7 @@ class Evaluator:
         retain_graph: bool,
         receivers: Receivers,
     ) -> None:
-        wanted = [*leaves, *self._thawed()]
+        wanted = [*leaves, *self._unfrozen()]
         grads = self._session.differentiate(
             loss, wanted, retain_graph=retain_graph, receivers=receivers
         )
@@ -416,12 +416,12 @@ class Evaluator:
         self, name: str, grads: list[Tensor | None], leaves: Sequence[Tensor], rows: Rows
     ) -> None:
         if len(grads) > len(leaves):
-            rows.add_thawed(name, dict(zip(self._thawed(), grads[len(leaves) :], strict=True)))
+            rows.add_unfrozen(name, dict(zip(self._unfrozen(), grads[len(leaves) :], strict=True)))
             del grads[len(leaves) :]
         rows.add(name, grads)
         self.found_gradient = True
 
-    def _thawed(self) -> list[Tensor]:
+    def _unfrozen(self) -> list[Tensor]:
         """The parameters of the optimizer that a closure has unfrozen in this step.
 
         They have no place in the flat vectors of the step.
@@ -438,12 +438,12 @@ class Evaluator:
         """The gradients that the closure's own backward has left; None if it ran none."""
         if self._loss_scale is not None:
             self._loss_scale.refuse_unscaled(in_closure=True)
-        thawed = self._thawed()
+        unfrozen = self._unfrozen()
         own = self._session.collect(leaves)
-        fresh = [p for p in thawed if p.grad is not None and p not in self._had_gradient]
+        fresh = [p for p in unfrozen if p.grad is not None and p not in self._had_gradient]
         if own is None and not fresh:
             return None
-        return [*(own or [None] * len(leaves)), *take_grads(thawed)]
+        return [*(own or [None] * len(leaves)), *take_grads(unfrozen)]
 
     def _look_into(
         self, loss: Tensor, key: str | None, name: str, *, differentiated: bool = False

@@ -117,7 +117,7 @@ class FunctionalSession:
         """Check that a closure has done nothing to the leaves that would not reach the model.
 
         Raises:
-            RuntimeError: If it has frozen or thawed one, or given it other memory.
+            RuntimeError: If it has frozen or unfrozen one, or given it other memory.
         """
         changed = [
             self._places.name(t) for t, leaf in enumerate(self._leaves) if not leaf.requires_grad

@@ -49,7 +49,7 @@ class Rows:
         self._parts: Parts | None = None
         self._reached = {name: [False] * len(leaves) for name in names}
         self._losses: dict[str, Tensor | None] = dict.fromkeys(names if losses is None else losses)
-        self.thawed: dict[str, dict[Tensor, Tensor]] = {}
+        self.unfrozen: dict[str, dict[Tensor, Tensor]] = {}
         """By objective, the gradients of parameters that have no place in the flat vector."""
 
     def add_loss(self, name: str, loss: Tensor | None) -> None:
@@ -119,7 +119,7 @@ class Rows:
             return
         reached = self._reached[name]
         nothing = all(grad is None for grad in grads) and not any(reached)
-        if nothing and not self.thawed.get(name):
+        if nothing and not self.unfrozen.get(name):
             raise NoGradientError(no_gradient(name))
         for index, parameter in enumerate(self._layout.parameters):
             checked_grad(grads[index], name, parameter)
@@ -142,9 +142,9 @@ class Rows:
             reached[t] = True
 
     @torch.no_grad()
-    def add_thawed(self, name: str, grads: Mapping[Tensor, Tensor | None]) -> None:
+    def add_unfrozen(self, name: str, grads: Mapping[Tensor, Tensor | None]) -> None:
         """Add a micro-batch's gradients of parameters that have no place in the flat vector."""
-        held = self.thawed.setdefault(name, {}) if grads else {}
+        held = self.unfrozen.setdefault(name, {}) if grads else {}
         for parameter, grad in grads.items():
             if checked_grad(grad, name, parameter) is not None and grad is not None:
                 grad = as_plain(grad)
@@ -214,7 +214,7 @@ class Rows:
         if factor is not None:
             self._flat()[0].mul_(factor)
         if unscale is not None:
-            for held in self.thawed.values():
+            for held in self.unfrozen.values():
                 held.update({parameter: grad * unscale for parameter, grad in held.items()})
         if ascended:
             vectors = [self._parts] if self._parts is not None else self._flat()[1]

@@ -192,15 +192,17 @@ def sharing_kept(base: Optimizer) -> Iterator[None]:
         setattr(base, key, getattr(inner, key))
 
 
-class Whole:
+class OptimizerSnapshot:
     """An optimizer with all its attributes, for copies and pickles.
 
-    torch copies an optimizer's groups, state and defaults only, which leaves one that holds another
-    without the one inside, and many others without their settings. As in torch's copies, hooks and
-    what somebody else has put in place of `step` stay behind.
+    torch copies only an optimizer's groups, state and defaults. An optimizer that holds another one
+    would lose it, and many others would lose their settings. As in torch's copies, hooks are not
+    copied, nor is a function that replaces `step`.
     """
 
-    def __init__(self, optimizer: Optimizer, known: dict[int, Optimizer | Whole]) -> None:
+    def __init__(
+        self, optimizer: Optimizer, known: dict[int, Optimizer | OptimizerSnapshot]
+    ) -> None:
         known[id(optimizer)] = self
         self._class = type(optimizer)
         self._hooked = getattr(type(optimizer).step, "hooked", False)
@@ -222,22 +224,24 @@ class Whole:
         return self._made
 
 
-def whole(base: Optimizer, known: dict[int, Optimizer | Whole] | None = None) -> Optimizer | Whole:
-    """What to copy or pickle for an optimizer: one of torch's itself, all of any other."""
+def snapshot_of(
+    base: Optimizer, known: dict[int, Optimizer | OptimizerSnapshot] | None = None
+) -> Optimizer | OptimizerSnapshot:
+    """What to copy or pickle: the optimizer itself if it is torch's, else a snapshot of it."""
     known = {} if known is None else known
     if id(base) not in known:
         if type(base).__module__.startswith("torch.optim.") or hasattr(base, "__deepcopy__"):
             known[id(base)] = base
         else:
-            Whole(base, known)
+            OptimizerSnapshot(base, known)
     return known[id(base)]
 
 
-def _exchanged(value: Any, known: dict[int, Optimizer | Whole]) -> Any:
-    """A value with `Whole` in the place of each optimizer in it, or the other way round."""
+def _exchanged(value: Any, known: dict[int, Optimizer | OptimizerSnapshot]) -> Any:
+    """Replace each optimizer in a value by its snapshot, or each snapshot by its optimizer."""
     if isinstance(value, Optimizer):
-        return whole(value, known)
-    if isinstance(value, Whole):
+        return snapshot_of(value, known)
+    if isinstance(value, OptimizerSnapshot):
         return value.restored()
     if type(value) in (list, tuple):
         found = [_exchanged(each, known) for each in value]

@@ -39,7 +39,7 @@ from gradkit.engines.rows import stacked
 from gradkit.engines.session import Session
 from gradkit.engines.stored import StoredGradients
 from gradkit.optimizer import state as saved_state
-from gradkit.optimizer.bases import Whole, check_group, sharing_kept, whole
+from gradkit.optimizer.bases import OptimizerSnapshot, check_group, sharing_kept, snapshot_of
 from gradkit.optimizer.finite_check import Nonfinite, NonFiniteError, check_finite
 from gradkit.optimizer.hooks import global_post_hooks, global_pre_hooks
 from gradkit.optimizer.options import StepOptions
@@ -201,7 +201,7 @@ class GradientOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("transforms", "options", "last_step", "_vector_layout", "_beside")
-        return {**{name: self.__dict__[name] for name in kept}, "base": whole(self.base)}
+        return {**{name: self.__dict__[name] for name in kept}, "base": snapshot_of(self.base)}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GradientOptimizer:
         group = self.options.process_group
@@ -213,7 +213,7 @@ class GradientOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        if isinstance(self.base, Whole):
+        if isinstance(self.base, OptimizerSnapshot):
             self.base = self.base.restored()
         if self._beside is not None:
             saved_state.give_store(self.base, self._beside)

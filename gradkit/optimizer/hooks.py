@@ -26,7 +26,7 @@ def global_post_hooks() -> list[Hook]:
     return list(torch_optimizer._global_optimizer_post_hooks.values())
 
 
-class _Mutable:
+class _MuteableHook:
     """A global hook that is not run for an optimizer inside another, in this thread."""
 
     def __init__(self, hook: Hook) -> None:
@@ -57,7 +57,10 @@ def global_hooks_muted() -> Iterator[None]:
     before = getattr(_muted, "now", False)
     with _lock:
         _steps_under_way += 1
-        _exchange(registries, lambda hook: hook if isinstance(hook, _Mutable) else _Mutable(hook))
+        _exchange(
+            registries,
+            lambda hook: hook if isinstance(hook, _MuteableHook) else _MuteableHook(hook),
+        )
     _muted.now = True
     try:
         yield
@@ -67,7 +70,7 @@ def global_hooks_muted() -> Iterator[None]:
             _steps_under_way -= 1
             if not _steps_under_way:
                 _exchange(
-                    registries, lambda hook: hook.hook if isinstance(hook, _Mutable) else hook
+                    registries, lambda hook: hook.hook if isinstance(hook, _MuteableHook) else hook
                 )
 
 

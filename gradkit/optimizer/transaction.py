@@ -165,8 +165,8 @@ class Transaction:
         direction = gradients.direction(out=self.context.pool.take_vector)
         if max_norm is None:
             return direction
-        length = norm(direction, over=self.context.layout.shards)
-        factor = (max_norm / (length + 1e-6)).clamp(max=1)
+        direction_norm = norm(direction, over=self.context.layout.shards)
+        factor = (max_norm / (direction_norm + 1e-6)).clamp(max=1)
         return scaled(direction, factor, self.context.pool.take_vector())
 
     def apply(
@@ -197,7 +197,7 @@ class Transaction:
                 part = part.clone()
             parameter.grad = marked(as_part_of(part, parameter))
         self.fields.drop_stale()
-        self._set_thawed(gradients)
+        self._set_unfrozen_grads(gradients)
         with scaled_learning_rates(self._base, scale), global_hooks_muted():
             self._base.step()
         for parameter in self._parameters:
@@ -215,15 +215,15 @@ class Transaction:
             for transform in reversed(transforms):
                 stack.callback(transform.after_step, self.context)
 
-    def _set_thawed(self, gradients: Gradients) -> None:
+    def _set_unfrozen_grads(self, gradients: Gradients) -> None:
         """Give parameters that a closure has unfrozen the weighted sum of their gradients.
 
         They are stepped on at once, as by the base alone; transforms see them from the next step
         on, when they have a place in the flat vector.
         """
-        thawed = self.source.thawed if isinstance(self.source, Evaluator) else {}
+        unfrozen = self.source.unfrozen if isinstance(self.source, Evaluator) else {}
         total: dict[Tensor, Tensor] = {}
-        for name, grads in thawed.items():
+        for name, grads in unfrozen.items():
             known = name in gradients.names and not gradients.has_update
             weight = gradients.weights[gradients.index(name)] if known else 1.0
             for parameter, grad in grads.items():

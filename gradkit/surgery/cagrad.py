@@ -71,12 +71,12 @@ class CAGrad(GramRule):
         count = gram.shape[-1]
         w = conflict_averse(gram, self.c)
         mean = (gram.sum((-2, -1)).clamp(min=0) / count**2).sqrt()
-        length = (w[..., None, :] @ gram @ w[..., :, None])[..., 0, 0].clamp(min=0).sqrt()
+        norm = (w[..., None, :] @ gram @ w[..., :, None])[..., 0, 0].clamp(min=0).sqrt()
         # Below this, what is left of g_w is rounding: its square is right to 1e-7 of the gradients'
         # where these are float32.
         trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
-        vanishes = length <= 3e-4 * trace.sqrt()
-        factor = self.c * mean / torch.where(vanishes, torch.ones_like(length), length)
+        vanishes = norm <= 3e-4 * trace.sqrt()
+        factor = self.c * mean / torch.where(vanishes, torch.ones_like(norm), norm)
         weights = 1 / count + factor[..., None] * w
         if vanishes.any():
             bounds = gram.new_full((*gram.shape[:-2], 1, count), 1 / count)

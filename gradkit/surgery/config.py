@@ -8,7 +8,7 @@ from gradkit.core.flat import Scope
 from gradkit.surgery.inputs import Preference, RuleInputs, check_preference
 from gradkit.surgery.memory import Remembered, Weighed
 from gradkit.surgery.rule import GramRule, check_scope
-from gradkit.surgery.spectrum import cosine_solution, lengths, narrowed, reciprocal, widened
+from gradkit.surgery.spectrum import cosine_solution, gradient_norms, narrowed, reciprocal, widened
 
 
 @dataclass(eq=False)
@@ -52,7 +52,7 @@ class ConFIG(GramRule):
     def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:
         gram = inputs.gram
         wide, finite = widened(gram)
-        norms = lengths(wide)
+        norms = gradient_norms(wide)
         if gram.shape[-1] == 2 and self.preference is None:
             other = norms.flip(-1)
             # A gradient beside one of length 0 stays as it is.

@@ -37,7 +37,7 @@ class DBMTL(VectorRule):
 
     LibMTL averages and balances the shared parameters only and gives heads ∇log(L + 1e-8) as it is;
     here all optimised parameters count. With the constant β that alone makes 0.10, 0.06 and 0.08 of
-    these 0.99, 0.11 and 0.52. It adds 1e-8 to the lengths; here a ĝ of length 0 stays 0. Since ĝ
+    these 0.99, 0.11 and 0.52. It adds 1e-8 to the norms; here a ĝ of length 0 stays 0. Since ĝ
     begins at 0, the first directions are short. A loss of −ε or less has no logarithm and gives
     NaNs.
 
@@ -59,7 +59,7 @@ class DBMTL(VectorRule):
     Examples:
         >>> import torch, gradkit as gk
         >>> jacobian, losses = torch.tensor([[3.0, 4.0], [0.0, 2.0]]), torch.tensor([1.0, 4.0])
-        >>> gk.DBMTL(beta=0.0)(jacobian, losses)  # the lengths 5/1 and 2/4 become 5
+        >>> gk.DBMTL(beta=0.0)(jacobian, losses)  # the norms 5/1 and 2/4 become 5
         tensor([3., 9.])
     """
 
@@ -123,8 +123,8 @@ class DBMTL(VectorRule):
             rows = gradients.rows.clone()
             rows[active] = renewed
         balanced = gradients.replace(rows=rows)
-        lengths = balanced.gram().diagonal()[active].sqrt()
-        scales = lengths.max() / torch.where(lengths == 0, torch.ones_like(lengths), lengths)
+        norms = balanced.gram().diagonal()[active].sqrt()
+        scales = norms.max() / torch.where(norms == 0, torch.ones_like(norms), norms)
         weights = torch.zeros_like(gradients.weights)
         weights[active] = scales.to(weights)
         return balanced.replace(weights=weights), {"steps": memory["steps"] + 1}

@@ -16,7 +16,7 @@ from gradkit.core.displacement import Point
 from gradkit.core.flat import Layout
 from gradkit.core.gradients import Gradients
 from gradkit.core.gram import at_least_single, block_spans, block_width
-from gradkit.core.noise import numbers_by_parameter
+from gradkit.core.noise import noise_by_parameter
 from gradkit.core.oracle import Oracle
 from gradkit.core.ranks import Shards
 from gradkit.surgery.rule import Rule, checked_jacobian
@@ -148,7 +148,7 @@ class ElementwiseRule(Rule):
             for start, stop in spans:
                 out[start:stop] = self.merge(block(start, stop), None, prepared)
             return
-        draw = numbers_by_parameter(self.noise, seed, layout)
+        draw = noise_by_parameter(self.noise, seed, layout)
         for t, (first, last) in enumerate(layout.segments("tensor")):
             noise = draw(t)
             for start, stop in block_spans(first, last, width):

@@ -46,9 +46,9 @@ class GradNorm(GramRule):
     weight of 1, its loss then being its first.
 
     Args:
-        alpha: α ≥ 0, how strongly training rates are balanced; 0 makes lengths equal.
+        alpha: α ≥ 0, how strongly training rates are balanced; 0 makes norms equal.
         lr: The weights' own learning rate.
-        scope: What lengths are taken over: all parameters, those that are "shared" by objectives,
+        scope: What norms are taken over: all parameters, those that are "shared" by objectives,
             each "group", or each "tensor"; the last two have weights of their own.
 
     Examples:
@@ -91,10 +91,10 @@ class GradNorm(GramRule):
         count = gram.shape[-1]
         weights = _of_sum(count, memory["weights"])
         losses = inputs.needed_losses(self).to(weights)
-        lengths = gram.diagonal(dim1=-2, dim2=-1).to(weights).sqrt()
+        norms = gram.diagonal(dim1=-2, dim2=-1).to(weights).sqrt()
         steps = memory["steps"] + 1
         first_losses = torch.where(steps == 1, losses, memory["first_losses"])
-        slope = self._slope(weights, lengths, losses, first_losses)
+        slope = self._slope(weights, norms, losses, first_losses)
         first = torch.lerp(slope, memory["first_moments"], _BETAS[0])
         second = torch.lerp(slope.square(), memory["second_moments"], _BETAS[1])
         size = (second / (1 - _BETAS[1] ** steps)).sqrt()
@@ -114,7 +114,7 @@ class GradNorm(GramRule):
     def _slope(
         self,
         weights: Float[Tensor, "*batch K"],
-        lengths: Float[Tensor, "*batch K"],
+        norms: Float[Tensor, "*batch K"],
         losses: Float[Tensor, " K"],
         first_losses: Float[Tensor, "*batch K"],
     ) -> Float[Tensor, "*batch K"]:
@@ -123,10 +123,10 @@ class GradNorm(GramRule):
         ratios = torch.where(unknown, torch.ones_like(first_losses), losses / first_losses)
         mean = ratios.mean(-1, keepdim=True)
         rates = torch.where(mean == 0, torch.ones_like(ratios), ratios / mean)
-        norms = weights * lengths
-        excess = norms - norms.mean(-1, keepdim=True) * rates**self.alpha
+        weighted = weights * norms
+        excess = weighted - weighted.mean(-1, keepdim=True) * rates**self.alpha
         # The sign of a NaN would be 0.
-        return lengths * torch.where(excess.isnan(), excess, excess.sign())
+        return norms * torch.where(excess.isnan(), excess, excess.sign())
 
 
 def _of_sum(total: int, weights: Float[Tensor, "*batch K"]) -> Float[Tensor, "*batch K"]:

@@ -13,11 +13,11 @@ from torch import Tensor
 from gradkit.core.arguments import check_number
 from gradkit.core.flat import Scope
 from gradkit.core.gram import cosines
-from gradkit.surgery.host import lightest, products_of, random_orders, rows_of, uploaded
+from gradkit.surgery.host import numpy_or_torch, products_of, random_orders, rows_of, uploaded
 from gradkit.surgery.inputs import RuleInputs
 from gradkit.surgery.memory import Remembered, Weighed
 from gradkit.surgery.rule import GramRule, check_scope, own_generator
-from gradkit.surgery.spectrum import lengths, narrowed, widened
+from gradkit.surgery.spectrum import gradient_norms, narrowed, widened
 
 # Nearer to 1 than this no cosine of float32 gradients is told from another.
 _LARGEST_TARGET = 1 - 1e-8
@@ -125,12 +125,12 @@ def gradvac_weights(
         if count > 2:
             raise ValueError(f"with {count} objectives the result depends on their order; pass it")
         order = torch.arange(count, device=gram.device).expand(count, count)
-    norms, each = lengths(gram), torch.arange(count, device=gram.device)
+    norms, each = gradient_norms(gram), torch.arange(count, device=gram.device)
     visited = uploaded(order, gram, order.dtype).T  # [visit, objective], as all taken from it
     # Row i of `parts` expresses g'_i/‖g_i‖ in the directions of the original gradients.
     parts = torch.eye(count, dtype=gram.dtype, device=gram.device).expand_as(gram).clone()
     targets = targets.clone()
-    with lightest(parts, targets, cosines(gram), norms, visited, each) as (module, arrays):
+    with numpy_or_torch(parts, targets, cosines(gram), norms, visited, each) as (module, arrays):
         _visit(module, beta, *arrays)
     sums = (norms[..., None] * parts).sum(-2)
     return torch.where(norms > 0, sums / norms, torch.ones_like(norms)), targets

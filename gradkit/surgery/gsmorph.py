@@ -8,7 +8,7 @@ import torch
 
 from gradkit.core.flat import Scope
 from gradkit.surgery.cosine_gate import check_main
-from gradkit.surgery.host import lightest, products_of
+from gradkit.surgery.host import numpy_or_torch, products_of
 from gradkit.surgery.inputs import RuleInputs
 from gradkit.surgery.memory import Remembered, Weighed
 from gradkit.surgery.rule import GramRule, check_scope
@@ -61,7 +61,7 @@ class GSMorph(GramRule):
         weights = torch.zeros_like(wide[..., 0])
         weights[..., main] = 1
         inverses = reciprocal(wide.diagonal(dim1=-2, dim2=-1))
-        with lightest(weights, wide, inverses) as (_, (numbers, products, scales)):
+        with numpy_or_torch(weights, wide, inverses) as (_, (numbers, products, scales)):
             for j in range(gram.shape[-1]):
                 if j != main:
                     product = products_of(products[..., j, :], numbers)

@@ -44,14 +44,14 @@ def uploaded(values: Tensor, like: Tensor, dtype: torch.dtype | None = None) -> 
 
 
 @contextmanager
-def lightest(*tensors: Tensor) -> Iterator[tuple[Any, tuple[Any, ...]]]:
+def numpy_or_torch(*tensors: Tensor) -> Iterator[tuple[Any, tuple[Any, ...]]]:
     """The tensors as arrays in the same memory, and numpy, where that can be; otherwise torch.
 
     Like torch, numpy gives no warning of a division by zero or of NaN here.
 
     Examples:
         >>> numbers = torch.ones(2)
-        >>> with lightest(numbers) as (module, (array,)):
+        >>> with numpy_or_torch(numbers) as (module, (array,)):
         ...     array += module.sqrt(array)
         >>> module.__name__, numbers
         ('numpy', tensor([2., 2.]))

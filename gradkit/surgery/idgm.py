@@ -124,12 +124,12 @@ class IDGM(Transform):
     ) -> Float[Tensor, " P"]:
         """The Hessian of an objective times v; written to v."""
         epsilon = self._distance(context)
-        length = context.norm(v)
-        factor = torch.where(length > 0, epsilon / length, torch.zeros_like(length))
+        norm = context.norm(v)
+        factor = torch.where(norm > 0, epsilon / norm, torch.zeros_like(norm))
         ahead = inner(context.displaced(at, v, factor), (name,))
         behind = inner(context.displaced(at, v, -factor), (name,))
         torch.sub(ahead.rows[ahead.index(name)], behind.rows[behind.index(name)], out=v)
-        return v.mul_(length / (2 * epsilon))
+        return v.mul_(norm / (2 * epsilon))
 
     def _distance(self, context: Context) -> float:
         if self.epsilon is not None:

@@ -10,7 +10,7 @@ from gradkit.surgery.memory import Remembered, Weighed
 from gradkit.surgery.rule import GramRule, check_scope
 from gradkit.surgery.spectrum import (
     cosine_solution,
-    lengths,
+    gradient_norms,
     narrowed,
     reciprocal,
     sum_to_one,
@@ -61,7 +61,7 @@ class IMTLG(GramRule):
     def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:
         gram = inputs.gram
         wide, finite = widened(gram)
-        norms = lengths(wide)
+        norms = gradient_norms(wide)
         if gram.shape[-1] == 2:
             other = norms.flip(-1)
             # Beside a gradient of length 0 all weight is on the other one.

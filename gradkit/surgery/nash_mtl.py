@@ -64,5 +64,5 @@ class NashMTL(GramRule):
         if self.max_norm is None:
             return weights, memory
         square = (weights[..., None, :] @ gram @ weights[..., :, None])[..., 0, :]
-        length = square.clamp(min=torch.finfo(gram.dtype).tiny).sqrt()
-        return weights * (self.max_norm / length).clamp(max=1), memory
+        norm = square.clamp(min=torch.finfo(gram.dtype).tiny).sqrt()
+        return weights * (self.max_norm / norm).clamp(max=1), memory

@@ -107,8 +107,8 @@ class PCD(GramRule):
         square = (weights[..., None, :] @ normalized @ weights[..., :, None])[..., 0, 0]
         vanishes = self._vanishes(weights, normalized) | (squares[..., main] == 0)
         ratio = squares[..., main] / torch.where(vanishes, torch.ones_like(square), square)
-        length = torch.where(vanishes, torch.zeros_like(ratio), ratio.sqrt())
-        return weights * scales * length[..., None], learnt
+        factor = torch.where(vanishes, torch.zeros_like(ratio), ratio.sqrt())
+        return weights * scales * factor[..., None], learnt
 
     @staticmethod
     def _vanishes(

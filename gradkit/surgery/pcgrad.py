@@ -13,7 +13,14 @@ from torch import Tensor
 
 from gradkit.core.flat import Scope
 from gradkit.core.gram import accumulator
-from gradkit.surgery.host import lightest, on_host, products_of, random_orders, rows_of, uploaded
+from gradkit.surgery.host import (
+    numpy_or_torch,
+    on_host,
+    products_of,
+    random_orders,
+    rows_of,
+    uploaded,
+)
 from gradkit.surgery.inputs import RuleInputs
 from gradkit.surgery.memory import Remembered, Weighed
 from gradkit.surgery.rule import GramRule, check_scope, own_generator
@@ -102,7 +109,7 @@ def pcgrad_weights(
     visited = uploaded(order, gram, order.dtype).T  # [visit, objective]
     # Row i of `weights` expresses g'_i in the original gradients.
     weights = torch.eye(count, dtype=wide.dtype, device=gram.device).expand_as(wide).clone()
-    with lightest(weights, wide, squares, visited, each) as (module, arrays):
+    with numpy_or_torch(weights, wide, squares, visited, each) as (module, arrays):
         _project(module, *arrays)
     return weights.sum(-2).to(gram.dtype)
 

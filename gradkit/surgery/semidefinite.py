@@ -48,13 +48,13 @@ the eigenvalue -1; pass J @ J.T of the gradients J
             )
     if not symmetric:
         return
-    lengths = matrices.diagonal(dim1=-2, dim2=-1).abs().sqrt()
-    lengths = lengths.clamp(min=_SHORT * lengths.amax(-1, keepdim=True))
+    norms = matrices.diagonal(dim1=-2, dim2=-1).abs().sqrt()
+    norms = norms.clamp(min=_SHORT * norms.amax(-1, keepdim=True))
     # Of a row of zeros: nothing is to be divided by 0 in a matrix of zeros.
     largest = matrices.abs().amax((-2, -1)).sqrt().unsqueeze(-1)
-    lengths = torch.where(lengths > 0, lengths, _SHORT * largest)
-    lengths = torch.where(lengths > 0, lengths, 1.0)
-    cosines = matrices / lengths.unsqueeze(-1) / lengths.unsqueeze(-2)
+    norms = torch.where(norms > 0, norms, _SHORT * largest)
+    norms = torch.where(norms > 0, norms, 1.0)
+    cosines = matrices / norms.unsqueeze(-1) / norms.unsqueeze(-2)
     for number, off in enumerate((cosines - cosines.mT).abs().flatten(1).amax(1).tolist()):
         if off > tolerance:
             matrix, places = matrices[number], (cosines[number] - cosines[number].T).abs()

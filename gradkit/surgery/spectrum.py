@@ -39,8 +39,8 @@ def cosine_solution(
     independent = _independent(values)
     values, parts = values * independent, parts * independent
     reached = torch.linalg.vector_norm(parts, dim=-1, keepdim=True)
-    length = torch.linalg.vector_norm(target, dim=-1, keepdim=True)
-    parts = torch.where(reached > _CANCELLED * length, parts, torch.zeros_like(parts))
+    norm = torch.linalg.vector_norm(target, dim=-1, keepdim=True)
+    parts = torch.where(reached > _CANCELLED * norm, parts, torch.zeros_like(parts))
     both = torch.stack([parts * reciprocal(values), parts], dim=-1)
     solution, attained = (vectors @ both).unbind(-1)
     return solution, attained
@@ -71,8 +71,8 @@ def reciprocal(numbers: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return torch.where(zero, numbers, 1 / torch.where(zero, torch.ones_like(numbers), numbers))
 
 
-def lengths(gram: Float[Tensor, "*batch K K"]) -> Float[Tensor, "*batch K"]:
-    """The gradients' lengths."""
+def gradient_norms(gram: Float[Tensor, "*batch K K"]) -> Float[Tensor, "*batch K"]:
+    """The gradients' norms."""
     return gram.diagonal(dim1=-2, dim2=-1).sqrt()
 
 

@@ -21,7 +21,8 @@ class LazySelection:
         holds: Whether an objective of this name is chosen.
 
     Examples:
-        >>> "a" in LazySelection(lambda name: name != "b"), "b" in LazySelection(lambda name: name != "b")
+        >>> selection = LazySelection(lambda name: name != "b")
+        >>> "a" in selection, "b" in selection
         (True, False)
     """
 
@@ -57,7 +58,7 @@ class VisitOrder:
         return tuple(name for name in self._order if only is None or name in only)
 
     def is_active(self, name: str, gradients: Gradients) -> bool:
-        """Whether an objective's weight is not 0; otherwise the objective is noted as an observer."""
+        """Whether an objective's weight is not 0; if it is 0, the objective is an observer."""
         active = gradients.index(name) in gradients.active
         if not active:
             self.observers.add(name)

@@ -38,8 +38,8 @@ _SMALL = 16
 # How often the number of wrong signs may fail to fall.
 _PATIENCE = 3
 # Numbers in the matrices that are factorised at a time: on a CPU about what the cache holds.
-_NUMBERS = 1 << 21
-_NUMBERS_ELSEWHERE = 1 << 27
+_ELEMENTS = 1 << 21
+_ELEMENTS_ON_ACCELERATOR = 1 << 27
 # Projected gradient steps at most, and after how many supports are compared.
 _GRADIENT_STEPS = 200
 _LOOK = 10
@@ -212,7 +212,7 @@ def minimise(
         tensor([[2., 0.]], dtype=torch.float64)
     """
     batch, count = support.shape
-    numbers = _NUMBERS if support.device.type == "cpu" else _NUMBERS_ELSEWHERE
+    numbers = _ELEMENTS if support.device.type == "cpu" else _ELEMENTS_ON_ACCELERATOR
     most = max(numbers // count**2, 1)
     if batch > most:
         parts = [
@@ -369,9 +369,9 @@ def _upper_bound(gram: Float[Tensor, "K K"]) -> Float[Tensor, ""]:
     """A bound on the largest eigenvalue, at most K^(1/32) times as large: ‖G¹⁶‖^(1/16)."""
     logarithm, share = torch.zeros_like(gram[0, 0]), 1.0
     for _ in range(4):
-        length = torch.linalg.matrix_norm(gram)
-        logarithm = logarithm + share * length.log()
-        gram = gram / length
+        norm = torch.linalg.matrix_norm(gram)
+        logarithm = logarithm + share * norm.log()
+        gram = gram / norm
         gram = gram @ gram
         share /= 2
     bound: Tensor = (logarithm + share * torch.linalg.matrix_norm(gram).log()).exp()

@@ -47,20 +47,20 @@ def conflict_averse(gram: Float[Tensor, "*batch K K"], c: float) -> Float[Tensor
     count = gram.shape[-1]
     if count <= 2:
         return _of_two(gram, c) if count == 2 else gram[..., 0] * 0 + 1
-    cosines, lengths, finite = prepare(gram)
-    batch = lengths.shape
-    cosines, lengths = cosines.reshape(-1, count, count), lengths.reshape(-1, count)
-    # All lengths are in units of the longest from here on.
-    scaled = lengths / lengths.amax(-1, keepdim=True)
+    cosines, norms, finite = prepare(gram)
+    batch = norms.shape
+    cosines, norms = cosines.reshape(-1, count, count), norms.reshape(-1, count)
+    # All norms are in units of the longest from here on.
+    scaled = norms / norms.amax(-1, keepdim=True)
     normal = 1 / scaled
     toward = matvec(cosines, scaled / count)
     square = (toward * scaled / count).sum(-1, keepdim=True)
-    rounding = 32 * torch.finfo(lengths.dtype).eps
+    rounding = 32 * torch.finfo(norms.dtype).eps
     idle = square <= rounding
     if c == 0:
         products = toward * scaled
         least = products.amin(-1, keepdim=True)
-        weights = (products <= least + rounding).to(lengths)
+        weights = (products <= least + rounding).to(norms)
     else:
         radius = c * square.clamp(min=rounding).sqrt()
         point = _minimiser(cosines, toward, normal, radius, torch.full_like(radius, 1 / c))

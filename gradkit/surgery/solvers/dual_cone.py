@@ -29,10 +29,10 @@ def project_onto_dual_cone(
         tensor([[1.0000, 0.5789],
                 [1.2222, 1.0000]])
     """
-    cosines, lengths, finite = prepare(gram)
-    lengths = lengths[..., None, :]
-    target = weights.to(lengths) * lengths
+    cosines, norms, finite = prepare(gram)
+    norms = norms[..., None, :]
+    target = weights.to(norms) * norms
     change, _ = solve(cosines[..., None, :, :], target @ cosines)
     finite = finite[..., None] & weights.isfinite().all(-1)
-    result = weights.to(lengths) + change / lengths
+    result = weights.to(norms) + change / norms
     return result.masked_fill(~finite[..., None], torch.nan).to(gram.dtype)

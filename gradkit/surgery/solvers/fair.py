@@ -42,12 +42,12 @@ def fair_weights(
     if not alpha > 0:
         raise ValueError(f"alpha is {alpha!r}; it has to be above 0")
     count = gram.shape[-1]
-    cosines, lengths, finite = prepare(gram)
+    cosines, norms, finite = prepare(gram)
     zero = gram.diagonal(dim1=-2, dim2=-1) <= 0
     # A row of zeros becomes one that is orthogonal to all others.
     cosines = cosines + torch.diag_embed(zero.to(cosines))
     # With aᵢ = nᵢ^(−2α/(1+α))·bᵢ and y = r·b the equations are C·y = r·b^(−1/α).
-    scale = lengths ** ((1 - alpha) / (1 + alpha))
+    scale = norms ** ((1 - alpha) / (1 + alpha))
     scale = scale / scale.amax(-1, keepdim=True)
     ridge = _RIDGE[cosines.dtype]
     identity = torch.eye(count, dtype=cosines.dtype, device=cosines.device)
@@ -60,7 +60,7 @@ def fair_weights(
     # Where the ridge has held back the weights by much there is no solution without it.
     settled &= (exact_ratio <= 4 * regular_ratio).all(-1)
     ratio = torch.where(settled[..., None], exact_ratio, regular_ratio)
-    weights = (lengths ** (-2 * alpha / (1 + alpha)) * ratio).masked_fill(zero, 0)
+    weights = (norms ** (-2 * alpha / (1 + alpha)) * ratio).masked_fill(zero, 0)
     return weights.masked_fill(~finite[..., None], torch.nan).to(gram.dtype)
 
 

@@ -38,12 +38,12 @@ def nonnegative_minimum(
         >>> nonnegative_minimum(gram, torch.tensor([0.0, -1.0]))
         (tensor([0., 0.]), tensor(False))
     """
-    cosines, lengths, finite = prepare(gram)
-    point, missed = solve(cosines, linear.to(lengths) / lengths)
+    cosines, norms, finite = prepare(gram)
+    point, missed = solve(cosines, linear.to(norms) / norms)
     zero = gram.diagonal(dim1=-2, dim2=-1) <= 0
     bounded = (missed <= _UNBOUNDED) & ~(zero & (linear < 0)).any(-1)
     finite = finite & linear.isfinite().all(-1)
-    weights = (point / lengths).masked_fill(~bounded[..., None], 0)
+    weights = (point / norms).masked_fill(~bounded[..., None], 0)
     return weights.masked_fill(~finite[..., None], torch.nan).to(gram.dtype), bounded & finite
 
 

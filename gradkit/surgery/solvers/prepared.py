@@ -12,24 +12,24 @@ from gradkit.core.gram import accumulator, cosines
 def prepare(
     gram: Float[Tensor, "*batch K K"],
 ) -> tuple[Float[Tensor, "*batch K K"], Float[Tensor, "*batch K"], Bool[Tensor, "*batch"]]:
-    """The matrix of cosines, in the dtype to compute in, and the rows' lengths.
+    """The matrix of cosines, in the dtype to compute in, and the rows' norms.
 
     Rounding may have left a few eigenvalues below 0. As a multiple of the identity it adds the
     least power of ten that mends it.
 
     Returns:
-        The cosines, semidefinite; the lengths, with the least positive one (or 1) in place of 0;
+        The cosines, semidefinite; the norms, with the least positive one (or 1) in place of 0;
         and which matrices are finite. Those that are not have become zero.
     """
     wide = gram.to(accumulator(gram.device))
     finite = wide.isfinite().flatten(-2).all(-1)
     wide = torch.where(finite[..., None, None], wide, 0.0)
-    lengths = wide.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
-    least = torch.where(lengths > 0, lengths, torch.inf).amin(-1, keepdim=True)
+    norms = wide.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
+    least = torch.where(norms > 0, norms, torch.inf).amin(-1, keepdim=True)
     least = torch.where(least.isinf(), 1.0, least)
     return (
         semidefinite(cosines(wide)),
-        torch.where(lengths > 0, lengths, least),
+        torch.where(norms > 0, norms, least),
         finite,
     )
 

@@ -34,26 +34,26 @@ def simplex_minimum(
     count = gram.shape[-1]
     if count <= 2:
         return _of_two(gram, linear) if count == 2 else gram[..., 0] * 0 + 1
-    matrix, lengths, finite = prepare(gram)
-    unit = lengths.amax(-1, keepdim=True)
-    slopes = torch.zeros_like(lengths)
+    matrix, norms, finite = prepare(gram)
+    unit = norms.amax(-1, keepdim=True)
+    slopes = torch.zeros_like(norms)
     if linear is not None:
-        slopes = linear.to(lengths)
+        slopes = linear.to(norms)
         finite = finite & slopes.isfinite().all(-1)
         # A constant in q changes nothing but the rounding.
         slopes = torch.where(finite[..., None], slopes - slopes.amin(-1, keepdim=True), 0.0)
         size = torch.maximum(unit**2, slopes.amax(-1, keepdim=True))
         slopes = slopes / size
-        # Beside q the curvature along short rows is lost in rounding: rows keep their lengths.
-        scaled = lengths / size.sqrt()
+        # Beside q the curvature along short rows is lost in rounding: rows keep their norms.
+        scaled = norms / size.sqrt()
         matrix = matrix * scaled.unsqueeze(-1) * scaled.unsqueeze(-2)
-        lengths = unit.expand_as(lengths)
-    normal = unit / lengths
+        norms = unit.expand_as(norms)
+    normal = unit / norms
     problem = over_simplex(
         matrix.reshape(-1, count, count), slopes.reshape(-1, count), normal.reshape(-1, count)
     )
     point, _, _ = minimise(problem, torch.ones_like(problem.linear, dtype=torch.bool))
-    weights = point.reshape(lengths.shape) * normal
+    weights = point.reshape(norms.shape) * normal
     return normalise(weights).masked_fill(~finite[..., None], torch.nan).to(gram.dtype)
 
 
