@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import as_users_run_it, linear_objectives
-from surgery.methods import GRAM, made
-from surgery.problems import gram, normal, structured
-from surgery.table import losses
 from torch import nn
 
 import gradkit as gk
 from gradkit.surgery import rule as rules
 from gradkit.surgery.semidefinite import check_gram_matrix
+from surgery.methods import GRAM, made
+from surgery.problems import gram, normal, structured
+from surgery.table import losses
 
 LOOKING = [name for name in GRAM if made(name, 3).needs_gram]
 SYMMETRIC = [name for name in LOOKING if made(name, 3).needs_symmetry]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import Observed, seeded
-from surgery.methods import METHODS, made
 from torch import Tensor, nn
 
 import gradkit as gk
@@ -13,6 +12,7 @@ from gradkit.core.transform import Transform
 from gradkit.surgery import GramRule
 from gradkit.surgery.vectors import VectorRule
 from gradkit.weighting.loss_weighting import LossWeighting
+from surgery.methods import METHODS, made
 
 
 def remembers(name: str) -> bool:

@@ -1,10 +1,10 @@
 import pytest
 import torch
 from helpers import CONFLICT, Observed, as_users_run_it, seeded
-from rule_steps import check_resumes, step_with
 from torchjd.aggregation import Constant as TorchjdConstant
 
 import gradkit as gk
+from surgery.rule_steps import check_resumes, step_with
 
 ROWS = torch.randn(3, 10, generator=seeded(0), dtype=torch.float64)
 

@@ -6,7 +6,11 @@ import torch
 from helpers import CONFLICT, Observed, Weighted, as_users_run_it, jacobians, relative_error, seeded
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from rule_steps import (
+from torchjd.aggregation import IMTLG as TorchjdIMTLG  # noqa: N811 # a class
+from torchjd.aggregation import ConFIG as TorchjdConFIG
+
+import gradkit as gk
+from surgery.rule_steps import (
     check_resumes,
     dependent_gradients,
     directions,
@@ -15,10 +19,6 @@ from rule_steps import (
     independent_gradients,
     step_with,
 )
-from torchjd.aggregation import IMTLG as TorchjdIMTLG  # noqa: N811 # a class
-from torchjd.aggregation import ConFIG as TorchjdConFIG
-
-import gradkit as gk
 
 NAN = torch.nan
 BOTH = [gk.IMTLG, gk.ConFIG]

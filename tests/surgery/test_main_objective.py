@@ -5,9 +5,9 @@ import torch
 from helpers import CONFLICT, Observed, Weighted, as_users_run_it, jacobians, relative_error, seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rule_steps import check_resumes, directions, gradients, in_blocks, step_with
 
 import gradkit as gk
+from surgery.rule_steps import check_resumes, directions, gradients, in_blocks, step_with
 
 MODES = ["weighted", "unweighted"]
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from surgery.problems import gram, normal
 from torch import Tensor
 
 import gradkit as gk
 from gradkit.surgery.solvers import active_set, project_onto_dual_cone
 from gradkit.surgery.solvers.active_set import Quadratic, approach
+from surgery.problems import gram, normal
 
 
 def conflicting(count: int, width: int, seed: int = 0) -> Tensor:

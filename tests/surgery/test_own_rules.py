@@ -3,11 +3,11 @@
 import pytest
 import torch
 from helpers import as_users_run_it
-from rule_steps import step_with
 from torchjd import aggregation
 
 import gradkit as gk
 from gradkit.surgery import GramRule
+from surgery.rule_steps import step_with
 
 ROWS = torch.randn(3, 10, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 

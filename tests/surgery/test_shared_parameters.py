@@ -3,13 +3,13 @@
 import pytest
 import torch
 from helpers import Observed, Weighted, seeded
-from surgery.methods import GRAM, alone, made
-from surgery.table import losses as usual_losses
 from torch import nn
 from torchjd.aggregation import UPGrad as TorchjdUPGrad
 from torchjd.autojac import jac_to_grad, mtl_backward
 
 import gradkit as gk
+from surgery.methods import GRAM, alone, made
+from surgery.table import losses as usual_losses
 
 # Trunk and heads in turn, so that what is shared is no one range of the flat vector.
 LAYOUT = (("a", 2), ("trunk", 3), ("b", 1), ("trunk", 4), ("c", 2))

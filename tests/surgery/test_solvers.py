@@ -7,7 +7,6 @@ import torch
 from helpers import jacobians
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import EXAMPLE, GRAMS, allowance, gram, least_on_orthant, least_on_simplex, normal
 from scipy.optimize import minimize
 from torch import Tensor
 
@@ -21,6 +20,15 @@ from gradkit.surgery.solvers import (
     project_onto_dual_cone,
     project_onto_simplex,
     simplex_minimum,
+)
+from surgery.problems import (
+    EXAMPLE,
+    GRAMS,
+    allowance,
+    gram,
+    least_on_orthant,
+    least_on_simplex,
+    normal,
 )
 
 quick = settings(max_examples=40, deadline=None)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import Observed, Weighted, relative_error
-from surgery.test_shared_parameters import LAYOUT, SIZES, TRUNK, Parts, rows_for, step
 from torch import nn
 
 import gradkit as gk
+from surgery.test_shared_parameters import LAYOUT, SIZES, TRUNK, Parts, rows_for, step
 
 RULES = [
     lambda scope: gk.PCGrad(scope=scope),

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from helpers import flat
-from references import data, error, network
+from integrations.references import data, error, network
 from torch import Tensor, nn
 from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
 from torch.optim import SGD, Adam, Optimizer

@@ -6,7 +6,16 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from references import assert_close, assert_equal, data, error, gradient, move, network, sam
+from integrations.references import (
+    assert_close,
+    assert_equal,
+    data,
+    error,
+    gradient,
+    move,
+    network,
+    sam,
+)
 from torch import Tensor, nn
 
 import gradkit as gk

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from children import ROOT
 
 from benchmarks import fundus
 from benchmarks.__main__ import COMMANDS, main
@@ -18,7 +19,6 @@ from examples.common.command_line import parse
 from examples.fundus.network import ResUNet34
 from examples.fundus.source_model import Architecture, save_source_model
 
-ROOT = Path(__file__).parent.parent
 PROBLEMS = ("toy", "fonseca", "zdt", "digits", "fundus")
 DEFAULTS = {"toy": toy.STEPS, "fonseca": fronts.STEPS, "zdt": fronts.STEPS, "digits": digits.STEPS}
 
