@@ -1,3 +1,7 @@
+"""PCGrad, alone and in a step, and its weights in each of the ways to compute them."""
+
+from __future__ import annotations
+
 import pytest
 import torch
 from helpers import (
@@ -6,20 +10,19 @@ from helpers import (
     Weighted,
     as_users_run_it,
     jacobians,
-    linear_objectives,
     quarters,
     relative_error,
     seeded,
 )
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from torch import nn
 from torchjd.aggregation import PCGrad as TorchjdPCGrad
 
 import gradkit as gk
 from gradkit.core import storage
-from gradkit.surgery import RuleInputs
+from gradkit.surgery import RuleInputs, pcgrad
 from gradkit.surgery.pcgrad import pcgrad_weights
+from surgery.rule_steps import SIZES, step_with
 
 
 def sequential_pcgrad(jacobian, order):
@@ -67,17 +70,6 @@ def test_the_weights_of_the_table():
     assert gk.PCGrad().weights(gram).tolist() == pytest.approx(expected, rel=1e-14)
     assert gk.Sum().weights(gram).tolist() == [1.0, 1.0]
     assert gk.Mean().weights(gram).tolist() == [0.5, 0.5]
-
-
-@pytest.mark.parametrize("count", [1, 3, 5])
-def test_sum_and_mean(count):
-    jacobian = torch.randn(count, 4, generator=seeded(0), dtype=torch.float64)
-    torch.testing.assert_close(gk.Sum()(jacobian), jacobian.sum(0))
-    torch.testing.assert_close(gk.Mean()(jacobian), jacobian.mean(0))
-    gram = jacobian @ jacobian.T
-    assert gk.Sum().weights(gram).tolist() == [1.0] * count
-    assert gk.Mean().weights(gram).tolist() == pytest.approx([1 / count] * count)
-    assert gk.Mean().weights(gram.expand(2, 3, -1, -1)).shape == (2, 3, count)
 
 
 @settings(deadline=None)
@@ -247,20 +239,6 @@ def test_arguments_are_checked():
 # The rules in a step.
 
 
-SIZES = (3, 1, 4, 2)
-GROUPS = ((0, 2), (2, 4))
-
-
-def step_with(rows, *transforms, sizes=SIZES, **options):
-    """One step on objectives of the given gradients; returns the direction and the record."""
-    parameters = [nn.Parameter(torch.zeros(size, dtype=rows.dtype)) for size in sizes]
-    groups = [{"params": parameters[start:stop]} for start, stop in GROUPS if start < len(sizes)]
-    optimizer = gk.wrap(torch.optim.SGD(groups, lr=1.0), *transforms, **options)
-    optimizer.step(linear_objectives(parameters, rows))
-    direction = -torch.cat([parameter.detach() for parameter in parameters])
-    return direction, optimizer.last_step
-
-
 def blocks(scope):
     ends = torch.tensor(SIZES).cumsum(0).tolist()
     if scope == "tensor":
@@ -368,14 +346,6 @@ def test_only_observers_leave_nothing_to_do():
     assert record.weights.tolist() == [0.0, 0.0]
 
 
-@pytest.mark.parametrize("rule", [gk.Sum(), gk.Mean()], ids=repr)
-def test_fixed_rules_in_a_step(rule):
-    rows = torch.randn(3, 10, generator=seeded(0), dtype=torch.float64)
-    direction, record = step_with(rows, rule)
-    torch.testing.assert_close(direction, rule(rows))
-    torch.testing.assert_close(record.weights, rule.weights(rows @ rows.T))
-
-
 def test_one_objective_passes_through():
     rows = torch.randn(1, 10, generator=seeded(0), dtype=torch.float64)
     for rule in (gk.PCGrad(), gk.PCGrad(scope="tensor"), gk.Sum(), gk.Mean()):
@@ -395,3 +365,68 @@ def test_the_order_is_drawn_once_a_step_and_kept_at_displaced_points():
     direction, _ = step_with(rows, Watched(), gk.SAM(rho=0.1))
     assert len(drawn) == 1
     torch.testing.assert_close(direction, sequential_pcgrad(rows, drawn[0]))
+
+
+WAYS = ("few", "numpy", "torch")
+
+
+def weights_by(way, gram, order, monkeypatch):
+    """The weights by one way, and whether it was taken."""
+    taken = []
+    project, project_few = pcgrad._project, pcgrad._project_few
+
+    def spy(module, *others):
+        taken.append(module.__name__)
+        project(module, *others)
+
+    def spy_few(*arguments):
+        taken.append("few")
+        return project_few(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pcgrad, "_project", spy)
+        patch.setattr(pcgrad, "_project_few", spy_few)
+        patch.setattr(pcgrad, "_FEW", 99 if way == "few" else 0)
+        weights = pcgrad_weights(gram.clone().requires_grad_(way == "torch"), order)
+    assert taken == [way]
+    return weights.detach()
+
+
+@pytest.mark.parametrize("count", [3, 4, 8, 17])
+def test_three_ways_agree(count, monkeypatch):
+    generator = seeded(count)
+    for scale in (1.0, 1e-9, 1e9):
+        rows = torch.randn(count, 5, generator=generator, dtype=torch.float64)
+        rows *= torch.logspace(-3, 3, count, dtype=torch.float64)[:, None] * scale
+        rows[1] = 0
+        rows[2] = -rows[0]
+        gram = rows @ rows.T
+        order = gk.PCGrad(generator=generator).draw(count)
+        few, *others = [weights_by(way, gram, order, monkeypatch) for way in WAYS]
+        for other in others:
+            torch.testing.assert_close(
+                other, few, rtol=0, atol=2e-15 * count * float(few.abs().max())
+            )
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_nan_is_not_passed_over(way, monkeypatch):
+    rows = torch.randn(4, 6, generator=seeded(0), dtype=torch.float64)
+    rows[2, 1] = torch.nan
+    order = gk.PCGrad().draw(4)
+    assert weights_by(way, rows @ rows.T, order, monkeypatch).isnan().any()
+
+
+def test_a_nan_is_not_passed_over_by_the_closed_form():
+    gram = torch.tensor([[torch.nan, 1.0], [1.0, 1.0]])
+    assert pcgrad_weights(gram).isnan().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [2, 4, 9])
+def test_narrow_gram_matrices_are_worked_on_in_float64(dtype, count):
+    rows = torch.randn(count, 6, generator=seeded(1), dtype=torch.float64)
+    gram, order = (rows @ rows.T).to(dtype), gk.PCGrad().draw(count)
+    found = pcgrad_weights(gram, order)
+    assert found.dtype == dtype
+    assert torch.equal(found, pcgrad_weights(gram.double(), order).to(dtype))

@@ -1,4 +1,4 @@
-"""Rules that remember a vector of each objective: DBMTL and ExcessMTL."""
+"""Rules that keep one vector per objective: DB-MTL and ExcessMTL."""
 
 import copy
 import io
@@ -6,174 +6,14 @@ import pickle
 
 import pytest
 import torch
-from helpers import Observed, Perceptron, Weighted, as_users_run_it, batches, seeded
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from helpers import Observed, Perceptron, Weighted, as_users_run_it, batches
 from torch import nn
-from torchjd.aggregation import ExcessMTL as TorchjdExcessMTL
 
 import gradkit as gk
+from surgery.vector_steps import Run, normal, positive
 
 RULES = (gk.DBMTL, gk.ExcessMTL)
 every_rule = pytest.mark.parametrize("make", RULES)
-
-
-def normal(count, width=6, seed=0):
-    return torch.randn(count, width, generator=seeded(seed), dtype=torch.float64)
-
-
-def positive(count, seed=0):
-    return torch.rand(count, generator=seeded(seed), dtype=torch.float64) + 0.2
-
-
-def dbmtl(steps, beta, sigma, eps=1e-8):
-    """Lin et al.'s method, vector by vector; the directions of all steps."""
-    means, directions = None, []
-    for t, (rows, losses) in enumerate(steps, 1):
-        means = [torch.zeros_like(row) for row in rows] if means is None else means
-        slopes = [row / (loss + eps) for row, loss in zip(rows, losses.tolist(), strict=True)]
-        b = beta / t**sigma
-        means = [b * m + (1 - b) * s for m, s in zip(means, slopes, strict=True)]
-        longest = max(float(m.norm()) for m in means)
-        directions.append(sum(m * longest / m.norm() for m in means if m.norm() > 0))
-    return directions
-
-
-@settings(deadline=None, max_examples=25)
-@given(
-    st.integers(1, 5),
-    st.integers(0, 999),
-    st.sampled_from([0.0, 0.5, 0.9]),
-    st.sampled_from([0.0, 0.5, 2.0]),
-)
-def test_db_mtl_is_its_definition(count, seed, beta, sigma):
-    steps = [(normal(count, seed=seed + k), positive(count, seed + k)) for k in range(5)]
-    rule = gk.DBMTL(beta, sigma=sigma)
-    for (rows, losses), expected in zip(steps, dbmtl(steps, beta, sigma), strict=True):
-        torch.testing.assert_close(rule(rows, losses), expected)
-
-
-def test_db_mtl_counts_the_steps_of_each_objective():
-    run = Run(gk.DBMTL(eps=0.0))
-    mean, ones = {}, torch.ones(2, dtype=torch.float64)
-    for step, names in enumerate(("ab", "a", "ab")):
-        rows = normal(2, seed=step)[: len(names)]
-        run.step(rows, ones[: len(names)], names)
-        for name, row in zip(names, rows, strict=True):
-            old, count = mean.get(name, (torch.zeros_like(row), 0))
-            share = 0.9 / (count + 1) ** 0.5
-            mean[name] = share * old + (1 - share) * row, count + 1
-    rule = run.optimizer.transforms[0]
-    assert rule.state["steps"].tolist() == [3, 2]
-    for name, (expected, _) in mean.items():
-        torch.testing.assert_close(rule.vectors[f"mean.{name}"], expected)
-
-
-def test_db_mtl_makes_all_gradients_equally_long_and_forgets_loss_scales():
-    rows, losses = normal(3), positive(3)
-    scales = torch.tensor([1e-3, 1.0, 1e3], dtype=torch.float64)
-    plain = gk.DBMTL(eps=0.0)(rows, losses)
-    torch.testing.assert_close(gk.DBMTL(eps=0.0)(scales[:, None] * rows, scales * losses), plain)
-
-
-def test_db_mtl_leaves_zero_gradients_alone():
-    rows = normal(3)
-    rows[1] = 0
-    expected = gk.DBMTL()(rows[[0, 2]], torch.ones(2))
-    torch.testing.assert_close(gk.DBMTL()(rows, torch.ones(3)), expected)
-    assert gk.DBMTL()(torch.zeros(2, 3), torch.ones(2)).tolist() == [0.0] * 3
-
-
-def test_db_mtl_has_no_logarithm_of_a_negative_loss():
-    assert gk.DBMTL()(normal(2), torch.tensor([1.0, -1.0])).isnan().all()
-    assert gk.DBMTL()(normal(2), torch.tensor([1.0, 0.0])).isfinite().all()
-
-
-def test_db_mtl_needs_losses():
-    with pytest.raises(ValueError, match=r"DBMTL.*works on losses, too; pass losses="):
-        gk.DBMTL()(normal(2))
-
-
-def structured(seed):
-    jacobian = normal(3, seed=seed)
-    kind = seed % 4
-    if kind == 1:
-        jacobian[2] = -jacobian[0]
-    elif kind == 2:
-        jacobian[1] = 0
-    elif kind == 3:
-        jacobian[0] *= 100
-    return jacobian
-
-
-@pytest.mark.parametrize("warmup", [0, 1, 4])
-@pytest.mark.parametrize("step_size", [0.3, 1.0])
-def test_excess_mtl_equals_torchjds(warmup, step_size):
-    for run in range(5):
-        ours, theirs = gk.ExcessMTL(step_size, warmup), TorchjdExcessMTL(step_size, warmup)
-        for step in range(10):
-            # Theirs loses a weight for good as soon as it underflows.
-            jacobian = structured(10 * run + step) if run else normal(3, seed=step)
-            torch.testing.assert_close(ours(jacobian), theirs(jacobian), rtol=1e-9, atol=1e-12)
-
-
-def excess_weights(steps, eta, warmup):
-    """He et al.'s weights, number by number."""
-    count, width = steps[0].shape
-    squares = [[0.0] * width for _ in range(count)]
-    first, weights, gathered = None, [1 / count] * count, [0.0] * count
-    for number, rows in enumerate(steps):
-        excess = []
-        for i, row in enumerate(rows.tolist()):
-            squares[i] = [s + g * g for s, g in zip(squares[i], row, strict=True)]
-            excess.append(
-                sum(g * g / (s + 1e-7) ** 0.5 for s, g in zip(squares[i], row, strict=True))
-            )
-        if number < warmup:
-            gathered = [a + e / warmup for a, e in zip(gathered, excess, strict=True)]
-        else:
-            if first is None and warmup == 0:
-                first, relative = excess, excess
-            else:
-                first = gathered if first is None else first
-                relative = [e / (f + 1e-7) for e, f in zip(excess, first, strict=True)]
-            grown = [
-                w * torch.tensor(eta * r, dtype=torch.float64).exp().item()
-                for w, r in zip(weights, relative, strict=True)
-            ]
-            weights = [w / sum(grown) for w in grown]
-        yield weights
-
-
-@pytest.mark.parametrize("warmup", [0, 2])
-@pytest.mark.parametrize("count", [1, 2, 4])
-def test_excess_mtl_is_its_definition(warmup, count):
-    steps = [normal(count, seed=k) for k in range(6)]
-    rule = gk.ExcessMTL(0.7, warmup)
-    for rows, weights in zip(steps, excess_weights(steps, 0.7, warmup), strict=True):
-        expected = sum(w * row for w, row in zip(weights, rows, strict=True))
-        torch.testing.assert_close(rule(rows), expected)
-
-
-def test_excess_mtl_begins_with_equal_weights_however_many_numbers_there_are():
-    """The authors' first step; from e itself one weight would be nearly 1 at once."""
-    rows = torch.randn(3, 5000, generator=seeded(0), dtype=torch.float64)
-    rows = rows * torch.tensor([[1.0], [1.5], [0.5]], dtype=torch.float64)
-    rule = gk.ExcessMTL()
-    torch.testing.assert_close(rule(rows), rows.mean(0))
-    second = torch.linalg.lstsq(rows.T, rule(rows)[:, None]).solution
-    assert second.flatten().tolist() == pytest.approx([1 / 3] * 3, rel=0.05)
-
-
-def test_a_weight_of_excess_mtl_comes_back():
-    """Logarithms do not underflow."""
-    rule = gk.ExcessMTL(n_warmup_steps=1)
-    rows = torch.eye(2, dtype=torch.float64)
-    rule(rows)
-    rule(rows * torch.tensor([[1.0], [1e7]]))
-    assert rule(rows).tolist()[0] == pytest.approx(0, abs=1e-300)
-    rule(rows * torch.tensor([[1e9], [1.0]]))
-    assert rule(rows).tolist()[0] == pytest.approx(1)
 
 
 @every_rule
@@ -212,28 +52,6 @@ def test_the_jacobian_is_only_read_and_nothing_shared(make):
     assert torch.equal(rows, before)
     assert torch.equal(direction, kept)
     assert not rule(torch.full((2, 3), torch.nan), torch.ones(2)).isfinite().any()
-
-
-# In an optimizer.
-
-
-class Run:
-    """Steps on objectives whose gradients and losses are given."""
-
-    def __init__(self, *transforms, **options):
-        self.weights = [nn.Parameter(torch.zeros(n, dtype=torch.float64)) for n in (4, 2)]
-        base = torch.optim.SGD(self.weights, lr=1.0)
-        self.optimizer = gk.wrap(base, *transforms, **options)
-
-    def step(self, rows, losses, names="abcd"):
-        start = torch.cat([weight.detach() for weight in self.weights])
-        self.optimizer.step(
-            {
-                name: lambda row=row, loss=loss: (torch.cat(self.weights) - start) @ row + loss
-                for name, row, loss in zip(names, rows, losses)  # noqa: B905 # more names
-            }
-        )
-        return start - torch.cat([weight.detach() for weight in self.weights])
 
 
 @every_rule
@@ -335,19 +153,6 @@ def test_an_owned_rule_can_forget(make):
     assert torch.equal(
         state[0][f"gradkit.0.{rule.remembers}.a"], rule.vectors[f"{rule.remembers}.a"][:4]
     )
-
-
-def test_an_objective_that_appears_later():
-    run = Run(gk.ExcessMTL(n_warmup_steps=2))
-    for seed in range(4):
-        run.step(normal(2, seed=seed), positive(2))
-    for seed in range(4, 8):
-        run.step(normal(3, seed=seed), positive(3))
-        weights = run.optimizer.last_step.weights
-        assert float(weights.sum()) == pytest.approx(1)
-        if seed < 6:
-            assert float(weights[2]) == pytest.approx(1 / 3)
-    assert float(weights[2]) != pytest.approx(1 / 3)
 
 
 def train(make, engine, steps=6, resume_at=None, grows=True):

@@ -1,10 +1,11 @@
-"""Rules that solve one problem for each objective, where there are many objectives."""
+"""UPGrad, which solves one problem per objective, also of many objectives."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
+from helpers import CONFLICT
 from torch import Tensor
 
 import gradkit as gk
@@ -102,3 +103,10 @@ def test_gradient_steps_end_near_the_minimisers() -> None:
     assert ((found > 0) != support).sum() <= 30  # of 900
     with torch.autocast("cpu"):
         assert torch.equal(approach(problem), found)
+
+
+def test_a_preference_of_the_wrong_length():
+    with pytest.raises(ValueError, match=r"there are 3 numbers .* for 2 objectives"):
+        gk.UPGrad(preference=[1.0, 1.0, 1.0])(torch.tensor(CONFLICT))
+    with pytest.raises(ValueError, match="there is no number for the objective '1'"):
+        gk.UPGrad(preference={"0": 1.0})(torch.tensor(CONFLICT))
