@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.amp import GradScaler
 from torch._compile import _disable_dynamo
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from gradkit.core.context import Context

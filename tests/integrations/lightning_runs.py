@@ -9,11 +9,11 @@ from typing import Any
 import lightning
 import pytest
 import torch
-from references import data, error, gradient, move, network, sam
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import gradkit as gk
+from integrations.references import data, error, gradient, move, network, sam
 
 # Lightning 2.6 calls what torch 2.13 deprecates, and recommends worker processes to everyone.
 WARNINGS = [

@@ -10,7 +10,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from references import (
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import gradkit as gk
+from gradkit.testing import bits as plain
+from integrations.references import (
     assert_close,
     assert_equal,
     clipped,
@@ -22,11 +27,6 @@ from references import (
     pcgrad,
     sam,
 )
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
-
-import gradkit as gk
-from gradkit.testing import bits as plain
 
 ENGINES = ["functional", "inplace"]
 BATCHES = data(6)

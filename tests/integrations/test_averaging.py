@@ -7,7 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from references import (
+from torch import Tensor, nn
+from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, update_bn
+from torch.utils.checkpoint import checkpoint
+
+import gradkit as gk
+from gradkit.testing import bits as plain
+from integrations.references import (
     assert_close,
     assert_equal,
     clipped,
@@ -18,12 +24,6 @@ from references import (
     network,
     sam,
 )
-from torch import Tensor, nn
-from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, update_bn
-from torch.utils.checkpoint import checkpoint
-
-import gradkit as gk
-from gradkit.testing import bits as plain
 
 ENGINES = ["functional", "inplace"]
 BATCHES = data(6)

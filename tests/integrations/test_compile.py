@@ -6,11 +6,11 @@ import shutil
 
 import pytest
 import torch
-from references import assert_close, data, error, gradient, move, network, sam
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import gradkit as gk
+from integrations.references import assert_close, data, error, gradient, move, network, sam
 
 BATCHES = data(12)  # more than dynamo would compile anew
 

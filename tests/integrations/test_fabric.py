@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 import torch
 from lightning.fabric import Fabric
-from references import (
+from torch import Tensor, nn
+
+import gradkit as gk
+from integrations.references import (
     assert_close,
     assert_equal,
     clipped,
@@ -22,9 +25,6 @@ from references import (
     pcgrad,
     sam,
 )
-from torch import Tensor, nn
-
-import gradkit as gk
 
 pytestmark = [
     # Lightning 2.6 calls what torch 2.13 deprecates.

@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from references import assert_close, gradient, move, sam
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 import gradkit as gk
 from gradkit.testing import bits as plain
+from integrations.references import assert_close, gradient, move, sam
 
 ENGINES = ["functional", "inplace"]
 INPUT = torch.linspace(-1, 1, 24, dtype=torch.float64).sin()

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning_runs import (
+from torch import Tensor, nn
+
+import gradkit as gk
+from integrations.lightning_runs import (
     BATCHES,
     ENGINES,
     WARNINGS,
@@ -17,10 +20,7 @@ from lightning_runs import (
     sam_gradient,
     sgd,
 )
-from references import assert_close, assert_equal, error, gradient, move, network, sam
-from torch import Tensor, nn
-
-import gradkit as gk
+from integrations.references import assert_close, assert_equal, error, gradient, move, network, sam
 
 pytestmark = WARNINGS
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import lightning
 import pytest
 import torch
-from lightning_runs import WARNINGS, trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import gradkit as gk
+from integrations.lightning_runs import WARNINGS, trainer
 
 pytestmark = [
     *WARNINGS,

@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning_runs import (
+from torch import Tensor, nn
+
+import gradkit as gk
+from gradkit.testing import bits as plain
+from integrations.lightning_runs import (
     BATCHES,
     ENGINES,
     LOADER,
@@ -20,11 +24,16 @@ from lightning_runs import (
     sgd,
     trainer,
 )
-from references import assert_close, assert_equal, error, gradient, move, network, pcgrad, sam
-from torch import Tensor, nn
-
-import gradkit as gk
-from gradkit.testing import bits as plain
+from integrations.references import (
+    assert_close,
+    assert_equal,
+    error,
+    gradient,
+    move,
+    network,
+    pcgrad,
+    sam,
+)
 
 pytestmark = WARNINGS
 

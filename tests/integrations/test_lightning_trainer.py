@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning_runs import (
+from torch import Tensor, nn
+
+import gradkit as gk
+from integrations.lightning_runs import (
     BATCHES,
     ENGINES,
     LOADER,
@@ -21,10 +24,16 @@ from lightning_runs import (
     sgd,
     trainer,
 )
-from references import assert_close, assert_equal, clipped, error, gradient, move, network, sam
-from torch import Tensor, nn
-
-import gradkit as gk
+from integrations.references import (
+    assert_close,
+    assert_equal,
+    clipped,
+    error,
+    gradient,
+    move,
+    network,
+    sam,
+)
 
 pytestmark = WARNINGS
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from references import assert_close, assert_equal, data, error, gradient, network
 from torch import Tensor, nn
 from torch.optim import Optimizer, lr_scheduler, swa_utils
 
 import gradkit as gk
+from integrations.references import assert_close, assert_equal, data, error, gradient, network
 
 ENGINES = ["functional", "inplace"]
 BATCHES = data(8)

@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from references import assert_close, data, gradient, move, sam
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev, jvp, stack_module_state, vmap
 
 import gradkit as gk
+from integrations.references import assert_close, data, gradient, move, sam
 
 ENGINES = ["functional", "inplace"]
 BATCHES = data(4)

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from references import Batch, data, error, network
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ExponentialLR
 
 import gradkit as gk
+from integrations.references import Batch, data, error, network
 
 REFUSED = {"LBFGS", "SparseAdam"}
 CLASSES = {

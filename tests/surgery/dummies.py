@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from surgery.table import Entry, of_class
 
 import gradkit as gk
 from gradkit.core.arguments import check_number
@@ -14,6 +13,7 @@ from gradkit.core.gram import cosines
 from gradkit.surgery import ElementwiseRule, GramRule
 from gradkit.surgery.inputs import Preference, check_preference
 from gradkit.surgery.rule import check_scope, own_generator
+from surgery.table import Entry, of_class
 
 
 @dataclass(eq=False)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 from helpers import seeded
-from surgery.dummies import OWN, OWN_ELEMENTWISE_RULES, OWN_GRAM_RULES
-from surgery.table import ELEMENTWISE_RULES, EXPORTED, GRAM_RULES, losses
 from torch import Tensor, nn
 
 import gradkit as gk
 from gradkit.surgery import GramRule, Rule
+from surgery.dummies import OWN, OWN_ELEMENTWISE_RULES, OWN_GRAM_RULES
+from surgery.table import ELEMENTWISE_RULES, EXPORTED, GRAM_RULES, losses
 
 METHODS = {**EXPORTED, **OWN}
 GRAM = [*GRAM_RULES, *OWN_GRAM_RULES]

@@ -17,10 +17,10 @@ SIZES = (3, 1, 4, 2)
 GROUPS = ((0, 2), (2, 4))
 
 
-def step_with(rows, *transforms, **options):
-    """One step on objectives of the given gradients [K, 10]; returns the direction, the record."""
-    parameters = [nn.Parameter(torch.zeros(size, dtype=rows.dtype)) for size in SIZES]
-    groups = [{"params": parameters[start:stop]} for start, stop in GROUPS]
+def step_with(rows, *transforms, sizes=SIZES, **options):
+    """One step on objectives of the given gradients [K, P]; returns the direction, the record."""
+    parameters = [nn.Parameter(torch.zeros(size, dtype=rows.dtype)) for size in sizes]
+    groups = [{"params": parameters[start:stop]} for start, stop in GROUPS if start < len(sizes)]
     optimizer = gk.wrap(torch.optim.SGD(groups, lr=1.0), *transforms, **options)
     optimizer.step(linear_objectives(parameters, rows))
     direction = -torch.cat([parameter.detach() for parameter in parameters])
@@ -114,3 +114,36 @@ def check_resumes(make: Callable[[], gk.Transform], steps: int = 6) -> None:
     for one, other in zip(model.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(one, other)
     assert str(optimizer.state_dict()) == str(second.state_dict())
+
+
+def series(count, steps=10, width=6, seed=0):
+    generator = seeded(seed)
+    return [
+        torch.randn(count, width, generator=generator, dtype=torch.float64) for _ in range(steps)
+    ]
+
+
+def matrices():
+    """200 random and structured gradients at unit scale."""
+    generator = seeded(0)
+    found = []
+    for number in range(200):
+        count = 2 + number % 7
+        width = (3, 10, 40)[number % 3]
+        matrix = torch.randn(count, width, generator=generator, dtype=torch.float64)
+        kind = number % 5
+        if kind == 1:  # conflict: all lie near one line
+            line = torch.randn(width, generator=generator, dtype=torch.float64)
+            matrix = 0.3 * matrix + torch.randn(count, 1, generator=generator).double() * line
+        if kind == 2:  # linearly dependent
+            matrix[-1] = 0.5 * matrix[0] + 0.25 * matrix[1]
+        if kind == 3:
+            matrix = matrix.abs()
+        if kind == 4:
+            matrix *= torch.logspace(-1, 1, count, dtype=torch.float64)[:, None]
+        found.append(matrix / matrix.norm(dim=1).mean())
+    return found
+
+
+def min_norm(matrix):
+    return float((gk.MGDA()(matrix)).norm())

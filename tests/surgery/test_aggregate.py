@@ -5,12 +5,12 @@ import pytest
 import torch
 import torchjd.aggregation
 from helpers import CONFLICT, Observed, Weighted, as_users_run_it, seeded
-from rule_steps import in_blocks, step_with
 from torch import nn
 
 import gradkit as gk
 from gradkit.core.context import Context
 from gradkit.core.flat import Layout, Pool
+from surgery.rule_steps import in_blocks, step_with
 
 ROWS = torch.randn(3, 10, generator=seeded(0), dtype=torch.float64)
 PREFERENCE = torch.tensor([1.0, 0.5, 2.0])  # float32, whatever the gradients are

@@ -4,7 +4,10 @@ import torch
 from helpers import CONFLICT, Observed, as_users_run_it, jacobians, relative_error, seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rule_steps import (
+from torchjd.aggregation import AlignedMTL as TorchjdAlignedMTL
+
+import gradkit as gk
+from surgery.rule_steps import (
     check_resumes,
     dependent_gradients,
     directions,
@@ -13,9 +16,6 @@ from rule_steps import (
     independent_gradients,
     step_with,
 )
-from torchjd.aggregation import AlignedMTL as TorchjdAlignedMTL
-
-import gradkit as gk
 
 MODES = ["min", "median", "rmse"]
 

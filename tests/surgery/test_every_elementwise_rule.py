@@ -8,10 +8,10 @@ import pickle
 
 import pytest
 import torch
-from surgery.methods import ELEMENTWISE, METHODS, Training, made, matrices, normal
 from torch import nn
 
 from gradkit.core import gram
+from surgery.methods import ELEMENTWISE, METHODS, Training, made, matrices, normal
 
 FACTORS = (1e-6, 1e-3, 3.0, 1e3, 1e6)
 every_rule = pytest.mark.parametrize("name", ELEMENTWISE)

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from helpers import as_users_run_it, flat, seeded
-from surgery.methods import METHODS, made
 from torch import Tensor, nn
 
 import gradkit as gk
 from gradkit.surgery import Rule
+from surgery.methods import METHODS, made
 
 every_method = pytest.mark.parametrize("name", METHODS)
 every_engine = pytest.mark.parametrize("engine", ["functional", "inplace"])

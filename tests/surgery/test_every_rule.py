@@ -13,10 +13,10 @@ from itertools import chain, compress
 import pytest
 import torch
 from helpers import as_users_run_it
-from surgery.methods import GRAM, METHODS, alone, made, matrices, normal, weights
-from surgery.table import EXPORTED, RULES, defined, entry, exported, losses
 
 import gradkit as gk
+from surgery.methods import GRAM, METHODS, alone, made, matrices, normal, weights
+from surgery.table import EXPORTED, RULES, defined, entry, exported, losses
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,9 @@ import inspect
 import pytest
 import torch
 from helpers import Observed, Weighted
+
+import gradkit as gk
+from gradkit.surgery import GramRule
 from surgery.methods import (
     BLOCKS,
     ELEMENTWISE,
@@ -19,9 +22,6 @@ from surgery.methods import (
     weights,
 )
 from surgery.table import losses
-
-import gradkit as gk
-from gradkit.surgery import GramRule
 
 
 def forms(scopes: tuple[str, ...]) -> list[tuple[str, dict[str, str]]]:

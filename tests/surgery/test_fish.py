@@ -3,23 +3,6 @@ import math
 
 import pytest
 import torch
-from domains import (
-    ENGINES,
-    FORMS,
-    NAMES,
-    Asks,
-    Displaced,
-    Observers,
-    add,
-    closures,
-    domain,
-    domains,
-    grads,
-    one_step,
-    scaled,
-    times,
-    total,
-)
 from helpers import (
     Perceptron,
     ReferenceAdam,
@@ -41,6 +24,23 @@ import gradkit as gk
 from gradkit.core.context import Context
 from gradkit.core.flat import Layout, Pool
 from gradkit.surgery.visit_order import VisitOrder
+from surgery.domains import (
+    ENGINES,
+    FORMS,
+    NAMES,
+    Asks,
+    Displaced,
+    Observers,
+    add,
+    closures,
+    domain,
+    domains,
+    grads,
+    one_step,
+    scaled,
+    times,
+    total,
+)
 
 
 def fish_rows(losses, order, weights, alpha):

@@ -4,11 +4,11 @@ import itertools
 
 import pytest
 import torch
-from domains import NAMES, grads
 from helpers import relative_error, seeded
 from torch import nn
 
 import gradkit as gk
+from surgery.domains import NAMES, grads
 
 
 def random_quadratics(seed, count=2):

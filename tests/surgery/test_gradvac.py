@@ -5,11 +5,11 @@ import torch
 from helpers import CONFLICT, Observed, as_users_run_it, jacobians, relative_error, seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rule_steps import check_resumes, gradients, in_blocks, step_with
 from torchjd.aggregation import GradVac as TorchjdGradVac
 
 import gradkit as gk
 from gradkit.surgery.gradvac import gradvac_weights
+from surgery.rule_steps import check_resumes, gradients, in_blocks, step_with
 
 
 def cosine(a, b):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import linear_objectives, seeded
-from surgery.methods import ELEMENTWISE, GRAM, METHODS, made
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradkit as gk
 from gradkit.core import gram
 from gradkit.core.combine import combine, scaled
+from surgery.methods import ELEMENTWISE, GRAM, METHODS, made
 
 HALF = (torch.bfloat16, torch.float16)
 in_half = pytest.mark.parametrize("dtype", HALF)

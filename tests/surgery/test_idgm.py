@@ -2,24 +2,6 @@ import math
 
 import pytest
 import torch
-from domains import (
-    ENGINES,
-    FORMS,
-    NAMES,
-    Asks,
-    Displaced,
-    Observers,
-    add,
-    closures,
-    domain,
-    domains,
-    grads,
-    hessian_product,
-    one_step,
-    scaled,
-    times,
-    total,
-)
 from helpers import (
     Perceptron,
     ReferenceAdam,
@@ -37,6 +19,24 @@ from helpers import (
 from torch import nn
 
 import gradkit as gk
+from surgery.domains import (
+    ENGINES,
+    FORMS,
+    NAMES,
+    Asks,
+    Displaced,
+    Observers,
+    add,
+    closures,
+    domain,
+    domains,
+    grads,
+    hessian_product,
+    one_step,
+    scaled,
+    times,
+    total,
+)
 
 
 def idgm_rows(losses, weights, gamma):

@@ -1,56 +1,19 @@
 """IMTL-G and ConFIG: equal, or chosen, projections on all gradients."""
 
-import numpy as np
 import pytest
 import torch
 from helpers import CONFLICT, Observed, Weighted, as_users_run_it, jacobians, relative_error, seeded
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from rule_steps import (
-    check_resumes,
-    dependent_gradients,
-    directions,
-    gradients,
-    in_blocks,
-    independent_gradients,
-    step_with,
-)
 from torchjd.aggregation import IMTLG as TorchjdIMTLG  # noqa: N811 # a class
 from torchjd.aggregation import ConFIG as TorchjdConFIG
 
 import gradkit as gk
+from surgery.projections import config, imtlg
+from surgery.rule_steps import check_resumes, directions, gradients, in_blocks, step_with
 
 NAN = torch.nan
 BOTH = [gk.IMTLG, gk.ConFIG]
-
-
-def units(jacobian):
-    lengths = jacobian.norm(dim=1, keepdim=True)
-    return jacobian / torch.where(lengths > 0, lengths, 1)
-
-
-def imtlg(jacobian):
-    """IMTL-G of independent gradients, from the equations that define it."""
-    rows = jacobian.numpy()
-    unit = units(jacobian).numpy()
-    count = len(rows)
-    # ⟨Σ w_i g_i, u_1 − u_k⟩ = 0 for each k > 1, and Σ w_i = 1.
-    equations = np.ones((count, count))
-    for k in range(1, count):
-        equations[k] = rows @ (unit[0] - unit[k])
-    wanted = np.eye(count)[0]
-    return torch.from_numpy(np.linalg.solve(equations, wanted) @ rows)
-
-
-def config(jacobian, preference=None, cutoff=1e-6):
-    """Equation 2 of Liu et al. by the pseudo-inverse of the units, as the authors' code has it."""
-    preference = np.ones(len(jacobian)) if preference is None else np.asarray(preference)
-    direction = np.linalg.pinv(units(jacobian).numpy(), rcond=cutoff) @ preference
-    length = np.linalg.norm(direction)
-    if length < 1e-9:
-        return torch.zeros_like(jacobian[0])
-    direction = direction / length
-    return torch.from_numpy((jacobian.numpy() @ direction).sum() * direction)
 
 
 def test_the_values_of_the_table():
@@ -78,63 +41,6 @@ def test_independent_gradients_equal_torchjds():
     found = directions(gk.ConFIG(preference.tolist()), jacobians)
     for jacobian, ours in zip(jacobians, found, strict=True):
         assert relative_error(ours, theirs(jacobian)) < 1e-8
-
-
-def test_dependent_gradients_of_config_equal_torchjds():
-    jacobians = list(dependent_gradients(200))
-    for jacobian, ours in zip(jacobians, directions(gk.ConFIG(), jacobians), strict=True):
-        assert relative_error(ours, TorchjdConFIG()(jacobian)) < 1e-7
-        assert relative_error(ours, config(jacobian)) < 1e-7
-
-
-def test_imtlg_of_parallel_gradients_is_the_limit_of_independent_ones():
-    base = torch.randn(2, 6, generator=seeded(0), dtype=torch.float64)
-    parallel = torch.stack([base[0], 2.5 * base[0]])
-    near = parallel + 1e-6 * torch.randn(2, 6, generator=seeded(1), dtype=torch.float64)
-    expected = gk.IMTLG()(near)
-    torch.testing.assert_close(gk.IMTLG()(parallel), expected, rtol=1e-5, atol=1e-5)
-    # Beside a third one, too, by the pseudo-inverse of the cosines; TorchJD's differs.
-    three = torch.cat([parallel, base[1:]])
-    unit = units(three).numpy()
-    solution = np.linalg.pinv(unit @ unit.T, rcond=1e-9).sum(1) / three.norm(dim=1).numpy()
-    expected = torch.from_numpy(solution / solution.sum() @ three.numpy())
-    assert relative_error(gk.IMTLG()(three), expected) < 1e-10
-    assert relative_error(TorchjdIMTLG()(three), expected) > 0.01
-    projections = units(three) @ gk.IMTLG()(three)
-    torch.testing.assert_close(projections, projections[0].expand(3))
-
-
-def test_imtlg_may_turn_against_all():
-    """What its docstring warns of: the sum that the weights are divided by is negative."""
-    rows = torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0], [1.0, 3.0, 0.1]], dtype=torch.float64)
-    rows = units(rows) * torch.tensor([[1.0], [0.01], [1.0]], dtype=torch.float64)
-    direction = gk.IMTLG()(rows)
-    torch.testing.assert_close(direction, imtlg(rows))
-    assert (rows @ direction < 0).all()
-    assert (rows @ gk.ConFIG()(rows) > 0).all()
-
-
-@settings(deadline=None, max_examples=30)
-@given(independent_gradients())
-def test_projections_are_equal_and_weights_sum_to_one(jacobian):
-    weights = gk.IMTLG().weights(jacobian @ jacobian.T)
-    assume(weights.abs().max() < 1e4)
-    assert weights.sum().item() == pytest.approx(1, abs=1e-9)
-    projections = units(jacobian) @ (weights @ jacobian)
-    torch.testing.assert_close(projections, projections[0].expand(len(jacobian)))
-
-
-@settings(deadline=None, max_examples=30)
-@given(independent_gradients(), st.lists(st.floats(0.1, 10), min_size=4, max_size=4))
-def test_cosines_to_config_are_in_the_ratio_of_the_preference(jacobian, preference):
-    preference = preference[: len(jacobian)]
-    direction = gk.ConFIG(preference)(jacobian)
-    wanted = torch.tensor(preference, dtype=torch.float64)
-    ratios = units(jacobian) @ direction / wanted
-    assert (ratios > 0).all()
-    torch.testing.assert_close(ratios, ratios[0].expand(len(jacobian)))
-    projections = jacobian @ direction / direction.norm()
-    torch.testing.assert_close(direction.norm(), projections.sum())
 
 
 @settings(deadline=None, max_examples=30)
@@ -220,12 +126,6 @@ def test_in_a_step(make, scope):
         rows, Weighted(a=2.0, c=2.0), Observed("b"), make(scope=scope), gk.SAM()
     )
     torch.testing.assert_close(direction, expected)
-
-
-def test_preferences_by_name_in_a_step():
-    rows = torch.randn(3, 10, generator=seeded(0), dtype=torch.float64)
-    direction, _ = step_with(rows, gk.ConFIG({"b": 2.0, "a": 1.0, "c": 0.0}))
-    torch.testing.assert_close(direction, config(rows, [1.0, 2.0, 0.0]))
 
 
 @pytest.mark.parametrize("make", BOTH)

@@ -3,10 +3,10 @@ import torch
 from helpers import CONFLICT, Observed, as_users_run_it, jacobians, seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rule_steps import check_resumes, in_blocks, step_with
 from torchjd.aggregation import Krum as TorchjdKrum
 
 import gradkit as gk
+from surgery.rule_steps import check_resumes, in_blocks, step_with
 
 
 def selected(jacobian, f=0, m=1, power=2):

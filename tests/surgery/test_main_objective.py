@@ -5,32 +5,12 @@ import torch
 from helpers import CONFLICT, Observed, Weighted, as_users_run_it, jacobians, relative_error, seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rule_steps import check_resumes, directions, gradients, in_blocks, step_with
 
 import gradkit as gk
+from surgery.main_objective import gated, projected
+from surgery.rule_steps import check_resumes, directions, gradients, in_blocks, step_with
 
 MODES = ["weighted", "unweighted"]
-
-
-def gated(jacobian, main=0, mode="weighted"):
-    """Du et al.'s rule, vector by vector."""
-    direction = jacobian[main].clone()
-    for a, auxiliary in enumerate(jacobian):
-        lengths = float(auxiliary.norm() * jacobian[main].norm())
-        cosine = float(torch.dot(auxiliary, jacobian[main])) / lengths if lengths > 0 else 0.0
-        if a != main:
-            direction += (max(0.0, cosine) if mode == "weighted" else cosine >= 0) * auxiliary
-    return direction
-
-
-def projected(jacobian, main=0):
-    """Dou et al.'s rule, vector by vector."""
-    direction = jacobian[main].clone()
-    for a, auxiliary in enumerate(jacobian):
-        product = torch.dot(direction, auxiliary)
-        if a != main and product < 0:
-            direction -= product / auxiliary.square().sum() * auxiliary
-    return direction
 
 
 def test_the_example_of_conflict():
@@ -71,17 +51,6 @@ def test_the_main_objective_comes_first(jacobian, mode, scale):
         assert direction.square().sum() <= main + slack
 
 
-def test_several_auxiliary_gradients_are_projected_off_in_their_order():
-    jacobian = torch.tensor([[1.0, 0.0], [-1.0, 1.0], [-1.0, -2.0]], dtype=torch.float64)
-    direction = gk.GSMorph(scope="global")(jacobian)
-    torch.testing.assert_close(direction, projected(jacobian))
-    other = gk.GSMorph(scope="global")(jacobian[[0, 2, 1]])
-    assert not torch.allclose(direction, other)
-    # The last one is in no conflict with the result; the first may be again.
-    assert torch.dot(direction, jacobian[2]) >= -1e-15
-    assert torch.dot(direction, jacobian[1]) < -0.1
-
-
 def test_zero_gradients():
     jacobian = torch.tensor([[1.0, 2.0], [0.0, 0.0], [-1.0, 0.0]], dtype=torch.float64)
     assert gk.GSMorph(scope="global")(jacobian).tolist() == [0.0, 2.0]
@@ -114,14 +83,6 @@ def test_batches_dtypes_and_nan(rule):
     assert rule.weights(grams[0].float()).dtype == torch.float32
 
 
-def test_gsmorph_works_by_tensor_unless_told_otherwise():
-    rows = torch.randn(2, 10, generator=seeded(3), dtype=torch.float64)
-    direction, _ = step_with(rows, gk.GSMorph(), gk.SAM())
-    torch.testing.assert_close(direction, in_blocks(rows, "tensor", projected))
-    with pytest.raises(ValueError, match="works by tensor, and a bare matrix"):
-        gk.GSMorph()(rows)
-
-
 @pytest.mark.parametrize("scope", ["global", "group", "tensor"])
 def test_in_a_step_by_name(scope):
     rows = torch.randn(4, 10, generator=seeded(0), dtype=torch.float64)
@@ -132,14 +93,6 @@ def test_in_a_step_by_name(scope):
     torch.testing.assert_close(direction, in_blocks(seen, scope, lambda part: gated(part, 1)))
     direction, _ = step_with(rows, *inner, gk.GSMorph("c", scope=scope))
     torch.testing.assert_close(direction, in_blocks(seen, scope, lambda part: projected(part, 1)))
-
-
-def test_a_gate_admits_objectives_to_rules_that_follow():
-    rows = torch.tensor([[1.0, 0, 0], [-1, 1, 0], [1, 1, 0]]).double()
-    rows = torch.cat([rows, torch.zeros(3, 7)], dim=1)
-    direction, record = step_with(rows, gk.CosineGate(mode="unweighted"), gk.Mean())
-    assert record.weights.tolist() == [0.5, 0.0, 0.5]
-    torch.testing.assert_close(direction, (rows[0] + rows[2]) / 2)
 
 
 @pytest.mark.parametrize("make", [gk.CosineGate, gk.GSMorph])

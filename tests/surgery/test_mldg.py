@@ -3,23 +3,6 @@ from collections import Counter
 
 import pytest
 import torch
-from domains import (
-    ENGINES,
-    FORMS,
-    NAMES,
-    Asks,
-    Displaced,
-    Observers,
-    add,
-    closures,
-    domain,
-    domains,
-    grads,
-    one_step,
-    scaled,
-    times,
-    total,
-)
 from helpers import (
     Perceptron,
     ReferenceAdam,
@@ -37,6 +20,23 @@ from helpers import (
 from torch import nn
 
 import gradkit as gk
+from surgery.domains import (
+    ENGINES,
+    FORMS,
+    NAMES,
+    Asks,
+    Displaced,
+    Observers,
+    add,
+    closures,
+    domain,
+    domains,
+    grads,
+    one_step,
+    scaled,
+    times,
+    total,
+)
 
 SPLIT = [15, 5, 20, 4]
 

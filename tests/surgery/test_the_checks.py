@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from helpers import Observed
+
+import gradkit as gk
 from surgery import test_every_elementwise_rule as elementwise
 from surgery import test_every_method as method
 from surgery import test_every_rule as alone
@@ -17,8 +19,6 @@ from surgery import test_every_rule_in_a_step as step
 from surgery.dummies import Averaging, ByLosses, Drawn, Dropped, Filled, Recalling, Signs
 from surgery.methods import METHODS
 from surgery.table import Entry, of_class
-
-import gradkit as gk
 
 
 class AbsoluteThreshold(Recalling):

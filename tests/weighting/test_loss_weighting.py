@@ -7,11 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from weighting_references import PAIRS, WEIGHTINGS, batches, objectives, wrapped
 
 import gradkit as gk
 from gradkit.core.flat import Layout
 from gradkit.core.storage import Summed
+from weighting.references import PAIRS, WEIGHTINGS, batches, objectives, wrapped
 
 positive = st.floats(1e-3, 1e3)
 STATEFUL = ["uw", "dwa", "famo", "stch"]

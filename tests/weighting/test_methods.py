@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-import weighting_references as references
 from helpers import as_users_run_it, seeded
 from torch import nn
 
 import gradkit as gk
+from weighting import references
 
 
 def train(weighting, history):

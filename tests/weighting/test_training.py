@@ -4,10 +4,12 @@ import io
 
 import pytest
 import torch
-import weighting_references as references
 from helpers import Perceptron, flat, relative_error, seeded
 from torch import nn
-from weighting_references import (
+
+import gradkit as gk
+from weighting import references
+from weighting.references import (
     PAIRS,
     WEIGHTINGS,
     batches,
@@ -15,8 +17,6 @@ from weighting_references import (
     reference_training,
     wrapped,
 )
-
-import gradkit as gk
 
 ENGINES = ["functional", "inplace"]
 

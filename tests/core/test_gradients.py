@@ -1,0 +1,171 @@
+"""Gram matrices and cosines of gradients, by scope, of a step and without one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import Observed, Weighted, relative_error, seeded
+from surgery.trunk import LAYOUT, SIZES, TRUNK, Parts, rows_for, step
+from torch import nn
+
+import gradkit as gk
+from gradkit.core.flat import Layout
+from gradkit.core.gradients import Gradients
+
+RULES = [
+    lambda scope: gk.PCGrad(scope=scope),
+    lambda scope: gk.UPGrad(scope=scope),
+    lambda scope: gk.GradVac(scope=scope),
+    lambda scope: gk.CRMOGM(gk.MGDA(scope=scope)),
+    lambda scope: gk.Aggregate(lambda rows: rows.sum(0), scope=scope),
+    lambda scope: gk.Aggregate(lambda gram: gram.diagonal(), of="gram", scope=scope),
+]
+
+
+def cosine(a, b):
+    return nn.functional.cosine_similarity(a, b, 0).item()
+
+
+@pytest.mark.parametrize("make", RULES)
+@pytest.mark.parametrize("engine", ["functional", "inplace"])
+def test_a_step_on_shared_parameters_records_what_its_rule_saw(make, engine):
+    rows = rows_for()
+    _, optimizer = step(rows, make("shared"), engine=engine)
+    trunk = rows[:, TRUNK]
+    assert relative_error(optimizer.last_step.gram.double(), trunk @ trunk.T) < 1e-6
+    assert optimizer.last_step.cosine("a", "c").item() == pytest.approx(
+        cosine(trunk[0], trunk[2]), rel=1e-6
+    )
+    whole = cosine(rows[0], rows[2])
+    assert abs(optimizer.last_step.cosine("a", "c").item() - whole) > 0.01
+
+
+@pytest.mark.parametrize("scope", ["global", "tensor"])
+def test_other_scopes_record_the_whole_gradients(scope):
+    rows = rows_for()
+    _, optimizer = step(rows, gk.PCGrad(scope=scope))
+    assert relative_error(optimizer.last_step.gram.double(), rows @ rows.T) < 1e-6
+
+
+def test_it_holds_inside_sam_and_beside_weights_and_observers():
+    rows = rows_for()
+    trunk = rows[:, TRUNK]
+    around = [Weighted(a=3.0), Observed("b"), gk.PCGrad(scope="shared"), gk.SAM(rho=0.1)]
+    _, optimizer = step(rows, *around)
+    assert relative_error(optimizer.last_step.gram.double(), trunk @ trunk.T) < 1e-6
+
+
+def test_where_nothing_is_shared_the_record_is_of_all_parameters():
+    layout = (("a", 2), ("b", 3))
+    rows = rows_for("ab", layout)
+    _, optimizer = step(rows, gk.PCGrad(scope="shared"), names="ab", layout=layout)
+    assert relative_error(optimizer.last_step.gram.double(), rows @ rows.T) < 1e-6
+
+
+def gradients_of(rows, where, **options):
+    def closure():
+        return {
+            name: sum(
+                (part * piece).sum()
+                for part, (owners, _), piece in zip(
+                    where.parts, LAYOUT, row.split(SIZES), strict=True
+                )
+                if owners in ("trunk", name)
+            )
+            for name, row in zip("abc", rows, strict=True)
+        }
+
+    base = torch.optim.SGD(where.parameters(), lr=1.0)
+    return gk.wrap(base, **options).gradients(closure)
+
+
+def test_gram_by_scope_shared():
+    rows, model = rows_for(), Parts()
+    gradients = gradients_of(rows, model)
+    trunk = rows[:, TRUNK]
+    assert relative_error(gradients.gram("shared"), trunk @ trunk.T) < 1e-12
+    signs = trunk.sign()
+    assert torch.equal(gradients.gram("shared", signs=True), signs @ signs.T)
+    assert gradients.cosine("a", "b", scope="shared").item() == pytest.approx(
+        cosine(trunk[0], trunk[1]), rel=1e-12
+    )
+    # With one objective left there is nothing to share, and weights decide who that is.
+    assert gradients.observe("a", "b").gram("shared").eq(0).all()
+    assert relative_error(gradients.gram(), rows @ rows.T) < 1e-12
+
+
+def test_cosines_by_parameter():
+    rows, model = rows_for(), Parts()
+    expected = [
+        cosine(x, y) for x, y in zip(rows[0].split(SIZES), rows[1].split(SIZES), strict=True)
+    ]
+    named = gradients_of(rows, model, model=model).cosines_by_parameter("a", "b")
+    assert list(named) == [f"parts.{k}" for k in range(5)]
+    assert [value.shape for value in named.values()] == [()] * 5
+    assert [value.item() for value in named.values()] == pytest.approx(expected, rel=1e-12)
+    assert named["parts.0"].item() == 0  # only one of them reaches it
+    numbered = gradients_of(rows, model).cosines_by_parameter("a", "b")
+    assert list(numbered) == [0, 1, 2, 3, 4]
+    assert [*numbered.values()] == [*named.values()]
+
+
+def test_parameters_named_by_the_base_optimizer_and_of_a_single_objective():
+    net = nn.Linear(2, 1)
+    base = torch.optim.SGD(net.parameters(), lr=1.0)
+    base.param_groups[0]["param_names"] = ["w", "b"]
+    gradients = gk.wrap(base).gradients({"a": lambda: net(torch.ones(1, 2)).sum()})
+    found = gradients.cosines_by_parameter("a", "a")
+    assert {name: round(value.item(), 6) for name, value in found.items()} == {"w": 1.0, "b": 1.0}
+
+
+@pytest.mark.parametrize("scope", ["shared", "tensor"])
+def test_a_bare_matrix_has_one_scope(scope):
+    bare = gk.Gradients(("a", "b"), torch.zeros(2), torch.ones(2, 3))
+    with pytest.raises(ValueError, match="'tensor' needs to know where the parameters lie"):
+        bare.gram(scope)
+    with pytest.raises(ValueError, match="'tensor' needs to know where the parameters lie"):
+        bare.cosines_by_parameter("a", "b")
+
+
+CHUNK = 1 << 20
+
+
+@pytest.fixture(autouse=True, params=[0, 1 << 12], ids=["in blocks", "short at once"])
+def short(request, monkeypatch):
+    """Up to which length vectors are converted at once; 0 sends all of them through blocks."""
+    monkeypatch.setattr("gradkit.core.gram._SHORT", request.param)
+
+
+def reference(a, b, *, signs=False):
+    """All inner products in float64, chunk by chunk to spare the memory."""
+    total = torch.zeros(len(a), len(b), dtype=torch.float64)
+    for left, right in zip(a.split(CHUNK, dim=1), b.split(CHUNK, dim=1), strict=True):
+        left, right = left.double(), right.double()
+        if signs:
+            left, right = left.sign(), right.sign()
+        total += left @ right.T
+    return total
+
+
+@pytest.mark.parametrize("signs", [False, True])
+def test_gradients_give_one_gram_for_each_group_or_tensor(signs):
+    sizes = [3, 4, 5]
+    parameters = [nn.Parameter(torch.zeros(size)) for size in sizes]
+    layout = Layout.of([{"params": parameters[:2]}, {"params": parameters[2:]}])
+    rows = torch.randn(2, 12, generator=seeded(0))
+    gradients = Gradients(("a", "b"), torch.zeros(2), rows, layout=layout)
+    parts = {"global": [12], "group": [7, 5], "tensor": sizes}
+    for scope, lengths in parts.items():
+        expected = torch.stack(
+            [reference(part, part, signs=signs) for part in rows.split(lengths, dim=1)]
+        )
+        result = gradients.gram(scope, signs=signs)
+        torch.testing.assert_close(
+            result.double(), expected[0] if scope == "global" else expected, rtol=1e-6, atol=1e-6
+        )
+
+
+def test_a_bare_matrix_has_no_groups():
+    gradients = Gradients(("a",), torch.zeros(1), torch.ones(1, 3))
+    with pytest.raises(ValueError, match="scope 'tensor' needs to know where the parameters lie"):
+        gradients.gram("tensor")
