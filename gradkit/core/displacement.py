@@ -1,4 +1,4 @@
-"""Points near the weights, as sums that are computed when an engine needs them."""
+"""Displacements of the weights, as sums that are computed when an engine needs them."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _HALF = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True, eq=False)
 class Displacement:
-    """A sum of vectors, each times a factor, that is yet to be computed.
+    """A lazy weighted sum of vectors, by which the weights are displaced.
 
-    Weights plus displacement are then one pass over memory for each term. Wherever the library
-    takes a displacement, a flat vector [P] does as well; `context.displaced` makes one of either.
-    Adding a flat vector gives another displacement.
+    Adding it to the weights takes one pass over memory for each term. Wherever the library takes a
+    displacement, a flat vector [P] does as well; `context.displaced` makes a displacement of
+    either. Adding a flat vector gives another displacement.
 
     Attributes:
-        terms: Vectors, flat [P] or one tensor per parameter, and what each is multiplied by.
+        terms: Vectors, flat [P] or one tensor per parameter, and the factor of each.
         layout: Where each parameter lies in the flat vector.
 
     Examples:
@@ -42,10 +42,10 @@ class Displacement:
 
     @classmethod
     def of(cls, at: Point | None, layout: Layout) -> Displacement:
-        """A displacement in any of the forms in which one is given.
+        """The displacement for a point: itself, a flat vector, or None for no displacement.
 
         Raises:
-            ValueError: If a flat vector has another length than the weights.
+            ValueError: If a flat vector's length differs from that of the weights.
         """
         if isinstance(at, Displacement):
             return at
@@ -73,7 +73,7 @@ class Displacement:
         """The displacement as a flat vector.
 
         Args:
-            out: Memory for the result, which no term may share; by default it is new.
+            out: Memory for the result, which no term may share; None allocates it.
         """
         layout = self.layout
         if out is None:
@@ -100,11 +100,11 @@ class Displacement:
         return out
 
     def add_to(self, weights: Sequence[Tensor], out: Sequence[Tensor]) -> None:
-        """Write weights plus displacement, tensor by tensor.
+        """Write weights plus displacement to `out`, one tensor at a time.
 
         Args:
             weights: One tensor per parameter.
-            out: Memory for the sums, which may be the weights themselves.
+            out: Memory for the results, which may be the weights themselves.
         """
         terms = [
             (self.layout.views(vector) if isinstance(vector, Tensor) else vector, _Factor(factor))
@@ -120,7 +120,7 @@ class Displacement:
             elif len(kinds) == 1 and value.dtype not in _HALF:
                 for number, (part, factor) in enumerate(there):
                     factor.add(weight if number == 0 else value, part, value)
-            else:  # half precision would round each factor, and each product, before the sum
+            else:  # in half precision each factor and each product would be rounded before the sum
                 wide = torch.promote_types(value.dtype, torch.float32)
                 total = weight.to(wide)
                 for part, factor in there:
@@ -129,11 +129,11 @@ class Displacement:
 
 
 Point = Union[Float[Tensor, " P"], Displacement]  # noqa: UP007 # a class of jaxtyping's has no "|"
-"""Where an oracle is asked: a displacement of the weights, or one as a flat vector."""
+"""The point at which an oracle evaluates: a displacement of the weights, lazy or as a vector."""
 
 
 class _Factor:
-    """What a term is multiplied by, cast to each dtype once."""
+    """The factor of a term, cast to each dtype once."""
 
     def __init__(self, value: Float[Tensor, ""] | float) -> None:
         self.value = value
