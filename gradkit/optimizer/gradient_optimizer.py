@@ -1,4 +1,4 @@
-"""The optimizer that bends gradients before its base optimizer applies them."""
+"""The optimizer that transforms gradients before its base optimizer applies them."""
 
 from __future__ import annotations
 
@@ -48,31 +48,32 @@ from gradkit.optimizer.transaction import Transaction
 
 _IDLE = (
     "step() had nothing to step on: {}. As with a bare optimizer nothing was changed, and "
-    "last_step.applied is False; this is said once"
+    "last_step.applied is False. This warning is given once"
 )
 _ALONE = (
     "{!r} acts between objectives, and the step has one only, {!r}; pass step() a mapping of "
-    "named objectives. This is said once"
+    "named objectives. This warning is given once"
 )
 
 
 class GradientOptimizer(Optimizer):
-    """A torch optimizer that bends the gradient before its base applies it; made by `wrap`.
+    """A torch optimizer that transforms gradients before its base applies them; made by `wrap`.
 
     `step` takes the objectives: a closure that returns a loss, a mapping from names to such
     closures, or a closure that returns a mapping from names to losses (one forward for all). A
-    closure may be a generator function: each loss it yields is one micro-batch, back-propagated
-    and freed before the next. A closure may also call `backward` itself, as torch's do.
+    closure may be a generator function: each loss that it yields is one micro-batch, which is
+    back-propagated and freed before the next. A closure may also call `backward` itself, as
+    closures for torch's optimizers do.
 
     `param_groups`, `state` and `defaults` are the base's own, so learning-rate schedulers and
-    checkpoints find what they expect. So are further public methods that the base has: `train` and
-    `eval` of schedule-free optimizers, say.
+    checkpoints work. Further public methods of the base are available, too, such as `train` and
+    `eval` of schedule-free optimizers.
 
     Attributes:
         base: The wrapped optimizer.
         transforms: The transforms, innermost first.
-        options: What `wrap` was told.
-        last_step: What happened in the last step; None before the first.
+        options: The options passed to `wrap`.
+        last_step: The record of the last step; None before the first.
     """
 
     def __init__(
@@ -81,13 +82,13 @@ class GradientOptimizer(Optimizer):
         transforms: Sequence[Transform],
         options: StepOptions,
     ) -> None:
-        # Optimizer.__init__ would build param_groups and state of its own beside the base's.
+        # Not Optimizer.__init__, which would make param_groups and state beside the base's.
         self.base = base
         self.transforms = tuple(transforms)
         self.options = options
         self.last_step: StepRecord | None = None
         self._vector_layout: Layout | None = None
-        # Where the base's state dict is of its own form, vectors lie beside its state.
+        # If the base's state dict has its own form, vectors are kept beside its state.
         self._beside: saved_state.Store | None = None
         if saved_state.has_own_form(base):
             self._beside = defaultdict(dict)
@@ -106,16 +107,16 @@ class GradientOptimizer(Optimizer):
             )
         for transform in transforms:
             transform.check_free(self)
-        # Whoever looks at the groups finds the key from the start: some checkpoint formats save
-        # only the keys that a freshly made optimizer shows.
+        # The key is there from the start, since some checkpoint formats save only the keys that a
+        # new optimizer has.
         self.base.param_groups[0][saved_state.KEY] = saved_state.encode(self.transforms)
         for transform in transforms:
             transform.belong_to(self)
         with contextlib.suppress(ValueError):  # parameters may still change before the first step
-            self._present_layout()  # and where the model has them
+            self._present_layout()
 
     def _prepare_scratch(self) -> None:
-        """Make what is neither copied nor saved."""
+        """Initialise the attributes that are neither copied nor saved."""
         self._pool: Pool | None = None
         self._places: ParameterPlaces | None = None
         self._names: tuple[str | int, ...] = ()
@@ -131,7 +132,7 @@ class GradientOptimizer(Optimizer):
 
     @property
     def model(self) -> nn.Module | None:
-        """The module whose parameters are optimised, if `wrap` was told."""
+        """The module whose parameters are optimised, if it was passed to `wrap`."""
         return self.options.model
 
     @property
@@ -139,12 +140,12 @@ class GradientOptimizer(Optimizer):
         """The loss scaler that the step owns, if `wrap` was given one."""
         return self.options.scaler
 
-    # What torch code expects of an optimizer, delegated to the base. Nothing is aliased: loading
-    # a state dict replaces the base's lists and dicts by new ones.
+    # The interface of torch's optimizers, delegated to the base. There are no aliases, since
+    # loading a state dict replaces the base's lists and dicts by new ones.
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The base optimizer's parameter groups; in a closure, with the weights it runs on."""
+        """The base optimizer's parameter groups; inside a closure, those that the closure uses."""
         return self.base.param_groups
 
     @param_groups.setter
@@ -170,19 +171,23 @@ class GradientOptimizer(Optimizer):
         self.base.defaults = value
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group to the base optimizer."""
+        """Add a parameter group to the base optimizer.
+
+        Raises:
+            ValueError: If the group has `differentiable=True`.
+        """
         check_group(param_group, len(self.param_groups), self.base)
         self.base.add_param_group(param_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients; inside a closure, those of the evaluation under way."""
+        """Clear the gradients; inside a closure, those of the current evaluation."""
         arguments = inspect.signature(self.base.zero_grad).parameters.values()
         if any(each.name == "set_to_none" or each.kind is each.VAR_KEYWORD for each in arguments):
             self.base.zero_grad(set_to_none=set_to_none)
         else:
             self.base.zero_grad()
 
-    if not TYPE_CHECKING:  # or any name would pass for an attribute
+    if not TYPE_CHECKING:  # type checkers would otherwise accept any attribute
 
         def __getattr__(self, name: str) -> Any:
             """Another public method of the base optimizer."""
@@ -220,7 +225,7 @@ class GradientOptimizer(Optimizer):
         self._prepare_scratch()
         for transform in self.transforms:
             transform.belong_to(self)
-        # Pickle copies each tensor by itself, so that views are no longer views.
+        # Pickle copies each tensor separately, so that views are no longer views.
         if self._vector_layout is not None:
             saved_state.relink(self.transforms, self._vector_layout, self.base)
 
@@ -228,28 +233,31 @@ class GradientOptimizer(Optimizer):
 
     @_disable_dynamo  # as torch's own; the model's calls inside are compiled all the same
     def step(self, closure: Objectives | None = None) -> Tensor | None:  # type: ignore[override]  # takes mappings too
-        """Evaluate the objectives, bend their gradients, and let the base optimizer step.
+        """Evaluate the objectives, transform their gradients, and let the base optimizer step.
+
+        If anything raises before the base optimizer steps, also inside a closure, weights, buffers,
+        gradients, state, learning rates and random number generators keep their values from before
+        the step, except in-place writes to weights by the closure. Ctrl-C acts while closures run,
+        and is otherwise delayed until the end of the step.
 
         Args:
-            closure: The objectives (see the class); None steps on what `.grad` holds.
+            closure: The objectives (see the class); None steps on the gradients in `.grad`.
 
         Returns:
-            The sum of each objective's first loss in this step, detached [] (NaN if a closure
+            The sum of the objectives' first losses in this step, detached [] (NaN if a closure
             returned None); None without a closure.
 
         Raises:
-            RuntimeError: If a closure produced no gradient, if a transform needs a closure and
-                there is none, or if `step` is called from inside a closure.
-            NonFiniteError: If a loss, gradient or weight is not finite and `nonfinite` is
+            TypeError: If the objectives, or what closures and transforms return, are of the wrong
+                type.
+            ValueError: If the objectives do not fit the transforms or options.
+            NoGradientError: If one of several objectives produced no gradient and `on_empty` is
                 "raise".
-            ValueError: If the objectives do not fit the transforms.
-
+            NonFiniteError: If a loss, gradient or weight is not finite and `nonfinite` is "raise".
             RankError: If another rank has failed, or if the ranks differ where they must not.
-
-        Whatever is raised before the base optimizer steps, by a closure too, weights, buffers,
-        gradients, states, learning rates and random number generators are left as they were; but
-        for numbers that a closure itself writes into a weight, of which no copy is kept. Ctrl-C
-        acts while closures run, or else once the step is done.
+            RuntimeError: If a transform needs a closure and there is none, if closures call
+                `backward` in a way that cannot be evaluated, or if `step` is called from inside a
+                closure or under `torch.inference_mode()`.
         """
         closure = self._after_pre_hooks(closure)
         loss, warning = self._step(closure)
@@ -260,7 +268,12 @@ class GradientOptimizer(Optimizer):
         return loss
 
     def _after_pre_hooks(self, closure: Objectives | None) -> Objectives | None:
-        """What the hooks that run before a step leave of its argument."""
+        """The closure after the pre-hooks of the step, which may replace it.
+
+        Raises:
+            RuntimeError: If a hook returns something else than None or new arguments.
+            ValueError: If a parameter group has `differentiable=True`.
+        """
         try:
             for number, group in enumerate(self.base.param_groups):
                 check_group(group, number, self.base)
@@ -291,15 +304,22 @@ class GradientOptimizer(Optimizer):
         at: Float[Tensor, " P"] | None = None,
         only: Sequence[str] | None = None,
     ) -> Gradients:
-        """The objectives' own gradients, before any transform, without stepping.
+        """The objectives' own gradients, before any transform, without a step.
 
-        Weights, buffers, gradients and states stay as they are; the random number generators
-        advance.
+        Weights, buffers, gradients and state are not changed; random number generators advance.
 
         Args:
             objectives: As for `step`.
-            at: A flat displacement of the weights [P]; None for none.
+            at: A flat displacement of the weights [P]; None evaluates at the weights themselves.
             only: The objectives to back-propagate; None for all.
+
+        Raises:
+            TypeError: If the objectives, or what closures return, are of the wrong type.
+            ValueError: If a loss is not a real scalar, if there is no objective of a name in
+                `only`, or if `at` has another length than the weights.
+            NoGradientError: If a closure produced no gradient.
+            RankError: If another rank has failed, or if the ranks differ where they must not.
+            RuntimeError: If this is called from inside a closure or under `torch.inference_mode()`.
 
         Examples:
             >>> import torch, gradkit as gk
@@ -312,7 +332,7 @@ class GradientOptimizer(Optimizer):
             check_objectives(objectives)
             try:
                 transaction.fields.set_aside()
-                transaction.context.ascended = ()  # whatever the base makes of them
+                transaction.context.ascended = ()  # whether or not the base maximises
                 transaction.context.streams = "no"
                 found = transaction.evaluator(objectives).evaluate(at, only)
                 return found.with_parameter_names(transaction.context.parameter_names)
@@ -320,7 +340,7 @@ class GradientOptimizer(Optimizer):
                 transaction.undo(rng=False)
 
     def _parameter_names(self, layout: Layout) -> tuple[str | int, ...]:
-        """What the model or the base optimizer calls each parameter; else its position."""
+        """Each parameter's name in the model or the base optimizer, or else its position."""
         names: dict[Tensor, str | int] = {}
         for group in self.base.param_groups:
             names.update(zip(group["params"], group.get("param_names", ()), strict=False))
@@ -329,7 +349,7 @@ class GradientOptimizer(Optimizer):
         return tuple(names.get(p, t) for t, p in enumerate(layout.parameters))
 
     def _step(self, closure: Objectives | None) -> tuple[Tensor | None, tuple[str, str] | None]:
-        """The loss, and what is to be warned of once the step is done: its kind and the text."""
+        """The loss, and the warning to give after the step: its kind and text."""
         with self._transaction() as transaction:
             scale = self._loss_scale
             if scale is not None:
@@ -396,14 +416,14 @@ class GradientOptimizer(Optimizer):
             return stacked(firsts, transaction.context.layout.device).sum(), warning
 
     def _skip_empty(self, transaction: Transaction, loss: Tensor | None) -> Tensor | None:
-        """Leave everything as it was where objectives have left nothing to step on."""
+        """Undo a step whose objectives have left nothing to step on."""
         transaction.ranks.agree("idle", transaction.context.layout.device)
         transaction.undo(rng=False)
         self._record_idle(transaction, loss)
         return None if loss is None else loss.detach()
 
     def _warn(self, kind: str, text: str) -> None:
-        """Warn of something once."""
+        """Warn, once for each kind."""
         if kind not in self._warned:
             self._warned.add(kind)
             warnings.warn(text, UserWarning, stacklevel=4)
@@ -411,10 +431,13 @@ class GradientOptimizer(Optimizer):
     def _evaluate(
         self, transaction: Transaction, closure: Objectives | None, nonfinite: Nonfinite
     ) -> tuple[Gradients, Evaluator | StoredGradients]:
-        """What the transforms make of the gradients; the source's own where that fails on NaNs.
+        """The transforms' gradients, or the source's own gradients if the transforms fail on NaNs.
 
-        Code that meets NaNs, at weights displaced along a gradient that is not finite, may raise
-        anything. That is then a step that is not finite.
+        Code that meets NaNs, for example at weights displaced along a gradient that is not finite,
+        may raise any error. Such a step counts as not finite.
+
+        Raises:
+            NonFiniteError: If something is not finite and `nonfinite` is "raise".
         """
         try:
             gradients = transaction.evaluate(closure, self.transforms)
@@ -434,7 +457,7 @@ class GradientOptimizer(Optimizer):
             return last, source
 
     def _objection(self, losses: Mapping[str, float]) -> str | None:
-        """What a transform has against these losses."""
+        """Why a transform cannot work with these losses; None if all can."""
         found = (transform.objection(losses) for transform in self.transforms)
         return next((reason for reason in found if reason is not None), None)
 
@@ -476,7 +499,7 @@ class GradientOptimizer(Optimizer):
         return any(getattr(each, "scope", None) in ("tensor", "shared") for each in self.transforms)
 
     def _frozen(self) -> list[Tensor]:
-        """The parameters, of the optimizer and of the model, that do not require a gradient."""
+        """The parameters of the optimizer and the model that do not require a gradient."""
         grouped = [p for group in self.base.param_groups for p in group["params"]]
         others = [] if self._places is None else self._places.frozen
         return [p for p in dict.fromkeys((*grouped, *others)) if not p.requires_grad]
@@ -489,7 +512,7 @@ class GradientOptimizer(Optimizer):
         return LossScale(scaler, owners=(self, self.base))
 
     def _settings(self, ranks: Ranks, layout: Layout) -> int:
-        """A number that says whether ranks would step alike on the same gradients."""
+        """A hash that is equal on ranks that would take the same step on the same gradients."""
         if not ranks.together:
             return 0
         rates = [group.get("lr") for group in self.base.param_groups]
@@ -557,7 +580,7 @@ class GradientOptimizer(Optimizer):
         )
 
     def _ascended(self, layout: Layout) -> tuple[int, ...]:
-        """The parameters that the base moves along the gradient rather than against it."""
+        """The positions of parameters in groups with `maximize`."""
         flags = [bool(group.get("maximize", False)) for group in self.base.param_groups]
         if not any(flags):
             return ()
@@ -600,7 +623,7 @@ class GradientOptimizer(Optimizer):
         )
 
     def _layout(self) -> Layout:
-        """The present layout; scratch of an older one is dropped, transforms' vectors move."""
+        """The present layout; when it changes, transforms' vectors are moved to it."""
         layout = self._present_layout()
         if self._vector_layout is None or not self._vector_layout.same_as(layout):
             saved_state.lay_out_vectors(self.transforms, self._vector_layout, layout, self.base)
@@ -632,7 +655,11 @@ class GradientOptimizer(Optimizer):
         return layout
 
     def _refuse_changed(self, old: Layout, new: Layout) -> None:
-        """Check that the base optimizer's state still fits the parameters."""
+        """Check that the base optimizer's state still fits the parameters.
+
+        Raises:
+            ValueError: If a parameter with state has changed its shape or dtype.
+        """
         before = {p: (old.shapes[t], old.dtypes[t]) for t, p in enumerate(old.parameters)}
         for t, parameter in enumerate(new.parameters):
             held = self.base.state.get(parameter) or {}
@@ -652,10 +679,10 @@ class GradientOptimizer(Optimizer):
     # Saving and loading.
 
     def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's state dict, with the transforms' state inside it.
+        """The base optimizer's state dict, which includes the transforms' state.
 
-        It holds plain values and tensors only, so it can be loaded with `weights_only=True`.
-        Teachers are modules and are saved as such, beside it, unless they have `in_state=True`.
+        It holds plain values and tensors only, so it can be loaded with `weights_only=True`. Save
+        teachers separately, as modules, unless they have `in_state=True`.
         """
         for pre in list(self._optimizer_state_dict_pre_hooks.values()):
             pre(self)
@@ -683,7 +710,9 @@ class GradientOptimizer(Optimizer):
         """Load what `state_dict` returned, or the state dict of a bare base optimizer.
 
         Raises:
-            ValueError: If it belongs to other transforms or parameters; nothing is changed then.
+            TypeError: If it is not a mapping.
+            ValueError: If it is incomplete, or belongs to other transforms or parameters; nothing
+                is changed then.
         """
         if not isinstance(state_dict, Mapping):
             raise TypeError(

@@ -1,4 +1,4 @@
-"""The hooks that torch runs round the steps of all optimizers."""
+"""The global hooks that torch runs before and after every optimizer's step."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _steps_under_way = 0
 
 
 def global_pre_hooks() -> list[Hook]:
-    """What `register_optimizer_step_pre_hook` has registered, in order."""
+    """The hooks registered with `register_optimizer_step_pre_hook`, in order."""
     return list(torch_optimizer._global_optimizer_pre_hooks.values())
 
 
 def global_post_hooks() -> list[Hook]:
-    """What `register_optimizer_step_post_hook` has registered, in order."""
+    """The hooks registered with `register_optimizer_step_post_hook`, in order."""
     return list(torch_optimizer._global_optimizer_post_hooks.values())
 
 
 class _MuteableHook:
-    """A global hook that is not run for an optimizer inside another, in this thread."""
+    """A global hook that is not called in a thread where hooks are muted."""
 
     def __init__(self, hook: Hook) -> None:
         self.hook = hook
@@ -40,11 +40,11 @@ class _MuteableHook:
 
 @contextmanager
 def global_hooks_muted() -> Iterator[None]:
-    """Let steps of optimizers in this block, and in this thread, run no global hooks.
+    """Mute global hooks for the steps of optimizers in this block and thread.
 
-    A step counts once, as that of the optimizer which the user steps: hooks that log, count or
-    change gradients would otherwise do so again for the base inside, and for whatever the base
-    itself holds. Other threads' steps are left alone, and the hooks are put back as they were.
+    A step counts once, for the optimizer that the user steps. Hooks that log, count or change
+    gradients would otherwise run again for the base, and for an optimizer inside the base. Steps of
+    other threads are not affected. After the block the hooks are registered as before.
     """
     global _steps_under_way
     registries = (

@@ -62,10 +62,13 @@ class Transaction:
         ]
 
     def can_only_initialise(self) -> bool:
-        """Whether a step without a closure can change nothing.
+        """Whether a step without a closure can only initialise the base optimizer's state.
 
-        That is so if no parameter has a gradient, or if gradients and learning rates are all 0:
-        distributed checkpoints step like that to make the base optimizer's state before loading.
+        This is so if no parameter has a gradient, or if all gradients and learning rates are 0.
+        Distributed checkpoints step in this way before loading.
+
+        Raises:
+            RankError: If the ranks differ in this.
         """
         still = all(group.get("lr", 1) == 0 for group in self._base.param_groups)
         initialises = self.fields.are_none or (still and self.fields.are_zero)
@@ -75,12 +78,12 @@ class Transaction:
 
     @property
     def has_no_gradient(self) -> bool:
-        """Whether no parameter has a gradient while a learning rate is not 0."""
+        """Whether no parameter has a gradient although a learning rate is not 0."""
         moving = any(group.get("lr", 1) != 0 for group in self._base.param_groups)
         return moving and self.fields.are_none
 
     def initialise(self, transforms: Sequence[Transform]) -> None:
-        """Let the base optimizer make its state, where nothing can change."""
+        """Let the base optimizer initialise its state in a step that changes no weight."""
         self.fields.drop_stale()
         with global_hooks_muted():
             self._base.step()
@@ -92,7 +95,7 @@ class Transaction:
 
         Args:
             objectives: The objectives.
-            weighers: What gives their gradients other weights, first of all.
+            weighers: The functions that reweight their gradients first.
         """
         return self._make_evaluator(
             objectives,
@@ -104,7 +107,12 @@ class Transaction:
         )
 
     def evaluate(self, objectives: Objectives | None, transforms: Sequence[Transform]) -> Gradients:
-        """The gradients that the chain of transforms returns; `source` says where they are from."""
+        """The gradients that the chain of transforms returns; sets `source`.
+
+        Raises:
+            NoGradientError: If the objectives leave no gradient.
+            TypeError: If a transform returns something else than an oracle or gradients.
+        """
         if objectives is None:
             return self._evaluate_stored(LOSS, None, transforms)
         leading = leading_reweighings(transforms)
@@ -114,15 +122,15 @@ class Transaction:
             oracle = self._chain(source.evaluate, transforms[len(leading) :])
             return self._checked(oracle(), transforms)
         except NoGradientError as error:
-            # A trainer may have called backward before and pass a closure that only reports. What
-            # an earlier step left in `.grad` is no such gradient.
+            # A trainer may have called backward before, and its closure may only report the loss.
+            # Gradients that an earlier step left in `.grad` do not count.
             names = self.context.names
             if not self.may_be_idle() or names is None or not self.fields.hold_others:
                 raise
             return self._evaluate_stored(names[0], error.loss, transforms)
 
     def may_be_idle(self) -> bool:
-        """Whether closures have left nothing to step on, in a step that has one objective."""
+        """Whether the only objective of the step has left nothing to step on."""
         source, names = self.source, self.context.names
         if not isinstance(source, Evaluator) or (names is not None and len(names) > 1):
             return False
@@ -180,7 +188,7 @@ class Transaction:
         """Let the base optimizer step along `direction`, then commit everything else."""
         reached = gradients.reached_by_direction(weights) or (True,) * len(self._parameters)
         ascended = set(self.context.ascended)
-        # Whoever keeps or pickles a small part of a flat vector shall not keep the whole.
+        # Small parts are cloned, so that a reference or a pickle does not keep the whole vector.
         large = range(len(direction)) if direction is gradients.parts else self.context.layout.large
         kept = set(large)
         for t, (parameter, part, flag) in enumerate(
@@ -191,7 +199,7 @@ class Transaction:
                 continue
             if part.dtype != parameter.dtype:
                 part = part.to(parameter.dtype)
-            if t in ascended:  # back to the gradient of what is maximised
+            if t in ascended:  # back to the gradient of the objective that is maximised
                 part = part.neg()
             elif t not in kept:
                 part = part.clone()
@@ -202,7 +210,7 @@ class Transaction:
             self._base.step()
         for parameter in self._parameters:
             if parameter.grad is not None:
-                marked(parameter.grad)  # some optimizers write into it
+                marked(parameter.grad)  # some optimizers write to it
         self.applied = True
         self.ranks.agree("applied", self.context.layout.device)
         self._session.commit()
@@ -211,15 +219,15 @@ class Transaction:
         self.context.commit(transforms)
         link_stepped(transforms, self.context.layout, self._base)
         with ExitStack() as stack:
-            # Called in order; one that raises keeps none of the others from its part.
+            # They run in order, and all of them run even if one raises.
             for transform in reversed(transforms):
                 stack.callback(transform.after_step, self.context)
 
     def _set_unfrozen_grads(self, gradients: Gradients) -> None:
-        """Give parameters that a closure has unfrozen the weighted sum of their gradients.
+        """Set the `.grad` of parameters that a closure has unfrozen to their weighted sum.
 
-        They are stepped on at once, as by the base alone; transforms see them from the next step
-        on, when they have a place in the flat vector.
+        The base optimizer steps on them at once, as it would alone. Transforms see them from the
+        next step on, when they have a place in the flat vector.
         """
         unfrozen = self.source.unfrozen if isinstance(self.source, Evaluator) else {}
         total: dict[Tensor, Tensor] = {}
@@ -233,9 +241,9 @@ class Transaction:
             parameter.grad = marked(grad)
 
     def idle(self) -> None:
-        """Let the base optimizer step where closures have left no gradient: on nothing.
+        """Let the base optimizer step without gradients, where closures have left none.
 
-        What closures have done to buffers stays; old gradients come back.
+        Changes of buffers are kept, and old gradients are restored.
         """
         self.ranks.agree("idle", self.context.layout.device)
         self.fields.set_aside()
@@ -260,10 +268,13 @@ class Transaction:
 def scaled_learning_rates(
     base: torch.optim.Optimizer, scale: Tensor | float | None
 ) -> Iterator[None]:
-    """Multiply every group's learning rate by `scale` for the length of the block.
+    """Multiply every group's learning rate by `scale` inside the block.
 
-    A learning rate that is a tensor is written to in place, since optimizers and graphs hold on
-    to the object.
+    A learning rate that is a tensor is changed in place, since optimizers and graphs keep a
+    reference to it.
+
+    Raises:
+        ValueError: If `scale` is given and a group has no learning rate.
     """
     if scale is None:
         yield
