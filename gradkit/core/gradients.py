@@ -125,13 +125,15 @@ class Gradients:
 
         Inner products that have been computed are kept unless `rows` changes.
         """
-        storage = self.storage
-        if "update" in changes and isinstance(storage, Summed):
-            storage = storage.with_total(None, len(self.names))
+        rows: Storage | Tensor = self.storage
+        if "update" in changes and isinstance(rows, Summed) and rows.total is not None:
+            rows = rows.with_total(None, len(self.names))
+        elif "layout" in changes:
+            rows = self.rows
         kept: dict[str, Any] = {
             "names": self.names,
             "losses": self.losses,
-            "rows": storage,
+            "rows": rows,
             "weights": self._weights,
             "lr_scale": self._lr_scale,
             "update": self._update,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Container, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -105,6 +106,11 @@ def checked_loss(loss: object, name: str) -> Tensor | None:
     return loss.reshape(())
 
 
+@functools.cache
+def _probe() -> Tensor:
+    return torch.zeros((), requires_grad=True, device="cpu")
+
+
 @dataclass
 class GraphCheck:
     """What the graphs of one evaluation's losses are searched for; each node is visited once.
@@ -137,8 +143,8 @@ class GraphCheck:
         if not suspicious:
             return cls((), 0, known=known)
         with torch.enable_grad():
-            probe: Any = torch.zeros((), requires_grad=True).clone().grad_fn
-        return cls(set(map(id, leaves)), probe._sequence_nr(), known=known)
+            node: Any = _probe().clone().grad_fn
+        return cls(set(map(id, leaves)), node._sequence_nr(), known=known)
 
     def forget(self) -> None:
         """Let go of the nodes that have been visited."""
