@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradkit.core.displacement import Displacement, Point
 from gradkit.core.flat import Layout, Pool, copy_all
@@ -49,6 +49,7 @@ class Context:
             minimisation. If all parameters are in such groups, the losses are negated, too.
         parameter_names: Each parameter's name in the model or the base optimizer, or else its
             position.
+        owners: The module that holds each parameter; None where `wrap` was given no `model=`.
     """
 
     layout: Layout
@@ -63,6 +64,7 @@ class Context:
     without_loss: set[str] = field(default_factory=set)
     ascended: tuple[int, ...] = ()
     parameter_names: tuple[str | int, ...] = ()
+    owners: tuple[nn.Module | None, ...] = ()
     _proposals: dict[int, dict[str, Any]] = field(default_factory=dict, repr=False)
     _vectors: dict[int, dict[str, Tensor]] = field(default_factory=dict, repr=False)
     _committed: bool = field(default=False, repr=False)
@@ -119,6 +121,20 @@ class Context:
             factor: The factor of the vector.
         """
         return Displacement.of(at, self.layout).plus(vector, factor)
+
+    def point(self, at: Point | None) -> Displacement:
+        """A point in any of the forms in which an oracle is given one; it adds up and scales."""
+        return Displacement.of(at, self.layout)
+
+    def sum_of(
+        self, *terms: tuple[Float[Tensor, " P"] | Parts, Float[Tensor, ""] | float]
+    ) -> Float[Tensor, " P"]:
+        """The sum of vectors, each times a factor, as a new flat vector.
+
+        Args:
+            terms: Vectors, flat or one tensor per parameter, and their factors; only read.
+        """
+        return Displacement(terms, self.layout).flat(self.pool.take_vector())
 
     def join(self, sources: Mapping[str, Gradients], last: Gradients) -> Gradients:
         """Gradients whose rows come from several evaluations, in the objectives' order.

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gradkit.core.combine import scaled
 from gradkit.core.flat import Layout
+from gradkit.core.gram import at_least_single
 from gradkit.core.storage import Parts
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -112,6 +113,10 @@ class Displacement:
                     scaled(vector, factor, out)
                 elif number == 0:
                     torch.mul(vector, factor, out=out)
+                elif not isinstance(factor, Tensor):
+                    out.add_(vector, alpha=factor)
+                elif out.dtype == at_least_single(out.dtype):
+                    torch.addcmul(out, vector, factor.to(out.dtype), out=out)
                 else:
                     out.add_(vector * factor)
                 continue

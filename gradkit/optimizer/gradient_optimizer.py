@@ -120,6 +120,7 @@ class GradientOptimizer(Optimizer):
         self._pool: Pool | None = None
         self._places: ParameterPlaces | None = None
         self._names: tuple[str | int, ...] = ()
+        self._owners: tuple[nn.Module | None, ...] = ()
         self._stepping = False
         self._applied = 0
         self._warned: set[str] = set()
@@ -562,6 +563,7 @@ class GradientOptimizer(Optimizer):
                 by_tensor=self._by_tensor,
                 ascended=self._ascended(layout),
                 parameter_names=self._names,
+                owners=self._owners,
             ),
             generators=[transform.generator for transform in self.transforms],
             others=[] if places is None else places.others,
@@ -652,6 +654,7 @@ class GradientOptimizer(Optimizer):
             choose_engine(self.options.engine, places, layout)
         self._pool, self._places = Pool(layout), places
         self._names = self._parameter_names(layout)
+        self._owners = _owners(self.model, layout)
         return layout
 
     def _refuse_changed(self, old: Layout, new: Layout) -> None:
@@ -771,3 +774,12 @@ class GradientOptimizer(Optimizer):
 def _share_parameters(model: nn.Module, base: Optimizer) -> bool:
     own = set(map(id, model.parameters()))
     return any(id(parameter) in own for group in base.param_groups for parameter in group["params"])
+
+
+def _owners(model: nn.Module | None, layout: Layout) -> tuple[nn.Module | None, ...]:
+    """The module that holds each parameter."""
+    found: dict[Tensor, nn.Module] = {}
+    for module in () if model is None else model.modules():
+        for parameter in module.parameters(recurse=False):
+            found.setdefault(parameter, module)
+    return tuple(found.get(parameter) for parameter in layout.parameters)

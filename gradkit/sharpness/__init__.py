@@ -1,5 +1,39 @@
 """Sharpness-aware minimization and its relatives."""
 
+from gradkit.sharpness.aesam import AESAM
+from gradkit.sharpness.asam import ASAM
+from gradkit.sharpness.ascent import Ascent
+from gradkit.sharpness.bsam import BSAM
+from gradkit.sharpness.crsam import CRSAM
+from gradkit.sharpness.disam import DISAM
+from gradkit.sharpness.friendly_sam import FriendlySAM
+from gradkit.sharpness.gam import GAM
+from gradkit.sharpness.gsam import GSAM
+from gradkit.sharpness.looksam import LookSAM
+from gradkit.sharpness.msam import MSAM
+from gradkit.sharpness.sagm import SAGM
 from gradkit.sharpness.sam import SAM
+from gradkit.sharpness.sampa import SAMPa
+from gradkit.sharpness.slow_weights import SlowWeights
+from gradkit.sharpness.vasso import VaSSO
+from gradkit.sharpness.wsam import WSAM
 
-__all__ = ["SAM"]
+__all__ = [
+    "AESAM",
+    "ASAM",
+    "BSAM",
+    "CRSAM",
+    "DISAM",
+    "GAM",
+    "GSAM",
+    "MSAM",
+    "SAGM",
+    "SAM",
+    "WSAM",
+    "Ascent",
+    "FriendlySAM",
+    "LookSAM",
+    "SAMPa",
+    "SlowWeights",
+    "VaSSO",
+]

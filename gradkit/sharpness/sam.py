@@ -5,18 +5,15 @@ from __future__ import annotations
 from collections.abc import Container
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from gradkit.core.arguments import check_number
 from gradkit.core.context import Context
-from gradkit.core.displacement import Displacement, Point
+from gradkit.core.displacement import Point
 from gradkit.core.gradients import Gradients
 from gradkit.core.oracle import Oracle
-from gradkit.core.transform import Transform
+from gradkit.sharpness.ascent import Ascent
 
 
 @dataclass(eq=False)
-class SAM(Transform):
+class SAM(Ascent):
     """Sharpness-aware minimization ([Foret et al., ICLR 2021](https://arxiv.org/abs/2010.01412)).
 
         d = ∇L(θ)
@@ -26,11 +23,16 @@ class SAM(Transform):
     Around other transforms d is their direction, and so is the gradient at θ + ε: after PCGrad,
     both are surgically combined. BatchNorm statistics are those of the first pass.
 
-    Cost: two gradients of each objective. Memory: one flat vector (a copy of the weights; in
-    the engine "functional" θ + ε). State: none.
+    Cost: two gradients of each objective; one more for each further ascent step. Memory: one flat
+    vector (a copy of the weights; in the engine "functional" θ + ε); with `only`, `adaptive` or
+    radii by group two more. State: none.
 
     Args:
         rho: The ascent radius ρ ≥ 0. 0.05 is the authors' default for image classification.
+        only: Which parameters are displaced; see `Ascent`. SAM-ON is `only="norm"`.
+        adaptive: Whether the ascent is scaled by the weights; see `Ascent`.
+        eta: η ≥ 0, with `adaptive`.
+        steps: How many ascent steps of length ρ/steps.
 
     Examples:
         >>> import torch, gradkit as gk
@@ -41,29 +43,8 @@ class SAM(Transform):
         tensor([2.6700, 3.5600])
     """
 
-    rho: float = 0.05
-    needs_rows = False
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.rho, str) and not self.rho >= 0:
-            raise ValueError(f"rho is {self.rho}; the ascent radius must be at least 0")
-        check_number("rho", self.rho)
-
     def around(self, inner: Oracle, context: Context) -> Oracle:
         def oracle(at: Point | None = None, only: Container[str] | None = None) -> Gradients:
-            # No name holds on to the first evaluation or to the point of the second, so that their
-            # memory is free as soon as it is no longer needed.
-            return inner(self._ascent(inner(at, only), at, context), only)
+            return self.climbed(inner, at, only, context)
 
         return oracle
-
-    def _ascent(
-        self,
-        gradients: Gradients,
-        at: Point | None,
-        context: Context,
-    ) -> Displacement:
-        parts = gradients.parts
-        direction = gradients.direction() if parts is None else parts
-        norm = gradients.direction_norm(direction if isinstance(direction, Tensor) else None)
-        return context.displaced(at, direction, self.rho / (norm + 1e-12))

@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gradkit.core.arguments import own_generator
 from gradkit.core.ranks import Shards
 from gradkit.surgery.elementwise import Blocks, ElementwiseRule
 from gradkit.surgery.inputs import Preference, check_preference, numbers_of
-from gradkit.surgery.rule import own_generator
 
 
 @dataclass(eq=False)

@@ -10,13 +10,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gradkit.core.arguments import check_number
+from gradkit.core.arguments import check_number, own_generator
 from gradkit.core.flat import Scope
 from gradkit.core.gram import cosines
 from gradkit.surgery.host import numpy_or_torch, products_of, random_orders, rows_of, uploaded
 from gradkit.surgery.inputs import RuleInputs
 from gradkit.surgery.memory import Remembered, Weighed
-from gradkit.surgery.rule import GramRule, check_scope, own_generator
+from gradkit.surgery.rule import GramRule, check_scope
 from gradkit.surgery.spectrum import gradient_norms, narrowed, widened
 
 # Nearer to 1 than this no cosine of float32 gradients is told from another.

@@ -7,14 +7,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from gradkit.core.arguments import check_number
+from gradkit.core.arguments import check_number, own_generator
 from gradkit.core.combine import combine
 from gradkit.core.context import Context
 from gradkit.core.displacement import Point
 from gradkit.core.gradients import Gradients
 from gradkit.core.oracle import Oracle
 from gradkit.core.transform import Transform
-from gradkit.surgery.rule import own_generator
 from gradkit.surgery.visit_order import LazySelection, VisitOrder
 
 

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from gradkit.core.arguments import own_generator
 from gradkit.core.flat import Scope
 from gradkit.core.gram import accumulator
 from gradkit.surgery.host import (
@@ -23,7 +24,7 @@ from gradkit.surgery.host import (
 )
 from gradkit.surgery.inputs import RuleInputs
 from gradkit.surgery.memory import Remembered, Weighed
-from gradkit.surgery.rule import GramRule, check_scope, own_generator
+from gradkit.surgery.rule import GramRule, check_scope
 
 _FEW = 8
 

@@ -8,10 +8,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gradkit.core.arguments import own_generator
 from gradkit.surgery.host import uploaded
 from gradkit.surgery.inputs import RuleInputs
 from gradkit.surgery.memory import Remembered, Weighed
-from gradkit.surgery.rule import GramRule, own_generator
+from gradkit.surgery.rule import GramRule
 
 
 @dataclass(eq=False)

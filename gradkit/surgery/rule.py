@@ -161,22 +161,3 @@ def check_scope(scope: str) -> None:
     """
     if scope not in SCOPES:
         raise ValueError(f"scope is {scope!r}; choose one of {', '.join(SCOPES)}")
-
-
-def own_generator(generator: torch.Generator | None) -> torch.Generator:
-    """A generator given by a user, or else a new one with seed 0, the same in every process.
-
-    Raises:
-        TypeError: If it is none.
-        ValueError: If it is not on the CPU.
-    """
-    if generator is None:
-        return torch.Generator().manual_seed(0)
-    if not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator is {generator!r}; pass torch.Generator().manual_seed(...)")
-    if generator.device.type != "cpu":
-        raise ValueError(
-            f"generator is on {generator.device}; pass one on the CPU, whose numbers are the same "
-            "in every process"
-        )
-    return generator

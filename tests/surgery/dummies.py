@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 import torch
 
 import gradkit as gk
-from gradkit.core.arguments import check_number
+from gradkit.core.arguments import check_number, own_generator
 from gradkit.core.flat import Scope
 from gradkit.core.gram import cosines
 from gradkit.surgery import ElementwiseRule, GramRule
 from gradkit.surgery.inputs import Preference, check_preference
-from gradkit.surgery.rule import check_scope, own_generator
+from gradkit.surgery.rule import check_scope
 from surgery.table import Entry, of_class
 
 

@@ -1,0 +1,217 @@
+"""The step uphill that sharpness-aware methods take before they evaluate the gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container
+from dataclasses import KW_ONLY, dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from gradkit.core.arguments import check_number
+from gradkit.core.context import Context
+from gradkit.core.displacement import Displacement, Point
+from gradkit.core.gradients import Gradients
+from gradkit.core.oracle import Oracle
+from gradkit.core.storage import Parts
+from gradkit.core.transform import Transform
+
+Only = Literal["norm"] | Callable[[str, nn.Parameter], bool]
+"""Which parameters are displaced: those of normalisation layers, or those for which a function of
+name and parameter says so."""
+
+_TINY = 1e-12
+
+
+@dataclass(eq=False)
+class Ascent(Transform):
+    """Base class of methods that displace the weights uphill.
+
+        T = 1, or |w| + η where `adaptive`
+        ε = ρ·T²·d / (‖T·d‖ + 1e-12)       one norm over all parameters that are displaced
+
+    The radius may be set for a parameter group of the base optimizer, as its entry "rho": that
+    group's part of ε is in proportion. A schedule writes the groups' entries, as torch's schedulers
+    write "lr"; they are saved with the optimizer.
+
+    Args:
+        rho: The ascent radius ρ ≥ 0, for groups without an entry "rho".
+        only: Which parameters are displaced; all of them step. "norm" are those of normalisation
+            layers ([Mueller et al., NeurIPS 2023](https://arxiv.org/abs/2306.04226)), which takes
+            `model=` in `wrap`; a function gets the parameter's name and the parameter.
+        adaptive: Whether the ascent is scaled by the weights ([Kwon et al., ICML
+            2021](https://arxiv.org/abs/2102.11600)): True for parameters called "weight", as in the
+            authors' code (those of at least two dimensions where nobody has given names); "all" for
+            biases, too.
+        eta: η ≥ 0, which keeps weights near 0 moving; with `adaptive`.
+        steps: How many steps of length ρ/steps the ascent takes, each along the gradient where the
+            last one has led.
+    """
+
+    rho: float = 0.05
+    _: KW_ONLY
+    only: Only | None = None
+    adaptive: bool | Literal["all"] = False
+    eta: float = 0.01
+    steps: int = 1
+
+    needs_rows = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rho, str) and not self.rho >= 0:
+            raise ValueError(f"rho is {self.rho}; the ascent radius must be at least 0")
+        check_number("rho", self.rho)
+        check_number("eta", self.eta)
+        if self.eta < 0:
+            raise ValueError(f"eta is {self.eta}; it must be at least 0")
+        if self.only is not None and self.only != "norm" and not callable(self.only):
+            raise ValueError(
+                f"only is {self.only!r}; pass 'norm', or a function of a parameter's name and the "
+                "parameter"
+            )
+        if self.adaptive not in (True, False, "all"):
+            raise ValueError(f"adaptive is {self.adaptive!r}; pass True, False or 'all'")
+        check_period("steps", self.steps)
+
+    def climbed(
+        self,
+        inner: Oracle,
+        at: Point | None,
+        only: Container[str] | None,
+        context: Context,
+        first: Gradients | None = None,
+    ) -> Gradients:
+        """The gradients at the end of the ascent.
+
+        Where `first` is not given, no name holds on to earlier evaluations or points, so that their
+        memory is free as soon as it is no longer needed.
+
+        Args:
+            inner: The oracle.
+            at: Where the ascent starts.
+            only: The objectives to back-propagate.
+            context: The step's context.
+            first: The gradients there, if they have been evaluated.
+        """
+        if first is None and self.steps == 1:
+            return inner(self.above(inner(at, only), at, context), only)
+        point: Point = self.above(inner(at, only) if first is None else first, at, context)
+        for _ in range(self.steps - 1):
+            point = self.above(inner(point, only), point, context)
+        return inner(point, only)
+
+    def above(self, gradients: Gradients, at: Point | None, context: Context) -> Displacement:
+        """The end of one step of the ascent along the direction of gradients."""
+        return context.point(at) + self.rise(gradients, at, context)
+
+    def rise(self, gradients: Gradients, at: Point | None, context: Context) -> Displacement:
+        """One step of the ascent along the direction of gradients."""
+        parts = gradients.parts
+        direction = gradients.direction() if parts is None else parts
+        if not self._is_plain(context):
+            return self.rise_along(direction, at, context)
+        norm = gradients.direction_norm(direction if isinstance(direction, Tensor) else None)
+        return context.displaced(None, direction, self.rho / self.steps / (norm + _TINY))
+
+    def rise_along(
+        self, vector: Float[Tensor, " P"] | Parts, at: Point | None, context: Context
+    ) -> Displacement:
+        """One step of the ascent along a vector, which starts at `at`."""
+        if self._is_plain(context):
+            factor = self.rho / self.steps / (context.norm(vector) + _TINY)
+            return context.displaced(None, vector, factor)
+        layout = context.layout
+        parts = layout.views(vector) if isinstance(vector, Tensor) else vector
+        weights = layout.views(context.weights(at)) if self.adaptive else None
+        radii = context.group_values("rho", self.rho)
+        chosen = self._chosen(context)
+        scaled: list[Tensor | None] = []
+        moved: list[Tensor | None] = []
+        for t, part in enumerate(parts):
+            if part is None or not chosen[t]:
+                scaled.append(None)
+                moved.append(None)
+                continue
+            if weights is not None and self._is_scaled(context, t):
+                size = weights[t].abs() + self.eta
+                part = part * size
+                scaled.append(part)
+                moved.append(part * size * radii[t])
+            else:
+                scaled.append(part)
+                moved.append(part * radii[t])
+        return context.displaced(None, moved, 1 / self.steps / (context.norm(scaled) + _TINY))
+
+    def _is_scaled(self, context: Context, t: int) -> bool:
+        name = context.parameter_names[t]
+        if self.adaptive == "all":
+            return True
+        if isinstance(name, str):
+            return "weight" in name.rpartition(".")[2]
+        return context.layout.parameters[t].dim() > 1
+
+    def _is_plain(self, context: Context) -> bool:
+        """Whether ε is a multiple of the direction."""
+        scheduled = any("rho" in group for group in context.base.param_groups)
+        return self.only is None and not self.adaptive and not scheduled
+
+    def _chosen(self, context: Context) -> list[bool]:
+        names, parameters = context.parameter_names, context.layout.parameters
+        if self.only is None:
+            return [True] * len(parameters)
+        if self.only != "norm":
+            choose: Callable[..., bool] = self.only
+            return [
+                bool(choose(str(name), each)) for name, each in zip(names, parameters, strict=True)
+            ]
+        if not any(owner is not None for owner in context.owners):
+            raise ValueError(
+                f"{self!r} displaces the parameters of normalisation layers, which it finds in the "
+                "model; pass model= to gk.wrap()"
+            )
+        found = [_is_norm(owner) for owner in context.owners]
+        if not any(found):
+            raise ValueError(
+                f"{self!r} displaces the parameters of normalisation layers, and the optimizer has "
+                "none; pass only= a function of name and parameter"
+            )
+        return found
+
+
+def _is_norm(module: nn.Module | None) -> bool:
+    known = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
+    return isinstance(module, known) or "Norm" in type(module).__name__
+
+
+def projected_out(
+    vector: Float[Tensor, " P"], on: Float[Tensor, " P"], context: Context
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """The factor of `on` in the projection of a vector on it (0 if that is 0), and its square.
+
+    `vector - factor * on` is orthogonal to `on`.
+    """
+    square = context.dot(on, on)
+    product = context.dot(vector, on)
+    return torch.where(square > 0, product / square, torch.zeros_like(square)), square
+
+
+def check_one_step(method: Ascent) -> None:
+    """Check that a method whose ascent has one step only was not asked for more.
+
+    Raises:
+        ValueError: If it was.
+    """
+    if method.steps != 1:
+        raise ValueError(f"steps is {method.steps}; the ascent of {type(method).__name__} has one")
+
+
+def check_period(name: str, value: object) -> None:
+    """Check a number of steps.
+
+    Raises:
+        ValueError: If it is no whole number of at least 1.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} is {value!r}; pass a whole number of at least 1")

@@ -1,0 +1,117 @@
+"""SAM as a form of variational Bayes."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from gradkit.core.arguments import check_number, own_generator
+from gradkit.core.context import Context
+from gradkit.core.displacement import Point
+from gradkit.core.flat import Layout
+from gradkit.core.gradients import Gradients
+from gradkit.core.oracle import Oracle
+from gradkit.core.transform import Transform
+from gradkit.sharpness.ascent import check_period
+
+
+@dataclass(eq=False)
+class BSAM(Transform):
+    """Bayesian SAM ([Möllenhoff & Khan, ICLR 2023](https://arxiv.org/abs/2210.01620)).
+
+        g = ∇L(w + n),   n ~ N(0, 1/(N·s))
+        g_s = ∇L(w + ρ·g/s)
+        m ← β₁·m + (1 − β₁)·(g_s + δ·w)                   m = 0 at first
+        step on m/s
+        s ← β₂·s + (1 − β₂)·(√s·|g| + damping + δ)        s = 1 at first
+
+    all elementwise, with s as it was before. The base optimizer is `SGD(lr)` without momentum and
+    weight decay, which the rule has by itself. The authors draw eight perturbations for each batch,
+    of which this takes one, and take N as four times the number of images, for augmentation.
+
+    Cost: two gradients of each objective. Memory: six flat vectors. State: m and s, two flat
+    vectors; the generator.
+
+    Args:
+        num_data: N, the number of training examples.
+        rho: ρ ≥ 0, the radius in units of g/s.
+        beta_1: β₁ in [0, 1).
+        beta_2: β₂ in [0, 1).
+        damping: What is added to s beside the prior's precision.
+        delta: δ ≥ 0, the prior's precision; None is 40/N.
+        generator: A CPU generator for the noise; by default one of its own with seed 0, the same
+            in every process.
+
+    Examples:
+        >>> import torch, gradkit as gk
+        >>> w = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+        >>> base = torch.optim.SGD([w], lr=0.5)
+        >>> optimizer = gk.wrap(base, gk.BSAM(num_data=10**12, rho=0.5, delta=0.0))
+        >>> _ = optimizer.step(lambda: w.square().sum() / 2)
+        >>> w.data  # s = 1, hardly any noise: w - 0.5 * 0.1 * 1.5 * w
+        tensor([0.9250, 1.8500])
+    """
+
+    num_data: int
+    rho: float = 0.01
+    beta_1: float = 0.9
+    beta_2: float = 0.999
+    damping: float = 0.1
+    delta: float | None = None
+    generator: torch.Generator | None = field(default=None, repr=False)
+
+    needs_rows = False
+    sets_update = True
+
+    def __post_init__(self) -> None:
+        check_period("num_data", self.num_data)
+        for name in ("rho", "beta_1", "beta_2", "damping"):
+            check_number(name, getattr(self, name))
+        if self.rho < 0:
+            raise ValueError(f"rho is {self.rho}; the radius must be at least 0")
+        for name in ("beta_1", "beta_2"):
+            if not 0 <= getattr(self, name) < 1:
+                value = getattr(self, name)
+                raise ValueError(f"{name} is {value}; it must be at least 0 and less than 1")
+        if self.delta is not None:
+            check_number("delta", self.delta)
+        self.generator = own_generator(self.generator)
+
+    def initial_vectors(self, layout: Layout) -> dict[str, Tensor]:
+        zeros = torch.zeros(layout.numel, dtype=layout.dtype, device=layout.device)
+        return {"momentum": zeros, "scale": zeros + 1}
+
+    def around(self, inner: Oracle, context: Context) -> Oracle:
+        self._check_base(context)
+        assert self.generator is not None
+        noise = context.noise(self.generator)
+        m, s = self.vectors["momentum"], self.vectors["scale"]
+        delta = 40 / self.num_data if self.delta is None else self.delta
+        learnt = False
+
+        def oracle(at: Point | None = None, only: Container[str] | None = None) -> Gradients:
+            nonlocal learnt
+            g = inner(context.displaced(at, noise / (self.num_data * s).sqrt()), only).direction()
+            above = inner(context.displaced(at, g / s, self.rho), only)
+            g_s = context.sum_of((above.direction(), 1.0), (context.weights(at), delta))
+            new = torch.lerp(m, g_s, 1 - self.beta_1)
+            if not learnt:  # later evaluations are at displaced weights
+                learnt = True
+                target = s.sqrt() * g.abs() + (self.damping + delta)
+                context.propose(self, momentum=new, scale=torch.lerp(s, target, 1 - self.beta_2))
+            return above.with_update(new / s)
+
+        return oracle
+
+    def _check_base(self, context: Context) -> None:
+        for group in context.base.param_groups:
+            others = [key for key in ("momentum", "weight_decay") if group.get(key)]
+            if not isinstance(context.base, torch.optim.SGD) or others:
+                what = f" with {others[0]}" if others else ""
+                raise ValueError(
+                    f"{self!r} has a momentum and a prior of its own, and the base optimizer is "
+                    f"{type(context.base).__name__}{what}; use torch.optim.SGD(lr=...) alone"
+                )

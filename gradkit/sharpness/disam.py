@@ -1,0 +1,73 @@
+"""Domain-inspired sharpness-aware minimization."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from dataclasses import dataclass
+
+import torch
+
+from gradkit.core.arguments import check_number
+from gradkit.core.context import Context
+from gradkit.core.displacement import Point
+from gradkit.core.gradients import Gradients
+from gradkit.core.oracle import Oracle
+from gradkit.sharpness.ascent import Ascent, check_one_step
+
+
+@dataclass(eq=False)
+class DISAM(Ascent):
+    """Domain-inspired SAM ([Zhang et al., ICLR 2024](https://arxiv.org/abs/2405.18861)).
+
+    With one objective for each of K domains:
+
+        g = ∇[1/K·Σ_k L_k − λ·Var_k(L_k)] = Σ_k (1 − 2·λ·(L_k − L̄))/K·∇L_k
+        step on 1/K·Σ_k ∇L_k(θ + ρ·g/(‖g‖ + 1e-12))
+
+    Domains whose loss is above the mean have less say in the ascent, which otherwise follows those
+    that have converged least. The variance is the population's.
+
+    Cost: two gradients of each domain. Memory: two flat vectors. State: none.
+
+    Args:
+        rho: The ascent radius ρ ≥ 0.
+        lmbda: λ ≥ 0, the weight of the variance; 0 is SAM on the domains' mean.
+        only: Which parameters are displaced; see `Ascent`.
+        adaptive: Whether the ascent is scaled by the weights; see `Ascent`.
+        eta: η ≥ 0, with `adaptive`.
+
+    Examples:
+        >>> import torch, gradkit as gk
+        >>> w = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
+        >>> optimizer = gk.wrap(torch.optim.SGD([w], lr=1.0), gk.DISAM(rho=5**0.5, lmbda=0.25))
+        >>> _ = optimizer.step({"a": lambda: w[0] ** 2, "b": lambda: 3 * w[1] ** 2})
+        >>> w.grad  # weights 1.5/2 and 0.5/2, so that g = (1.5, 1.5): (1 + e) * (1, 3), e = 1.5811
+        tensor([2.5811, 7.7434])
+    """
+
+    lmbda: float = 0.1
+    needs_several = True
+    joins = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("lmbda", self.lmbda)
+        if self.lmbda < 0:
+            raise ValueError(f"lmbda is {self.lmbda}; it must be at least 0")
+        check_one_step(self)
+
+    def around(self, inner: Oracle, context: Context) -> Oracle:
+        def oracle(at: Point | None = None, only: Container[str] | None = None) -> Gradients:
+            first = inner(at, only)
+            active = list(first.active)
+            if not active:
+                return first
+            context.require_losses(self, [first.names[k] for k in active])
+            losses = first.losses.to(first.weights)
+            excess = losses - losses[active].mean()
+            share = (1 - 2 * self.lmbda * excess) / len(active)
+            point = self.above(first.reweighted(share), at, context)
+            there = inner(point, only)
+            return there.reweighted(torch.full_like(there.weights, 1 / len(active)))
+
+        return oracle

@@ -1,0 +1,78 @@
+"""Friendly sharpness-aware minimization."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradkit.core.arguments import check_number
+from gradkit.core.context import Context
+from gradkit.core.displacement import Point
+from gradkit.core.flat import Layout
+from gradkit.core.gradients import Gradients
+from gradkit.core.oracle import Oracle
+from gradkit.sharpness.ascent import Ascent, check_one_step
+
+
+@dataclass(eq=False)
+class FriendlySAM(Ascent):
+    """Friendly SAM ([Li et al., CVPR 2024](https://arxiv.org/abs/2403.12350)).
+
+        g = ∇L(θ)
+        d = g − σ·m                       m = 0 at first
+        m ← λ·m + (1 − λ)·g
+        step on ∇L(θ + ρ·d/(‖d‖ + 1e-12))
+
+    m follows the full batch's gradient, so that the ascent goes along the batch's own noise.
+
+    Cost: two gradients of each objective. Memory: three flat vectors. State: m, one flat vector.
+
+    Args:
+        rho: The ascent radius ρ ≥ 0. 0.05 is the authors' class; their scripts take 0.1 and 0.2.
+        sigma: σ, how much of the full batch's gradient is taken away.
+        lmbda: λ in [0, 1), how slowly m follows; the scripts take 0.95 and 0.6.
+        only: Which parameters are displaced; see `Ascent`.
+        adaptive: Whether the ascent is scaled by the weights; see `Ascent`.
+        eta: η ≥ 0, with `adaptive`.
+
+    Examples:
+        >>> import torch, gradkit as gk
+        >>> w = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+        >>> optimizer = gk.wrap(torch.optim.SGD([w], lr=0.1), gk.FriendlySAM(rho=0.5))
+        >>> _ = optimizer.step(lambda: w.square().sum() / 2)
+        >>> w.data  # the first step is SAM's
+        tensor([2.6700, 3.5600])
+        >>> optimizer.transforms[0].vectors["mean"]
+        tensor([0.3000, 0.4000])
+    """
+
+    sigma: float = 1.0
+    lmbda: float = 0.9
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("sigma", self.sigma)
+        check_number("lmbda", self.lmbda)
+        if not 0 <= self.lmbda < 1:
+            raise ValueError(f"lmbda is {self.lmbda}; it must be at least 0 and less than 1")
+        check_one_step(self)
+
+    def initial_vectors(self, layout: Layout) -> dict[str, Tensor]:
+        return {"mean": torch.zeros(layout.numel, dtype=layout.dtype, device=layout.device)}
+
+    def around(self, inner: Oracle, context: Context) -> Oracle:
+        learnt = False
+
+        def oracle(at: Point | None = None, only: Container[str] | None = None) -> Gradients:
+            nonlocal learnt
+            g, mean = inner(at, only).direction(), self.vectors["mean"]
+            if not learnt:  # later evaluations are at displaced weights
+                learnt = True
+                context.propose(self, mean=context.sum_of((mean, self.lmbda), (g, 1 - self.lmbda)))
+            d = context.sum_of((g, 1.0), (mean, -self.sigma))
+            return inner(context.point(at) + self.rise_along(d, at, context), only)
+
+        return oracle

@@ -1,0 +1,72 @@
+"""Variance-suppressed sharpness-aware optimization."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradkit.core.arguments import check_number
+from gradkit.core.context import Context
+from gradkit.core.displacement import Point
+from gradkit.core.flat import Layout
+from gradkit.core.gradients import Gradients
+from gradkit.core.oracle import Oracle
+from gradkit.sharpness.ascent import Ascent, check_one_step
+
+
+@dataclass(eq=False)
+class VaSSO(Ascent):
+    """Variance-suppressed SAM ([Li & Giannakis, NeurIPS 2023](https://arxiv.org/abs/2309.15639)).
+
+        d ← (1 − θ)·d + θ·∇L(w)           d = 0 at first
+        step on ∇L(w + ρ·d/(‖d‖ + 1e-12))
+
+    The ascent goes along a running mean of gradients, whose variance is smaller than a batch's. The
+    authors add 1e-7 to ‖d‖.
+
+    Cost: two gradients of each objective. Memory: two flat vectors. State: d, one flat vector.
+
+    Args:
+        rho: The ascent radius ρ ≥ 0; the authors take 0.05 to 0.2.
+        theta: θ in (0, 1], how fast d follows; 1 is SAM.
+        only: Which parameters are displaced; see `Ascent`.
+        adaptive: Whether the ascent is scaled by the weights; see `Ascent`.
+        eta: η ≥ 0, with `adaptive`.
+
+    Examples:
+        >>> import torch, gradkit as gk
+        >>> w = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+        >>> optimizer = gk.wrap(torch.optim.SGD([w], lr=0.1), gk.VaSSO(rho=0.5))
+        >>> _ = optimizer.step(lambda: w.square().sum() / 2)
+        >>> w.data  # the first step is SAM's
+        tensor([2.6700, 3.5600])
+    """
+
+    theta: float = 0.9
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("theta", self.theta)
+        if not 0 < self.theta <= 1:
+            raise ValueError(f"theta is {self.theta}; it must be more than 0 and at most 1")
+        check_one_step(self)
+
+    def initial_vectors(self, layout: Layout) -> dict[str, Tensor]:
+        return {"mean": torch.zeros(layout.numel, dtype=layout.dtype, device=layout.device)}
+
+    def around(self, inner: Oracle, context: Context) -> Oracle:
+        learnt = False
+
+        def oracle(at: Point | None = None, only: Container[str] | None = None) -> Gradients:
+            nonlocal learnt
+            g = inner(at, only).direction()
+            d = context.sum_of((self.vectors["mean"], 1 - self.theta), (g, self.theta))
+            if not learnt:  # later evaluations are at displaced weights
+                learnt = True
+                context.propose(self, mean=d)
+            return inner(context.point(at) + self.rise_along(d, at, context), only)
+
+        return oracle

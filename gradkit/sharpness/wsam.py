@@ -1,0 +1,87 @@
+"""Sharpness as a weighted part of the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from gradkit.core.arguments import check_number
+from gradkit.core.context import Context
+from gradkit.core.displacement import Point
+from gradkit.core.gradients import Gradients
+from gradkit.core.oracle import Oracle
+from gradkit.sharpness.ascent import Ascent
+
+
+@dataclass(eq=False)
+class WSAM(Ascent):
+    """Weighted SAM ([Yue et al., KDD 2023](https://arxiv.org/abs/2305.15817)).
+
+        g = ∇L(θ),   g_s = ∇L(θ + ρ·g/‖g‖),   a = γ/(1 − γ)
+        decoupled:   the base steps on g, and then θ ← θ − η·a·(g_s − g)
+        coupled:     the base steps on (1 − a)·g + a·g_s
+
+    γ = 1/2 is SAM. Decoupled, the sharpness term g_s − g does not enter the base's momentum; η is
+    each parameter group's learning rate, with what transforms have multiplied it by. The authors'
+    code clips each gradient before they are combined; here `wrap(max_norm=)` clips what the base gets.
+
+    Cost: two gradients of each objective. Memory: four flat vectors. State: none.
+
+    Args:
+        rho: The ascent radius ρ ≥ 0.
+        gamma: γ in [0, 1), the weight of the sharpness.
+        decouple: Whether the sharpness term is applied by itself.
+        only: Which parameters are displaced; see `Ascent`.
+        adaptive: Whether the ascent is scaled by the weights; see `Ascent`.
+        eta: η ≥ 0, with `adaptive`.
+        steps: How many ascent steps of length ρ/steps.
+
+    Examples:
+        >>> import torch, gradkit as gk
+        >>> w = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+        >>> optimizer = gk.wrap(torch.optim.SGD([w], lr=0.1), gk.WSAM(rho=0.5, gamma=0.75))
+        >>> _ = optimizer.step(lambda: w.square().sum() / 2)
+        >>> w.data  # w - 0.1 * (w + 3 * 0.5 * w / 5)
+        tensor([2.6100, 3.4800])
+    """
+
+    gamma: float = 0.9
+    decouple: bool = True
+    sets_update = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("gamma", self.gamma)
+        if not 0 <= self.gamma < 1:
+            raise ValueError(f"gamma is {self.gamma}; it must be at least 0 and less than 1")
+        self._difference: Tensor | None = None
+
+    def around(self, inner: Oracle, context: Context) -> Oracle:
+        a = self.gamma / (1 - self.gamma)
+        self._difference = None
+
+        def oracle(at: Point | None = None, only: Container[str] | None = None) -> Gradients:
+            first = inner(at, only)
+            g = first.direction()
+            above = self.climbed(inner, at, only, context, first)
+            g_s = above.direction()
+            if not self.decouple:
+                return above.with_update(context.sum_of((g, 1 - a), (g_s, a)))
+            self._difference = context.sum_of((g_s, a), (g, -a))
+            return above.with_update(g)
+
+        return oracle
+
+    def after_step(self, context: Context) -> None:
+        if self._difference is None or context.gradients is None:
+            return
+        rates = context.group_values("lr", 0.0)
+        scale = context.gradients.lr_scale
+        parts = [
+            part * (rate * scale)
+            for part, rate in zip(context.layout.views(self._difference), rates, strict=True)
+        ]
+        context.set_weights(context.weights(context.displaced(None, parts, -1.0)))
+        self._difference = None
