@@ -32,8 +32,8 @@ class MGDA(GramRule):
     Args:
         normalization: s_i: "none" 1, "l2" ‖g_i‖, "loss" L_i, "loss+" L_i·‖g_i‖. Where s_i is 0 it
             counts as 1. The last two need losses: `rule(jacobian, losses)`.
-        scope: What inner products are taken over: all parameters, each "group", each "tensor",
-            or those that are "shared" by objectives.
+        scope: The parameters over which inner products are computed: all ("global"), each "group",
+            each "tensor", or those "shared" by objectives.
 
     Examples:
         >>> import torch, gradkit as gk

@@ -50,8 +50,8 @@ class MLDG(Transform):
             starting point, not the paper's.
         beta: β, the weight of the meta-test gradient.
         test: The objective that is the meta-test domain of every step; None draws one each step.
-        generator: A CPU generator for the draw; by default one of its own with seed 0, the same
-            in every process.
+        generator: A CPU generator for the draw; by default a new one with seed 0, the same in
+            every process.
 
     Examples:
         >>> import torch, gradkit as gk

@@ -32,8 +32,8 @@ class MoDo(GramRule):
     Args:
         gamma: γ > 0, the step on the weights.
         rho: ρ ≥ 0, an ℓ₂ penalty that pulls them towards 1/K.
-        scope: What inner products are taken over: all parameters, each "group", each "tensor",
-            or those that are "shared" by objectives.
+        scope: The parameters over which inner products are computed: all ("global"), each "group",
+            each "tensor", or those "shared" by objectives.
 
     Examples:
         >>> import torch, gradkit as gk

@@ -25,7 +25,7 @@ class NashMTL(GramRule):
     step before; here it is the minimum of ½aᵀGa − Σ ln a_i, found by Newton's method.
 
     Where the gradients are Pareto-stationary there is no solution, and a grows without bound near
-    such a point: then G's cosines are regularised (see `fair_weights`). A gradient that is 0 gets
+    such a point: then G's cosines are regularised (see `fair_weights`). A zero gradient has
     weight 0.
 
     Homogeneous of degree 0: the direction does not depend on the gradients' scale. Cost: none
@@ -33,8 +33,8 @@ class NashMTL(GramRule):
 
     Args:
         max_norm: Clip ‖d‖ to this, as the authors' code does (to 1); None for d itself.
-        scope: What inner products are taken over: all parameters, each "group", each "tensor",
-            or those that are "shared" by objectives.
+        scope: The parameters over which inner products are computed: all ("global"), each "group",
+            each "tensor", or those "shared" by objectives.
 
     Examples:
         >>> import torch, gradkit as gk

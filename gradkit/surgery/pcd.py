@@ -47,10 +47,10 @@ class PCD(GramRule):
             (the main one's is not looked at).
         beta: β in [0, 1).
         eps: ε ≥ 0.
-        main: The main objective, by name or position; a position counts those that take part in a
-            step, so give the name where some may be absent.
-        scope: What inner products are taken over: all parameters, each "group", each "tensor",
-            or those that are "shared" by objectives.
+        main: The main objective, by name or position. A position counts only objectives that take
+            part in a step, so give the name if some may be absent.
+        scope: The parameters over which inner products are computed: all ("global"), each "group",
+            each "tensor", or those "shared" by objectives.
 
     Examples:
         >>> import torch, gradkit as gk

@@ -46,10 +46,10 @@ class PCGrad(GramRule):
 
     Args:
         reduction: "sum" (the paper) or "mean" of the g'_i.
-        scope: What inner products are taken over: all parameters, each "group", each "tensor",
-            or those that are "shared" by objectives.
-        generator: A CPU generator for the order; by default one of its own with seed 0, the same
-            in every process.
+        scope: The parameters over which inner products are computed: all ("global"), each "group",
+            each "tensor", or those "shared" by objectives.
+        generator: A CPU generator for the order; by default a new one with seed 0, the same in
+            every process.
 
     Examples:
         >>> import torch, gradkit as gk

@@ -30,8 +30,8 @@ class RandomWeights(GramRule):
     generator.
 
     Args:
-        generator: A CPU generator for z; by default one of its own with seed 0, the same in every
-            process.
+        generator: A CPU generator for z; by default a new one with seed 0, the same in
+            every process.
 
     Examples:
         >>> import torch, gradkit as gk

@@ -31,8 +31,8 @@ class UPGrad(GramRule):
         preference: p, one number ≥ 0 for each objective, in order or by name; 1/K each by default.
         reg: The projection is taken with G/trace(G) + reg·I, which makes it unique. With 0 it is
             one of the solutions.
-        scope: What inner products are taken over: all parameters, each "group", each "tensor",
-            or those that are "shared" by objectives.
+        scope: The parameters over which inner products are computed: all ("global"), each "group",
+            each "tensor", or those "shared" by objectives.
 
     Examples:
         >>> import torch, gradkit as gk
