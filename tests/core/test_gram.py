@@ -27,6 +27,7 @@ CHUNK = 1 << 20
 @pytest.fixture(autouse=True, params=[0, 1 << 12], ids=["in blocks", "short at once"])
 def short(request, monkeypatch):
     """Up to which length vectors are converted at once; 0 sends all of them through blocks."""
+    # Both ways are to give the same, so nothing public tells which was taken.
     monkeypatch.setattr("gradkit.core.gram._SHORT", request.param)
 
 

@@ -150,6 +150,7 @@ def test_buffers_of_flat_vectors_are_reused() -> None:
 
 
 def test_without_a_count_of_uses_no_buffer_is_reused(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As with a torch that has no such count.
     monkeypatch.setattr("gradkit.core.flat._use_count", None)
     model = network()
     optimizer = gk.wrap(torch.optim.SGD(model.parameters(), lr=1e-4), gk.PCGrad(), model=model)
