@@ -1,26 +1,18 @@
+"""GatedEMA: gate, warm-up, and the gate beside SAM and surgery."""
+
 import copy
 
 import pytest
 import torch
-from helpers import CONFLICT, flat, linear_objectives, seeded
+from helpers import CONFLICT, flat, seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 import gradkit as gk
+from teachers.students import named, student
 
 ENGINES = ["functional", "inplace"]
-
-
-def student(size=3):
-    """One vector of weights, all zero, in float64."""
-    return nn.ParameterList([torch.zeros(size, dtype=torch.float64)])
-
-
-def named(model, rows, names=("source", "target")):
-    rows = torch.as_tensor(rows, dtype=torch.float64)
-    closures = linear_objectives(model, rows)
-    return dict(zip(names, closures.values(), strict=True))
 
 
 def gated_step(rows, engine="auto", lr=1.0, **arguments):
@@ -36,100 +28,7 @@ def gated_step(rows, engine="auto", lr=1.0, **arguments):
     return float(record.gate), float(record.decay), teacher, follower
 
 
-# EMA.
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-def test_ema_is_its_geometric_sum(engine):
-    model = student(1)
-    ema = gk.EMA(model, decay=0.8)
-    optimizer = gk.wrap(
-        torch.optim.SGD(model.parameters(), lr=1.0), ema, model=model, engine=engine
-    )
-    expected = 0.0
-    for t in range(1, 11):
-        optimizer.step(lambda: -model[0].sum())
-        expected = 0.8 * expected + 0.2 * t  # the student is at t after step t
-        assert ema.teacher[0].item() == pytest.approx(expected, rel=1e-14)
-        assert float(optimizer.last_step.decay) == 0.8
-        assert optimizer.last_step.gate is None
-    assert ema.state["t"] == 10
-
-
-def test_ema_warm_up_is_the_mean_of_the_start_and_the_students():
-    model = student(1)
-    ema = gk.EMA(model, decay=0.999, warmup=True)
-    optimizer = gk.wrap(torch.optim.SGD(model.parameters(), lr=1.0), ema)
-    for t in range(1, 13):
-        optimizer.step(lambda: -model[0].sum())
-        assert float(optimizer.last_step.decay) == pytest.approx(1 - 1 / (t + 1), rel=1e-15)
-        assert ema.teacher[0].item() == pytest.approx(sum(range(t + 1)) / (t + 1), rel=1e-13)
-
-
-def test_ema_without_decay_copies_and_with_all_of_it_holds():
-    for decay, expected in ((0.0, 5.0), (1.0, 0.0)):
-        model = student(1)
-        ema = gk.EMA(model, decay=decay)
-        optimizer = gk.wrap(torch.optim.SGD(model.parameters(), lr=5.0), ema)
-        optimizer.step(lambda model=model: -model[0].sum())
-        assert ema.teacher[0].item() == expected
-
-
-@pytest.mark.parametrize("make", [gk.EMA, gk.GatedEMA])
-def test_the_teacher_is_a_frozen_copy(make):
-    model = nn.Linear(2, 1)
-    model(torch.ones(1, 2)).sum().backward()
-    teacher = make(model, **({"decay": 0.9} if make is gk.EMA else {})).teacher
-    assert teacher is not model
-    for mine, theirs in zip(teacher.parameters(), model.parameters(), strict=True):
-        assert torch.equal(mine, theirs)
-        assert mine.data_ptr() != theirs.data_ptr()
-        assert not mine.requires_grad
-        assert mine.grad is None
-        assert theirs.requires_grad
-        assert theirs.grad is not None
-
-
-def test_a_given_teacher_is_followed_and_stays_as_it_is_otherwise():
-    model, teacher = student(2), student(2)
-    with torch.no_grad():
-        teacher[0].fill_(10.0)
-    ema = gk.EMA(model, teacher, decay=0.75)
-    assert ema.teacher is teacher
-    optimizer = gk.wrap(torch.optim.SGD(model.parameters(), lr=1.0), ema)
-    optimizer.step(lambda: -2 * model[0].sum())
-    assert teacher[0].tolist() == [8.0, 8.0]
-    assert teacher[0].requires_grad
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-def test_buffers_are_copied_and_the_teachers_forward_is_not_the_students(engine):
-    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)).double()
-    ema = gk.EMA(model, decay=0.5)
-    optimizer = gk.wrap(
-        torch.optim.SGD(model.parameters(), lr=0.1), ema, gk.SAM(), model=model, engine=engine
-    )
-    for seed in range(3):
-        x = torch.randn(5, 2, generator=seeded(seed), dtype=torch.float64)
-        optimizer.step(lambda x=x: model(x)[:, 0].square().mean())
-        for mine, theirs in zip(ema.teacher.buffers(), model.buffers(), strict=True):
-            assert torch.equal(mine, theirs)
-            assert mine.data_ptr() != theirs.data_ptr()
-    assert int(ema.teacher[1].num_batches_tracked) == 3
-
-
-def test_a_teacher_may_take_part_in_an_objective():
-    model = student(2)
-    ema = gk.EMA(model, decay=0.5)
-    optimizer = gk.wrap(torch.optim.SGD(model.parameters(), lr=0.25), ema, model=model)
-    with torch.no_grad():
-        ema.teacher[0].fill_(4.0)
-    optimizer.step(lambda: (model[0] - ema.teacher[0]).square().sum() / 2)
-    assert model[0].tolist() == [1.0, 1.0]
-    assert ema.teacher[0].tolist() == [2.5, 2.5]
-
-
-# GatedEMA: the gate.
+# The gate.
 
 
 def test_sign_cosine_and_cosine_disagree_on_the_example():
@@ -213,7 +112,7 @@ def test_the_gate_reads_the_gradients_before_and_the_teacher_the_student_after_t
     assert gated.teacher[0].item() == pytest.approx(teacher, rel=1e-14)
 
 
-# GatedEMA: the decay.
+# The decay.
 
 
 def test_warm_up_reaches_the_aligned_decay_at_the_ninth_step():
@@ -274,7 +173,7 @@ def test_no_conflict_decay_holds_the_teacher_with_its_buffers(warmup):
     assert not torch.equal(gated.teacher[1].bias, before["1.bias"])
 
 
-# GatedEMA: with others, and when a step does not happen.
+# With others, and when a step does not happen.
 
 
 def curved(model, log=None):
@@ -334,75 +233,6 @@ def test_the_gate_sees_the_raw_gradients_around_surgery(engine):
     assert float(optimizer.last_step.gate) == 0.0
     expected = [-0.5848, -3.8012, -3.8012]
     assert model[0].tolist() == pytest.approx(expected, abs=5e-5)
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("make", [gk.EMA, gk.GatedEMA])
-def test_a_skipped_step_changes_nothing(engine, make):
-    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 1)).double()
-    teacher = make(model, **({"decay": 0.5} if make is gk.EMA else {}))
-    optimizer = gk.wrap(
-        torch.optim.Adam(model.parameters(), lr=0.1),
-        teacher,
-        model=model,
-        engine=engine,
-        nonfinite="skip",
-    )
-    x = torch.randn(4, 2, generator=seeded(0), dtype=torch.float64)
-
-    def objectives(factor):
-        return {
-            "source": lambda: model(x).square().mean(),
-            "target": lambda: factor * model(x).mean(),
-        }
-
-    optimizer.step(objectives(1.0))
-    before = copy.deepcopy((model.state_dict(), teacher.teacher.state_dict()))
-    optimizer.step(objectives(float("nan")))
-    assert optimizer.last_step.applied is False
-    assert optimizer.last_step.decay is None
-    assert teacher.state["t"] == 1
-    for module, old in zip((model, teacher.teacher), before, strict=True):
-        for name, value in module.state_dict().items():
-            assert torch.equal(value, old[name]), name
-    optimizer.step(objectives(1.0))
-    assert optimizer.last_step.applied is True
-    assert teacher.state["t"] == 2
-    assert not torch.equal(teacher.teacher[0].weight, before[1]["0.weight"])
-
-
-@pytest.mark.parametrize("make", [gk.EMA, gk.GatedEMA])
-def test_a_failed_step_changes_nothing(make):
-    model = student(2)
-    teacher = make(model, **({"decay": 0.5} if make is gk.EMA else {}))
-    optimizer = gk.wrap(torch.optim.SGD(model.parameters(), lr=1.0), teacher, model=model)
-
-    def fails():
-        raise ArithmeticError("no")
-
-    with pytest.raises(ArithmeticError):
-        optimizer.step({"source": lambda: model[0].sum(), "target": fails})
-    assert teacher.state["t"] == 0
-    assert teacher.teacher[0].tolist() == [0.0, 0.0]
-
-
-# Errors.
-
-
-def test_arguments_are_checked():
-    model = student()
-    with pytest.raises(ValueError, match=r"decay is 1\.5; a decay lies between 0 and 1"):
-        gk.EMA(model, decay=1.5)
-    with pytest.raises(ValueError, match=r"decay_aligned is -0\.1; a decay lies between"):
-        gk.GatedEMA(model, decay_aligned=-0.1)
-    with pytest.raises(ValueError, match=r"decay_conflict is 2\.0; a decay lies between"):
-        gk.GatedEMA(model, decay_conflict=2.0)
-    with pytest.raises(ValueError, match="name two different objectives"):
-        gk.GatedEMA(model, between=("source", "source"))
-    with pytest.raises(ValueError, match="teacher and student are the same module"):
-        gk.EMA(model, model, decay=0.9)
-    with pytest.raises(ValueError, match=r"differ in '0': it has shape \(2,\) in the teacher and"):
-        gk.EMA(model, student(2), decay=0.9)
 
 
 def test_the_gate_needs_its_objectives():
