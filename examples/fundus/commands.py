@@ -17,11 +17,11 @@ from examples.fundus.earlier import (
     refuse_to_replace_training,
     resumption_note,
 )
-from examples.fundus.export import export as export_domains
 from examples.fundus.masks import save_masks
 from examples.fundus.network import ResUNet34
 from examples.fundus.results import make_result, markdown_table, remove_results, write_json
 from examples.fundus.source_model import Architecture, load_source_model, save_source_model
+from examples.fundus.synthetic.export import export as export_domains
 from examples.fundus.training import train_source
 from examples.fundus.training_state import TrainingSettings
 from examples.fundus.validation import (

@@ -18,10 +18,9 @@ from PIL import Image
 from torch.utils.data import Dataset, Subset
 
 from examples.common.suggestions import did_you_mean
-from examples.fundus.centres import CENTRES
 from examples.fundus.pictures import DataError, decode_target, one_line, read_pair
 from examples.fundus.sample import Sample, Split, normalise
-from examples.fundus.synthetic import SyntheticFundus
+from examples.fundus.synthetic import CENTRES, SyntheticFundus
 
 __all__ = ["DataError", "FundusDataset", "available_domains", "check", "open_domain"]
 

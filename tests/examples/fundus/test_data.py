@@ -20,9 +20,9 @@ from examples.fundus.data import (
     check,
     open_domain,
 )
-from examples.fundus.export import export
 from examples.fundus.pictures import decode_target, encode_target
 from examples.fundus.sample import Sample, Split, normalise
+from examples.fundus.synthetic.export import export
 
 SPLITS: tuple[Split, ...] = ("all", "train", "test")
 Rows = Sequence[tuple[str, str]]
