@@ -103,14 +103,11 @@ def _run(job: _Job) -> tuple[dict[str, tuple[float, float]], Training]:
         done = train(
             model, objectives, job.strategy, len(seen), job.seed, setting.lr, setting.steps
         )
-    scores = {
-        centre: evaluate(
-            model,
-            open_domain(setting.root, centre, "test", setting.size, 0, setting.images),
-            CPU,
-        )
-        for centre in centres
-    }
+    scores = {}
+    for centre in centres:
+        samples = open_domain(setting.root, centre, "test", setting.size, 0, setting.images)
+        dice = evaluate(model, samples, CPU)
+        scores[centre] = dice["disc"], dice["cup"]
     return scores, done
 
 

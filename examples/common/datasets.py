@@ -1,8 +1,26 @@
-"""What torch's `Dataset` leaves undeclared."""
+"""What data sets of segmentations yield, and what torch's `Dataset` leaves undeclared."""
 
+from dataclasses import dataclass
 from typing import Any
 
+from jaxtyping import Float
+from torch import Tensor
 from torch.utils.data import Dataset
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image or volume and its segmentation.
+
+    Attributes:
+        name: What tells it from others, such as the path of its file from the root of the data.
+        image: Its intensities, float32.
+        target: A channel for each structure, 0 or 1, float32.
+    """
+
+    name: str
+    image: Float[Tensor, "channels ..."]
+    target: Float[Tensor, "structures ..."]
 
 
 def length(dataset: Dataset[Any]) -> int:
@@ -16,4 +34,4 @@ def length(dataset: Dataset[Any]) -> int:
         >>> length(TensorDataset(torch.zeros(3, 2)))
         3
     """
-    return len(dataset)  # type: ignore[arg-type]
+    return len(dataset)  # type: ignore[arg-type]  # `Dataset` declares no __len__

@@ -7,9 +7,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from examples.common.adaptation import METHODS, adapt_online, build_adapter
 from examples.common.command_line import interruptible
 from examples.common.datasets import length
-from examples.fundus.adaptation import METHODS, adapt_online, build_adapter
+from examples.common.results import remove_results, write_json
 from examples.fundus.data import SYNTHETIC, available_domains, check, open_domain
 from examples.fundus.earlier import (
     EPOCHS,
@@ -19,7 +20,8 @@ from examples.fundus.earlier import (
 )
 from examples.fundus.masks import save_masks
 from examples.fundus.network import ResUNet34
-from examples.fundus.results import make_result, markdown_table, remove_results, write_json
+from examples.fundus.results import RESULT_FILES, SCORES, make_result, markdown_table
+from examples.fundus.sample import DICE
 from examples.fundus.source_model import Architecture, load_source_model, save_source_model
 from examples.fundus.synthetic.export import export as export_domains
 from examples.fundus.training import train_source
@@ -200,15 +202,15 @@ class Adapt:
         )
         adapter = build_adapter(self.method, model.to(device), self.statistics, self.lr, self.seed)
         stream = adapt_online(
-            adapter, samples, device, range(length(samples)), f"{self.target}, {self.method}"
+            adapter, samples, device, DICE, range(length(samples)), f"{self.target}, {self.method}"
         )
-        if remove_results(self.out):
+        if remove_results(self.out, RESULT_FILES):
             print(REPLACED.format(self.out), file=sys.stderr)
         save_masks(self.out / "masks" / self.target / self.method, stream)
         result = make_result(
             source, self.target, self.method, self.statistics, self.lr, self.seed, stream
         )
-        write_json([result], self.out / "results.json")
+        write_json([result], self.out / "results.json", SCORES, "image")
         print(markdown_table([result], self.seed))
 
 

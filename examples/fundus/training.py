@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset, Subset
 
-from examples.common.datasets import length
+from examples.common.datasets import Sample, length
 from examples.common.progress import Progress
+from examples.common.scores import mean_scores, score_cases
 from examples.fundus.augmentation import AugmentedDataset
-from examples.fundus.metrics import dice, mean, segment
-from examples.fundus.sample import Sample
+from examples.fundus.sample import DICE
 from examples.fundus.source_model import Architecture
 from examples.fundus.training_state import (
     EpochReport,
@@ -48,22 +48,14 @@ def split_held_out(count: int, seed: int) -> tuple[list[int], list[int]]:
     return sorted(order[held_out:]), sorted(order[:held_out])
 
 
-@torch.no_grad()
 def evaluate(
     model: torch.nn.Module, samples: Dataset[Sample], device: torch.device
-) -> tuple[float, float]:
+) -> dict[str, float]:
     """Mean Dice (%) of disc and cup over samples, one image at a time, without adaptation.
 
     The model is put in evaluation mode.
     """
-    model.eval()
-    scores = []
-    for index in range(length(samples)):
-        sample = samples[index]
-        logits = model(sample.image.unsqueeze(0).to(device)).cpu()[0]
-        scores.append(dice(segment(logits.float()), sample.target).tolist())
-    discs, cups = zip(*scores, strict=True)
-    return mean(discs), mean(cups)
+    return mean_scores(score_cases(model, samples, device, DICE))
 
 
 def train_source(
@@ -129,7 +121,7 @@ def train_source(
     with shown:
         for epoch in range(len(state.history), settings.epochs):
             loss = state.run_epoch(training, epoch)
-            report = EpochReport(epoch + 1, loss, *evaluate(state.model, held_out, device))
+            report = EpochReport(epoch + 1, loss, **evaluate(state.model, held_out, device))
             is_best = all(report.score > earlier.score for earlier in state.history)
             state.history.append(report)
             # The best first: if the run dies between the two files, the epoch is run again.

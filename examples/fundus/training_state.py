@@ -13,10 +13,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from examples.common.checkpoint import CheckpointError, load
-from examples.common.datasets import length
+from examples.common.datasets import Sample, length
 from examples.fundus.augmentation import AugmentedDataset
 from examples.fundus.network import ResUNet34
-from examples.fundus.sample import Sample
 from examples.fundus.source_model import Architecture, read_architecture, save_source_model
 
 ANEW = "start anew without --resume, in another --out or with --overwrite"

@@ -8,14 +8,13 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset
 
-from examples.common.datasets import length
+from examples.common.adaptation import parse_statistics
+from examples.common.datasets import Sample, length
 from examples.common.device import choose_device
 from examples.common.suggestions import did_you_mean
 from examples.common.usage import UsageError, require
-from examples.fundus.adaptation import parse_statistics
 from examples.fundus.data import DataError, open_domain
 from examples.fundus.network import ENCODER_STRIDE
-from examples.fundus.sample import Sample
 
 SYNTHETIC_TRAIN_IMAGES = 100
 

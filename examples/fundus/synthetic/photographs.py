@@ -16,7 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from examples.fundus.sample import Sample, Split, normalise
+from examples.common.datasets import Sample
+from examples.fundus.sample import Split, normalise
 from examples.fundus.synthetic.camera import photograph
 from examples.fundus.synthetic.centres import CENTRES, Centre
 from examples.fundus.synthetic.drawing import colour, normal, pixel_centres, uniform, wavy_circle

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import Dataset
 
+from examples.common.datasets import Sample
 from examples.fundus.data import (
     DataError,
     FundusDataset,
@@ -21,7 +22,7 @@ from examples.fundus.data import (
     open_domain,
 )
 from examples.fundus.pictures import decode_target, encode_target
-from examples.fundus.sample import Sample, Split, normalise
+from examples.fundus.sample import Split, normalise
 from examples.fundus.synthetic.export import export
 
 SPLITS: tuple[Split, ...] = ("all", "train", "test")

@@ -5,10 +5,10 @@ from dataclasses import asdict
 import pytest
 import torch
 
+from examples.common.adaptation import Stream
 from examples.common.checkpoint import load, save_atomically
 from examples.fundus import commands, comparison, training
 from examples.fundus.__main__ import main
-from examples.fundus.adaptation import Stream
 from examples.fundus.network import ResUNet34
 from examples.fundus.source_model import Architecture, save_source_model
 from examples.fundus.training_state import EpochReport, TrainingSettings
@@ -256,7 +256,7 @@ def test_replaced_results_are_said(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(commands, "adapt_online", lambda *arguments: Stream())
     monkeypatch.setattr(commands, "save_masks", lambda *arguments: None)
     monkeypatch.setattr(commands, "markdown_table", lambda *arguments: "table")
-    monkeypatch.setattr(commands, "write_json", lambda results, path: path.write_text("new"))
+    monkeypatch.setattr(commands, "write_json", lambda results, path, *rest: path.write_text("new"))
     out = tmp_path / "out"
     words = ["adapt", "--checkpoint", model, "--target-images", 1, "--out", out]
     assert run(*words) == 0

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from examples.fundus.sample import Sample, Split
+from examples.common.datasets import Sample
+from examples.fundus.sample import Split
 from examples.fundus.synthetic import CENTRES, SyntheticFundus, photographs
 from examples.fundus.synthetic.camera import photograph
 from examples.fundus.synthetic.vessels import trace_vessels, vessel_tree
