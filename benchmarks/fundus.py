@@ -19,17 +19,17 @@ from examples.common.adaptation import adapt_online, build_adapter
 from examples.common.bootstrap import bootstrap_interval
 from examples.common.datasets import length
 from examples.common.scores import mean_scores
-from examples.common.usage import refuse_to_replace
-from examples.fundus.data import available_domains, check, open_domain
-from examples.fundus.sample import DICE
-from examples.fundus.source_model import load_source_model
-from examples.fundus.validation import (
+from examples.common.usage import (
     UsageError,
     check_writable,
     open_device,
+    refuse_to_replace,
     require,
     split_names,
 )
+from examples.fundus.data import available_domains, check, open_domain
+from examples.fundus.sample import DICE
+from examples.fundus.source_model import load_source_model
 from gradkit import tta
 
 MIXED = "mixed:0.8"

@@ -11,6 +11,7 @@ from examples.common.adaptation import METHODS, adapt_online, build_adapter
 from examples.common.command_line import interruptible
 from examples.common.datasets import length
 from examples.common.results import remove_results, write_json
+from examples.common.usage import UsageError, check_writable, open_device, require, split_names
 from examples.fundus.data import SYNTHETIC, available_domains, check, open_domain
 from examples.fundus.earlier import (
     EPOCHS,
@@ -26,17 +27,7 @@ from examples.fundus.source_model import Architecture, load_source_model, save_s
 from examples.fundus.synthetic.export import export as export_domains
 from examples.fundus.training import train_source
 from examples.fundus.training_state import TrainingSettings
-from examples.fundus.validation import (
-    UsageError,
-    check_adaptation,
-    check_counts,
-    check_training,
-    check_writable,
-    open_device,
-    open_source,
-    require,
-    split_names,
-)
+from examples.fundus.validation import check_adaptation, check_counts, check_training, open_source
 
 RESUME = "continue with --resume"
 REPLACED = "the results of an earlier run in {} are replaced"

@@ -12,6 +12,7 @@ from examples.common.adaptation import METHODS, Stream, adapt_online, build_adap
 from examples.common.command_line import interruptible
 from examples.common.datasets import Sample, length
 from examples.common.results import remove_results, write_json
+from examples.common.usage import check_writable, open_device, require, split_names
 from examples.fundus.commands import REPLACED, RESUME, Train
 from examples.fundus.data import available_domains, check, open_domain
 from examples.fundus.earlier import refuse_to_replace_model
@@ -26,16 +27,7 @@ from examples.fundus.results import (
 from examples.fundus.sample import DICE
 from examples.fundus.source_model import load_source_model, save_source_model
 from examples.fundus.training import evaluate
-from examples.fundus.validation import (
-    check_adaptation,
-    check_counts,
-    check_training,
-    check_writable,
-    open_device,
-    open_source,
-    require,
-    split_names,
-)
+from examples.fundus.validation import check_adaptation, check_counts, check_training, open_source
 
 
 @dataclass(frozen=True)
