@@ -9,6 +9,7 @@ from pathlib import Path
 import gradkit
 
 PACKAGE = Path(gradkit.__file__).parent
+EXAMPLES = PACKAGE.parent / "examples"
 
 # Each part may import those of lower layers, and those of its own.
 LAYERS = [
@@ -59,6 +60,14 @@ def test_imports_run_one_way() -> None:
             assert not (part(path) in ENGINES and name in TRANSFORMS), path
             seen += 1
     assert seen > 50
+
+
+def test_what_examples_share_knows_none_of_them() -> None:
+    shared = list((EXAMPLES / "common").rglob("*.py"))
+    assert len(shared) > 10
+    for path in shared:
+        own = {name for name in modules(path) if name.split(".")[0] == "examples"}
+        assert all(name.startswith("examples.common.") for name in own), path
 
 
 def test_it_needs_only_its_dependencies() -> None:

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from benchmarks.alignment.jobs import run_jobs
 from benchmarks.alignment.training import Training, train
+from examples.common.losses import segmentation_loss
 from examples.fundus.augmentation import AugmentedDataset
 from examples.fundus.data import available_domains, open_domain
 from examples.fundus.network import ResUNet34
 from examples.fundus.training import evaluate
-from examples.fundus.training_state import segmentation_loss
 
 LR = 2e-3
 STEPS = 300

@@ -37,8 +37,8 @@ def mean_scores(cases: Sequence[CaseScores]) -> dict[str, float]:
         ValueError: there are no cases.
 
     Example:
-        >>> mean_scores([CaseScores("a", {"disc": 80.0}), CaseScores("b", {"disc": 90.0})])
-        {'disc': 85.0}
+        >>> mean_scores([CaseScores("a", {"dice": 80.0}), CaseScores("b", {"dice": 90.0})])
+        {'dice': 85.0}
     """
     if not cases:
         raise ValueError("there are no cases to average over; give at least one")

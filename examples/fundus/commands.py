@@ -11,6 +11,7 @@ from examples.common.adaptation import METHODS, adapt_online, build_adapter
 from examples.common.command_line import interruptible
 from examples.common.datasets import length
 from examples.common.results import remove_results, write_json
+from examples.common.training import LAST
 from examples.common.usage import UsageError, check_writable, open_device, require, split_names
 from examples.fundus.data import SYNTHETIC, available_domains, check, open_domain
 from examples.fundus.earlier import (
@@ -25,8 +26,7 @@ from examples.fundus.results import RESULT_FILES, SCORES, make_result, markdown_
 from examples.fundus.sample import DICE
 from examples.fundus.source_model import Architecture, load_source_model, save_source_model
 from examples.fundus.synthetic.export import export as export_domains
-from examples.fundus.training import train_source
-from examples.fundus.training_state import TrainingSettings
+from examples.fundus.training import TrainingSettings, train_source
 from examples.fundus.validation import check_adaptation, check_counts, check_training, open_source
 
 RESUME = "continue with --resume"
@@ -115,7 +115,7 @@ class Train:
         )
         settings = TrainingSettings(epochs, self.seed, self.batch_size, self.learning_rate)
         # A file of an earlier training does not count, unless it is what this one started from.
-        last = self.out / "training" / "last.pt"
+        last = self.out / "training" / LAST
         note = resumption_note(last, epochs) if self.resume else ""
         kept = [self.resume]
         with interruptible(RESUME, lambda: any(kept)):
@@ -126,7 +126,7 @@ class Train:
                 last.parent,
                 open_device(self.device, self.threads),
                 self.resume,
-                on_epoch=lambda report: kept.append(True),
+                on_epoch=lambda entry: kept.append(True),
                 on_resume=lambda: print(note, file=sys.stderr),
                 root=SYNTHETIC if self.data_root == SYNTHETIC else "folder",
             )

@@ -12,8 +12,7 @@ from examples.common.progress import Progress
 from examples.fundus.network import ResUNet34
 from examples.fundus.sample import DICE
 from examples.fundus.source_model import Architecture
-from examples.fundus.training import train_source
-from examples.fundus.training_state import TrainingSettings
+from examples.fundus.training import TrainingSettings, train_source
 from gradkit import tta
 
 

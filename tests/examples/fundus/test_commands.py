@@ -8,6 +8,7 @@ from children import run_python
 from PIL import Image
 
 from examples.common import adaptation
+from examples.common import training as common_training
 from examples.common.adaptation import METHODS
 from examples.common.bootstrap import bootstrap_interval
 from examples.common.checkpoint import load
@@ -533,7 +534,7 @@ def test_an_interrupted_comparison_continues_after_its_training(
         given = last_words(capsys, *words, "--checkpoint", checkpoint)
         assert given == "interrupted"
     assert read(out) == read(compared)  # the earlier results are still complete
-    monkeypatch.setattr(training.TrainingState, "run_epoch", None)  # nothing is trained again
+    monkeypatch.setattr(common_training, "run_epoch", None)  # nothing is trained again
     assert run(*words, "--resume") == 0
     assert read(out) == read(compared)[:1]
 
