@@ -10,6 +10,7 @@ from pathlib import Path
 import gradkit
 
 PACKAGE = Path(gradkit.__file__).parent
+EXAMPLES = PACKAGE.parent / "examples"
 
 # The rooms of the drawing in docs/concepts.md: what each may import besides itself.
 ROOMS: dict[str, set[str]] = {
@@ -83,6 +84,14 @@ def test_imports_inside_the_core_run_one_way() -> None:
                 assert layers[name.split(".")[2]] <= layers[path.stem], f"{path} imports {name}"
                 seen += 1
     assert seen > 5
+
+
+def test_what_examples_share_knows_none_of_them() -> None:
+    shared = list((EXAMPLES / "common").rglob("*.py"))
+    assert len(shared) > 10
+    for path in shared:
+        own = {name for name in modules(path) if name.split(".")[0] == "examples"}
+        assert all(name.startswith("examples.common.") for name in own), path
 
 
 def test_it_needs_only_its_dependencies() -> None:

@@ -26,10 +26,10 @@ def check_number(name: str, value: object, *, finite: bool = True) -> None:
 
 
 def own_generator(generator: torch.Generator | None) -> torch.Generator:
-    """A generator given by a user, or else a new one with seed 0, the same in every process.
+    """The given generator, or a new one with seed 0, the same in every process.
 
     Raises:
-        TypeError: If it is none.
+        TypeError: If it is not a generator.
         ValueError: If it is not on the CPU.
     """
     if generator is None:

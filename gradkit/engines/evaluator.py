@@ -45,10 +45,15 @@ _OWN_BACKWARD = (
 
 
 class Evaluator:
-    """`oracle(at, only)` over a step's objectives, by an engine's session.
+    """The innermost oracle of a step, which evaluates the objectives in an engine's session.
 
-    Keeps account of what a step needs to know: each objective's first loss, and the losses and
-    inner products of every evaluation.
+    Attributes:
+        found_gradient: Whether an objective has produced a gradient.
+        unfrozen: By objective, the gradients of parameters that a closure has unfrozen in this
+            step.
+        first_losses: Each objective's loss at its first evaluation.
+        without_loss: The objectives whose closure called backward and returned no loss.
+        measured: The losses and inner products of every evaluation.
     """
 
     def __init__(
@@ -90,7 +95,6 @@ class Evaluator:
             context.names = tuple(self._closures)
         self._evaluated: set[str | None] = set()
         self.unfrozen: dict[str, dict[Tensor, Tensor]] = {}
-        """By objective, the gradients of parameters that a closure has unfrozen in this step."""
         self.first_losses: dict[str, Tensor] = {}
         self.without_loss = context.without_loss
         self.measured: list[Gradients] = []
@@ -103,12 +107,19 @@ class Evaluator:
     ) -> Gradients:
         """The gradients at the weights plus `at`, of all objectives or those in `only`.
 
-        They are weighed before the backward pass where the step streams, and there is then one
-        pass.
+        Where the step streams, the losses are weighted first and there is one backward pass.
 
         Args:
-            at: A displacement; None for none.
+            at: A displacement; None for the weights themselves.
             only: The objectives to back-propagate; None for all.
+
+        Raises:
+            TypeError: If a closure returns something else than losses.
+            ValueError: If a loss is not a real scalar, if there is no objective of a name in
+                `only`, or if the objectives do not allow for streaming where it is required.
+            NoGradientError: If an objective produced no gradient.
+            RankError: If another rank has failed, or if the ranks differ where they must not.
+            RuntimeError: If a closure's backward pass or graph cannot be used.
         """
         names = self._context.names
         if names is not None:
@@ -117,7 +128,7 @@ class Evaluator:
         place = self._session.displaced(
             None if at is None else Displacement.of(at, self._context.layout)
         )
-        del at  # a point is not needed once the weights are there
+        del at  # free the point once the weights have been displaced
         with place as leaves, self._ranks.local_gradients():
             if self._closures is None:
                 rows, weighed = self._evaluate_jointly(leaves, only)
@@ -133,7 +144,7 @@ class Evaluator:
                 self.measured.append(_measured_together(gradients, weighed.names, losses))
             return self._together(weighed, losses, gradients)
         if self._context.by_tensor and len(gradients.names) > 1:
-            gradients.gram("tensor")  # so that the whole is not read once more
+            gradients.gram("tensor")  # the global matrix is then their sum, without another pass
         if self._measure:
             self.measured.append(gradients.without_rows())
         return self._weigh(gradients)
@@ -145,7 +156,7 @@ class Evaluator:
 
     @staticmethod
     def _together(weighed: Gradients, losses: Float[Tensor, " K"], total: Gradients) -> Gradients:
-        """What has been weighed, with the gradient of the weighted sum."""
+        """The weighted objectives, with the gradient of their weighted sum."""
         assert isinstance(weighed.storage, Summed)
         count = len(weighed.names)
         reached = None if total.reached is None else total.reached * count
@@ -195,7 +206,7 @@ class Evaluator:
     def _evaluate_jointly(
         self, leaves: Sequence[Tensor], only: Container[str] | None
     ) -> tuple[Rows, Gradients | None]:
-        """The rows; or one row of their weighted sum, and what was made of the losses."""
+        """The rows and None; or a single row, of the weighted sum, and the weighted objectives."""
         assert self._joint is not None
         rows: Rows | None = None
         weighed: Gradients | None = None
@@ -225,9 +236,10 @@ class Evaluator:
         return rows, weighed
 
     def _fits(self, losses: Mapping[str, object]) -> bool:
-        """Whether losses can be weighed before the backward pass.
+        """Whether losses can be weighted before the backward pass.
 
-        A weight may overflow in a half-precision loss's gradient, where it would not in a row.
+        In half precision a weighted gradient may overflow during the backward pass, although a
+        weighted row would not.
         """
         narrow = (torch.float16, torch.bfloat16)
         half = any(getattr(loss, "dtype", None) in narrow for loss in losses.values())
@@ -239,7 +251,7 @@ class Evaluator:
         wanted: tuple[str, ...],
         leaves: Sequence[Tensor],
     ) -> tuple[Rows, Gradients]:
-        """Weigh the losses, then back-propagate their weighted sum."""
+        """Weight the losses, then back-propagate their weighted sum."""
         total = f"weighted sum of {', '.join(wanted)}"
         rows = Rows((total,), leaves, self._context, losses=tuple(losses))
         checked = {name: checked_loss(loss, name) for name, loss in losses.items()}
@@ -258,10 +270,10 @@ class Evaluator:
         weighed = self._weigh(self._pending(wanted, together, leaves))
         if self._streams == "must":
             active = list(weighed.active)
-        else:  # weights by losses are not 0, and the host need not look
+        else:  # weights from losses are never 0, so that no copy from the device is needed
             active = [k for k, name in enumerate(wanted) if name not in weighed.observers]
         if active:
-            # Of the active ones only: what no other graph reaches is to have no gradient.
+            # Only of the active ones: parameters that no other graph reaches must get no gradient.
             summed = stacked([chosen[k] for k in active], rows.device)
             every = len(active) == len(wanted)
             weights = weighed.weights if every else weighed.weights[active]
@@ -277,7 +289,7 @@ class Evaluator:
     def _pending(
         self, names: tuple[str, ...], losses: Float[Tensor, " K"], leaves: Sequence[Tensor]
     ) -> Gradients:
-        """Objectives that are yet to be weighed and back-propagated."""
+        """The objectives before they are weighted and back-propagated."""
         device = self._context.layout.device
         values = -losses.detach() if self._context.ascends_everywhere else losses.detach().clone()
         if self._ranks.together:
@@ -340,7 +352,12 @@ class Evaluator:
             now.restore()
 
     def _agree_on(self, names: tuple[str, ...], only: Container[str] | None) -> tuple[str, ...]:
-        """The objectives' names, which must not change within a step."""
+        """The objectives' names, which must not change within a step.
+
+        Raises:
+            TypeError: If a name is not a string.
+            ValueError: If there are no names, if they have changed, or if `only` has another one.
+        """
         if not names:
             raise ValueError("the closure returned an empty mapping of losses")
         for name in names:
@@ -422,9 +439,12 @@ class Evaluator:
         self.found_gradient = True
 
     def _unfrozen(self) -> list[Tensor]:
-        """The parameters of the optimizer that a closure has unfrozen in this step.
+        """The optimizer's parameters that a closure has unfrozen in this step.
 
         They have no place in the flat vectors of the step.
+
+        Raises:
+            RuntimeError: If there are some and several ranks take the step together.
         """
         found = [parameter for parameter in self._beside if parameter.requires_grad]
         if found and (self._ranks.together or self._context.layout.shards is not None):
@@ -435,7 +455,7 @@ class Evaluator:
         return found
 
     def _collect(self, leaves: Sequence[Tensor]) -> list[Tensor | None] | None:
-        """The gradients that the closure's own backward has left; None if it ran none."""
+        """The gradients that the closure's own backward pass has left; None if there was none."""
         if self._loss_scale is not None:
             self._loss_scale.refuse_unscaled(in_closure=True)
         unfrozen = self._unfrozen()
@@ -448,7 +468,7 @@ class Evaluator:
     def _look_into(
         self, loss: Tensor, key: str | None, name: str, *, differentiated: bool = False
     ) -> None:
-        """Search a loss's graph for what cannot be differentiated as it should be.
+        """Check that a loss's graph can be differentiated correctly.
 
         Raises:
             RuntimeError: If it holds a reentrant checkpoint, or if it was made outside the closure
@@ -462,7 +482,7 @@ class Evaluator:
 def _measured_together(
     total: Gradients, names: tuple[str, ...], losses: Float[Tensor, " K"]
 ) -> Gradients:
-    """The losses of objectives, and the length of the gradient of their weighted sum."""
+    """The objectives' losses, and the norm of the gradient of their weighted sum."""
     square = total.gram()[0]
     squares = torch.cat([square.new_zeros(len(names)), square])
     empty = losses.new_empty(len(names) + 1, 0)
@@ -474,7 +494,7 @@ def _measured_together(
 
 
 def _forget_parametrizations() -> None:
-    # `torch.nn.utils.parametrize.cached()` round a step would keep the weights of another point.
+    # Inside `torch.nn.utils.parametrize.cached()` the weights of another point would be reused.
     getattr(torch.nn.utils.parametrize, "_cache", {}).clear()
 
 

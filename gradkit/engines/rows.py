@@ -1,4 +1,4 @@
-"""The gradients and losses of one evaluation, while micro-batches add to them."""
+"""The gradients and losses of one evaluation, accumulated over micro-batches."""
 
 from __future__ import annotations
 
@@ -20,10 +20,19 @@ from gradkit.engines.objectives import LOSS, NoGradientError, as_plain, checked_
 
 
 class Rows:
-    """The rows and losses of one evaluation, while micro-batches add to them.
+    """The rows and losses of one evaluation, accumulated over micro-batches.
 
-    A single gradient that autograd has left in tensors of its own stays in them: it is copied
-    into a flat row only if something is added to it, or asks for a row.
+    A single gradient stays in the tensors that autograd has returned. It is copied to a flat row
+    only if something is added to it, or if a row is needed.
+
+    Args:
+        names: The objectives that have a row.
+        leaves: The tensors to differentiate with respect to.
+        context: The step's context.
+        losses: The objectives whose losses are accumulated; by default those of the rows.
+
+    Attributes:
+        unfrozen: By objective, the gradients of parameters that have no place in the flat vector.
     """
 
     def __init__(
@@ -33,14 +42,6 @@ class Rows:
         context: Context,
         losses: tuple[str, ...] | None = None,
     ) -> None:
-        """Begin.
-
-        Args:
-            names: The rows.
-            leaves: What their gradients are taken with respect to.
-            context: The step's context.
-            losses: Whose losses are measured; by default those of the rows.
-        """
         self._names = names
         self._leaves = leaves
         self._layout = context.layout
@@ -50,10 +51,9 @@ class Rows:
         self._reached = {name: [False] * len(leaves) for name in names}
         self._losses: dict[str, Tensor | None] = dict.fromkeys(names if losses is None else losses)
         self.unfrozen: dict[str, dict[Tensor, Tensor]] = {}
-        """By objective, the gradients of parameters that have no place in the flat vector."""
 
     def add_loss(self, name: str, loss: Tensor | None) -> None:
-        """Add a micro-batch's loss; None stands for one that the closure did not return."""
+        """Add a micro-batch's loss; None if the closure returned none."""
         if loss is not None:
             before = self._losses.get(name)
             loss = loss.detach().to(self._layout.device)
@@ -70,12 +70,12 @@ class Rows:
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """The device of the parameters."""
         return self._layout.device
 
     @property
     def measured(self) -> tuple[str, ...]:
-        """The objectives whose losses are known."""
+        """The objectives whose losses are accumulated."""
         return tuple(self._losses)
 
     def without_loss(self) -> set[str]:
@@ -83,12 +83,12 @@ class Rows:
         return {name for name, loss in self._losses.items() if loss is None}
 
     def receivers(self, name: str) -> Receivers:
-        """What takes large gradients into an objective's row as soon as autograd has made them.
+        """Functions that copy large gradients to an objective's row as autograd computes them.
 
-        A gradient that is copied while the cache still holds it costs little, and its memory
-        serves for the next one at once. There are none where that gains nothing: for a single
-        gradient, which is left in its own tensors, and on accelerators, whose allocators keep
-        memory and which would have one more kernel to start for each parameter.
+        A gradient that is still in the cache is cheap to copy, and its memory is reused for the
+        next one at once. There are no receivers where this gains nothing: for a single gradient,
+        which stays in its own tensors, and on accelerators, whose allocators keep memory and which
+        would launch one more kernel for each parameter.
         """
         layout = self._layout
         reached = self._reached[name]
@@ -110,10 +110,14 @@ class Rows:
     def add(self, name: str, grads: Sequence[Tensor | None]) -> None:
         """Add a micro-batch's gradients.
 
-        None for a parameter that its graph did not reach, or whose gradient has been received.
+        Args:
+            name: The objective.
+            grads: One gradient per parameter; None if the graph did not reach the parameter, or if
+                the gradient has already been received.
 
         Raises:
-            NoGradientError: If the objective has reached no parameter at all.
+            NoGradientError: If the objective's graph has reached no parameter.
+            ValueError: If a gradient is sparse.
         """
         if name not in self._reached:
             return
@@ -151,12 +155,12 @@ class Rows:
                 held[parameter] = held[parameter] + grad if parameter in held else grad
 
     def negate_losses(self) -> None:
-        """Turn losses that are maximised into ones that are minimised."""
+        """Negate the losses, where they are maximised."""
         for name, loss in self._losses.items():
             self._losses[name] = None if loss is None else -loss
 
     def _are_their_own(self, grads: Sequence[Tensor | None]) -> bool:
-        """Whether these tensors are laid out as the parameters and share memory with nothing."""
+        """Whether these tensors have the parameters' memory format and share no memory."""
         layout = self._layout
         for index, (parameter, strides) in enumerate(
             zip(layout.parameters, layout.strides, strict=True)
@@ -167,11 +171,11 @@ class Rows:
             fits = grad.is_contiguous() if strides is None else grad.stride() == strides
             if grad.requires_grad or not (fits and grad.dtype == layout.dtype == parameter.dtype):
                 return False
-        grad = None  # the list is to be all that holds one
+        grad = None  # only the list may hold a reference
         return are_unshared(grads)
 
     def _flat(self) -> tuple[Float[Tensor, "K P"], list[list[Tensor]]]:
-        """Memory for the rows and its views; parts that are there already are copied to it."""
+        """The flat rows and their views; parts that were added before are copied to them."""
         if self._buffer is None:
             self._buffer = self._pool.take(len(self._names))
             if self._parts is not None:
@@ -187,16 +191,16 @@ class Rows:
         unscale: Float[Tensor, ""] | None,
         ascended: Sequence[int],
     ) -> None:
-        """Undo the loss scale, average over the ranks, and make all that is maximised minimised.
+        """Undo the loss scale, average over the ranks, and negate gradients that are maximised.
 
         Args:
-            ranks: The ranks.
-            settings: A number that must be the same on all of them.
-            unscale: What to multiply the gradients by; None for 1.
-            ascended: The parameters whose gradients are to be negated.
+            ranks: The ranks that step together.
+            settings: A number that must be the same on all ranks.
+            unscale: The factor of the gradients; None for 1.
+            ascended: The parameters whose gradients are negated.
 
         Raises:
-            RankError: If a rank has failed, or if they differ where they must not.
+            RankError: If a rank has failed, or if the ranks differ where they must not.
         """
         if self._parts is None or unscale is not None or ranks.averages:
             for name, views in zip(self._names, self._flat()[1], strict=True):
@@ -238,7 +242,7 @@ class Rows:
             ranks.add_up(self._flat()[0])
 
     def gradients(self) -> Gradients:
-        """What has been added up."""
+        """The accumulated gradients."""
         if self._parts is not None:
             (name,) = self._names
             return Gradients(
@@ -277,7 +281,7 @@ def _chosen(grads: Sequence[Tensor | None], indices: Sequence[int]) -> list[Tens
 
 
 def no_gradient(name: str, *, none: bool = False) -> str:
-    """What to say when an objective has no gradient.
+    """The error message for an objective without a gradient.
 
     Args:
         name: The objective.

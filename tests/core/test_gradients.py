@@ -1,16 +1,14 @@
-"""Gram matrices and cosines of gradients, by scope, of a step and without one."""
+"""Inner products by scope, in the record of a step and of gradients taken without one."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from helpers import Observed, Weighted, relative_error, seeded
+from helpers import Observed, Weighted, relative_error
 from surgery.trunk import LAYOUT, SIZES, TRUNK, Parts, rows_for, step
 from torch import nn
 
 import gradkit as gk
-from gradkit.core.flat import Layout
-from gradkit.core.gradients import Gradients
 
 RULES = [
     lambda scope: gk.PCGrad(scope=scope),
@@ -125,47 +123,3 @@ def test_a_bare_matrix_has_one_scope(scope):
         bare.gram(scope)
     with pytest.raises(ValueError, match="'tensor' needs to know where the parameters lie"):
         bare.cosines_by_parameter("a", "b")
-
-
-CHUNK = 1 << 20
-
-
-@pytest.fixture(autouse=True, params=[0, 1 << 12], ids=["in blocks", "short at once"])
-def short(request, monkeypatch):
-    """Up to which length vectors are converted at once; 0 sends all of them through blocks."""
-    monkeypatch.setattr("gradkit.core.gram._SHORT", request.param)
-
-
-def reference(a, b, *, signs=False):
-    """All inner products in float64, chunk by chunk to spare the memory."""
-    total = torch.zeros(len(a), len(b), dtype=torch.float64)
-    for left, right in zip(a.split(CHUNK, dim=1), b.split(CHUNK, dim=1), strict=True):
-        left, right = left.double(), right.double()
-        if signs:
-            left, right = left.sign(), right.sign()
-        total += left @ right.T
-    return total
-
-
-@pytest.mark.parametrize("signs", [False, True])
-def test_gradients_give_one_gram_for_each_group_or_tensor(signs):
-    sizes = [3, 4, 5]
-    parameters = [nn.Parameter(torch.zeros(size)) for size in sizes]
-    layout = Layout.of([{"params": parameters[:2]}, {"params": parameters[2:]}])
-    rows = torch.randn(2, 12, generator=seeded(0))
-    gradients = Gradients(("a", "b"), torch.zeros(2), rows, layout=layout)
-    parts = {"global": [12], "group": [7, 5], "tensor": sizes}
-    for scope, lengths in parts.items():
-        expected = torch.stack(
-            [reference(part, part, signs=signs) for part in rows.split(lengths, dim=1)]
-        )
-        result = gradients.gram(scope, signs=signs)
-        torch.testing.assert_close(
-            result.double(), expected[0] if scope == "global" else expected, rtol=1e-6, atol=1e-6
-        )
-
-
-def test_a_bare_matrix_has_no_groups():
-    gradients = Gradients(("a",), torch.zeros(1), torch.ones(1, 3))
-    with pytest.raises(ValueError, match="scope 'tensor' needs to know where the parameters lie"):
-        gradients.gram("tensor")

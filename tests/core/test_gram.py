@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradkit as gk
+from gradkit.core.flat import Layout
 from gradkit.core.gradients import Gradients
 from gradkit.core.gram import (
     BLOCK,
@@ -26,6 +27,7 @@ CHUNK = 1 << 20
 @pytest.fixture(autouse=True, params=[0, 1 << 12], ids=["in blocks", "short at once"])
 def short(request, monkeypatch):
     """Up to which length vectors are converted at once; 0 sends all of them through blocks."""
+    # Both ways are to give the same, so nothing public tells which was taken.
     monkeypatch.setattr("gradkit.core.gram._SHORT", request.param)
 
 
@@ -154,6 +156,30 @@ def test_block_grams_are_the_grams_of_the_blocks():
             expected = reference(part, part, signs=signs)
             bound = 1e-6 * float(expected.diagonal().max())
             torch.testing.assert_close(block.double(), expected, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("signs", [False, True])
+def test_gradients_give_one_gram_for_each_group_or_tensor(signs):
+    sizes = [3, 4, 5]
+    parameters = [nn.Parameter(torch.zeros(size)) for size in sizes]
+    layout = Layout.of([{"params": parameters[:2]}, {"params": parameters[2:]}])
+    rows = torch.randn(2, 12, generator=seeded(0))
+    gradients = Gradients(("a", "b"), torch.zeros(2), rows, layout=layout)
+    parts = {"global": [12], "group": [7, 5], "tensor": sizes}
+    for scope, lengths in parts.items():
+        expected = torch.stack(
+            [reference(part, part, signs=signs) for part in rows.split(lengths, dim=1)]
+        )
+        result = gradients.gram(scope, signs=signs)
+        torch.testing.assert_close(
+            result.double(), expected[0] if scope == "global" else expected, rtol=1e-6, atol=1e-6
+        )
+
+
+def test_a_bare_matrix_has_no_groups():
+    gradients = Gradients(("a",), torch.zeros(1), torch.ones(1, 3))
+    with pytest.raises(ValueError, match="scope 'tensor' needs to know where the parameters lie"):
+        gradients.gram("tensor")
 
 
 # Cosines.

@@ -18,7 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import gradkit as gk
 
 ENGINES = ["functional", "inplace"]
-
 PLAIN_OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
     "Adadelta": lambda p: torch.optim.Adadelta(p),
     "Adafactor": lambda p: torch.optim.Adafactor(p),
@@ -38,7 +37,6 @@ PLAIN_OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer
 }
 if hasattr(torch.optim, "Muon"):
     PLAIN_OPTIMIZERS["Muon"] = lambda p: torch.optim.Muon([q for q in p if q.dim() == 2])
-
 REFUSED = {"LBFGS", "SparseAdam"}
 
 
@@ -81,60 +79,6 @@ def test_without_transforms_it_equals_the_bare_optimizer(name: str, engine: str)
         for part, value in state.items():
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(ours["state"][key][part]))
     assert ours["param_groups"] == bare.state_dict()["param_groups"]
-
-
-def test_gradients_in_grad_step_without_closure() -> None:
-    bare_model, wrapped_model = network(), network()
-    bare = torch.optim.Adam(bare_model.parameters())
-    wrapped = gk.wrap(torch.optim.Adam(wrapped_model.parameters()), gk.Sum(), model=wrapped_model)
-    for _ in range(3):
-        for model, optimizer in ((bare_model, bare), (wrapped_model, wrapped)):
-            optimizer.zero_grad()
-            model(INPUT).square().mean().backward()
-            assert optimizer.step() is None
-    for ours, theirs in zip(wrapped_model.parameters(), bare_model.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
-
-
-@pytest.mark.parametrize(
-    ("transforms", "message"),
-    [((gk.SAM(),), "pass step\\(\\) a closure"), ((gk.LookAhead(),), "needs the objective")],
-)
-def test_a_transform_that_evaluates_again_needs_a_closure(transforms, message) -> None:
-    model = network()
-    optimizer = gk.wrap(torch.optim.SGD(model.parameters(), lr=0.1), *transforms, model=model)
-    model(INPUT).sum().backward()
-    before = [parameter.grad.clone() for parameter in model.parameters()]
-    weights = copy.deepcopy(model.state_dict())
-    with pytest.raises((RuntimeError, ValueError), match=message):
-        optimizer.step()
-    for parameter, grad in zip(model.parameters(), before, strict=True):
-        assert torch.equal(parameter.grad, grad)
-    assert all(torch.equal(weights[key], value) for key, value in model.state_dict().items())
-
-
-def test_without_closure_or_gradient_nothing_happens() -> None:
-    model = network()
-    optimizer = gk.wrap(torch.optim.SGD(model.parameters(), lr=0.1), gk.SAM(), model=model)
-    weights = copy.deepcopy(model.state_dict())
-    with pytest.warns(UserWarning, match="nothing to step on: no parameter has a gradient"):
-        assert optimizer.step() is None
-    assert not optimizer.last_step.applied
-    assert optimizer.step() is None  # said once
-    assert all(torch.equal(weights[key], value) for key, value in model.state_dict().items())
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-def test_a_closure_without_gradient_steps_on_what_grad_held(engine: str) -> None:
-    model = network()
-    optimizer = gk.wrap(
-        torch.optim.SGD(model.parameters(), lr=0.1), gk.Sum(), model=model, engine=engine
-    )
-    model(INPUT).sum().backward()
-    grad, weight = model[3].weight.grad.clone(), model[3].weight.detach().clone()
-    reported = torch.tensor(7.0)
-    assert optimizer.step(lambda: reported) == 7.0
-    assert torch.equal(model[3].weight, weight - 0.1 * grad)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -206,6 +150,7 @@ def test_buffers_of_flat_vectors_are_reused() -> None:
 
 
 def test_without_a_count_of_uses_no_buffer_is_reused(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As with a torch that has no such count.
     monkeypatch.setattr("gradkit.core.flat._use_count", None)
     model = network()
     optimizer = gk.wrap(torch.optim.SGD(model.parameters(), lr=1e-4), gk.PCGrad(), model=model)
@@ -405,7 +350,6 @@ for arguments in json.loads(sys.argv[1]):
         os._exit(0)
     assert os.wait()[1] == 0
 """
-
 MEMORY_CASES = [
     ("pcgrad", "functional", "keep", 5),  # K + 1
     ("pcgrad", "inplace", "clear", 5),

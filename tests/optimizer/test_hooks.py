@@ -199,3 +199,19 @@ def test_the_profiler_names_the_base() -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         optimizer.step(lambda: weight.sum())
     assert "Optimizer.step#SGD.step" in {event.key for event in profile.key_averages()}
+
+
+def test_step_hooks_are_called_as_torch_calls_them() -> None:
+    weight = nn.Parameter(torch.ones(1))
+    optimizer = gk.wrap(torch.optim.SGD([weight], lr=1.0))
+    seen = []
+
+    def rewrite(self, args, kwargs):
+        assert args[0] is self
+        return (self, lambda: 3 * weight.sum()), kwargs
+
+    optimizer.register_step_pre_hook(rewrite)
+    optimizer.register_step_post_hook(lambda self, args, kwargs: seen.append(args[0] is self))
+    optimizer.step(lambda: weight.sum())
+    assert weight.item() == -2.0
+    assert seen == [True]

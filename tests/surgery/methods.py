@@ -45,8 +45,9 @@ def alone(rule: Rule, jacobian: Tensor, step: int = 0) -> Tensor:
 
 
 def weights(rule: GramRule, gram: Tensor, step: int = 0) -> Tensor:
-    """As in a step, where nobody checks whether Gram matrices are finite."""
-    return rule._weights_alone(gram, losses(gram.shape[-1], step).to(gram))
+    """Also of a Gram matrix that is not finite, as there may be in a step."""
+    given = losses(gram.shape[-1], step).to(gram)
+    return (rule.weights if gram.isfinite().all() else rule.weigh_alone)(gram, given)
 
 
 def matrices(count: int) -> dict[str, Tensor]:

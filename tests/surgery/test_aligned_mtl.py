@@ -123,7 +123,7 @@ def test_batches_and_nan():
     rows[1, 0] = 0
     grams = rows @ rows.mT
     grams[1, 2, 0, 1] = torch.nan
-    weights = gk.AlignedMTL(scale_mode="median")._weights_alone(grams)
+    weights = gk.AlignedMTL(scale_mode="median").weigh_alone(grams)
     assert weights[1, 2].isnan().all()
     for i, j in ((0, 0), (0, 1), (0, 2), (1, 0), (1, 1)):
         expected = gk.AlignedMTL(scale_mode="median").weights(grams[i, j])

@@ -108,6 +108,7 @@ def test_blocks_of_columns_do_not_show(
     rows = normal(3, 150)
     expected = made(name, 3, 4)(rows)
     step = Training(made(name, 3, 4)).step(rows[:, :10])
+    # Beside one block of the usual size, in which the same numbers are drawn.
     monkeypatch.setattr(gram, "_ELEMENTS", columns)
     torch.testing.assert_close(made(name, 3, 4)(rows), expected, rtol=1e-12, atol=1e-12)
     again = Training(made(name, 3, 4)).step(rows[:, :10])

@@ -95,7 +95,7 @@ def test_a_nan_is_not_forgotten():
         rule = gk.GradNorm()
         gram, losses = torch.eye(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
         (gram if spoilt == "gram" else losses)[..., 0] = torch.nan
-        rule._weights_alone(gram, losses)
+        rule.weigh_alone(gram, losses)
         assert rule.weights(torch.eye(2, dtype=torch.float64), torch.ones(2)).isnan().any()
 
 

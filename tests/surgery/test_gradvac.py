@@ -168,7 +168,7 @@ def test_nan_gives_nan_and_is_not_remembered():
     rule.weights(grams)
     before = rule.state["targets"].clone()
     grams[0, 0, 1] = torch.nan
-    weights = rule._weights_alone(grams)
+    weights = rule.weigh_alone(grams)
     assert weights[0].isnan().all()
     assert weights[1].isfinite().all()
     assert torch.equal(rule.state["targets"][0], before[0])

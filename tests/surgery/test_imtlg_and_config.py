@@ -112,7 +112,7 @@ def test_nan_spoils_its_own_matrix_only(make):
         grams = torch.eye(count, dtype=torch.float64).repeat(3, 1, 1)
         grams[1, 0, count - 1] = NAN
         grams[2, 0, 0] = torch.inf
-        weights = make()._weights_alone(grams)
+        weights = make().weigh_alone(grams)
         assert torch.equal(weights[0], make().weights(torch.eye(count).double()))
         assert weights[1:].isnan().all()
 

@@ -104,7 +104,7 @@ def test_batches_dtypes_and_nan():
     grams = rows @ rows.mT
     grams[1, 2, 3, 0] = torch.nan
     rule = gk.Krum(n_byzantine=1, n_selected=2)
-    weights = rule._weights_alone(grams)
+    weights = rule.weigh_alone(grams)
     assert weights[1, 2].isnan().all()
     for i, j in ((0, 0), (0, 1), (0, 2), (1, 0), (1, 1)):
         assert torch.equal(weights[i, j], rule.weights(grams[i, j]))

@@ -103,7 +103,7 @@ def test_a_step_and_a_call_on_gradients_check_nothing(monkeypatch: pytest.Monkey
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("the library's own Gram matrices need no check")
 
-    monkeypatch.setattr(rules, "check_gram_matrix", refuse)
+    monkeypatch.setattr(rules, "check_gram_matrix", refuse)  # else it would show in time only
     rows = normal(3, 5)
     w = nn.Parameter(torch.zeros(5, dtype=torch.float64))
     gk.wrap(torch.optim.SGD([w], lr=1.0), gk.MGDA(), gk.SAM()).step(linear_objectives([w], rows))

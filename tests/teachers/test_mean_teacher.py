@@ -1,4 +1,4 @@
-"""A teacher in the optimizer's state, and the warning where it is in neither."""
+"""What teachers have in common: steps that leave them alone, and how they are saved."""
 
 import contextlib
 import copy
@@ -11,13 +11,94 @@ import torch
 import torch.distributed.checkpoint as dcp
 from helpers import seeded
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_state_dict,
-    set_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 import gradkit as gk
+from teachers.students import student
+
+ENGINES = ["functional", "inplace"]
+
+
+@pytest.mark.parametrize("make", [gk.EMA, gk.GatedEMA])
+def test_the_teacher_is_a_frozen_copy(make):
+    model = nn.Linear(2, 1)
+    model(torch.ones(1, 2)).sum().backward()
+    teacher = make(model, **({"decay": 0.9} if make is gk.EMA else {})).teacher
+    assert teacher is not model
+    for mine, theirs in zip(teacher.parameters(), model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+        assert mine.data_ptr() != theirs.data_ptr()
+        assert not mine.requires_grad
+        assert mine.grad is None
+        assert theirs.requires_grad
+        assert theirs.grad is not None
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("make", [gk.EMA, gk.GatedEMA])
+def test_a_skipped_step_changes_nothing(engine, make):
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 1)).double()
+    teacher = make(model, **({"decay": 0.5} if make is gk.EMA else {}))
+    optimizer = gk.wrap(
+        torch.optim.Adam(model.parameters(), lr=0.1),
+        teacher,
+        model=model,
+        engine=engine,
+        nonfinite="skip",
+    )
+    x = torch.randn(4, 2, generator=seeded(0), dtype=torch.float64)
+
+    def objectives(factor):
+        return {
+            "source": lambda: model(x).square().mean(),
+            "target": lambda: factor * model(x).mean(),
+        }
+
+    optimizer.step(objectives(1.0))
+    before = copy.deepcopy((model.state_dict(), teacher.teacher.state_dict()))
+    optimizer.step(objectives(float("nan")))
+    assert optimizer.last_step.applied is False
+    assert optimizer.last_step.decay is None
+    assert teacher.state["t"] == 1
+    for module, old in zip((model, teacher.teacher), before, strict=True):
+        for name, value in module.state_dict().items():
+            assert torch.equal(value, old[name]), name
+    optimizer.step(objectives(1.0))
+    assert optimizer.last_step.applied is True
+    assert teacher.state["t"] == 2
+    assert not torch.equal(teacher.teacher[0].weight, before[1]["0.weight"])
+
+
+@pytest.mark.parametrize("make", [gk.EMA, gk.GatedEMA])
+def test_a_failed_step_changes_nothing(make):
+    model = student(2)
+    teacher = make(model, **({"decay": 0.5} if make is gk.EMA else {}))
+    optimizer = gk.wrap(torch.optim.SGD(model.parameters(), lr=1.0), teacher, model=model)
+
+    def fails():
+        raise ArithmeticError("no")
+
+    with pytest.raises(ArithmeticError):
+        optimizer.step({"source": lambda: model[0].sum(), "target": fails})
+    assert teacher.state["t"] == 0
+    assert teacher.teacher[0].tolist() == [0.0, 0.0]
+
+
+def test_arguments_are_checked():
+    model = student()
+    with pytest.raises(ValueError, match=r"decay is 1\.5; a decay lies between 0 and 1"):
+        gk.EMA(model, decay=1.5)
+    with pytest.raises(ValueError, match=r"decay_aligned is -0\.1; a decay lies between"):
+        gk.GatedEMA(model, decay_aligned=-0.1)
+    with pytest.raises(ValueError, match=r"decay_conflict is 2\.0; a decay lies between"):
+        gk.GatedEMA(model, decay_conflict=2.0)
+    with pytest.raises(ValueError, match="name two different objectives"):
+        gk.GatedEMA(model, between=("source", "source"))
+    with pytest.raises(ValueError, match="teacher and student are the same module"):
+        gk.EMA(model, model, decay=0.9)
+    with pytest.raises(ValueError, match=r"differ in '0': it has shape \(2,\) in the teacher and"):
+        gk.EMA(model, student(2), decay=0.9)
+
 
 X = torch.randn(4, 3, generator=seeded(0))
 
@@ -77,7 +158,12 @@ def bits(tensors):
 
 
 def everything(net, ema, optimizer):
-    shadows = ema._following.shadows
+    shadows = {
+        key.partition(":shadow.")[2]: value
+        for state in optimizer.state_dict()["state"].values()
+        for key, value in state.items()
+        if ":shadow." in key
+    }
     return {
         "net": bits(net.state_dict()),
         "teacher": bits(ema.teacher.state_dict()),
@@ -245,8 +331,8 @@ def test_the_state_shows_what_the_teacher_is():
     shown = optimizer.state[net.layers[0].weight]
     advance(net, optimizer, 2)
     assert torch.equal(shown["gradkit.1:teacher.layers.0.weight"], ema.teacher.layers[0].weight)
-    own = ema._following.shadows["layers.0.weight"]
-    assert shown["gradkit.1:shadow.layers.0.weight"] is own
+    own = shown["gradkit.1:shadow.layers.0.weight"]
+    assert torch.equal(own.bfloat16(), ema.teacher.layers[0].weight)
     assert not torch.equal(own, own.bfloat16().float())
     assert not optimizer.state.get(net.unused)
 

@@ -4,45 +4,18 @@ from __future__ import annotations
 
 import copy
 import io
-import math
 import pickle
 import signal
 import warnings
 
 import pytest
 import torch
-import torch.nn.functional as F
 from helpers import as_users_run_it
 from torch import nn
 
 import gradkit as gk
 from gradkit.testing import bits as plain
-
-
-def network(dtype: torch.dtype = torch.float64) -> nn.Sequential:
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(3, 4, 3, padding=1),
-        nn.BatchNorm2d(4),
-        nn.ReLU(),
-        nn.Dropout(0.5),
-        nn.Conv2d(4, 4, 3, padding=1),
-        nn.BatchNorm2d(4),
-        nn.ReLU(),
-        nn.Conv2d(4, 2, 1),
-    ).to(dtype)
-    for layer in (model[1], model[5]):
-        nn.init.uniform_(layer.weight, 0.5, 1.5)
-        nn.init.normal_(layer.bias)
-        layer.running_mean.normal_()
-        layer.running_var.uniform_(0.5, 2.0)
-    return model
-
-
-def images(count: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return [torch.rand(1, 3, 12, 16, generator=generator, dtype=dtype) for _ in range(count)]
-
+from tta.references import images, network, reference_forward
 
 METHODS = {
     "none": gk.tta.NoAdapt,
@@ -63,115 +36,6 @@ METHODS = {
 }
 
 
-# An independent GraTa: explicit weights, no gradkit, BatchNorm by its formula.
-
-
-def reference_forward(weights: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    def normalised(x: torch.Tensor, layer: str) -> torch.Tensor:
-        mean = x.mean(dim=(0, 2, 3), keepdim=True)
-        var = ((x - mean) ** 2).mean(dim=(0, 2, 3), keepdim=True)
-        scale, shift = (weights[f"{layer}.{name}"].view(1, -1, 1, 1) for name in ("weight", "bias"))
-        return (x - mean) / (var + 1e-5).sqrt() * scale + shift
-
-    x = F.conv2d(x, weights["0.weight"], weights["0.bias"], padding=1)
-    x = normalised(x, "1").relu()
-    x = F.conv2d(x, weights["4.weight"], weights["4.bias"], padding=1)
-    x = normalised(x, "5").relu()
-    return F.conv2d(x, weights["7.weight"], weights["7.bias"])
-
-
-def reference_entropy(logits: torch.Tensor) -> torch.Tensor:
-    p = 1 / (1 + (-logits).exp())
-    return -(p * (p + 1e-6).log()).sum(dim=1).mean()
-
-
-class ReferenceAdam:
-    def __init__(self) -> None:
-        self.t = 0
-        self.m: dict[str, torch.Tensor] = {}
-        self.v: dict[str, torch.Tensor] = {}
-
-    def step(self, weights, grads, lr: float) -> None:
-        self.t += 1
-        for name, grad in grads.items():
-            self.m[name] = 0.9 * self.m.get(name, 0) + 0.1 * grad
-            self.v[name] = 0.999 * self.v.get(name, 0) + 0.001 * grad**2
-            m, v = self.m[name] / (1 - 0.9**self.t), self.v[name] / (1 - 0.999**self.t)
-            weights[name] = (weights[name] - lr * m / (v.sqrt() + 1e-8)).detach()
-
-
-def gradients(weights, names, loss_of) -> dict[str, torch.Tensor]:
-    leaves = {name: weights[name].detach().requires_grad_() for name in names}
-    grads = torch.autograd.grad(loss_of({**weights, **leaves}), [leaves[name] for name in names])
-    return dict(zip(names, grads, strict=True))
-
-
-def reference_views(x: torch.Tensor) -> list[tuple[torch.Tensor, object]]:
-    views = [
-        (x, lambda y: y),
-        (x.flip(-1), lambda y: y.flip(-1)),
-        (x.flip(-2), lambda y: y.flip(-2)),
-    ]
-    views += [
-        (x.rot90(turns, (-2, -1)), lambda y, k=turns: y.rot90(-k, (-2, -1))) for turns in (1, 2, 3)
-    ]
-    return views
-
-
-def test_grata_equals_an_independent_reference() -> None:
-    model = network()
-    adapter = gk.tta.GraTa(model, lr=1e-2, generator=torch.Generator().manual_seed(3))
-    weights = {name: value.clone() for name, value in model.named_parameters()}
-    weights = {name: value.detach() for name, value in weights.items()}
-    names = [f"{layer}.{part}" for layer in (1, 5) for part in ("weight", "bias")]
-    adam, generator = ReferenceAdam(), torch.Generator().manual_seed(3)
-    augment = gk.tta.StrongAugmentation()
-    for x in images(8):
-        original = x.clone()
-        logits = adapter(x)
-        assert torch.equal(x, original)
-
-        auxiliary = gradients(weights, names, lambda w: reference_entropy(reference_forward(w, x)))
-        ahead = {name: weights[name] - auxiliary.get(name, 0) for name in weights}
-        q = (
-            sum(
-                back(torch.sigmoid(reference_forward(ahead, view)))
-                for view, back in reference_views(x)
-            )
-            / 6
-        )
-        strong = augment(x, generator)
-        strong = (strong - strong.min()) / (strong.max() - strong.min())
-        pseudo = gradients(
-            ahead,
-            names,
-            lambda w: F.binary_cross_entropy(torch.sigmoid(reference_forward(w, strong)), q),
-        )
-        dot = sum((pseudo[name] * auxiliary[name]).sum() for name in names)
-        lengths = [
-            math.sqrt(sum(float((g[name] ** 2).sum()) for name in names))
-            for g in (pseudo, auxiliary)
-        ]
-        cosine = float(dot) / (lengths[0] * lengths[1])
-        adam.step(weights, pseudo, 1e-2 * (1 + cosine) ** 2 / 4)
-
-        assert adapter.last_step.cosine("pseudo", "auxiliary").item() == pytest.approx(cosine)
-        torch.testing.assert_close(logits, reference_forward(weights, x), rtol=1e-9, atol=1e-9)
-    assert not torch.allclose(weights["1.weight"], model[1].weight)
-
-
-def test_tent_equals_an_independent_reference() -> None:
-    model = network()
-    adapter = gk.tta.TENT(model, lr=1e-2)
-    weights = {name: value.detach() for name, value in copy.deepcopy(model).named_parameters()}
-    names = [f"{layer}.{part}" for layer in (1, 5) for part in ("weight", "bias")]
-    adam = ReferenceAdam()
-    for x in images(8):
-        grads = gradients(weights, names, lambda w, x=x: reference_entropy(reference_forward(w, x)))
-        adam.step(weights, grads, 1e-2)
-        torch.testing.assert_close(adapter(x), reference_forward(weights, x), rtol=1e-10, atol=0)
-
-
 def test_baselines() -> None:
     model = network()
     x = images(1)[0]
@@ -179,25 +43,6 @@ def test_baselines() -> None:
     torch.testing.assert_close(
         gk.tta.PTBN(model)(x), reference_forward(dict(model.named_parameters()), x)
     )
-
-
-@pytest.mark.parametrize("engine", ["functional", "inplace"])
-def test_grata_costs_nine_forwards_and_two_backwards(engine: str) -> None:
-    adapter = gk.tta.GraTa(network(), engine=engine)
-    forwards, backwards = 0, 0
-
-    def forward(*_):
-        nonlocal forwards
-        forwards += 1
-
-    def backward(*_):
-        nonlocal backwards
-        backwards += 1
-
-    adapter.model[0].register_forward_hook(forward)
-    adapter.model[7].register_full_backward_hook(backward)
-    adapter(images(1)[0])
-    assert (forwards, backwards) == (9, 2)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -10,6 +10,7 @@ from surgery.problems import GRAMS, normal
 
 def test_the_primal_method_alone_finds_the_same() -> None:
     """It finishes what block pivoting does not."""
+    # Asked for by its name, since block pivoting ends with these matrices, and with nearly all.
     for name in ["conflicting", "dependent", "mixed lengths", "many"]:
         matrix = GRAMS[name]
         cosines, lengths, _ = prepared.prepare(matrix[None])
