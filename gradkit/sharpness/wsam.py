@@ -25,7 +25,8 @@ class WSAM(Ascent):
 
     γ = 1/2 is SAM. Decoupled, the sharpness term g_s − g does not enter the base's momentum; η is
     each parameter group's learning rate, with what transforms have multiplied it by. The authors'
-    code clips each gradient before they are combined; here `wrap(max_norm=)` clips what the base gets.
+    code clips each gradient before they are combined; here `wrap(max_norm=)` clips what the base
+    gets.
 
     Cost: two gradients of each objective. Memory: four flat vectors. State: none.
 

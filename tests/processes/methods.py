@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
+import functools
 import traceback
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from surgery.dummies import OWN
-from surgery.table import EXPORTED
+from surgery.table import EXPORTED, Entry
 
 import gradkit as gk
 from gradkit.surgery import ElementwiseRule
 from processes.training import batches, gathered, losses, network, options_for, prepared, share
 
-METHODS = {**EXPORTED, **OWN}
+# Those that ascend: each look at weights, norms and state is of all ranks' parts.
+ASCENTS: dict[str, Entry] = {
+    name: Entry(lambda count, make=make, **options: make(**options))
+    for name, make in {
+        "ASAM": functools.partial(gk.ASAM, adaptive="all"),
+        "GSAM": gk.GSAM,
+        "FriendlySAM": gk.FriendlySAM,
+        "LookSAM": functools.partial(gk.LookSAM, k=2),
+        "GAM": gk.GAM,
+        "MSAM": gk.MSAM,
+        "WSAM": gk.WSAM,
+        "SAMPa": gk.SAMPa,
+        "AESAM": gk.AESAM,
+        "SAM of some": functools.partial(gk.SAM, only=lambda name, parameter: "heads" in name),
+        "SlowWeights": functools.partial(gk.SlowWeights, k=2),
+    }.items()
+}
+METHODS = {**EXPORTED, **OWN, **ASCENTS}
 STEPS = 4
 
 

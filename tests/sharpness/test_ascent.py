@@ -1,0 +1,230 @@
+"""What every ascent has: which parameters, scaling by weights, radii by group, several steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from helpers import as_users_run_it, flat
+from torch import Tensor, nn
+
+import gradkit as gk
+
+ENGINES = ("inplace", "functional")
+X = torch.linspace(-1, 1, 24, dtype=torch.float64).reshape(8, 3).sin()
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    layers = (nn.Linear(3, 4), nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 2))
+    return nn.Sequential(*layers).double()
+
+
+def loss(model: nn.Module) -> Tensor:
+    return (model(X) - X[:, :2].roll(1, 0)).square().sum()
+
+
+def gradient(model: nn.Module, at: Sequence[Tensor]) -> list[Tensor]:
+    outputs = torch.func.functional_call(
+        model, dict(zip(dict(model.named_parameters()), at, strict=True)), (X,)
+    )
+    return [*torch.autograd.grad((outputs - X[:, :2].roll(1, 0)).square().sum(), at)]
+
+
+def points(model: nn.Module) -> list[Tensor]:
+    return [parameter.detach().clone().requires_grad_() for parameter in model.parameters()]
+
+
+def step(
+    transform: gk.Transform, engine: str, groups: Callable[[nn.Module], Any] | None = None
+) -> Tensor:
+    model = network()
+    parameters = model.parameters() if groups is None else groups(model)
+    base = torch.optim.SGD(parameters, lr=1.0)
+    optimizer = gk.wrap(base, transform, model=model, engine=engine)
+    start = flat(model.parameters())
+    optimizer.step(lambda: loss(model))
+    return start - flat(model.parameters())
+
+
+def by_hand(
+    sizes: Callable[[str, Tensor], Tensor | float], radii: Callable[[str], float], steps: int = 1
+) -> Tensor:
+    """The gradient at the end of an ascent with T = `sizes` and each parameter's own radius."""
+    model = network()
+    names = [name for name, _ in model.named_parameters()]
+    at = points(model)
+    for _ in range(steps):
+        grads = gradient(model, at)
+        scales = [sizes(name, w.detach()) for name, w in zip(names, at, strict=True)]
+        norm = flat([g * t for g, t in zip(grads, scales, strict=True)]).norm()
+        at = [
+            (w + radii(name) / steps * t * t * g / norm).detach().requires_grad_()
+            for name, w, g, t in zip(names, at, grads, scales, strict=True)
+        ]
+    return flat(gradient(model, at))
+
+
+def is_norm(name: str) -> float:
+    return float(name.startswith("1."))
+
+
+SCALED: dict[str, tuple[gk.Transform, Callable[[str, Tensor], Any]]] = {
+    "norm": (gk.SAM(rho=0.3, only="norm"), lambda name, w: is_norm(name)),
+    "a predicate": (
+        gk.SAM(rho=0.3, only=lambda name, parameter: parameter.dim() > 1),
+        lambda name, w: float(w.dim() > 1),
+    ),
+    "weights": (
+        gk.ASAM(rho=0.3, eta=0.1),
+        lambda name, w: w.abs() + 0.1 if name.endswith("weight") else 1.0,
+    ),
+    "all": (gk.SAM(rho=0.3, adaptive="all", eta=0.0), lambda name, w: w.abs()),
+    "weights of norms": (
+        gk.SAM(rho=0.3, adaptive=True, only="norm"),
+        lambda name, w: is_norm(name) * (w.abs() + 0.01 if "weight" in name else 1.0),
+    ),
+}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("kind", SCALED)
+def test_which_parameters_and_how_they_are_scaled(kind, engine):
+    transform, sizes = SCALED[kind]
+    expected = by_hand(sizes, lambda name: 0.3)
+    torch.testing.assert_close(step(transform, engine), expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_radius_for_each_group(engine, steps):
+    def groups(model: nn.Module) -> Any:
+        first, *others = model.children()
+        rest = [parameter for module in others for parameter in module.parameters()]
+        return [{"params": first.parameters(), "rho": 0.05}, {"params": rest}]
+
+    found = step(gk.SAM(rho=0.2, steps=steps), engine, groups)
+    expected = by_hand(
+        lambda name, w: 1.0, lambda name: 0.05 if name.startswith("0.") else 0.2, steps
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+
+
+def test_a_schedule_writes_the_groups_and_is_saved():
+    model = network()
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = gk.wrap(base, gk.GSAM(rho=0.5), model=model)
+    optimizer.param_groups[0]["rho"] = 0.0
+    start = flat(model.parameters())
+    grads = flat(gradient(model, points(model)))
+    optimizer.step(lambda: loss(model))
+    torch.testing.assert_close(flat(model.parameters()), start - 0.1 * grads)
+    assert optimizer.state_dict()["param_groups"][0]["rho"] == 0.0
+
+
+def test_in_a_chain_the_ascent_starts_at_the_point():
+    """SAM around ASAM scales by the weights where the outer ascent has led."""
+    weight = nn.Parameter(torch.tensor([[1.0, 2.0]], dtype=torch.float64))
+    optimizer = gk.wrap(
+        torch.optim.SGD([weight], lr=1.0),
+        gk.SAM(rho=0.1, adaptive="all", eta=0.0),
+        gk.SAM(rho=0.5),
+    )
+    start = weight.detach().clone()
+    optimizer.step(lambda: weight.square().sum() / 2)
+
+    def inner(w: Tensor) -> Tensor:
+        return w + 0.1 * w.square() * w / w.square().norm()
+
+    first = inner(start)
+    second = inner(start + 0.5 * first / first.norm())
+    torch.testing.assert_close(weight.detach(), start - second)
+
+
+WRONG: dict[str, tuple[Callable[[], object], str]] = {
+    "rho": (lambda: gk.ASAM(rho=-1.0), "rho is -1.0"),
+    "eta": (lambda: gk.SAM(eta=-0.1), "eta is -0.1; it must be at least 0"),
+    "only": (lambda: gk.SAM(only="biases"), "only is 'biases'; pass 'norm', or a function"),
+    "adaptive": (lambda: gk.SAM(adaptive="some"), "adaptive is 'some'; pass True, False"),
+    "steps": (lambda: gk.SAM(steps=0), "steps is 0; pass a whole number of at least 1"),
+    "one step": (lambda: gk.MSAM(steps=2), "the ascent of MSAM has one"),
+    "k": (lambda: gk.LookSAM(k=0), "k is 0; pass a whole number"),
+    "lmbda": (lambda: gk.FriendlySAM(lmbda=1.0), "lmbda is 1.0; it must be"),
+    "theta": (lambda: gk.VaSSO(theta=0.0), "theta is 0.0; it must be more than 0"),
+    "gamma": (lambda: gk.WSAM(gamma=1.0), "gamma is 1.0; it must be at least 0 and less"),
+    "GAM": (lambda: gk.GAM(rho=0.0), "rho is 0; the gradient's norm is maximised"),
+    "delta": (lambda: gk.AESAM(delta=1.0), "delta is 1.0; it must be"),
+    "num_data": (lambda: gk.BSAM(0), "num_data is 0; pass a whole number"),
+    "alpha": (lambda: gk.SlowWeights(alpha=1.5), "alpha is 1.5; it must be more than 0"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_arguments_are_checked(what):
+    make, message = WRONG[what]
+    with as_users_run_it(), pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_norms_are_found_in_the_model():
+    model = network()
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = gk.wrap(base, gk.SAM(only="norm"))
+    with pytest.raises(ValueError, match=r"pass model= to gk\.wrap"):
+        optimizer.step(lambda: loss(model))
+    plain = nn.Linear(3, 2).double()
+    optimizer = gk.wrap(
+        torch.optim.SGD(plain.parameters(), lr=0.1), gk.SAM(only="norm"), model=plain
+    )
+    with pytest.raises(ValueError, match=r"the optimizer has none; pass only= a function"):
+        optimizer.step(lambda: loss(plain))
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        lambda p: torch.optim.SGD(p, lr=0.1),
+        lambda p: torch.optim.RMSprop(p, lr=0.1),
+    ],
+)
+def test_msam_needs_a_momentum(base):
+    model = network()
+    optimizer = gk.wrap(base(model.parameters()), gk.MSAM(), model=model)
+    if isinstance(optimizer.base, torch.optim.RMSprop):
+        optimizer.step(lambda: loss(model))  # there might be a momentum from then on
+    with pytest.raises(ValueError, match=r"keeps none .*; use SGD with momentum > 0, or Adam"):
+        optimizer.step(lambda: loss(model))
+
+
+def test_msam_goes_along_adams_mean():
+    model = network()
+    base = torch.optim.Adam(model.parameters(), lr=0.01)
+    optimizer = gk.wrap(base, gk.MSAM(rho=0.5), model=model)
+    optimizer.step(lambda: loss(model))
+    at = points(model)
+    v = flat([base.state[parameter]["exp_avg"] for parameter in model.parameters()])
+    moved = (flat(at) - 0.5 * v / v.norm()).split([w.numel() for w in at])
+    there = [m.view_as(w).requires_grad_() for m, w in zip(moved, at, strict=True)]
+    expected = flat(gradient(model, there))
+    optimizer.step(lambda: loss(model))
+    found = flat([parameter.grad for parameter in model.parameters()])
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+        lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=1e-4),
+        lambda p: torch.optim.Adam(p, lr=0.1),
+    ],
+)
+def test_bsam_takes_plain_sgd_only(base):
+    model = network()
+    optimizer = gk.wrap(base(model.parameters()), gk.BSAM(100), model=model)
+    before = flat(model.parameters())
+    with pytest.raises(ValueError, match=r"use torch\.optim\.SGD\(lr=\.\.\.\) alone"):
+        optimizer.step(lambda: loss(model))
+    assert torch.equal(flat(model.parameters()), before)
