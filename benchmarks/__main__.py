@@ -8,8 +8,8 @@ from benchmarks.fundus import Fundus
 from benchmarks.speed import Speed
 from examples.common.checkpoint import CheckpointError
 from examples.common.command_line import parse, run
+from examples.common.usage import UsageError
 from examples.fundus.data import DataError
-from examples.fundus.validation import UsageError
 
 COMMANDS = {"fundus": Fundus, "speed": Speed, "alignment": Alignment}
 

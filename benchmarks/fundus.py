@@ -15,19 +15,21 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.machine import describe_machine
+from examples.common.adaptation import adapt_online, build_adapter
 from examples.common.bootstrap import bootstrap_interval
 from examples.common.datasets import length
-from examples.common.usage import refuse_to_replace
-from examples.fundus.adaptation import adapt_online, build_adapter
-from examples.fundus.data import available_domains, check, open_domain
-from examples.fundus.source_model import load_source_model
-from examples.fundus.validation import (
+from examples.common.scores import mean_scores
+from examples.common.usage import (
     UsageError,
     check_writable,
     open_device,
+    refuse_to_replace,
     require,
     split_names,
 )
+from examples.fundus.data import available_domains, check, open_domain
+from examples.fundus.sample import DICE
+from examples.fundus.source_model import load_source_model
 from gradkit import tta
 
 MIXED = "mixed:0.8"
@@ -150,7 +152,7 @@ class Fundus:
         for strategy in STRATEGIES:
             adapter = self._adapter(strategy, model, mean_scale)
             stream = adapt_online(
-                adapter, samples, device, description=f"{source} → {target}, {strategy.name}"
+                adapter, samples, device, DICE, description=f"{source} → {target}, {strategy.name}"
             )
             if strategy.name == "GraTa":
                 mean_scale = sum(stream.lr_scales) / len(stream.lr_scales)
@@ -165,8 +167,7 @@ class Fundus:
                     "statistics": strategy.statistics,
                     "lr": strategy.lr,
                     "n": length(samples),
-                    "disc": stream.disc,
-                    "cup": stream.cup,
+                    **mean_scores(stream.scores),
                     "mean": sum(means) / len(means),
                     "interval": bootstrap_interval(means, self.seed),
                     "difference": sum(difference) / len(difference),

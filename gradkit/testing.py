@@ -287,6 +287,24 @@ def _check_nonfinite(make: MakeOptimizer, names: tuple[str, ...]) -> None:
         _require_equal(before, after, f"after a NaN loss with nonfinite={mode!r}")
 
 
+def _check_zero_gradients(make: MakeOptimizer, names: tuple[str, ...]) -> None:
+    problem = _Problem(make, names)
+    closures = {name: functools.partial(_flat, each) for name, each in problem.closures().items()}
+    try:
+        problem.optimizer.step(closures)
+    except NonFiniteError as error:
+        raise AssertionError(
+            "a step on gradients that are 0 is not finite; add a small number to norms that are "
+            "divided by"
+        ) from error
+
+
+def _flat(closure: Callable[[], Tensor]) -> Tensor:
+    """The loss, with a gradient of 0."""
+    loss = closure()
+    return loss.detach() + 0 * loss
+
+
 def _check_saving(make: MakeOptimizer, names: tuple[str, ...]) -> None:
     for steps in (0, 2):
         problem = _Problem(make, names)
@@ -407,6 +425,7 @@ _CHECKS: tuple[Callable[[MakeOptimizer, tuple[str, ...]], None], ...] = (
     _check_determinism,
     _check_failures,
     _check_nonfinite,
+    _check_zero_gradients,
     _check_saving,
     _check_copies,
     _check_learning_rates,

@@ -11,6 +11,7 @@ import gradkit
 
 PACKAGE = Path(gradkit.__file__).parent
 TESTS = Path(__file__).parent
+EXAMPLES = PACKAGE.parent / "examples"
 
 # The rooms of the drawing in docs/concepts.md: what each may import besides itself.
 ROOMS: dict[str, set[str]] = {
@@ -67,6 +68,14 @@ def test_imports_follow_the_drawing() -> None:
     assert seen > 200
 
 
+def test_the_drawing_in_the_documentation_is_this_one() -> None:
+    text = (PACKAGE.parent / "docs" / "concepts.md").read_text()
+    block = text.split("## Where the code lies")[1].split("```text\n")[1].split("```")[0]
+    found = re.findall(r"^(\w+)(?: +<- ([\w, ]+?))?(?: {3,}.*)?$", block, re.MULTILINE)
+    drawn = {name: set(arrow.split(", ")) - {""} for name, arrow in found}
+    assert drawn == ROOMS
+
+
 def test_imports_inside_the_core_run_one_way() -> None:
     layers = {name: number for number, names in enumerate(CORE) for name in names}
     seen = 0
@@ -78,6 +87,14 @@ def test_imports_inside_the_core_run_one_way() -> None:
     assert seen > 5
 
 
+def test_what_examples_share_knows_none_of_them() -> None:
+    shared = list((EXAMPLES / "common").rglob("*.py"))
+    assert len(shared) > 10
+    for path in shared:
+        own = {name for name in modules(path) if name.split(".")[0] == "examples"}
+        assert all(name.startswith("examples.common.") for name in own), path
+
+
 def test_it_needs_only_its_dependencies() -> None:
     allowed = {"torch", "numpy", "jaxtyping", "gradkit"} | sys.stdlib_module_names
     for path in FILES:
@@ -85,7 +102,7 @@ def test_it_needs_only_its_dependencies() -> None:
 
 
 def test_every_public_name_is_documented() -> None:
-    for name in set(gradkit.__all__) - {"Oracle"}:  # a type alias, documented beside it
+    for name in gradkit.__all__:
         assert getattr(gradkit, name).__doc__, name
 
 

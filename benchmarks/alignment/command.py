@@ -16,9 +16,9 @@ from benchmarks.alignment.report import report
 from benchmarks.alignment.strategies import REFERENCE, STRATEGIES, suitable
 from benchmarks.alignment.summary import summarise
 from benchmarks.machine import describe_machine
-from examples.common.usage import refuse_to_replace
+from examples.common.usage import check_writable, refuse_to_replace, require, split_names
 from examples.fundus.data import SYNTHETIC, available_domains, check
-from examples.fundus.validation import check_training, check_writable, require, split_names
+from examples.fundus.validation import check_training
 
 Problem = Literal["toy", "fonseca", "zdt", "digits", "fundus"]
 OWN_OPTIONS = {

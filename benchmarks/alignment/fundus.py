@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from benchmarks.alignment.jobs import run_jobs
 from benchmarks.alignment.training import Training, train
+from examples.common.losses import segmentation_loss
 from examples.fundus.augmentation import AugmentedDataset
 from examples.fundus.data import available_domains, open_domain
 from examples.fundus.network import ResUNet34
 from examples.fundus.training import evaluate
-from examples.fundus.training_state import segmentation_loss
 
 LR = 2e-3
 STEPS = 300
@@ -103,14 +103,11 @@ def _run(job: _Job) -> tuple[dict[str, tuple[float, float]], Training]:
         done = train(
             model, objectives, job.strategy, len(seen), job.seed, setting.lr, setting.steps
         )
-    scores = {
-        centre: evaluate(
-            model,
-            open_domain(setting.root, centre, "test", setting.size, 0, setting.images),
-            CPU,
-        )
-        for centre in centres
-    }
+    scores = {}
+    for centre in centres:
+        samples = open_domain(setting.root, centre, "test", setting.size, 0, setting.images)
+        dice = evaluate(model, samples, CPU)
+        scores[centre] = dice["disc"], dice["cup"]
     return scores, done
 
 

@@ -27,8 +27,13 @@ from benchmarks.speed.slope import plot_slopes
 from benchmarks.speed.stream import WEIGHTINGS, exported, measure_many
 from benchmarks.speed.timing import RATIO, Clock, Rounds, bandwidth, summarise, time_in_turn
 from benchmarks.speed.weights import measure_weights
-from examples.common.usage import refuse_to_replace
-from examples.fundus.validation import UsageError, check_writable, open_device, split_names
+from examples.common.usage import (
+    UsageError,
+    check_writable,
+    open_device,
+    refuse_to_replace,
+    split_names,
+)
 from gradkit.surgery import PCGrad, Rule
 
 METHODS = ("pcgrad", "sam", "grata", "gated_ema")

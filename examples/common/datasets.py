@@ -1,8 +1,27 @@
-"""What torch's `Dataset` leaves undeclared."""
+"""What data sets of segmentations yield, and what torch's `Dataset` leaves undeclared."""
 
+import hashlib
+from dataclasses import dataclass
 from typing import Any
 
+from jaxtyping import Float
+from torch import Tensor
 from torch.utils.data import Dataset
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image or volume and its segmentation.
+
+    Attributes:
+        name: What tells it from others, such as the path of its file from the root of the data.
+        image: Its intensities, float32.
+        target: A channel for each structure, 0 or 1, float32.
+    """
+
+    name: str
+    image: Float[Tensor, "channels ..."]
+    target: Float[Tensor, "structures ..."]
 
 
 def length(dataset: Dataset[Any]) -> int:
@@ -16,4 +35,38 @@ def length(dataset: Dataset[Any]) -> int:
         >>> length(TensorDataset(torch.zeros(3, 2)))
         3
     """
-    return len(dataset)  # type: ignore[arg-type]
+    return len(dataset)  # type: ignore[arg-type]  # `Dataset` declares no __len__
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What tells a training's data from other data, wherever their folder is.
+
+    Attributes:
+        root: kind of data root, `synthetic` or `folder`.
+        count: number of images.
+        names: SHA-256 of the images' names, in their order.
+    """
+
+    root: str
+    count: int
+    names: str
+
+    def __str__(self) -> str:
+        return f"{self.root}, {self.count} image(s), SHA-256 of their names {self.names[:8]}…"
+
+
+def fingerprint(samples: Dataset[Sample], root: str) -> Fingerprint:
+    """The fingerprint of samples from a kind of data root.
+
+    Example:
+        >>> import torch
+        >>> samples = [Sample("a.png", torch.rand(3, 8, 8), torch.zeros(2, 8, 8))]
+        >>> str(fingerprint(samples, "folder"))
+        'folder, 1 image(s), SHA-256 of their names cc8441e8…'
+    """
+    count = length(samples)
+    digest = hashlib.sha256()
+    for index in range(count):
+        digest.update(samples[index].name.encode() + b"\0")  # a byte that no path can contain
+    return Fingerprint(root, count, digest.hexdigest())

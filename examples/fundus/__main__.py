@@ -5,11 +5,11 @@ from collections.abc import Sequence
 
 from examples.common.checkpoint import CheckpointError
 from examples.common.command_line import parse, run
+from examples.common.training import TrainingError
+from examples.common.usage import UsageError
 from examples.fundus.commands import Adapt, Export, Train
 from examples.fundus.comparison import Compare
 from examples.fundus.data import DataError
-from examples.fundus.training_state import TrainingError
-from examples.fundus.validation import UsageError
 
 COMMANDS = {"compare": Compare, "train": Train, "adapt": Adapt, "export": Export}
 

@@ -19,8 +19,8 @@ from monai.transforms import (
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from examples.common.datasets import length
-from examples.fundus.sample import Sample, normalise
+from examples.common.datasets import Sample, length
+from examples.fundus.sample import normalise
 
 IMAGE, TARGET = "image", "target"
 BOTH = (IMAGE, TARGET)

@@ -7,9 +7,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from examples.common.adaptation import METHODS, adapt_online, build_adapter
 from examples.common.command_line import interruptible
 from examples.common.datasets import length
-from examples.fundus.adaptation import METHODS, adapt_online, build_adapter
+from examples.common.results import remove_results, write_json
+from examples.common.training import LAST
+from examples.common.usage import UsageError, check_writable, open_device, require, split_names
 from examples.fundus.data import SYNTHETIC, available_domains, check, open_domain
 from examples.fundus.earlier import (
     EPOCHS,
@@ -17,24 +20,14 @@ from examples.fundus.earlier import (
     refuse_to_replace_training,
     resumption_note,
 )
-from examples.fundus.export import export as export_domains
 from examples.fundus.masks import save_masks
 from examples.fundus.network import ResUNet34
-from examples.fundus.results import make_result, markdown_table, remove_results, write_json
+from examples.fundus.results import RESULT_FILES, SCORES, make_result, markdown_table
+from examples.fundus.sample import DICE
 from examples.fundus.source_model import Architecture, load_source_model, save_source_model
-from examples.fundus.training import train_source
-from examples.fundus.training_state import TrainingSettings
-from examples.fundus.validation import (
-    UsageError,
-    check_adaptation,
-    check_counts,
-    check_training,
-    check_writable,
-    open_device,
-    open_source,
-    require,
-    split_names,
-)
+from examples.fundus.synthetic.export import export as export_domains
+from examples.fundus.training import TrainingSettings, train_source
+from examples.fundus.validation import check_adaptation, check_counts, check_training, open_source
 
 RESUME = "continue with --resume"
 REPLACED = "the results of an earlier run in {} are replaced"
@@ -122,7 +115,7 @@ class Train:
         )
         settings = TrainingSettings(epochs, self.seed, self.batch_size, self.learning_rate)
         # A file of an earlier training does not count, unless it is what this one started from.
-        last = self.out / "training" / "last.pt"
+        last = self.out / "training" / LAST
         note = resumption_note(last, epochs) if self.resume else ""
         kept = [self.resume]
         with interruptible(RESUME, lambda: any(kept)):
@@ -133,7 +126,7 @@ class Train:
                 last.parent,
                 open_device(self.device, self.threads),
                 self.resume,
-                on_epoch=lambda report: kept.append(True),
+                on_epoch=lambda entry: kept.append(True),
                 on_resume=lambda: print(note, file=sys.stderr),
                 root=SYNTHETIC if self.data_root == SYNTHETIC else "folder",
             )
@@ -200,15 +193,15 @@ class Adapt:
         )
         adapter = build_adapter(self.method, model.to(device), self.statistics, self.lr, self.seed)
         stream = adapt_online(
-            adapter, samples, device, range(length(samples)), f"{self.target}, {self.method}"
+            adapter, samples, device, DICE, range(length(samples)), f"{self.target}, {self.method}"
         )
-        if remove_results(self.out):
+        if remove_results(self.out, RESULT_FILES):
             print(REPLACED.format(self.out), file=sys.stderr)
         save_masks(self.out / "masks" / self.target / self.method, stream)
         result = make_result(
             source, self.target, self.method, self.statistics, self.lr, self.seed, stream
         )
-        write_json([result], self.out / "results.json")
+        write_json([result], self.out / "results.json", SCORES, "image")
         print(markdown_table([result], self.seed))
 
 

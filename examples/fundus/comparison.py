@@ -8,34 +8,26 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset
 
+from examples.common.adaptation import METHODS, Stream, adapt_online, build_adapter
 from examples.common.command_line import interruptible
-from examples.common.datasets import length
-from examples.fundus.adaptation import METHODS, Stream, adapt_online, build_adapter
+from examples.common.datasets import Sample, length
+from examples.common.results import remove_results, write_json
+from examples.common.usage import check_writable, open_device, require, split_names
 from examples.fundus.commands import REPLACED, RESUME, Train
 from examples.fundus.data import available_domains, check, open_domain
 from examples.fundus.earlier import refuse_to_replace_model
 from examples.fundus.figures import save_alignment, save_predictions, spread
 from examples.fundus.network import ResUNet34
 from examples.fundus.results import (
-    Result,
+    RESULT_FILES,
+    SCORES,
     make_result,
     markdown_table,
-    remove_results,
-    write_json,
 )
-from examples.fundus.sample import Sample
+from examples.fundus.sample import DICE
 from examples.fundus.source_model import load_source_model, save_source_model
 from examples.fundus.training import evaluate
-from examples.fundus.validation import (
-    check_adaptation,
-    check_counts,
-    check_training,
-    check_writable,
-    open_device,
-    open_source,
-    require,
-    split_names,
-)
+from examples.fundus.validation import check_adaptation, check_counts, check_training, open_source
 
 
 @dataclass(frozen=True)
@@ -156,7 +148,7 @@ class Compare:
         """Adapts the source model to each target by each method and writes what came of it."""
         in_domain = None
         if unseen is not None:
-            in_domain = (self.source, length(unseen), *evaluate(model, unseen, device))
+            in_domain = (self.source, length(unseen), evaluate(model, unseen, device))
         data = {
             target: open_domain(
                 self.data_root, target, "all", self.size, self.seed, self.target_images
@@ -168,34 +160,35 @@ class Compare:
             for target, samples in data.items()
         }
         results = []
+        streams: dict[tuple[str, str], Stream] = {}
         for target, samples in data.items():
             for method in methods:
                 adapter = build_adapter(method, model, self.statistics, self.lr, self.seed)
                 stream = adapt_online(
-                    adapter, samples, device, shown[target], f"{target}, {method}"
+                    adapter, samples, device, DICE, shown[target], f"{target}, {method}"
                 )
+                streams[target, method] = stream
                 results.append(
                     make_result(
                         self.source, target, method, self.statistics, self.lr, self.seed, stream
                     )
                 )
         table = markdown_table(results, self.seed, in_domain)
-        if remove_results(self.out):
+        if remove_results(self.out, RESULT_FILES):
             print(REPLACED.format(self.out), file=sys.stderr)
-        write_json(results, self.out / "results.json")
+        write_json(results, self.out / "results.json", SCORES, "image")
         (self.out / "table.md").write_text(table)
-        _save_figures(self.out, results, data, shown)
+        _save_figures(self.out, streams, methods, data, shown)
         print(table)
 
 
 def _save_figures(
     out: Path,
-    results: list[Result],
+    streams: dict[tuple[str, str], Stream],
+    methods: Sequence[str],
     data: dict[str, Dataset[Sample]],
     shown: dict[str, list[int]],
 ) -> None:
-    streams = {(result.target, result.method): result.stream for result in results}
-    methods = list(dict.fromkeys(result.method for result in results))
     rows = []
     for target, indices in shown.items():
         for index in indices:
@@ -208,8 +201,6 @@ def _save_figures(
             }
             rows.append((target, data[target][index], predictions))
     save_predictions(out / "figure.png", rows)
-    aligned: dict[str, Stream] = {
-        target: stream for (target, _), stream in streams.items() if stream.cosines
-    }
+    aligned = {target: stream for (target, _), stream in streams.items() if stream.cosines}
     if aligned:
         save_alignment(out / "alignment.png", aligned)

@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import Dataset, Subset
 
+from examples.common.datasets import Sample
 from examples.common.suggestions import did_you_mean
-from examples.fundus.centres import CENTRES
 from examples.fundus.pictures import DataError, decode_target, one_line, read_pair
-from examples.fundus.sample import Sample, Split, normalise
-from examples.fundus.synthetic import SyntheticFundus
+from examples.fundus.sample import Split, normalise
+from examples.fundus.synthetic import CENTRES, SyntheticFundus
 
 __all__ = ["DataError", "FundusDataset", "available_domains", "check", "open_domain"]
 

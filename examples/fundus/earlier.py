@@ -7,10 +7,11 @@ from typing import Any
 import torch
 
 from examples.common.checkpoint import CheckpointError, load
+from examples.common.training import ANEW, BEST, LAST, polynomial_learning_rate
 from examples.common.usage import UsageError, refuse_to_replace, require
 from examples.fundus.network import ResUNet34
 from examples.fundus.source_model import load_source_model
-from examples.fundus.training_state import ANEW, TrainingSettings, polynomial_learning_rate
+from examples.fundus.training import TrainingSettings
 
 EPOCHS = TrainingSettings.epochs
 """Of a training for which no number is given."""
@@ -67,7 +68,7 @@ def check_resumption(out: Path, epochs: int | None) -> int:
         UsageError: there is nothing to resume, or it was to have more epochs.
         CheckpointError: what is there cannot be read.
     """
-    last = out / "training" / "last.pt"
+    last = out / "training" / LAST
     require(
         last.exists(),
         f"there is no training to resume: {last} is missing; check --out, or leave --resume out",
@@ -114,7 +115,7 @@ def refuse_to_replace_training(out: Path, source: str) -> None:
     """
     folder, model = out / "training", out / f"{source}.pt"
     remedy = "choose another --out, or replace it with --overwrite"
-    last = folder / "last.pt"
+    last = folder / LAST
     if last.exists():
         try:
             earlier = read_training(last)
@@ -125,7 +126,7 @@ def refuse_to_replace_training(out: Path, source: str) -> None:
             going_on = more if earlier.done >= earlier.epochs else "continue it with --resume"
             remedy = f"{going_on}, {remedy}"
         raise UsageError(f"{folder} holds a {earlier}; {remedy}")
-    refuse_to_replace([model, folder / "best.pt"])
+    refuse_to_replace([model, folder / BEST])
 
 
 def refuse_to_replace_model(path: Path, model: ResUNet34) -> None:

@@ -15,8 +15,9 @@ from matplotlib.patheffects import Normal, Stroke
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from examples.fundus.adaptation import ImageScore, Stream
-from examples.fundus.sample import Sample
+from examples.common.adaptation import Stream
+from examples.common.datasets import Sample
+from examples.common.scores import CaseScores
 
 LineStyle: TypeAlias = Literal["solid"] | tuple[float, Sequence[float]]
 
@@ -99,7 +100,7 @@ def draw_contours(axes: Axes, sample: Sample, masks: Float[Tensor, "2 h w"] | No
 
 def save_predictions(
     path: Path,
-    rows: Sequence[tuple[str, Sample, Mapping[str, tuple[Tensor, ImageScore]]]],
+    rows: Sequence[tuple[str, Sample, Mapping[str, tuple[Tensor, CaseScores]]]],
 ) -> None:
     """Saves a grid: a row per image; photograph, ground truth and each method's prediction.
 
@@ -119,7 +120,8 @@ def save_predictions(
             prediction, score = predictions[method]
             drawn = torch.stack([without_specks(mask) for mask in prediction])
             draw_contours(axes, sample, drawn.float())
-            axes.set_xlabel(f"disc {score.disc:.1f}%, cup {score.cup:.1f}%", fontsize=7.5)
+            scores = (f"{name} {value:.1f}%" for name, value in score.scores.items())
+            axes.set_xlabel(", ".join(scores), fontsize=7.5)
     for axes, title in zip(grid[0], ["photograph", "ground truth", *methods], strict=True):
         axes.set_title(title, fontsize=9)
     handles = [

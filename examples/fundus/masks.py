@@ -1,4 +1,4 @@
-"""Predicted masks on disc, one picture for each image of a stream."""
+"""Predicted masks on disk, one picture for each image of a stream."""
 
 import os
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from examples.fundus.adaptation import Stream
+from examples.common.adaptation import Stream
 from examples.fundus.pictures import encode_target
 
 
@@ -47,7 +47,7 @@ def save_masks(directory: Path, stream: Stream) -> None:
     for path in directory.rglob("*.png"):
         if path.is_file():
             path.unlink()
-    for index, name in enumerate(mask_names([score.image for score in stream.scores])):
+    for index, name in enumerate(mask_names([score.case for score in stream.scores])):
         path = directory / name
         path.parent.mkdir(parents=True, exist_ok=True)
         mask = encode_target(stream.predictions[index].float())

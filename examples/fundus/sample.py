@@ -1,28 +1,20 @@
-"""What every set of fundus photographs yields: an image and its nested masks."""
+"""What every set of fundus photographs yields: `Sample`s of three colours and two nested masks."""
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from examples.common.metrics import dice_of
+
 Split = Literal["all", "train", "test"]
 
+STRUCTURES = ("disc", "cup")
+"""The channels of a target: the disc with the cup in it, and the cup."""
 
-@dataclass(frozen=True)
-class Sample:
-    """One photograph and its segmentation.
-
-    Attributes:
-        name: Path of the image, relative to the root of its data.
-        image: Red, green, blue in [0, 1], float32.
-        target: The nested channels [disc with cup, cup], each 0 or 1, float32.
-    """
-
-    name: str
-    image: Float[Tensor, "3 S S"]
-    target: Float[Tensor, "2 S S"]
+DICE = dice_of(STRUCTURES)
+"""Dice (%) of disc and cup of one photograph."""
 
 
 def normalise(image: Float[Tensor, "C H W"]) -> Float[Tensor, "C H W"]:

@@ -47,8 +47,12 @@ def save_source_model(
     path: Path, architecture: Architecture, weights: dict[str, Tensor], **details: Any
 ) -> None:
     """Writes weights, architecture and further plain values (scores, settings) atomically."""
-    content = {"format": FORMAT, "architecture": asdict(architecture), "model": weights, **details}
-    save_atomically(content, path)
+    save_atomically({**describe(architecture), "model": weights, **details}, path)
+
+
+def describe(architecture: Architecture) -> dict[str, Any]:
+    """What a checkpoint tells of its network, as `read_architecture` reads it."""
+    return {"format": FORMAT, "architecture": asdict(architecture)}
 
 
 def read_architecture(path: Path, content: dict[str, Any]) -> Architecture:

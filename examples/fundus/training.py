@@ -9,26 +9,59 @@ here train from scratch in a few epochs at 128²: a learning rate 200 times as l
 source's train list only, of which a fifth is held out to choose the best epoch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
-from torch.utils.data import Dataset, Subset
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
 
-from examples.common.datasets import length
-from examples.common.progress import Progress
-from examples.fundus.augmentation import AugmentedDataset
-from examples.fundus.metrics import dice, mean, segment
-from examples.fundus.sample import Sample
-from examples.fundus.source_model import Architecture
-from examples.fundus.training_state import (
-    EpochReport,
-    TrainingSettings,
-    TrainingState,
-    fingerprint,
+import gradkit as gk
+from examples.common.checkpoint import load
+from examples.common.datasets import Sample, fingerprint, length
+from examples.common.losses import segmentation_loss
+from examples.common.scores import mean_scores, score_cases
+from examples.common.training import (
+    LAST,
+    Entry,
+    Training,
+    check_settings,
+    polynomial_learning_rate,
+    restore,
+    train,
 )
+from examples.fundus.augmentation import AugmentedDataset
+from examples.fundus.sample import DICE, STRUCTURES
+from examples.fundus.source_model import Architecture, describe, read_architecture
 
 HELD_OUT = 0.2  # share of the train list that chooses the best epoch
+
+Batch: TypeAlias = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """Hyper-parameters of a source training; GraTa's values are above.
+
+    Attributes:
+        epochs: passes over the training images.
+        seed: of weights, split, order and augmentation.
+        batch_size: images per step (8 is GraTa's).
+        learning_rate: of the first epoch.
+        momentum: Nesterov's.
+        weight_decay: L2 penalty (5e-4 is GraTa's).
+        amp: half precision in the forward pass; None: on a GPU only.
+    """
+
+    epochs: int = 20
+    seed: int = 0
+    batch_size: int = 8
+    learning_rate: float = 0.2
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    amp: bool | None = None
 
 
 def split_held_out(count: int, seed: int) -> tuple[list[int], list[int]]:
@@ -48,22 +81,19 @@ def split_held_out(count: int, seed: int) -> tuple[list[int], list[int]]:
     return sorted(order[held_out:]), sorted(order[:held_out])
 
 
-@torch.no_grad()
 def evaluate(
     model: torch.nn.Module, samples: Dataset[Sample], device: torch.device
-) -> tuple[float, float]:
+) -> dict[str, float]:
     """Mean Dice (%) of disc and cup over samples, one image at a time, without adaptation.
 
     The model is put in evaluation mode.
     """
-    model.eval()
-    scores = []
-    for index in range(length(samples)):
-        sample = samples[index]
-        logits = model(sample.image.unsqueeze(0).to(device)).cpu()[0]
-        scores.append(dice(segment(logits.float()), sample.target).tolist())
-    discs, cups = zip(*scores, strict=True)
-    return mean(discs), mean(cups)
+    return mean_scores(score_cases(model, samples, device, DICE))
+
+
+def select(entry: Entry) -> float:
+    """Mean of disc and cup Dice, %, by which the best epoch is chosen."""
+    return sum(entry[name] for name in STRUCTURES) / len(STRUCTURES)
 
 
 def train_source(
@@ -74,7 +104,7 @@ def train_source(
     device: torch.device,
     resume: bool = False,
     progress: bool = True,
-    on_epoch: Callable[[EpochReport], None] | None = None,
+    on_epoch: Callable[[Entry], None] | None = None,
     on_resume: Callable[[], None] | None = None,
     root: str = "folder",
 ) -> Path:
@@ -110,33 +140,73 @@ def train_source(
         TrainingError: `last.pt` belongs to other data, or the loss is no longer finite.
         ValueError: there are fewer than two samples.
     """
-    train_indices, held_out_indices = split_held_out(length(samples), settings.seed)
-    training = AugmentedDataset(Subset(samples, train_indices), settings.seed)
-    held_out = Subset(samples, held_out_indices)
-    directory.mkdir(parents=True, exist_ok=True)
-    state = TrainingState(architecture, settings, fingerprint(samples, root), device)
-    if resume and (directory / "last.pt").exists():
-        state.restore(directory / "last.pt")
+    training = make_training(samples, architecture, settings, device, root)
+    last = directory / LAST
+    if resume and last.exists():
+        found = read_architecture(last, load(last))
+        check_settings(last, asdict(found), asdict(architecture))
+        restore(training, last)
         if on_resume is not None:
             on_resume()
-    shown = Progress(
-        settings.epochs,
-        f"train {architecture.source}" if progress else None,
-        "epoch",
-        initial=len(state.history),
-        every_round=True,
+    return train(
+        training, directory, f"train {architecture.source}" if progress else None, on_epoch
     )
-    with shown:
-        for epoch in range(len(state.history), settings.epochs):
-            loss = state.run_epoch(training, epoch)
-            report = EpochReport(epoch + 1, loss, *evaluate(state.model, held_out, device))
-            is_best = all(report.score > earlier.score for earlier in state.history)
-            state.history.append(report)
-            # The best first: if the run dies between the two files, the epoch is run again.
-            if is_best:
-                state.save(directory / "best.pt", complete=False)
-            state.save(directory / "last.pt", complete=True)
-            shown.update(f"loss={loss:.3f}, disc={report.disc:.1f}%, cup={report.cup:.1f}%")
-            if on_epoch is not None:
-                on_epoch(report)
-    return directory / "best.pt"
+
+
+def make_training(
+    samples: Dataset[Sample],
+    architecture: Architecture,
+    settings: TrainingSettings,
+    device: torch.device,
+    root: str,
+) -> Training[Batch]:
+    """A source training before its first epoch; arguments are those of `train_source`."""
+    train_indices, held_out_indices = split_held_out(length(samples), settings.seed)
+    augmented = AugmentedDataset(Subset(samples, train_indices), settings.seed)
+    held_out = Subset(samples, held_out_indices)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        model = architecture.build()
+    model.to(device)
+    base = torch.optim.SGD(
+        model.parameters(),
+        lr=settings.learning_rate,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+        nesterov=settings.momentum > 0,
+    )
+    amp = device.type == "cuda" if settings.amp is None else settings.amp
+    scaler = torch.amp.GradScaler(device.type, enabled=amp)
+
+    def objectives(batch: Batch) -> Callable[[], Tensor]:
+        image, target = (part.to(device) for part in batch)
+
+        def loss() -> Tensor:
+            with torch.autocast(device.type, torch.float16, enabled=amp):
+                logits = model(image)
+            return segmentation_loss(logits, target)
+
+        return loss
+
+    def batches(epoch: int) -> Iterable[Batch]:
+        augmented.epoch = epoch
+        # A seed per epoch; multiplied so that neighbouring seeds share no epoch's order.
+        order = torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch)
+        return DataLoader(augmented, settings.batch_size, shuffle=True, generator=order)
+
+    return Training(
+        model,
+        # Losses that are not finite end the training after the epoch; no step need look for them.
+        gk.wrap(base, model=model, nonfinite="ignore", scaler=scaler),
+        objectives,
+        batches,
+        validate=lambda: evaluate(model, held_out, device),
+        select=select,
+        settings=asdict(settings),
+        data=fingerprint(samples, root),
+        details=describe(architecture),
+        learning_rate=lambda epoch: polynomial_learning_rate(
+            settings.learning_rate, epoch, settings.epochs
+        ),
+        count=lambda batch: len(batch[0]),
+    )

@@ -1,53 +1,16 @@
 """Checks of command-line options, before anything is computed or written."""
 
 import math
-import tempfile
-from collections.abc import Sequence
-from pathlib import Path
 
-import torch
 from torch.utils.data import Dataset
 
-from examples.common.datasets import length
-from examples.common.device import choose_device
-from examples.common.suggestions import did_you_mean
+from examples.common.adaptation import parse_statistics
+from examples.common.datasets import Sample, length
 from examples.common.usage import UsageError, require
-from examples.fundus.adaptation import parse_statistics
 from examples.fundus.data import DataError, open_domain
 from examples.fundus.network import ENCODER_STRIDE
-from examples.fundus.sample import Sample
 
 SYNTHETIC_TRAIN_IMAGES = 100
-
-
-def split_names(
-    option: str,
-    text: str,
-    choices: Sequence[str],
-    single: bool = False,
-    source: str | None = None,
-) -> list[str]:
-    """The names in a comma-separated list.
-
-    Args:
-        option: the option's name, for messages.
-        text: the list.
-        choices: valid names.
-        single: only one name is allowed.
-        source: a name that is no choice because it is the source centre, for the message.
-
-    Raises:
-        UsageError: a name is unknown, empty or there twice, or more than one where one is allowed.
-    """
-    names = [name.strip() for name in text.split(",")]
-    valid = f"choose from {', '.join(choices)}"
-    require(not single or len(names) == 1, f"{option} is {text!r}, more than one name; {valid}")
-    for name in names:
-        require(name != source, f"{option} contains the source {name!r}; {valid}")
-        guess = did_you_mean(name, choices)
-        require(name in choices, f"{option} contains the unknown name {name!r}; {valid}{guess}")
-        require(names.count(name) == 1, f"{option} contains {name!r} twice; {valid}, each once")
-    return names
 
 
 def check_training(
@@ -115,36 +78,6 @@ def check_counts(
         target_images is None or target_images >= 1,
         f"--target-images is {target_images}; choose at least 1",
     )
-
-
-def open_device(name: str, threads: int = 1) -> torch.device:
-    """The named device; work on a CPU is left to this many threads from now on.
-
-    Raises:
-        UsageError: there is no such device.
-    """
-    try:
-        device = choose_device(name)
-    except ValueError as error:
-        raise UsageError(f"--device: {error}") from error
-    torch.set_num_threads(threads)
-    return device
-
-
-def check_writable(directory: Path) -> None:
-    """Makes a directory if it is missing, and makes sure that files can be written to it.
-
-    Raises:
-        UsageError: they cannot.
-    """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
-    except OSError as error:
-        raise UsageError(
-            f"{directory} cannot be written to ({error.strerror}); choose another --out"
-        ) from error
 
 
 def open_source(

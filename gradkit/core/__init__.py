@@ -1,1 +1,1 @@
-"""Flat vectors, gradients, and the seams between oracles and transforms."""
+"""Flat vectors, gradients, and the interfaces of oracles and transforms."""

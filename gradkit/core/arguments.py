@@ -1,4 +1,4 @@
-"""Checks of arguments given by users."""
+"""Checks of arguments."""
 
 from __future__ import annotations
 
@@ -8,9 +8,14 @@ from numbers import Real
 def check_number(name: str, value: object, *, finite: bool = True) -> None:
     """Check that an argument is a number.
 
+    Args:
+        name: The argument's name, for the message.
+        value: The argument.
+        finite: Whether infinities are refused, too; NaN always is.
+
     Raises:
-        TypeError: If it is none.
-        ValueError: If it is NaN, or infinite though it may not be.
+        TypeError: If the value is not a number.
+        ValueError: If it is NaN, or infinite where `finite` is set.
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} is {value!r}; pass a number")

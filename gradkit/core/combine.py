@@ -1,4 +1,4 @@
-"""Weighted sums of rows, rounded once."""
+"""Weighted sums of rows, with one rounding at the end."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def combine(
 ) -> Float[Tensor, " P"]:
     """Write the weighted sum of the rows `indices` to `out`.
 
-    The other rows are left out rather than multiplied by 0: theirs may be infinite. Rows in half
-    precision are weighted and added up in float32, some columns at a time, and the sum is rounded
-    once: weights in half precision would be other weights, which let gradients conflict again.
+    The other rows are skipped, not multiplied by 0, since they may be infinite. Rows in half
+    precision are weighted and summed in float32, some columns at a time, and the sum is rounded
+    once. Weights rounded to half precision could make gradients conflict again.
     """
     runs: list[tuple[int, int]] = []
     for index in indices:
@@ -47,7 +47,7 @@ def _add_up(
     runs: Sequence[tuple[int, int]],
     out: Float[Tensor, " n"],
 ) -> Float[Tensor, " n"]:
-    """Write the weighted sum of ranges of rows to `out`, in its dtype."""
+    """Write the weighted sum of ranges of rows to `out`, computed in the dtype of `out`."""
     for position, (start, stop) in enumerate(runs):
         matrix = rows[start:stop].to(out.dtype).T
         if position == 0:
@@ -60,7 +60,7 @@ def _add_up(
 def scaled(
     vector: Float[Tensor, " P"], factor: Float[Tensor, ""], out: Float[Tensor, " P"]
 ) -> Float[Tensor, " P"]:
-    """Write a vector's multiple to `out`; the factor is not rounded to half precision first."""
+    """Write factor · vector to `out`; the factor is not rounded to half precision first."""
     if vector.dtype == at_least_single(vector.dtype):
         return torch.mul(vector, factor.to(vector.dtype), out=out)
     return combine(vector[None], factor[None], (0,), out)

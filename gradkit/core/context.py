@@ -1,4 +1,4 @@
-"""What a transform may know of the step it takes part in, and do in it."""
+"""The context of one step, as transforms see it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gradkit.core.displacement import Displacement, Point
-from gradkit.core.flat import Layout, Pool
+from gradkit.core.flat import Layout, Pool, copy_all
 from gradkit.core.gradients import Gradients
 from gradkit.core.gram import inner_products
 from gradkit.core.joining import join
-from gradkit.core.noise import numbers_by_parameter
+from gradkit.core.noise import noise_by_parameter
 from gradkit.core.ranks import local
 from gradkit.core.storage import Parts
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from gradkit.core.transform import Transform
 
 Streams = Literal["no", "may", "must"]
-"""Whether objectives are weighed before they are back-propagated, in one pass: if possible, or else
-that is an error."""
+"""Whether the weighted sum of the losses is back-propagated in one pass: never, where possible, or
+always (an error where it is not possible)."""
 
 
 @dataclass(eq=False)
 class Context:
-    """What a transform may know of the step it takes part in.
+    """The context of one step, as transforms see it.
 
     Attributes:
         layout: Where each parameter lies in the flat vector.
@@ -37,17 +37,17 @@ class Context:
         base: The wrapped optimizer.
         names: The objectives of the step, in order; None until a closure that returns a mapping
             has run for the first time.
-        gradients: The evaluation that the step applies; there from `after_step` on.
+        gradients: The gradients that the step applies; set before `after_step` is called.
         gate: Set by a gated transform: 1 aligned, 0 conflict.
         decay: Set by a teacher: the decay it used.
-        streams: Whether objectives may be weighed before they are back-propagated.
-        by_tensor: Whether a transform takes inner products tensor by tensor; those over all
-            parameters are their sum then.
-        without_loss: The objectives whose closure returned no loss, but called backward.
-        ascended: The parameters in groups with `maximize`, by position in the layout. Their
-            gradients are negated as soon as they are known, so that what transforms see is to be
-            minimised; where all parameters are such, so are the losses.
-        parameter_names: What the model or the base optimizer calls each parameter; else its
+        streams: Whether the weighted sum of the losses may be back-propagated in one pass.
+        by_tensor: Whether a transform needs inner products per parameter tensor; those over all
+            parameters are then their sum.
+        without_loss: The objectives whose closure called backward and returned no loss.
+        ascended: The positions, in the layout, of parameters in groups with `maximize`. Their
+            gradients are negated as soon as they are known, so that transforms always see a
+            minimisation. If all parameters are in such groups, the losses are negated, too.
+        parameter_names: Each parameter's name in the model or the base optimizer, or else its
             position.
     """
 
@@ -65,22 +65,44 @@ class Context:
     parameter_names: tuple[str | int, ...] = ()
     _proposals: dict[int, dict[str, Any]] = field(default_factory=dict, repr=False)
     _vectors: dict[int, dict[str, Tensor]] = field(default_factory=dict, repr=False)
-
-    # What the engines know.
+    _committed: bool = field(default=False, repr=False)
 
     @property
     def ascends_everywhere(self) -> bool:
         """Whether all parameters are in groups with `maximize`."""
         return len(self.ascended) == len(self.layout.parameters) and bool(self.ascended)
 
-    # What transforms need of points, vectors and settings.
+    # Points, vectors and settings.
 
     def weights(self, at: Point | None = None) -> Float[Tensor, " P"]:
-        """A copy of the weights plus `at`, as a flat vector."""
+        """The weights plus `at`, as a new flat vector."""
         result = self.pool.take_vector()
         values = self.layout.local_parameters()
         Displacement.of(at, self.layout).add_to(values, self.layout.views(result))
         return result
+
+    def set_weights(self, weights: Float[Tensor, " P"]) -> None:
+        """Write the weights, in `after_step`.
+
+        Args:
+            weights: A flat vector, of this rank's part where parameters are sharded.
+
+        Raises:
+            RuntimeError: If the base optimizer has not stepped yet.
+            ValueError: If the vector has another length than the weights.
+        """
+        if self.gradients is None:
+            raise RuntimeError(
+                "the weights can be written in after_step() only, once the base optimizer has "
+                "stepped; to evaluate at other weights, call the oracle at a displacement"
+            )
+        if weights.shape != (self.layout.numel,):
+            raise ValueError(
+                f"the weights to be written have shape {tuple(weights.shape)}; pass a flat vector "
+                f"of shape {(self.layout.numel,)}"
+            )
+        with torch.no_grad():
+            copy_all(self.layout.local_parameters(), self.layout.views(weights))
 
     def displaced(
         self,
@@ -91,10 +113,10 @@ class Context:
         """The point `at + factor * vector`, for an oracle.
 
         Args:
-            at: Where to start from; None for the weights themselves.
-            vector: A flat vector, or one tensor per parameter; only read, and not to be written
-                until the oracle has been called.
-            factor: What to multiply it by.
+            at: The point to start from; None for the weights themselves.
+            vector: A flat vector, or one tensor per parameter. It is only read; do not write to it
+                before the oracle has been called.
+            factor: The factor of the vector.
         """
         return Displacement.of(at, self.layout).plus(vector, factor)
 
@@ -102,22 +124,22 @@ class Context:
         """Gradients whose rows come from several evaluations, in the objectives' order.
 
         Args:
-            sources: For each objective, the evaluation its row is taken from.
+            sources: For each objective, the evaluation that its row is taken from.
             last: The evaluation whose factor of the learning rate is kept.
 
         Raises:
-            ValueError: If one of them has an `update`, which belongs to one point only.
+            ValueError: If one of the evaluations has an `update`, which belongs to one point only.
         """
         return join(sources, self.names or tuple(sources), self.pool, last)
 
     def norm(self, vector: Float[Tensor, " P"] | Parts) -> Float[Tensor, ""]:
-        """The Euclidean norm of a vector, over all ranks that hold parts of it; in float64."""
+        """The Euclidean norm of a vector, summed over the ranks that hold parts; in float64."""
         return self.dot(vector, vector).sqrt()
 
     def dot(
         self, a: Float[Tensor, " P"] | Parts, b: Float[Tensor, " P"] | Parts
     ) -> Float[Tensor, ""]:
-        """The inner product of two vectors, over all ranks that hold parts of them; in float64."""
+        """The inner product of two vectors, summed over the ranks that hold parts; in float64."""
         rows = [self._flat(vector)[None] for vector in ((a,) if a is b else (a, b))]
         return inner_products(rows[0], rows[-1], over=self.layout.shards)[0, 0]
 
@@ -129,47 +151,52 @@ class Context:
     def noise(
         self, generator: torch.Generator, kind: Literal["uniform", "normal"] = "normal"
     ) -> Float[Tensor, " P"]:
-        """Random numbers, alike on all ranks, however parameters are sharded and laid out.
+        """A flat vector of random numbers, which do not depend on sharding or memory layout.
 
         Args:
-            generator: On the CPU; it moves on by one number.
-            kind: "normal" of mean 0 and variance 1, or "uniform" from 0 to 1.
+            generator: A generator on the CPU; one number is drawn from it.
+            kind: "normal" of mean 0 and variance 1, or "uniform" on [0, 1).
         """
         seed = int(torch.randint(2**62, (), generator=generator, device="cpu"))
-        draw = numbers_by_parameter(kind, seed, self.layout)
+        draw = noise_by_parameter(kind, seed, self.layout)
         result = self.pool.take_vector()
         for t, (start, stop) in enumerate(self.layout.segments("tensor")):
             result[start:stop] = draw(t)
         return result
 
     def group_values(self, name: str, default: Any) -> tuple[Any, ...]:
-        """A setting of each parameter's group in the base optimizer, or a default.
+        """A setting of each parameter's group in the base optimizer.
 
-        One value per parameter of the layout, so that
+        There is one value per parameter of the layout, so that
         `zip(context.layout.views(vector), context.group_values("rho", 0.05))` pairs them.
+
+        Args:
+            name: The key in the parameter group.
+            default: The value for groups that do not have this key.
         """
         values = [group.get(name, default) for group in self.base.param_groups]
         return tuple(values[group] for group in self.layout.groups)
 
     def base_state(self, key: str) -> Parts:
-        """What the base optimizer keeps of each parameter under a key ("momentum_buffer", say).
+        """The base optimizer's state of each parameter under a key, such as "momentum_buffer".
 
-        One tensor per parameter, this rank's part of it; None where there is none.
+        There is one tensor per parameter, this rank's part of it; None where there is none.
         """
         held = [self.base.state.get(each) or {} for each in self.layout.parameters]
         found = [state.get(key) for state in held]
         return [local(each) if isinstance(each, Tensor) else None for each in found]
 
-    # What outlasts the step.
+    # State that is kept from step to step.
 
     def propose(self, transform: Transform, **state: Any) -> None:
-        """Note new state for `transform`; it takes effect if the step is applied.
+        """Propose new state for `transform`; it takes effect if the step is applied.
 
-        Of several proposals in one step the last one counts.
+        Of several proposals in one step the last one counts. In `after_step`, it takes effect at
+        once.
 
         Raises:
-            ValueError: If a vector has another shape than the one it is to replace, or if a tensor
-                is too large for what is saved as text.
+            ValueError: If a vector's shape differs from that of the vector it replaces, or if a
+                tensor is too large for state that is saved as text.
         """
         for name, value in state.items():
             if name not in transform.vectors:
@@ -181,38 +208,43 @@ class Context:
                     f"{tuple(value.shape)}; it has shape {tuple(kept.shape)}"
                 )
         self._proposals.setdefault(id(transform), {}).update(state)
+        if self._committed:
+            self._commit(transform)
 
     def propose_vectors(self, transform: Transform, **vectors: Float[Tensor, " P"]) -> None:
-        """Note new flat vectors for `transform`, which may be ones it has not had before.
+        """Propose flat vectors for `transform`, also under new names.
 
-        They are copied when the step is applied. A transform that learns only from a step which
-        vectors it keeps must say so in its state, which is loaded first, and have
-        `initial_vectors` make them then.
+        They are copied when the step is applied. If only a step shows which vectors a transform
+        keeps, record their names in its state, which is loaded first, and let `initial_vectors`
+        make the vectors from these names.
         """
         self._vectors.setdefault(id(transform), {}).update(vectors)
+        if self._committed:
+            self._commit(transform)
 
     def proposed(self, transform: Transform) -> dict[str, Any]:
-        """What has been proposed for `transform` in this step so far."""
+        """The state that has been proposed for `transform` in this step so far."""
         return dict(self._proposals.get(id(transform), {}))
 
-    def commit(self, transform: Transform) -> None:
-        """Make what was proposed for `transform` its state."""
-        for name, value in self._proposals.get(id(transform), {}).items():
-            if name in transform.vectors:
-                transform.vectors[name].copy_(value)
-            else:
-                transform.state[name] = value
-        for name, vector in self._vectors.get(id(transform), {}).items():
-            if name in transform.vectors:
-                transform.vectors[name].copy_(vector)
-            else:
-                transform.vectors[name] = vector.clone()
+    def commit(self, transforms: Sequence[Transform]) -> None:
+        """Make what was proposed for transforms their state."""
+        self._committed = True
+        for transform in transforms:
+            self._commit(transform)
+
+    def _commit(self, transform: Transform) -> None:
+        for name, value in self._proposals.pop(id(transform), {}).items():
+            held = transform.vectors if name in transform.vectors else transform.state
+            held[name] = value
+        for name, vector in self._vectors.pop(id(transform), {}).items():
+            known = name in transform.vectors
+            transform.vectors[name] = vector if known else vector.clone()
 
     def require_losses(self, who: Transform, names: Sequence[str]) -> None:
         """Check that the losses of these objectives are known.
 
         Raises:
-            ValueError: If one is not.
+            ValueError: If one of them is not known.
         """
         missing = [name for name in names if name in self.without_loss]
         if missing:
@@ -225,7 +257,7 @@ class Context:
         """Check that the step has these objectives.
 
         Raises:
-            ValueError: If it has not.
+            ValueError: If one of them is missing.
         """
         if self.names is None:
             return

@@ -1,10 +1,10 @@
-"""Points near the weights, as sums that are computed when an engine needs them."""
+"""Displacements of the weights, as sums that are computed when an engine needs them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Union
+from typing import Any, Union
 
 import torch
 from jaxtyping import Float
@@ -19,14 +19,14 @@ _HALF = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True, eq=False)
 class Displacement:
-    """A sum of vectors, each times a factor, that is yet to be computed.
+    """A lazy weighted sum of vectors, by which the weights are displaced.
 
-    Weights plus displacement are then one pass over memory for each term. Wherever the library
-    takes a displacement, a flat vector [P] does as well; `context.displaced` makes one of either.
-    Adding a flat vector gives another displacement.
+    Adding it to the weights takes one pass over memory for each term. Wherever the library takes a
+    displacement, a flat vector [P] does as well; `context.displaced` makes a displacement of
+    either. Adding a flat vector gives another displacement.
 
     Attributes:
-        terms: Vectors, flat [P] or one tensor per parameter, and what each is multiplied by.
+        terms: Vectors, flat [P] or one tensor per parameter, and the factor of each.
         layout: Where each parameter lies in the flat vector.
 
     Examples:
@@ -42,10 +42,10 @@ class Displacement:
 
     @classmethod
     def of(cls, at: Point | None, layout: Layout) -> Displacement:
-        """A displacement in any of the forms in which one is given.
+        """The displacement for a point: itself, a flat vector, or None for no displacement.
 
         Raises:
-            ValueError: If a flat vector has another length than the weights.
+            ValueError: If a flat vector's length differs from that of the weights.
         """
         if isinstance(at, Displacement):
             return at
@@ -64,16 +64,42 @@ class Displacement:
         """The displacement plus `factor` times `vector`, which is only read."""
         return Displacement((*self.terms, (vector, factor)), self.layout)
 
-    def __add__(self, vector: Float[Tensor, " P"]) -> Displacement:
-        return self.plus(vector)
+    def __add__(self, other: Point) -> Displacement:
+        terms = other.terms if isinstance(other, Displacement) else ((other, 1.0),)
+        return Displacement((*self.terms, *terms), self.layout)
 
-    __radd__ = __add__
+    def __mul__(self, number: Float[Tensor, ""] | float) -> Displacement:
+        terms = tuple((vector, factor * number) for vector, factor in self.terms)
+        return Displacement(terms, self.layout)
+
+    __radd__, __rmul__ = __add__, __mul__
+
+    def __neg__(self) -> Displacement:
+        return self * -1.0
+
+    def __sub__(self, other: Point) -> Displacement:
+        return self + -other
+
+    def __rsub__(self, other: Point) -> Displacement:
+        return -self + other
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """In torch's functions, and in arithmetic with a tensor before it, it is a flat vector."""
+        given = [each.flat() if isinstance(each, cls) else each for each in args]
+        named = {
+            name: each.flat() if isinstance(each, cls) else each
+            for name, each in (kwargs or {}).items()
+        }
+        return function(*given, **named)
 
     def flat(self, out: Float[Tensor, " P"] | None = None) -> Float[Tensor, " P"]:
         """The displacement as a flat vector.
 
         Args:
-            out: Memory for the result, which no term may share; by default it is new.
+            out: Memory for the result, which no term may share; None allocates it.
         """
         layout = self.layout
         if out is None:
@@ -100,11 +126,11 @@ class Displacement:
         return out
 
     def add_to(self, weights: Sequence[Tensor], out: Sequence[Tensor]) -> None:
-        """Write weights plus displacement, tensor by tensor.
+        """Write weights plus displacement to `out`, one tensor at a time.
 
         Args:
             weights: One tensor per parameter.
-            out: Memory for the sums, which may be the weights themselves.
+            out: Memory for the results, which may be the weights themselves.
         """
         terms = [
             (self.layout.views(vector) if isinstance(vector, Tensor) else vector, _Factor(factor))
@@ -120,7 +146,7 @@ class Displacement:
             elif len(kinds) == 1 and value.dtype not in _HALF:
                 for number, (part, factor) in enumerate(there):
                     factor.add(weight if number == 0 else value, part, value)
-            else:  # half precision would round each factor, and each product, before the sum
+            else:  # in half precision each factor and each product would be rounded before the sum
                 wide = torch.promote_types(value.dtype, torch.float32)
                 total = weight.to(wide)
                 for part, factor in there:
@@ -129,11 +155,11 @@ class Displacement:
 
 
 Point = Union[Float[Tensor, " P"], Displacement]  # noqa: UP007 # a class of jaxtyping's has no "|"
-"""Where an oracle is asked: a displacement of the weights, or one as a flat vector."""
+"""The point at which an oracle evaluates: a displacement of the weights, lazy or as a vector."""
 
 
 class _Factor:
-    """What a term is multiplied by, cast to each dtype once."""
+    """The factor of a term, cast to each dtype once."""
 
     def __init__(self, value: Float[Tensor, ""] | float) -> None:
         self.value = value

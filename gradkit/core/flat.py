@@ -1,7 +1,7 @@
 """Parameters as one flat vector θ ∈ R^P, and memory for vectors of that length.
 
-A `Layout` says where each trainable parameter lies in the flat vector; a `Pool` hands out
-`[K, P]` buffers again once nothing outside holds their memory.
+A `Layout` says where each trainable parameter lies in the flat vector. A `Pool` reuses `[K, P]`
+buffers once nothing outside holds their memory.
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ Scope = Literal["global", "group", "tensor", "shared"]
 SCOPES: tuple[Scope, ...] = ("global", "group", "tensor", "shared")
 
 LARGE = 1 << 14
-"""The numbers from which on a parameter counts as large; 64 KiB of float32."""
+"""A parameter of at least so many elements counts as large; 64 KiB of float32."""
 
 
 @dataclass(frozen=True, eq=False)
 class Layout:
     """Where each trainable parameter of an optimizer lies in the flat vector.
 
-    Parameters keep the order of the optimizer's groups; those that do not require a gradient
-    have no place in the vector, which is empty if none does. The vector has the widest dtype
-    among its parameters, so that bfloat16 beside float32 loses nothing. Where parameters are
-    sharded over ranks, the vector is this rank's part: the shards it holds, one after the other.
+    Parameters keep the order of the optimizer's groups. Parameters that do not require a gradient
+    have no place in the vector; if none requires one, the vector is empty. The vector has the
+    widest dtype among its parameters, so that bfloat16 beside float32 loses nothing. Where
+    parameters are sharded over ranks, the vector holds this rank's shards, one after the other.
 
     Attributes:
         parameters: The T parameters, each once.
-        groups: The index of each one's parameter group.
-        offsets: T + 1 numbers; parameter t takes `offsets[t]:offsets[t + 1]`.
-        shapes: Each one's shape; of its shard where it is sharded.
-        strides: Each one's strides where it is dense but not contiguous (channels-last,
+        groups: The index of each parameter's group.
+        offsets: T + 1 offsets; parameter t takes `offsets[t]:offsets[t + 1]`.
+        shapes: Each parameter's shape, or its shard's where it is sharded.
+        strides: Each parameter's strides where it is dense but not contiguous (channels-last,
             transposed), else None.
-        dtypes: Each one's dtype.
+        dtypes: Each parameter's dtype.
         dtype: The vector's dtype.
-        device: The one device that all parameters are on.
+        device: The device that all parameters are on.
         shards: How parameters are sharded over ranks; None if they are not.
 
     Examples:
@@ -70,11 +70,11 @@ class Layout:
 
     @classmethod
     def of(cls, param_groups: Sequence[Mapping[str, Any]]) -> Layout:
-        """The layout of an optimizer's parameter groups, as they are now.
+        """The present layout of an optimizer's parameter groups.
 
         Raises:
             ValueError: If a parameter is complex, on the meta device or not yet initialised, if
-                they are on more than one device, or if they are sharded in different ways.
+                parameters are on more than one device, or if they are sharded in different ways.
         """
         parameters: list[Tensor] = []
         groups: list[int] = []
@@ -116,7 +116,7 @@ class Layout:
 
     @functools.cached_property
     def large(self) -> tuple[int, ...]:
-        """The parameters whose memory matters more than the time to look at each by itself."""
+        """The large parameters, which are worth one operation each."""
         sizes = [stop - start for start, stop in pairwise(self.offsets)]
         return tuple(t for t, size in enumerate(sizes) if size >= LARGE)
 
@@ -130,7 +130,7 @@ class Layout:
         return self.offsets[-1]
 
     def fits(self, param_groups: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether these groups still have this layout; quicker than making another one."""
+        """Whether these groups still have this layout; faster than making a new layout."""
         if self.shards is not None:
             return False
         position, count = 0, len(self.parameters)
@@ -158,7 +158,7 @@ class Layout:
         return parameter.is_contiguous() or _dense_strides(parameter) is None
 
     def same_as(self, other: Layout) -> bool:
-        """Whether both lay out the very same parameter objects in the same way."""
+        """Whether both layouts place the same parameter objects in the same way."""
         return (
             len(self.parameters) == len(other.parameters)
             and all(a is b for a, b in zip(self.parameters, other.parameters, strict=True))
@@ -171,17 +171,17 @@ class Layout:
         )
 
     def local_parameters(self) -> list[Tensor]:
-        """The parameters' values on this rank: themselves, or their shards.
+        """The parameters themselves, or this rank's shards of them.
 
-        Looked up anew each time, since shards move when a model is sharded or loaded.
+        They are looked up each time, since shards move when a model is sharded or loaded.
         """
         if self.shards is None:
             return list(self.parameters)
         return [local(parameter) for parameter in self.parameters]
 
     def views(self, vector: Shaped[Tensor, " P"]) -> list[Tensor]:
-        """The vector's parts, each shaped as its parameter (and in its memory format)."""
-        # Not by split(), whose views refuse to be written to outside no_grad: some become `.grad`.
+        """The vector's parts, each with its parameter's shape and memory format."""
+        # Views made by split() cannot be written to outside no_grad, and some become `.grad`.
         return [
             vector[start:stop].view(shape)
             if strides is None
@@ -192,11 +192,11 @@ class Layout:
         ]
 
     def segments(self, scope: Scope) -> tuple[tuple[int, int], ...]:
-        """The half-open ranges of the flat vector that `scope` treats one by one.
+        """The half-open ranges of the flat vector that `scope` treats separately.
 
         Raises:
-            ValueError: If `scope` is not "global", "group" or "tensor"; which parameters are
-                shared depends on the gradients.
+            ValueError: If `scope` is not "global", "group" or "tensor". ("shared" depends on the
+                gradients; see `Gradients.shared`.)
         """
         if scope == "global":
             return ((0, self.numel),)
@@ -215,13 +215,13 @@ class Layout:
 
 
 def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Copy tensors to others, of which there may be none."""
+    """Copy tensors to others; the lists may be empty."""
     if targets:
         torch._foreach_copy_(list(targets), list(sources))
 
 
 def copy_parts(parts: Sequence[Tensor | None], views: Sequence[Tensor]) -> None:
-    """Copy a vector's parts to the views of a flat one."""
+    """Copy a vector's parts to the views of a flat vector; a part that is None is 0."""
     there = [t for t, part in enumerate(parts) if part is not None]
     if there:
         sources = [part for part in parts if part is not None]
@@ -248,8 +248,8 @@ def _check(parameter: Tensor, what: str) -> None:
 def _dense_strides(parameter: Tensor) -> tuple[int, ...] | None:
     """The strides of a tensor that is dense but not contiguous: channels-last, transposed.
 
-    Autograd gives such a parameter a gradient of the same strides, and fused optimizers on the CPU
-    read both in the order of memory, whatever the strides.
+    Autograd gives such a parameter a gradient of the same strides. Fused optimizers on the CPU read
+    both in memory order and ignore strides.
     """
     if parameter.is_contiguous():
         return None
@@ -264,9 +264,9 @@ def _dense_strides(parameter: Tensor) -> tuple[int, ...] | None:
 class Pool:
     """Buffers of K flat vectors, reused from step to step.
 
-    Fresh allocations of millions of numbers cost page faults, so a buffer is kept; it is handed
-    out again only when no gradient, view or Python variable outside shares its memory. Whoever
-    holds on to old gradients therefore never sees them change.
+    Fresh allocations of millions of elements cost page faults, so buffers are kept. A buffer is
+    reused only when no gradient, view or Python variable outside shares its memory, so that old
+    gradients that are still referenced never change.
 
     Examples:
         >>> layout = Layout.of([{"params": [torch.nn.Parameter(torch.zeros(3))]}])
@@ -286,9 +286,9 @@ class Pool:
         self._buffers: dict[int, list[_Buffer]] = {}
 
     def take(self, count: int) -> tuple[Shaped[Tensor, "K P"], list[list[Tensor]]]:
-        """A `[count, P]` tensor of undefined content, and each row's parameter-shaped views.
+        """An uninitialised `[count, P]` tensor, and each row's parameter-shaped views.
 
-        The memory stays taken for as long as the tensor, or any view of it made outside, lives.
+        The memory stays in use while the tensor, or a view of it made outside, exists.
         """
         buffer = self._free_buffer(count)
         return buffer.rows.view_as(buffer.rows), buffer.views
@@ -305,14 +305,14 @@ class Pool:
         return buffer
 
     def take_vector(self) -> Shaped[Tensor, " P"]:
-        """One flat vector of undefined content."""
+        """One uninitialised flat vector."""
         return self._free_buffer(1).rows[0]
 
     def trim(self) -> None:
-        """Let go of what the last step had no use for, or what would lie idle in the next.
+        """Free the buffers that the last step did not use, or that the next step would not use.
 
-        Called between steps. Whoever keeps the last step's gradients holds one buffer; a free one
-        of the same size beside it would be a second.
+        Called between steps. If the last step's gradients are still referenced, they hold one
+        buffer; a free buffer of the same size beside it would be a second.
         """
         for count, buffers in self._buffers.items():
             unused = all(buffer.is_free() for buffer in buffers)
@@ -322,7 +322,7 @@ class Pool:
 
 
 class _Buffer:
-    """A `[K, P]` tensor with its rows cut into parameter-shaped views."""
+    """A `[K, P]` tensor and the parameter-shaped views of its rows."""
 
     def __init__(self, layout: Layout, count: int) -> None:
         self.rows = torch.empty(count, layout.numel, dtype=layout.dtype, device=layout.device)
@@ -332,7 +332,7 @@ class _Buffer:
 
     @functools.cached_property
     def views(self) -> list[list[Tensor]]:
-        """Each row's parameter-shaped views; made when first asked for, and never handed out."""
+        """Each row's parameter-shaped views, made on first use."""
         before = _uses(self.rows)
         views = [self._layout.views(row) for row in self.rows]
         after = _uses(self.rows)
@@ -344,16 +344,16 @@ class _Buffer:
         return self._own_uses is not None and _uses(self.rows) == self._own_uses
 
 
-# Not part of torch's public interface. Where a release has no such function, no buffer counts as
-# free and each step allocates new ones: slower, and as right.
+# Not part of torch's public interface. Without this function no buffer counts as free, and each
+# step allocates new ones: slower, with the same results.
 _use_count: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
 
 
 def are_unshared(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether nobody but the list they are in can see these tensors' memory.
+    """Whether the memory of these tensors is referenced by nothing except their list.
 
-    False if that cannot be known. A view of a tensor that nothing but the view holds counts as
-    unshared: so the gradients of linear layers come out of autograd.
+    False if that cannot be known. A view of a tensor that only the view references counts as
+    unshared, since autograd returns the gradients of linear layers as such views.
 
     Examples:
         >>> are_unshared([torch.zeros(2), None, torch.zeros(2, 1).t()])
@@ -386,13 +386,13 @@ def _uses(tensor: Tensor) -> int | None:
 
 
 def _holders(tensor: Tensor | None) -> tuple[int, int] | None:
-    """How many references there are to a tensor, in all and from Python."""
+    """The number of references to a tensor: all, and those from Python."""
     count = getattr(tensor, "_use_count", None)
     return None if count is None else (count(), sys.getrefcount(tensor))
 
 
-# What these functions say of a tensor that only a list holds, and of the base of a view that only
-# the view holds.
+# The results of these functions for a tensor that only a list references, and for the base of a
+# view that only the view references.
 _IN_A_LIST = _references([torch.empty(1)])[0]
 _ONE = _uses(torch.empty(1))
 _VIEW = torch.empty(1, 1).t()

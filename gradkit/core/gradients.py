@@ -1,4 +1,4 @@
-"""Gradients of several objectives at one point, and what is to be made of them."""
+"""Gradients of several objectives at one point, and the direction made of them."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from gradkit.core.storage import Dense, Parts, Storage, Summed
 
 
 class Shared(NamedTuple):
-    """What objectives have in common.
+    """The parameters that several objectives share.
 
     Attributes:
-        rows: Those that have part in it.
-        gram: The Gram matrix [K, K] over it, of all rows.
-        tensors: The numbers of the parameters that belong to it.
-        spans: The column ranges that it takes; neighbours make one.
-        others: The other column ranges.
+        rows: The rows that have a gradient in at least one shared parameter.
+        gram: The Gram matrix [K, K] of all rows over the shared parameters.
+        tensors: The positions of the shared parameters.
+        spans: Their column ranges; adjacent ones are merged.
+        others: The column ranges of all other parameters.
     """
 
     rows: tuple[int, ...]
@@ -36,35 +36,36 @@ class Shared(NamedTuple):
 
 @dataclass(frozen=True, eq=False, init=False, repr=False)
 class Gradients:
-    """Gradients of K objectives at one point, and what is to be made of them.
+    """Gradients of K objectives at one point, and the direction made of them.
 
-    The step is `lr_scale` times the base optimizer's, on `direction()`: `weights @ rows`, or
-    `update` where a transform has set it. A row of weight 0 is an observer: it serves cosines
-    and gates and takes no part in the direction.
+    The base optimizer steps along `direction()`, with its learning rate times `lr_scale`. The
+    direction is `weights @ rows`, or `update` where a transform has set it. A row of weight 0 is
+    an observer: it is used for cosines and gates, and takes no part in the direction.
 
-    A value that does not change: `reweighted`, `with_update`, `with_lr_scale`, `observe` and
-    `replace` return changed copies. Do not write to its tensors.
+    Gradients are immutable: `reweighted`, `with_update`, `with_lr_scale`, `observe` and `replace`
+    return changed copies. Do not write to the tensors.
 
     Attributes:
         names: The objectives' names.
         losses: Their losses [K], detached.
         storage: How their gradients are stored.
-        observers: Names whose weight is 0 by declaration; see `observe`.
-        reached: K × T flags, which parameters each objective's graph reached; None: all.
-        parameter_names: What the T parameters are called; None where nobody has said.
+        observers: The objectives whose weight is 0 by declaration; see `observe`.
+        reached: K × T flags: whether each objective's graph reached each parameter; None for all.
+        parameter_names: The names of the T parameters; None if they are not known.
 
     Args:
         names: The objectives' names.
         losses: Their losses.
-        rows: Their gradients [K, P], or how they are stored.
-        weights: One weight each; None for 1, and 0 for observers.
-        lr_scale: What the learning rate is multiplied by; None for 1.
-        update: The direction where it is no weighted sum of the rows.
-        layout: Where each parameter lies in the flat vector; needed with rows, for scopes only.
-        observers: Names whose weight is 0.
-        reached: Which parameters each objective's graph reached.
-        parameter_names: What the parameters are called.
-        seen_gram: The Gram matrix that a rule on shared parameters has seen.
+        rows: Their gradients [K, P], or the storage of their gradients.
+        weights: One weight for each objective; None for 1, and 0 for observers.
+        lr_scale: The factor of the learning rate; None for 1.
+        update: The direction where it is not a weighted sum of the rows.
+        layout: Where each parameter lies in the flat vector; needed with a matrix of rows, and only
+            for scopes other than "global".
+        observers: The objectives whose weight is 0.
+        reached: Whether each objective's graph reached each parameter.
+        parameter_names: The parameters' names.
+        seen_gram: The Gram matrix that a rule on shared parameters has used.
 
     Examples:
         >>> rows = torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
@@ -83,11 +84,11 @@ class Gradients:
     observers: frozenset[str]
     reached: tuple[tuple[bool, ...], ...] | None
     parameter_names: tuple[str | int, ...] | None
-    # None where the host knows them: 1, and 0 for observers.
+    # None where the host knows the values: 1, and 0 for observers.
     _weights: Float[Tensor, " K"] | None
     _lr_scale: Float[Tensor, ""] | None
     _update: Float[Tensor, " P"] | None
-    # Of a rule on shared parameters, which has not looked at the others.
+    # Of a rule on shared parameters, which ignores all other parameters.
     _seen_gram: Float[Tensor, "K K"] | None
 
     def __init__(
@@ -122,15 +123,17 @@ class Gradients:
     def replace(self, **changes: Any) -> Gradients:
         """A copy with some of the constructor's arguments changed.
 
-        Inner products are kept unless `rows` changes.
+        Inner products that have been computed are kept unless `rows` changes.
         """
-        storage = self.storage
-        if "update" in changes and isinstance(storage, Summed):
-            storage = storage.with_total(None, len(self.names))
+        rows: Storage | Tensor = self.storage
+        if "update" in changes and isinstance(rows, Summed) and rows.total is not None:
+            rows = rows.with_total(None, len(self.names))
+        elif "layout" in changes:
+            rows = self.rows
         kept: dict[str, Any] = {
             "names": self.names,
             "losses": self.losses,
-            "rows": storage,
+            "rows": rows,
             "weights": self._weights,
             "lr_scale": self._lr_scale,
             "update": self._update,
@@ -147,15 +150,19 @@ class Gradients:
         return self.replace(weights=self.weights * factors)
 
     def with_update(self, update: Float[Tensor, " P"]) -> Gradients:
-        """A copy whose direction is `update`, whatever rows and weights are."""
+        """A copy whose direction is `update` instead of the weighted sum of the rows."""
         return self.replace(update=update)
 
     def with_lr_scale(self, factor: Float[Tensor, ""] | float) -> Gradients:
-        """A copy whose learning rate is multiplied by this factor, too."""
+        """A copy whose `lr_scale` is multiplied by this factor."""
         return self.replace(lr_scale=self.lr_scale * factor)
 
     def observe(self, *names: str) -> Gradients:
-        """A copy in which the named rows have weight 0."""
+        """A copy in which the named objectives are observers, of weight 0.
+
+        Raises:
+            ValueError: If there is no objective of such a name.
+        """
         indices = [self.index(name) for name in names]
         weights = self._weights
         if weights is not None:
@@ -163,17 +170,17 @@ class Gradients:
         return self.replace(weights=weights, observers=self.observers | set(names))
 
     def with_parameter_names(self, names: Sequence[str | int]) -> Gradients:
-        """A copy that knows what the parameters are called."""
+        """A copy with the parameters' names."""
         return self.replace(parameter_names=tuple(names))
 
     def without_rows(self) -> Gradients:
-        """A copy that knows the rows' Gram matrix but does not keep their memory."""
+        """A copy that keeps the rows' Gram matrix and frees the rows."""
         empty = torch.empty(len(self.names), 0, dtype=self.dtype, device=self.storage.device)
         return self.replace(rows=Dense(empty, self.layout, self.gram()))
 
     @property
     def rows(self) -> Float[Tensor, "K P"]:
-        """Their gradients; only to be read."""
+        """The gradients, one a row; read-only."""
         return self.storage.rows
 
     @property
@@ -183,7 +190,7 @@ class Gradients:
 
     @property
     def weights(self) -> Float[Tensor, " K"]:
-        """One weight each; all 1 at first."""
+        """The objectives' weights; all 1 at first."""
         if self._weights is not None:
             return self._weights
         device = self.storage.device
@@ -192,7 +199,7 @@ class Gradients:
 
     @property
     def lr_scale(self) -> Float[Tensor, ""]:
-        """What the learning rate is multiplied by."""
+        """The factor of the learning rate."""
         if self._lr_scale is not None:
             return self._lr_scale
         device = self.storage.device
@@ -200,9 +207,9 @@ class Gradients:
 
     @property
     def update(self) -> Float[Tensor, " P"] | None:
-        """The direction where it is no weighted sum of the rows, else None.
+        """The direction where it is not a weighted sum of the rows, else None.
 
-        So it is after elementwise rules, rules by parameter tensor, and in a step that has
+        It is set by elementwise rules, by rules per group or tensor, and in a step that has
         differentiated the weighted sum of the losses.
         """
         if self._update is None and self._total is not None:
@@ -211,7 +218,7 @@ class Gradients:
 
     @property
     def has_update(self) -> bool:
-        """Whether `update` is set, without making a flat vector of it."""
+        """Whether `update` is set; does not make a flat vector."""
         return self._update is not None or self._total is not None
 
     @property
@@ -220,7 +227,7 @@ class Gradients:
 
     @property
     def parts(self) -> Parts | None:
-        """The direction, one tensor per parameter, where no flat vector was made of it."""
+        """The direction as one tensor per parameter, if it was not copied to a flat vector."""
         if self._update is not None:
             return None
         is_direction = self._total is not None or (self._weights is None and self._declared == [0])
@@ -231,16 +238,20 @@ class Gradients:
         return [k for k, name in enumerate(self.names) if name not in self.observers]
 
     def row(self, name: str) -> Float[Tensor, " P"] | Parts:
-        """An objective's gradient, flat or in parts, whichever is there."""
+        """An objective's gradient, flat or in parts, as it is stored.
+
+        Raises:
+            ValueError: If there is no objective of that name.
+        """
         index = self.index(name)
         parts = None if self.has_update else self.storage.parts
         return self.rows[index] if parts is None else parts
 
     def index(self, name: str) -> int:
-        """The row of the objective `name`.
+        """The row index of the objective `name`.
 
         Raises:
-            ValueError: If there is none of that name.
+            ValueError: If there is no objective of that name.
         """
         if name not in self.names:
             raise ValueError(
@@ -250,9 +261,9 @@ class Gradients:
 
     @property
     def active(self) -> tuple[int, ...]:
-        """The rows of nonzero weight.
+        """The indices of the rows of nonzero weight.
 
-        Reads the weights from the device, unless they are as `observe` or the oracle made them.
+        The weights are copied from the device, unless they are still 1, and 0 for observers.
         """
         if self._weights is None:
             return tuple(self._declared)
@@ -260,7 +271,7 @@ class Gradients:
 
     @property
     def has_unit_weights(self) -> bool:
-        """Whether all weights are known to be 1, but for observers', without reading them."""
+        """Whether the host knows that all weights are 1, and 0 for observers."""
         return self._weights is None
 
     @property
@@ -274,13 +285,14 @@ class Gradients:
         return self._lr_scale is not None
 
     def gram(self, scope: Scope = "global", *, signs: bool = False) -> Float[Tensor, ...]:
-        """The rows' Gram matrix [K, K] in float64; by group or tensor [S, K, K], one a block.
+        """The rows' Gram matrix [K, K] in float64; by group or tensor [S, K, K].
 
         Args:
-            scope: "global"; "group" or "tensor" for one matrix per parameter group or tensor; or
-                "shared" for a single one, over the parameters in which at least two objectives of
-                nonzero weight have a gradient that is not 0 (0 if there are none).
-            signs: Whether to take each number's sign first.
+            scope: "global" for one matrix over all parameters; "group" or "tensor" for one matrix
+                per parameter group or tensor; "shared" for one matrix over the parameters in which
+                at least two objectives of nonzero weight have a nonzero gradient (0 if there are
+                none).
+            signs: Whether to replace each element by its sign first.
 
         Raises:
             ValueError: If the gradients have no layout and `scope` is not "global".
@@ -295,7 +307,7 @@ class Gradients:
         return self.storage.gram(scope, signs=signs)
 
     def segments(self, scope: Scope) -> tuple[tuple[int, int], ...]:
-        """The column ranges that `scope` treats one by one.
+        """The column ranges that `scope` treats separately.
 
         Raises:
             ValueError: If the gradients have no layout and `scope` is not "global".
@@ -303,11 +315,11 @@ class Gradients:
         return self.storage.segments(scope)
 
     def shared(self, rows: Sequence[int]) -> Shared:
-        """What at least two of these rows have in common, parameter by parameter.
+        """The parameters that at least two of these rows share.
 
-        A row has part in a parameter if its gradient is not 0 there. (Compiled and concatenated
-        losses have zeros where others' graphs do not reach.) One that is 0 everywhere has part in
-        all that its graph reaches. Reads from the device which gradients are 0.
+        A row uses a parameter if its gradient there is not 0. (Compiled and concatenated losses
+        have zeros where others' graphs do not reach.) A row that is 0 everywhere uses all
+        parameters that its graph reaches. Which gradients are 0 is copied from the device.
 
         Raises:
             ValueError: If the gradients have no layout.
@@ -336,7 +348,7 @@ class Gradients:
 
     @property
     def seen_gram(self) -> Float[Tensor, "K K"]:
-        """The Gram matrix that a rule on shared parameters saw; without one, the global one."""
+        """The Gram matrix that a rule on shared parameters used; the global one without a rule."""
         return self.gram() if self._seen_gram is None else self._seen_gram
 
     def cosine(
@@ -346,25 +358,29 @@ class Gradients:
 
         Args:
             a: An objective.
-            b: Another one.
-            scope: What it is taken over, as for `gram`; "group" and "tensor" give one a block, [S].
-            signs: Whether to take each number's sign first.
+            b: Another objective.
+            scope: The parameters to use, as for `gram`; "group" and "tensor" give [S] cosines.
+            signs: Whether to replace each element by its sign first.
+
+        Raises:
+            ValueError: If there is no objective of such a name, or if the gradients have no layout
+                and `scope` is not "global".
         """
         return cosines(self.gram(scope, signs=signs))[..., self.index(a), self.index(b)]
 
     def cosines_by_parameter(self, a: str, b: str) -> dict[str | int, Float[Tensor, ""]]:
-        """The cosine of two objectives' gradients in each parameter; 0 where one has none.
+        """The cosine of two objectives' gradients in each parameter; 0 where one of them is zero.
 
         Args:
             a: An objective.
-            b: Another one.
+            b: Another objective.
 
         Returns:
-            Cosines by the parameters' names; by their positions in the flat vector where nobody
-            has said what they are called. `optimizer.gradients` knows the names from `model=`.
+            Cosines by the parameters' names, or by their positions in the flat vector if names are
+            not known. `optimizer.gradients` knows the names from `model=`.
 
         Raises:
-            ValueError: If the gradients have no layout.
+            ValueError: If there is no objective of such a name, or if the gradients have no layout.
 
         Examples:
             >>> import torch, gradkit as gk
@@ -388,10 +404,10 @@ class Gradients:
     ) -> Float[Tensor, " P"]:
         """The direction of the step: `update`, or `weights @ rows`.
 
-        The result may share the memory of `rows` or `update`: read it, do not write to it.
+        The result may share the memory of `rows` or `update`: do not write to it.
 
         Args:
-            out: Returns memory for the result where some is needed.
+            out: Allocates memory for the result where it is needed.
         """
         update = self.update
         if update is not None:
@@ -403,13 +419,13 @@ class Gradients:
         return combine(self.rows, self.weights, declared, result)
 
     def direction_norm(self, direction: Float[Tensor, " P"] | None = None) -> Float[Tensor, ""]:
-        """The Euclidean norm of `direction()`, which may be passed in if it is there already."""
+        """The Euclidean norm of `direction()`, which may be passed in if it is already computed."""
         declared = self._declared
         if self._update is None and self._total is not None:
             return self._total.gram("global", signs=False)[0, 0].sqrt()
         if self._update is None and self._weights is None and len(declared) == 1:
             return self.gram().diagonal()[declared[0]].sqrt()
-        # wᵀGw would cancel where gradients conflict.
+        # wᵀGw would suffer from cancellation where gradients conflict.
         direction = self.direction() if direction is None else direction
         return norm(direction, over=self.storage.shards)
 
@@ -419,7 +435,7 @@ class Gradients:
         """For each of T parameters, whether the graph of a row of nonzero weight reached it.
 
         Args:
-            weights: The weights, if the host has them; otherwise only observers have weight 0.
+            weights: The weights, if the host has them; otherwise only observers count as weight 0.
         """
         if self.reached is None:
             return None
@@ -434,7 +450,7 @@ class Gradients:
 
 
 def _zeroed(weights: Float[Tensor, " K"], indices: Sequence[int]) -> Float[Tensor, " K"]:
-    """Write zeros; `weights[indices] = 0` would copy both to the device, which waits."""
+    """Write zeros at these indices; `weights[indices] = 0` would synchronise with the device."""
     for index in indices:
         weights.select(0, index).zero_()
     return weights

@@ -1,8 +1,8 @@
 """Inner products of flat vectors: Gram matrices, norms, cosines.
 
-Every inner product of the library goes through one blocked reduction. A plain float32 product
-of vectors of tens of millions of numbers is wrong in the third digit on a CPU. Here float32
-products of short blocks are added up in float64, which is right to 1e-6 and several times faster.
+All inner products of the library use one blocked reduction. On a CPU, a plain float32 product of
+vectors of tens of millions of elements is wrong in the third digit. Here float32 products of short
+blocks are summed in float64: the relative error is at most 1e-6, and it is several times faster.
 """
 
 from __future__ import annotations
@@ -18,20 +18,21 @@ from torch import Tensor
 from gradkit.core.ranks import Shards
 
 BLOCK = 1 << 9
-# Shorter blocks would leave the fast path of torch's norm.
+# torch's norm has a fast path, which shorter blocks would not take.
 _NORM_BLOCK = 640
-# Vectors up to this length are simply converted.
+# Vectors up to this length are converted to float64 as a whole.
 _SHORT = 1 << 12
-# Products of blocks that are held at a time: of many rows, all would take more than the rows do.
+# Block products that are held at a time. With many rows, all of them would need more memory than
+# the rows.
 _PRODUCTS = 1 << 20
 # Columns that are converted at a time where a copy is needed.
 _CONVERTED_COLUMNS = 1 << 18
-_CONVERTED_NUMBERS = 1 << 22
-# Numbers that are worked on at a time. On a CPU, what arises on the way stays in the cache; on an
-# accelerator, launching the kernels takes less time than running them.
-_NUMBERS = 1 << 17
-_NUMBERS_ELSEWHERE = 1 << 24
-# Squares beyond these may have overflowed in float32, or lost digits to underflow.
+_CONVERTED_ELEMENTS = 1 << 22
+# Elements that are processed at a time. On a CPU, intermediate results then stay in the cache; on
+# an accelerator, a kernel then takes longer to run than to launch.
+_ELEMENTS = 1 << 17
+_ELEMENTS_ON_ACCELERATOR = 1 << 24
+# Squares outside this range may have overflowed in float32, or lost digits to underflow.
 _TRUSTED = (1e-28, 1e36)
 
 
@@ -49,8 +50,8 @@ def inner_products(
     Args:
         a: K flat vectors.
         b: L flat vectors.
-        signs: Whether to take each number's sign first.
-        over: The ranks that hold the other parts of these vectors; None if there are none.
+        signs: Whether to replace each element by its sign first.
+        over: The ranks that hold the other shards of these vectors; None if there are none.
 
     Examples:
         >>> a = torch.tensor([[1.0, 2.0], [0.0, -3.0]])
@@ -79,7 +80,7 @@ def _local_products(
     products = _products(a, b, signs, None)
     if a.device.type != "cpu" or signs or a.dtype == torch.float64:
         return products
-    # On the CPU it costs nothing to look at the result.
+    # On the CPU, checking the result needs no synchronisation.
     if _in_range(products.diagonal() if b is a else products.flatten()):
         return products
     scales = (_magnitudes(a), _magnitudes(b))
@@ -88,41 +89,41 @@ def _local_products(
 
 
 def squared_norm(parts: Sequence[Tensor]) -> Float[Tensor, ""] | None:
-    """The square of the norm of a vector given in parts, on a CPU or CUDA device; in float64.
+    """The squared norm, in float64, of a vector given in parts, on a CPU or CUDA device.
 
-    None if a CPU's float32 may have overflowed or lost digits, so that it has to be scaled first.
+    None if float32 on a CPU may have overflowed or lost digits; the vector must then be scaled.
 
     Examples:
         >>> squared_norm([torch.tensor([3.0]), torch.tensor([[4.0]])])
         tensor(25., dtype=torch.float64)
     """
-    if parts and parts[0].device.type == "cuda":  # in pieces, which need little memory if converted
+    if parts and parts[0].device.type == "cuda":  # in pieces, whose conversion needs little memory
         pieces = [
-            piece for part in parts for piece in torch.split(part.reshape(-1), _CONVERTED_NUMBERS)
+            piece for part in parts for piece in torch.split(part.reshape(-1), _CONVERTED_ELEMENTS)
         ]
         return torch.stack(torch._foreach_norm(pieces, 2, dtype=torch.float64)).square().sum()
-    lengths, rest = [], []
+    norms, rest = [], []
     for part in parts:
         vector = part.reshape(-1)
         whole = vector.numel() - vector.numel() % _NORM_BLOCK if part.numel() > _SHORT else 0
         if whole:
             blocks = vector[:whole].view(-1, _NORM_BLOCK)
             dtype = torch.promote_types(part.dtype, torch.float32)
-            lengths.append(torch.linalg.vector_norm(blocks, dim=1, dtype=dtype))
+            norms.append(torch.linalg.vector_norm(blocks, dim=1, dtype=dtype))
         rest.append(vector[whole:])
-    wide = torch.cat([*lengths, *rest]).double() if parts else torch.zeros(0, dtype=torch.float64)
+    wide = torch.cat([*norms, *rest]).double() if parts else torch.zeros(0, dtype=torch.float64)
     total = wide @ wide
     return total if _in_range(total) else None
 
 
 def block_width(count: int, device: torch.device) -> int:
-    """How many columns of so many rows to work on at a time."""
-    numbers = _NUMBERS if device.type == "cpu" else _NUMBERS_ELSEWHERE
+    """The number of columns to process at a time, given the number of rows."""
+    numbers = _ELEMENTS if device.type == "cpu" else _ELEMENTS_ON_ACCELERATOR
     return max(numbers // max(count, 1), 1)
 
 
 def block_spans(start: int, stop: int, width: int) -> list[tuple[int, int]]:
-    """The blocks of a range, half open.
+    """The half-open blocks of a range.
 
     Examples:
         >>> block_spans(0, 5, 2)
@@ -132,17 +133,17 @@ def block_spans(start: int, stop: int, width: int) -> list[tuple[int, int]]:
 
 
 def at_least_single(dtype: torch.dtype) -> torch.dtype:
-    """The dtype to compute in: this one, or float32 in place of a narrower one."""
+    """The dtype to compute in: this dtype, or float32 if it is narrower."""
     return torch.float32 if dtype.itemsize < 4 else dtype
 
 
 def accumulator(device: torch.device) -> torch.dtype:
-    """The dtype in which inner products and all that follows from them are held."""
+    """The dtype of inner products and of everything computed from them."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _in_range(products: Tensor) -> bool:
-    """Whether all are far from where float32 overflows or loses digits."""
+    """Whether all products are far from overflow and underflow in float32."""
     least, most = _TRUSTED
     return bool(((products.abs() > least) & (products.abs() < most)).all())
 
@@ -151,15 +152,15 @@ def _products(
     a: Tensor, b: Tensor, signs: bool, scales: tuple[Tensor, Tensor] | None
 ) -> Float[Tensor, "K L"]:
     wide = accumulator(a.device)
-    # Float64 is slow on a CPU and no concern on an accelerator, where memory is the limit.
+    # Float64 is slow on a CPU. On an accelerator it costs nothing, since memory is the limit.
     inside = torch.float32 if a.device.type == "cpu" and a.dtype != torch.float64 else wide
     copies = signs or scales is not None or a.dtype != inside
     length = a.shape[-1]
     whole = length - length % BLOCK
     step = max(_PRODUCTS // max(len(a) * len(b), 1), 1) * BLOCK
     if copies:
-        # Starting a kernel takes an accelerator longer than reading such a piece, so that there
-        # pieces are larger. With twice as large ones the peak was one float32 vector higher.
+        # On an accelerator pieces are larger, since launching a kernel takes longer than reading a
+        # small piece. With pieces twice as large, peak memory was one float32 vector higher.
         room = 0 if a.device.type == "cpu" else length // (4 * (len(a) + (b is not a) * len(b)))
         step = min(step, max(_CONVERTED_COLUMNS, room - room % BLOCK))
 
@@ -185,7 +186,7 @@ def _products(
 
 
 def _magnitudes(rows: Float[Tensor, "K P"]) -> Float[Tensor, " K"]:
-    """A power of two near the largest number of each row; 1 for a row of zeros."""
+    """A power of two near the largest magnitude of each row; 1 for a row of zeros."""
     if rows.shape[1] == 0:
         return torch.ones(len(rows), device=rows.device)
     largest = torch.stack([torch.linalg.vector_norm(row, torch.inf) for row in rows]).float()
@@ -200,7 +201,7 @@ def _blocks(columns: Float[Tensor, "K n"]) -> Float[Tensor, "blocks K block"]:
 def gram(
     rows: Float[Tensor, "K P"], *, signs: bool = False, over: Shards | None = None
 ) -> Float[Tensor, "K K"]:
-    """The Gram matrix G = J·Jᵀ of the rows, right to 1e-6 of its diagonal.
+    """The Gram matrix G = J·Jᵀ of the rows; the error is at most 1e-6 of its diagonal.
 
     Examples:
         >>> gram(torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]]))
@@ -240,7 +241,7 @@ def norm(vector: Float[Tensor, " P"], *, over: Shards | None = None) -> Float[Te
 
 
 def cosines(gram: Float[Tensor, "*batch K K"]) -> Float[Tensor, "*batch K K"]:
-    """The matrix of cosines that belongs to a Gram matrix; 0 beside a vector of length 0.
+    """The matrix of cosines of a Gram matrix; 0 in the rows and columns of zero vectors.
 
     Examples:
         >>> cosines(torch.tensor([[4.0, 0.0, 2.0], [0.0, 0.0, 0.0], [2.0, 0.0, 1.0]]))
@@ -248,16 +249,16 @@ def cosines(gram: Float[Tensor, "*batch K K"]) -> Float[Tensor, "*batch K K"]:
                 [0., 0., 0.],
                 [1., 0., 1.]])
     """
-    lengths = gram.diagonal(dim1=-2, dim2=-1).sqrt()
-    products = lengths[..., :, None] * lengths[..., None, :]
-    # The denominator is made 1 where it is 0, so that no NaN arises and NaNs that come in stay.
+    norms = gram.diagonal(dim1=-2, dim2=-1).sqrt()
+    products = norms[..., :, None] * norms[..., None, :]
+    # The denominator 0 is replaced by 1, so that no new NaN appears; NaNs of the input remain.
     ratio = gram / torch.where(products == 0, torch.ones_like(products), products)
     return torch.where(products == 0, torch.zeros_like(ratio), ratio).clamp(-1, 1)
 
 
 @contextmanager
 def exact_products(device: torch.device) -> Iterator[None]:
-    """Matrix products at the precision of their inputs: no autocast, no TF32, no bfloat16."""
+    """Compute matrix products at the precision of their inputs: no autocast, TF32 or bfloat16."""
     enabled = torch.is_autocast_enabled(device.type)
     if not enabled and _full_precision():
         yield
@@ -269,7 +270,7 @@ def exact_products(device: torch.device) -> Iterator[None]:
 def _full_precision() -> bool:
     try:
         return torch.get_float32_matmul_precision() == "highest"
-    except RuntimeError:  # the precision was set by backend, which this call cannot describe
+    except RuntimeError:  # the precision was set per backend, which this call does not support
         return False
 
 
@@ -278,7 +279,7 @@ def _highest_precision() -> Iterator[None]:
     try:
         old = torch.get_float32_matmul_precision()
     except RuntimeError:
-        # The newer, per-backend setting; a release that has no such attribute never gets here.
+        # The newer setting per backend; releases without the attribute never get here.
         backends: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul")]  # noqa: B009 # untyped
         precisions = [backend.fp32_precision for backend in backends]
         try:

@@ -1,4 +1,4 @@
-"""Keeping an interrupt out of what must happen as a whole."""
+"""Delaying interrupts while a step changes state."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 
 
 class Interrupts:
-    """Lets Ctrl-C (SIGINT) act only where a step can be abandoned.
+    """Delays Ctrl-C (SIGINT) until a step can be abandoned.
 
-    Between `begin` and `end` a signal is held back, except inside `allowed`, where the user's
-    closures run. One that was held back acts on the next entry to `allowed`, or at the end.
-    Outside the main thread, where Python delivers no signals, nothing needs to be done.
+    Between `begin` and `end` signals are delayed, except inside `allowed`, where the user's
+    closures run. A delayed signal acts on the next entry to `allowed`, or at `end`. Python delivers
+    signals to the main thread only; in other threads this does nothing.
     """
 
     def __init__(self) -> None:
@@ -24,14 +24,14 @@ class Interrupts:
         self._open = False
 
     def begin(self) -> None:
-        """From here on hold signals back."""
+        """Start to delay signals."""
         handler = signal.getsignal(signal.SIGINT)
         if threading.current_thread() is threading.main_thread() and callable(handler):
             self._handler = handler
             signal.signal(signal.SIGINT, self._receive)
 
     def end(self) -> None:
-        """Hold nothing back any more, and let a signal act that was."""
+        """Stop delaying signals, and let a delayed one act."""
         if self._handler is not None:
             signal.signal(signal.SIGINT, self._handler)
             self._act()

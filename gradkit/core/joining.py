@@ -18,13 +18,13 @@ def join(
     """Gradients whose rows come from several evaluations.
 
     Args:
-        sources: For each objective, the evaluation its row is taken from.
+        sources: For each objective, the evaluation that its row is taken from.
         names: The objectives' order.
-        pool: Gives the memory.
+        pool: Memory for the rows.
         last: The evaluation whose factor of the learning rate is kept.
 
     Raises:
-        ValueError: If one of them has an `update`, which belongs to one point only.
+        ValueError: If one of the evaluations has an `update`, which belongs to one point only.
     """
     if any(part.has_update for part in sources.values()):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Random numbers that do not depend on how parameters are sharded and laid out."""
+"""Random numbers that do not depend on sharding or memory layout."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ from gradkit.core.flat import Layout
 from gradkit.core.ranks import part_of
 
 
-def numbers_by_parameter(
+def noise_by_parameter(
     kind: Literal["uniform", "normal"], seed: int, layout: Layout
 ) -> Callable[[int], Float[Tensor, " n"]]:
-    """Random numbers by parameter, the same however parameters are sharded and laid out."""
+    """A function from a parameter's position to its random numbers, as a flat vector.
+
+    The numbers do not depend on sharding or memory layout.
+    """
     generator = torch.Generator(layout.device).manual_seed(seed)
     draw = torch.rand if kind == "uniform" else torch.randn
 

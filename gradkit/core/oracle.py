@@ -1,4 +1,4 @@
-"""Oracles, which answer with the objectives' gradients at a point near the weights."""
+"""Oracles: functions from a point near the weights to the objectives' gradients there."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from gradkit.core.gradients import Gradients
 class Oracle(Protocol):
     """`oracle(at, only)`: the objectives' gradients at the weights plus `at`.
 
-    `at` is a displacement or a flat vector [P], which is only read; None stands for none. `only`,
-    any container of names, says which objectives are back-propagated (None: all).
+    `at` is a displacement or a flat vector [P], which is only read; None stands for the weights
+    themselves. `only`, any container of names, chooses the objectives to back-propagate; None
+    stands for all.
     """
 
     def __call__(
@@ -27,7 +28,7 @@ class Oracle(Protocol):
 
 @dataclass(frozen=True)
 class Selection:
-    """A choice of objectives for an oracle's `only`: `only`, plus `include`, less `exclude`.
+    """A choice of objectives for an oracle's `only`: `only` and `include`, without `exclude`.
 
     Examples:
         >>> [name in Selection(None, exclude=("a",)) for name in ("a", "b")]

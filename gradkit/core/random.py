@@ -26,14 +26,14 @@ class RandomState:
 
     @classmethod
     def capture(cls, device: torch.device) -> RandomState:
-        """The state as it is now; `device` is the one that the parameters are on."""
+        """The present state; `device` is the device of the parameters."""
         accelerator = None
         if device.type != "cpu":
             accelerator = torch.get_device_module(device).get_rng_state(device)
         return cls(torch.get_rng_state(), device, accelerator)
 
     def restore(self) -> None:
-        """Make it the state again."""
+        """Set the generators to this state."""
         torch.set_rng_state(self.cpu)
         if self.accelerator is not None:
             torch.get_device_module(self.device).set_rng_state(self.accelerator, self.device)

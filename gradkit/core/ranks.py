@@ -1,12 +1,12 @@
-"""The ranks that take a step together, and tensors of which each rank holds a part.
+"""The ranks that take a step together, and sharded tensors.
 
-Two kinds of parallel training meet here. Under `DistributedDataParallel` each rank holds all
-weights, and the gradients of a rank's data are averaged: one all-reduce of the flat rows. Under
-`fully_shard` (FSDP2) each rank holds a part of every tensor, gradients arrive averaged, and what is
-missing is the other ranks' share of each inner product: one all-reduce of the Gram matrix.
+Two kinds of parallel training are supported. Under `DistributedDataParallel` each rank holds all
+weights, and the ranks' gradients are averaged: one all-reduce of the flat rows. Under `fully_shard`
+(FSDP2) each rank holds a shard of every tensor and gradients arrive averaged. Only the inner
+products are partial sums: one all-reduce of the Gram matrix.
 
-Ranks agree before anything is changed. A rank on which a closure has failed says so in the same
-exchange that the others enter when theirs is done, so that all of them raise.
+Ranks agree before anything is changed. If a closure fails on one rank, that rank reports it in the
+same exchange that the other ranks enter after their closures, so that all ranks raise.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ class RankError(RuntimeError):
     """
 
 
-# Tensors of which each rank holds a part.
+# Sharded tensors.
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a `DTensor`."""
-    # Looked up, since importing it takes half a second and nobody without it can hold one.
+    """Whether a tensor is a `DTensor`."""
+    # Not imported, which takes half a second; without the import there can be no DTensor.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
@@ -63,7 +63,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def as_part_of(part: Tensor, whole: Tensor) -> Tensor:
-    """This rank's part of a tensor that is distributed like `whole`; the inverse of `local`.
+    """A tensor distributed like `whole`, from this rank's part of it; the inverse of `local`.
 
     Examples:
         >>> as_part_of(torch.zeros(2), torch.ones(2))
@@ -73,8 +73,8 @@ def as_part_of(part: Tensor, whole: Tensor) -> Tensor:
         return part
     made: Tensor = type(whole).from_local(  # type: ignore[attr-defined]  # a DTensor
         part,
-        whole.device_mesh,  # type: ignore[attr-defined]
-        whole.placements,  # type: ignore[attr-defined]
+        whole.device_mesh,  # type: ignore[attr-defined]  # a DTensor
+        whole.placements,  # type: ignore[attr-defined]  # a DTensor
         run_check=False,
         shape=whole.shape,
         stride=whole.stride(),
@@ -83,7 +83,9 @@ def as_part_of(part: Tensor, whole: Tensor) -> Tensor:
 
 
 def part_of(tensor: Tensor, whole: Tensor) -> Tensor:
-    """The part of a tensor, the same on all ranks, that this rank holds of `whole`.
+    """The part of a tensor that this rank would hold if it were distributed like `whole`.
+
+    The tensor must be the same on all ranks.
 
     Examples:
         >>> part_of(torch.zeros(2), torch.ones(2))
@@ -93,13 +95,16 @@ def part_of(tensor: Tensor, whole: Tensor) -> Tensor:
         return tensor
     mesh = whole.device_mesh  # type: ignore[attr-defined]  # a DTensor
     everywhere = [torch.distributed.tensor.Replicate()] * mesh.ndim
-    same = type(whole).from_local(tensor, mesh, everywhere, run_check=False)  # type: ignore[attr-defined]
-    part: Tensor = same.redistribute(placements=whole.placements).to_local()  # type: ignore[attr-defined]
+    same: Any = type(whole).from_local(  # type: ignore[attr-defined]  # a DTensor
+        tensor, mesh, everywhere, run_check=False
+    )
+    placements = whole.placements  # type: ignore[attr-defined]  # a DTensor
+    part: Tensor = same.redistribute(placements=placements).to_local()
     return part
 
 
 def reshard(module: nn.Module) -> None:
-    """Let go of gathered weights, which a forward without a backward leaves in the module."""
+    """Free gathered weights, which a forward pass without a backward pass leaves in the module."""
     if "torch.distributed.fsdp" in sys.modules:
         for each in module.modules():
             if isinstance(each, torch.distributed.fsdp.FSDPModule):
@@ -115,11 +120,11 @@ def is_expanded(tensor: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class Shards:
-    """How the parameters' shards are spread over ranks.
+    """How the parameters are sharded over ranks.
 
     Attributes:
-        group: The ranks that hold the parts of one vector.
-        everyone: Groups such that reducing over each in turn reaches every rank.
+        group: The ranks that together hold one vector.
+        everyone: Groups such that reducing over one after the other reaches every rank.
     """
 
     group: dist.ProcessGroup
@@ -127,10 +132,10 @@ class Shards:
 
     @classmethod
     def of(cls, parameters: Sequence[Tensor]) -> Shards | None:
-        """How these parameters are spread; None if they are plain tensors.
+        """How these parameters are sharded; None if they are plain tensors.
 
         Raises:
-            ValueError: If they are not all spread alike, each along one dimension.
+            ValueError: If they are not all sharded in the same way, along one mesh dimension.
         """
         sharded = [is_sharded(parameter) for parameter in parameters]
         if not any(sharded):
@@ -148,7 +153,7 @@ class Shards:
             other: Any = parameter
             if other.device_mesh != mesh or _shard_dimension(other) != dimension:
                 raise ValueError(
-                    f"parameters are spread differently ({other.placements} on "
+                    f"parameters are sharded differently ({other.placements} on "
                     f"{other.device_mesh} beside {first.placements} on {mesh}); gradkit works on "
                     "the shards that fully_shard() makes on one mesh"
                 )
@@ -158,7 +163,7 @@ class Shards:
         )
 
     def add_up(self, products: Tensor) -> Tensor:
-        """The sum over all shards, in place."""
+        """The sum over all shards, computed in place."""
         dist.all_reduce(products, group=self.group)
         return products
 
@@ -181,17 +186,17 @@ def _shard_dimension(parameter: Any) -> int:
 
 
 @dataclass(frozen=True, eq=False)
-class Processes:
-    """The ranks that take a step together; by default this one alone.
+class Ranks:
+    """The ranks that take a step together; by default this rank alone.
 
     Attributes:
-        groups: Groups such that reducing over each in turn reaches every rank.
-        averages: Whether gradients are each rank's own and are to be averaged.
+        groups: Groups such that reducing over one after the other reaches every rank.
+        averages: Whether each rank has gradients of its own, which must be averaged.
         replicas: DDP modules, whose own reduction is switched off while closures run.
-        communicates: Whether closures contain collectives, so that no exchange can follow on
-            one that failed.
-        unclear: How many ranks there are, if nothing says how they belong together.
-        has_model: Whether there is a model that could have said it.
+        communicates: Whether closures contain collectives. Ranks can then not exchange anything
+            after a closure that failed.
+        unclear: The number of ranks, if it is not known which ones belong together; else 0.
+        has_model: Whether a model was given.
     """
 
     groups: tuple[dist.ProcessGroup, ...] = ()
@@ -204,12 +209,12 @@ class Processes:
     @classmethod
     def of(
         cls, model: nn.Module | None, shards: Shards | None, choice: ProcessGroupChoice
-    ) -> Processes:
+    ) -> Ranks:
         """The ranks that a model and its parameters belong to.
 
         Args:
             model: The module whose parameters are optimised.
-            shards: How these are spread over ranks.
+            shards: How the parameters are sharded; None if they are not.
             choice: "auto", None for this rank alone, or a process group.
 
         Raises:
@@ -268,14 +273,17 @@ class Processes:
 
     @property
     def together(self) -> bool:
-        """Whether there are other ranks to agree with."""
+        """Whether this rank takes steps together with others."""
         return bool(self.groups)
 
     def check_clear(self, count: int) -> None:
-        """Check that it is known how the ranks belong together, where that matters.
+        """Check that it is known which ranks belong together, where that matters.
+
+        Args:
+            count: The number of objectives.
 
         Raises:
-            RuntimeError: If several ranks would each step on their own gradients unawares.
+            RuntimeError: If several ranks would silently step on different gradients.
         """
         if self.unclear > 1 and (count > 1 or self.has_model):
             what = (
@@ -291,7 +299,7 @@ class Processes:
             )
 
     def local_gradients(self) -> AbstractContextManager[None]:
-        """A block in which gradients, and buffers, stay each rank's own."""
+        """A context in which gradients and buffers are not synchronised between ranks."""
         return self._local_gradients() if self.replicas else nullcontext()
 
     @contextmanager
@@ -299,8 +307,8 @@ class Processes:
         with ExitStack() as stack:
             for replica in self.replicas:
                 stack.enter_context(replica.no_sync())
-                # Else the first forward would broadcast the buffers, and wait for a rank that has
-                # failed before its own; they are broadcast after the step.
+                # Otherwise the first forward would broadcast the buffers, and wait for a rank that
+                # has failed before its own. They are broadcast after the step.
                 replica.require_forward_param_sync = False
             yield
 
@@ -313,10 +321,20 @@ class Processes:
         settings: int = 0,
         flags: bytes = b"",
     ) -> bool:
-        """Go on if every rank has come to the same point; whether `flags` are the same on all.
+        """Check that all ranks have come to the same stage with the same objectives and settings.
+
+        Args:
+            stage: The stage of the step.
+            device: The device for the exchange.
+            names: The objectives.
+            settings: A number that must be the same on all ranks.
+            flags: Flags that may differ between ranks.
+
+        Returns:
+            Whether `flags` are the same on all ranks.
 
         Raises:
-            RankError: If a rank has failed, or if the ranks have come to different points.
+            RankError: If a rank has failed, or if stage, objectives or settings differ.
         """
         if not self.groups:
             return True
@@ -349,16 +367,16 @@ class Processes:
         return -least[3] == most[3]
 
     def report(self, error: BaseException, device: torch.device) -> None:
-        """Tell the ranks that wait for this one that it has failed."""
+        """Report to the other ranks, which wait for this one, that it has failed."""
         if not self.groups or self.communicates or isinstance(error, RankError):
             return
         text = f"{type(error).__name__}: {error}".encode()[:_MESSAGE_BYTES]
         try:
             failed = self._exchange(device, [dist.get_rank() + 1, 0, 0, 0, 0])[0]
-            # Of several failures the one of the highest rank is told.
+            # Of several failures, that of the highest rank is reported.
             self._message(device, text if failed == dist.get_rank() + 1 else b"")
         except RuntimeError:
-            return  # the others are gone; this rank's own error says more
+            return  # the other ranks have ended; this rank's own error says more
 
     def _exchange(self, device: torch.device, facts: Sequence[int]) -> list[int]:
         numbers = [facts[0]]
@@ -377,13 +395,13 @@ class Processes:
         return bytes(padded.cpu().tolist())
 
     def add_up(self, numbers: Tensor) -> Tensor:
-        """The sum over all ranks, in place."""
+        """The sum over all ranks, computed in place."""
         for group in self.groups:
             dist.all_reduce(numbers, group=group)
         return numbers
 
     def any(self, flags: Sequence[Sequence[bool]], device: torch.device) -> list[list[bool]]:
-        """The flags that are set on any rank."""
+        """Elementwise, whether a flag is set on any rank."""
         everywhere = torch.tensor(flags, dtype=torch.uint8, device=device)
         for group in self.groups:
             dist.all_reduce(everywhere, op=dist.ReduceOp.MAX, group=group)
@@ -391,7 +409,7 @@ class Processes:
 
     @property
     def size(self) -> int:
-        """How many ranks step together."""
+        """The number of ranks that step together."""
         size = 1
         for group in self.groups:
             size *= dist.get_world_size(group)
@@ -399,7 +417,7 @@ class Processes:
 
     @torch.no_grad()
     def share_buffers(self, buffers: Iterable[Tensor]) -> None:
-        """Give every rank the first one's buffers, as DDP does before each forward."""
+        """Copy the first rank's buffers to every rank, as DDP does before each forward."""
         if not self.averages:
             return
         if self.replicas and not any(replica.broadcast_buffers for replica in self.replicas):

@@ -18,7 +18,7 @@ Parts = Sequence[Tensor | None]
 
 
 class Storage:
-    """Gradients of K objectives, and the inner products that have been taken of them.
+    """Gradients of K objectives, and their inner products, each computed once.
 
     Attributes:
         layout: Where each parameter lies in the flat vector; None for a bare matrix.
@@ -35,21 +35,25 @@ class Storage:
 
     @property
     def parts(self) -> Parts | None:
-        """A single gradient, one tensor per parameter, where no flat vector was made of it."""
+        """A single gradient as one tensor per parameter, if it was not copied to a flat vector."""
         return None
 
     @property
     def device(self) -> torch.device:
-        """Where the gradients are."""
+        """The device of the gradients."""
         return self.rows.device if self.layout is None else self.layout.device
 
     @property
     def shards(self) -> Shards | None:
-        """The ranks that hold other parts of the flat vectors, if there are any."""
+        """How the flat vectors are sharded over ranks; None if they are not."""
         return None if self.layout is None else self.layout.shards
 
     def gram(self, scope: Scope, *, signs: bool) -> Float[Tensor, ...]:
-        """The Gram matrix [K, K]; [S, K, K] by group or tensor. Computed once."""
+        """The Gram matrix [K, K], or [S, K, K] by group or tensor; computed once.
+
+        Raises:
+            ValueError: If there is no layout and `scope` is not "global".
+        """
         key = (scope, signs)
         if key not in self._products:
             by_tensor = self._products.get(("tensor", signs))
@@ -65,7 +69,7 @@ class Storage:
         return gram(self.rows, signs=signs, over=self.shards)
 
     def segments(self, scope: Scope) -> tuple[tuple[int, int], ...]:
-        """The column ranges that `scope` treats one by one.
+        """The column ranges that `scope` treats separately.
 
         Raises:
             ValueError: If there is no layout and `scope` is not "global".
@@ -100,13 +104,13 @@ class Dense(Storage):
 
 
 class Single(Storage):
-    """One objective's gradient as autograd gave it; copied into a row only if one is asked for.
+    """One objective's gradient as autograd returned it; copied to a row only on demand.
 
     Args:
-        parts: One tensor per parameter, in its dtype, shape and memory format; None for one that
-            the graph does not reach.
+        parts: One tensor per parameter, in its dtype, shape and memory format; None for a parameter
+            that the graph does not reach.
         layout: Where each parameter lies in the flat vector.
-        flatten: Makes a row of the parts.
+        flatten: Copies the parts to a row.
     """
 
     def __init__(
@@ -136,12 +140,12 @@ class Single(Storage):
 
 
 class Summed(Storage):
-    """Objectives that are differentiated together: no gradient of a single one is ever there.
+    """Objectives that are differentiated together, so that no single gradient is ever stored.
 
     Args:
         layout: Where each parameter lies in the flat vector.
-        gram: Takes the gradients' Gram matrix; called at most once, if somebody asks.
-        total: The gradient of their weighted sum, once it has been taken.
+        gram: Computes the gradients' Gram matrix; called at most once, on demand.
+        total: The gradient of the weighted sum, once it has been computed.
     """
 
     def __init__(
@@ -169,9 +173,9 @@ class Summed(Storage):
         return super()._gram(signs) if signs else self._make_gram()
 
     def with_total(self, total: Storage | None, count: int) -> Summed:
-        """A copy with the gradient of the weighted sum; of the graph it keeps nothing.
+        """A copy with the gradient of the weighted sum, which keeps no reference to the graph.
 
-        The Gram matrix is NaN from then on if nobody has asked for it before.
+        In the copy the Gram matrix is NaN if it has not been computed before.
         """
         device = self.device
 

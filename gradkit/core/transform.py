@@ -1,4 +1,4 @@
-"""Transforms, which make another oracle of an oracle, and keep state from step to step."""
+"""Transforms: they turn one oracle into another, and keep state from step to step."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from gradkit.core.oracle import Oracle
 class Transform:
     """Turns an oracle into another oracle.
 
-    A subclass overrides `around`, and `after_step` if something is to happen once the base
-    optimizer has stepped. `around` is called once per step, so what belongs to one step lives in
-    its local variables: random numbers drawn there are the same at displaced points.
+    A subclass overrides `around`, and `after_step` if it has something to do after the base
+    optimizer has stepped. `around` is called once per step, so keep what belongs to one step in its
+    local variables: random numbers drawn there are the same at displaced points.
 
-    State that outlasts the step is held in two places. `state` takes numbers, strings, lists and
-    small tensors; `vectors` takes flat vectors [P], made by `initial_vectors`. Both are saved
-    with the optimizer's state. Change them by `context.propose(self, name=value)`, which is
-    carried out only if the step is applied.
+    State that is kept from step to step has two places. `state` holds numbers, strings, lists and
+    small tensors; `vectors` holds flat vectors [P], made by `initial_vectors`. Both are saved with
+    the optimizer's state. Change them with `context.propose(self, name=value)`, which takes effect
+    only if the step is applied.
 
     Examples:
         >>> class Halve(Transform):
@@ -45,58 +45,62 @@ class Transform:
     """
 
     generator: torch.Generator | None = None
-    """The source of this transform's random numbers, if it draws any; saved with its state."""
+    """The generator of this transform's random numbers, if it draws any; saved with its state."""
 
     @property
     def state(self) -> dict[str, Any]:
-        """What outlasts a step: numbers, strings, lists, small tensors."""
+        """The small state kept from step to step: numbers, strings, lists, small tensors."""
         state: dict[str, Any] = self.__dict__.setdefault("_state", {})
         return state
 
     @property
     def vectors(self) -> dict[str, Tensor]:
-        """What outlasts a step, of the length of the flat vector."""
-        vectors: dict[str, Tensor] = self.__dict__.setdefault("_vectors", {})
+        """The flat vectors [P] kept from step to step."""
+        vectors: dict[str, Tensor] = self.__dict__.setdefault("_vectors", _Vectors())
         return vectors
 
     @property
     def sets_update(self) -> bool:
-        """Whether the result is no weighted sum of the rows, so that no rule can follow."""
+        """Whether the result is not a weighted sum of the rows, so that no rule can follow."""
         return False
 
     joins: bool = False
-    """Whether what becomes of an objective depends on the others evaluated with it."""
+    """Whether the result for one objective depends on the others evaluated with it."""
 
     divides: bool = False
     """Whether the transform evaluates objectives one by one, each at a point of its own."""
 
     needs_several: bool = False
-    """Whether the transform does nothing where a step has one objective."""
+    """Whether the transform does nothing in a step with one objective."""
 
     needs_rows: bool = True
-    """Whether the transform, or its gate, looks at single objectives' gradients or their products.
+    """Whether the transform reads single objectives' gradients or their inner products.
 
-    Where no transform does, objectives that are only weighed by their losses are back-propagated
+    If no transform does, objectives that are weighted by their losses only are back-propagated
     together, in one pass.
     """
 
     def belong_to(self, optimizer: object) -> None:
-        """Note the optimizer that keeps this transform's state.
+        """Register the optimizer that keeps this transform's state.
 
         Raises:
-            ValueError: If another one, still in use, does.
+            ValueError: If another optimizer, still in use, keeps it.
         """
         self.check_free(optimizer)
         self.__dict__.setdefault("_required", sorted(self.state))
         self.__dict__["_owned_by"] = weakref.ref(optimizer)
 
     def _owner(self) -> object | None:
-        """The optimizer that keeps this transform's state, if it is still in use."""
+        """The optimizer that keeps this transform's state; None if it is no longer in use."""
         owner: object | None = self.__dict__.get("_owned_by", lambda: None)()
         return owner
 
     def check_free(self, optimizer: object) -> None:
-        """Check that no other optimizer keeps this transform's state."""
+        """Check that no other optimizer keeps this transform's state.
+
+        Raises:
+            ValueError: If another optimizer, still in use, keeps it.
+        """
         owner = self._owner()
         keeps = bool(self.state) or self.generator is not None
         keeps |= type(self).initial_vectors is not Transform.initial_vectors
@@ -109,9 +113,9 @@ class Transform:
         return {name: value for name, value in self.__dict__.items() if name != "_owned_by"}
 
     def initial_vectors(self, layout: Layout) -> dict[str, Tensor]:
-        """The flat vectors this transform keeps, as they are before the first step.
+        """The flat vectors that this transform keeps, with their values before the first step.
 
-        Called without gradients at the first step, and again where parameters have changed.
+        Called under `no_grad` at the first step, and again when the layout has changed.
         """
         return {}
 
@@ -120,9 +124,9 @@ class Transform:
         return inner
 
     def objection(self, losses: Mapping[str, float]) -> str | None:
-        """Why this transform cannot work with a step's losses, if it cannot.
+        """Why this transform cannot work with a step's losses; None if it can.
 
-        Asked only once the step has turned out not to be finite, to say so in the error.
+        Called only if the step's result is not finite, to explain it in the error.
 
         Args:
             losses: The first loss of each objective in the step, all of them finite.
@@ -130,56 +134,74 @@ class Transform:
         return None
 
     def before_step(self, context: Context) -> None:
-        """Called when everything has been evaluated, before the base optimizer steps.
+        """Called after all evaluations, before the base optimizer steps.
 
-        Whatever could fail in `after_step` is checked here: raising leaves everything as it was.
-        It is called in steps that are applied only.
+        Check here whatever could fail in `after_step`: if this raises, the step changes nothing. It
+        is called only in steps that are applied.
         """
 
     def after_load(self) -> None:
-        """Called once the optimizer has loaded a state dict; to warn of what does not fit."""
+        """Called after the optimizer has loaded a state dict; may warn of what does not fit."""
 
     def after_step(self, context: Context) -> None:
-        """Called once the base optimizer has applied the step."""
+        """Called after the base optimizer has applied the step."""
 
     def tensors(self) -> dict[str, tuple[Tensor | None, Tensor]]:
-        """Tensors of this transform's own, of any shape and dtype, to be saved with the state.
+        """Further tensors to save with the state, of any shape and dtype.
 
-        By name: the optimizer's parameter that each belongs to, if any, and the tensor.
+        Returns:
+            By name: the optimizer's parameter that the tensor belongs to, or None, and the tensor.
         """
         return {}
 
     def check_tensors(self, saved: Mapping[str, Tensor]) -> None:
-        """Check tensors that `load_tensors` is to be called with.
+        """Check saved tensors before `load_tensors` is called with them.
 
         Raises:
-            ValueError: If they are of something else; nothing is changed then.
+            ValueError: If they do not fit this transform; nothing is changed then.
         """
 
     def load_tensors(self, saved: Mapping[str, Tensor], mark: str | None) -> None:
-        """Called when state has been loaded, with what `tensors` and `mark` gave when it was saved.
+        """Load what `tensors` and `mark` returned when the state was saved.
 
         Args:
-            saved: The tensors, to be copied; empty if there were none.
-            mark: See `mark`.
+            saved: The tensors, which must be copied; empty if there were none.
+            mark: The saved fingerprint; see `mark`.
         """
 
     def mark(self) -> str | None:
-        """A short text by which to know again what is saved elsewhere; None for nothing."""
+        """A fingerprint of what is saved elsewhere, such as a teacher; None for nothing."""
         return None
 
 
-Weigh = Callable[[Gradients], Gradients]
-"""Gives gradients other weights, from their losses, and their inner products if it asks for them.
+class _Vectors(dict[str, Tensor]):
+    """Flat vectors by name. The optimizer's state shows them: an assigned vector is copied."""
 
-It reads nothing of them but `names`, `losses`, `weights`, `active` and `gram()`.
+    def __setitem__(self, name: str, value: Tensor) -> None:
+        kept = self.get(name)
+        if kept is None:
+            super().__setitem__(name, value)
+            return
+        if value.shape != kept.shape:
+            raise ValueError(
+                f"the new vector {name!r} has shape {tuple(value.shape)}; it is to replace one of "
+                f"shape {tuple(kept.shape)}"
+            )
+        with torch.no_grad():
+            kept.copy_(value)
+
+
+Weigh = Callable[[Gradients], Gradients]
+"""Reweights gradients, by their losses and, if it needs them, by their inner products.
+
+It reads only `names`, `losses`, `weights`, `active` and `gram()`.
 """
 
 
 class Reweighing(Transform, ABC):
-    """A transform that does nothing but give gradients other weights.
+    """A transform that only changes the weights of gradients.
 
-    Those that come first in `wrap` may be asked before the objectives are back-propagated, where
+    If it comes first in `wrap`, it may be called before the objectives are back-propagated, where
     that saves backward passes (`wrap(rows=)`).
 
     Examples:
@@ -198,12 +220,12 @@ class Reweighing(Transform, ABC):
 
     @property
     def reweighs(self) -> bool:
-        """Whether that holds with the present settings."""
+        """Whether the transform only changes weights, with its present settings."""
         return True
 
     @abstractmethod
     def weigher(self, context: Context) -> Weigh:
-        """What gives gradients other weights, for one step; called as `around` is."""
+        """The function that reweights gradients; called once per step, like `around`."""
 
     def around(self, inner: Oracle, context: Context) -> Oracle:
         weigh = self.weigher(context)
@@ -215,7 +237,7 @@ class Reweighing(Transform, ABC):
 
 
 def leading_reweighings(transforms: Sequence[Transform]) -> list[Reweighing]:
-    """The transforms that come first and do nothing but give gradients other weights."""
+    """The transforms at the start of the chain that only change weights."""
     found: list[Reweighing] = []
     for transform in transforms:
         if not (isinstance(transform, Reweighing) and transform.reweighs):

@@ -1,4 +1,4 @@
-"""Two ways of taking gradients at displaced weights, behind one oracle."""
+"""Engines: two ways of computing gradients at displaced weights."""
 
 from __future__ import annotations
 

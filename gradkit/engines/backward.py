@@ -1,4 +1,4 @@
-"""Gradients by `backward`, of which the large ones are handed on as soon as they are made."""
+"""Gradients by `backward`, whose large tensors are consumed as soon as they are computed."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 Receivers = Mapping[int, Callable[[Tensor], None]]
-"""For some leaves, by position, what takes their gradient."""
+"""For some leaves, by position, the function that consumes their gradient."""
 
-# Which backward pass is under way. Not part of torch's public interface; without it nothing is
-# handed on, and all gradients are collected at the end.
+# The id of the current backward pass. Not part of torch's public interface; without it all
+# gradients are collected at the end.
 _current_pass: Callable[[], int] | None = getattr(torch._C, "_current_graph_task_id", None)
 
 
 def take_grads(leaves: Sequence[Tensor]) -> list[Tensor | None]:
-    """The leaves' `.grad`, which is None from then on."""
+    """The leaves' gradients; their `.grad` is set to None."""
     grads = [leaf.grad for leaf in leaves]
     for leaf in leaves:
         leaf.grad = None
@@ -27,7 +27,11 @@ def take_grads(leaves: Sequence[Tensor]) -> list[Tensor | None]:
 
 @contextmanager
 def explaining_donated_buffers() -> Iterator[None]:
-    """A context that says what to do where a compiled graph can be differentiated only once."""
+    """A context that explains the error for compiled graphs that can be differentiated only once.
+
+    Raises:
+        RuntimeError: If a compiled graph is differentiated again after its memory was reused.
+    """
     try:
         yield
     except RuntimeError as error:
@@ -43,15 +47,15 @@ def explaining_donated_buffers() -> Iterator[None]:
 
 @contextmanager
 def handing_on(loss: Tensor, leaves: Sequence[Tensor], receivers: Receivers) -> Iterator[None]:
-    """A context in which `loss.backward()` hands gradients on to receivers as it makes them.
+    """A context in which `loss.backward()` passes gradients to receivers as it computes them.
 
-    Such a leaf's `.grad` becomes None when the next one's has been made: hooks that others have put
-    on the node that accumulates it, which run after those here, still find it there.
+    A consumed gradient stays in its leaf's `.grad` until the next one has been computed, because
+    other hooks on the node that accumulates it run after the hooks here, and may read it.
 
     Args:
         loss: A scalar with its graph.
         leaves: The leaves.
-        receivers: What takes the gradients of some of them.
+        receivers: The functions that consume the gradients of some leaves.
     """
     if not receivers or _current_pass is None:
         yield
@@ -69,8 +73,8 @@ def handing_on(loss: Tensor, leaves: Sequence[Tensor], receivers: Receivers) -> 
     def hook_for(receive: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
         def hook(leaf: Tensor) -> None:
             grad = leaf.grad
-            # A pass that a function begins inside this one is that function's own affair; and a
-            # sparse gradient is found to be an error where it is left.
+            # Gradients of a backward pass that a function starts inside this one are left alone.
+            # Sparse gradients are left for `checked_grad`, which raises.
             ours = current() == outermost[0]
             release()
             if ours and grad is not None and grad.layout == torch.strided:
@@ -79,12 +83,12 @@ def handing_on(loss: Tensor, leaves: Sequence[Tensor], receivers: Receivers) -> 
 
         return hook
 
-    handles = [loss.register_hook(begin)]  # type: ignore[no-untyped-call]
+    handles = [loss.register_hook(begin)]  # type: ignore[no-untyped-call]  # torch's
     try:
         for t, receive in receivers.items():
             if leaves[t].requires_grad:
                 add = leaves[t].register_post_accumulate_grad_hook
-                handles.append(add(hook_for(receive)))  # type: ignore[no-untyped-call]
+                handles.append(add(hook_for(receive)))  # type: ignore[no-untyped-call]  # torch's
         yield
     finally:
         release()
@@ -93,9 +97,10 @@ def handing_on(loss: Tensor, leaves: Sequence[Tensor], receivers: Receivers) -> 
 
 
 def may_hand_on(modules: Sequence[nn.Module], leaves: Sequence[Tensor]) -> bool:
-    """Whether nobody can miss a gradient that is taken away while the backward pass goes on.
+    """Whether gradients may be consumed during the backward pass.
 
-    Hooks of others on a parameter or module may look at any parameter's `.grad`.
+    They may not if there are other hooks on a parameter or module, which may read any parameter's
+    `.grad`.
     """
     everywhere = nn.modules.module
     if everywhere._global_backward_hooks or everywhere._global_backward_pre_hooks:

@@ -1,4 +1,4 @@
-"""Which engine fits a model and its parameters."""
+"""The choice of an engine for a model and its parameters."""
 
 from __future__ import annotations
 
@@ -16,14 +16,23 @@ ENGINES: tuple[EngineName, ...] = ("auto", "functional", "inplace")
 
 
 class ParameterPlaces:
-    """Where the parameters of a layout are in the model, looked up once per layout."""
+    """Where the parameters of a layout are in the model.
+
+    Attributes:
+        layout: The layout.
+        missing: The positions of parameters that are not in the model.
+        modules: The model's modules.
+        others: The model's other parameters, which require a gradient.
+        frozen: The model's other parameters, which do not require a gradient.
+        writes_weights: Whether an embedding with `max_norm` changes its weight in forward.
+    """
 
     def __init__(self, model: nn.Module, layout: Layout) -> None:
-        # A module that is registered at several places is visited once; a parameter that several
+        # A module that is registered several times is visited once. A parameter that several
         # modules share has one place in each of them.
         places: dict[int, list[tuple[str, nn.Module, str]]] = {}
         for prefix, module in model.named_modules():
-            for key, parameter in module._parameters.items():  # a scripted module's, too
+            for key, parameter in module._parameters.items():  # works for scripted modules, too
                 if parameter is not None:
                     name = f"{prefix}.{key}" if prefix else key
                     places.setdefault(id(parameter), []).append((name, module, key))
@@ -35,11 +44,10 @@ class ParameterPlaces:
         self.writes_weights = any(
             getattr(module, "max_norm", None) is not None for module in model.modules()
         )
-        """Whether an embedding with `max_norm` changes its weight in forward."""
         self._look_beside()
 
     def _look_beside(self) -> None:
-        """Find the parameters beside the optimised ones, with and without a gradient, as of now."""
+        """Find the model's parameters that are not optimised, as they are now."""
         own = set(map(id, self.layout.parameters))
         found: dict[int, nn.Parameter] = {
             id(parameter): parameter
@@ -51,7 +59,7 @@ class ParameterPlaces:
         self.frozen = [each for each in found.values() if not each.requires_grad]
 
     def buffers(self) -> Iterator[tuple[str, Tensor]]:
-        """The model's buffers by name, each as often as it is registered."""
+        """The model's buffers by name; one that is registered several times appears as often."""
         return self._model.named_buffers(remove_duplicate=False)
 
     def name(self, index: int) -> str:
@@ -59,10 +67,10 @@ class ParameterPlaces:
         return self._places[index][0][0]
 
     def check_current(self) -> None:
-        """Check that the model still holds these very parameters.
+        """Check that the model still holds the same parameter objects.
 
         Raises:
-            RuntimeError: If one has been replaced since.
+            RuntimeError: If one has been replaced.
         """
         self.modules = list(self._model.modules())
         self._look_beside()
@@ -81,10 +89,10 @@ class ParameterPlaces:
 def choose_engine(
     wanted: EngineName, places: ParameterPlaces | None, layout: Layout
 ) -> Literal["functional", "inplace"]:
-    """The engine to use: the wanted one; "auto" is the one that keeps to torch's own semantics.
+    """The engine to use; "auto" is "inplace", which keeps torch's own semantics.
 
     Raises:
-        ValueError: If the functional engine is wanted and something it needs is missing.
+        ValueError: If the functional engine is wanted and cannot be used.
     """
     if wanted != "functional":
         return "inplace"
@@ -126,7 +134,7 @@ def _functional_problem(places: ParameterPlaces | None, layout: Layout) -> str |
 
 
 def _parameter_problem(places: ParameterPlaces, layout: Layout) -> str | None:
-    """What hangs on a parameter object and would be missing on the leaf in its place."""
+    """The first property of a parameter object that a leaf in its place would not have."""
     for index, parameter in enumerate(layout.parameters):
         name = places.name(index)
         if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
@@ -136,7 +144,7 @@ def _parameter_problem(places: ParameterPlaces, layout: Layout) -> str | None:
                 f"puts plain parameters in the place of the model's, and {name!r} is a "
                 f"{type(parameter).__name__}"
             )
-        # Those of frameworks themselves, such as compilers' notes, begin with an underscore.
+        # Attributes of frameworks, such as compilers' notes, begin with an underscore.
         attributes = sorted(key for key in vars(parameter) if not key.startswith("_"))
         if attributes:
             return (
@@ -147,7 +155,7 @@ def _parameter_problem(places: ParameterPlaces, layout: Layout) -> str | None:
 
 
 def _shared_memory_problem(places: ParameterPlaces, layout: Layout) -> str | None:
-    """Buffers that would come apart from what they share their memory with."""
+    """The first buffer that shares memory with something, from which a copy would be separate."""
     owners: dict[int, str] = {}
     for index, parameter in enumerate(layout.parameters):
         owners.setdefault(parameter.untyped_storage().data_ptr(), f"parameter {places.name(index)}")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Container, Generator, Mapping, Sequence
+from collections.abc import Collection, Container, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,12 +15,12 @@ from gradkit.core.displacement import Displacement, Point
 from gradkit.core.gradients import Gradients
 from gradkit.core.interrupts import Interrupts
 from gradkit.core.random import RandomState
-from gradkit.core.ranks import Processes
+from gradkit.core.ranks import Ranks
 from gradkit.core.storage import Dense, Summed
 from gradkit.core.transform import Weigh
+from gradkit.engines.accumulation_check import AccumulationCheck
 from gradkit.engines.backward import Receivers, take_grads
 from gradkit.engines.loss_scale import LossScale
-from gradkit.engines.mark import Mark
 from gradkit.engines.objectives import (
     LOSS,
     GraphCheck,
@@ -44,10 +45,15 @@ _OWN_BACKWARD = (
 
 
 class Evaluator:
-    """`oracle(at, only)` over a step's objectives, by an engine's session.
+    """The innermost oracle of a step, which evaluates the objectives in an engine's session.
 
-    Keeps account of what a step needs to know: each objective's first loss, and the losses and
-    inner products of every evaluation.
+    Attributes:
+        found_gradient: Whether an objective has produced a gradient.
+        unfrozen: By objective, the gradients of parameters that a closure has unfrozen in this
+            step.
+        first_losses: Each objective's loss at its first evaluation.
+        without_loss: The objectives whose closure called backward and returned no loss.
+        measured: The losses and inner products of every evaluation.
     """
 
     def __init__(
@@ -59,7 +65,7 @@ class Evaluator:
         replay_rng: bool,
         measure: bool,
         interrupts: Interrupts,
-        processes: Processes,
+        ranks: Ranks,
         settings: int,
         loss_scale: LossScale | None,
         weighers: Sequence[Weigh] = (),
@@ -73,12 +79,12 @@ class Evaluator:
         self._draws: dict[str | None, RandomState] | None = {} if replay_rng else None
         self._measure = measure
         self._interrupts = interrupts
-        self._processes = processes
+        self._ranks = ranks
         self._settings = settings
         self._loss_scale = loss_scale
         self._weighers = weighers
         self._streams = context.streams if weighers or context.streams == "must" else "no"
-        self._mark = Mark(context.layout, accumulated)
+        self._accumulation = AccumulationCheck(context.layout, accumulated)
         self._beside = beside
         self._had_gradient = {parameter for parameter in beside if parameter.grad is not None}
         self._check = GraphCheck((), 0)
@@ -88,8 +94,7 @@ class Evaluator:
         if self._closures is not None:
             context.names = tuple(self._closures)
         self._evaluated: set[str | None] = set()
-        self.thawed: dict[str, dict[Tensor, Tensor]] = {}
-        """By objective, the gradients of parameters that a closure has unfrozen in this step."""
+        self.unfrozen: dict[str, dict[Tensor, Tensor]] = {}
         self.first_losses: dict[str, Tensor] = {}
         self.without_loss = context.without_loss
         self.measured: list[Gradients] = []
@@ -102,12 +107,19 @@ class Evaluator:
     ) -> Gradients:
         """The gradients at the weights plus `at`, of all objectives or those in `only`.
 
-        They are weighed before the backward pass where the step streams, and there is then one
-        pass.
+        Where the step streams, the losses are weighted first and there is one backward pass.
 
         Args:
-            at: A displacement; None for none.
+            at: A displacement; None for the weights themselves.
             only: The objectives to back-propagate; None for all.
+
+        Raises:
+            TypeError: If a closure returns something else than losses.
+            ValueError: If a loss is not a real scalar, if there is no objective of a name in
+                `only`, or if the objectives do not allow for streaming where it is required.
+            NoGradientError: If an objective produced no gradient.
+            RankError: If another rank has failed, or if the ranks differ where they must not.
+            RuntimeError: If a closure's backward pass or graph cannot be used.
         """
         names = self._context.names
         if names is not None:
@@ -116,8 +128,8 @@ class Evaluator:
         place = self._session.displaced(
             None if at is None else Displacement.of(at, self._context.layout)
         )
-        del at  # a point is not needed once the weights are there
-        with place as leaves, self._processes.local_gradients():
+        del at  # free the point once the weights have been displaced
+        with place as leaves, self._ranks.local_gradients():
             if self._closures is None:
                 rows, weighed = self._evaluate_jointly(leaves, only)
             elif self._streams == "must":
@@ -132,7 +144,7 @@ class Evaluator:
                 self.measured.append(_measured_together(gradients, weighed.names, losses))
             return self._together(weighed, losses, gradients)
         if self._context.by_tensor and len(gradients.names) > 1:
-            gradients.gram("tensor")  # so that the whole is not read once more
+            gradients.gram("tensor")  # the global matrix is then their sum, without another pass
         if self._measure:
             self.measured.append(gradients.without_rows())
         return self._weigh(gradients)
@@ -144,7 +156,7 @@ class Evaluator:
 
     @staticmethod
     def _together(weighed: Gradients, losses: Float[Tensor, " K"], total: Gradients) -> Gradients:
-        """What has been weighed, with the gradient of the weighted sum."""
+        """The weighted objectives, with the gradient of their weighted sum."""
         assert isinstance(weighed.storage, Summed)
         count = len(weighed.names)
         reached = None if total.reached is None else total.reached * count
@@ -152,11 +164,11 @@ class Evaluator:
         return weighed.replace(rows=storage, losses=losses, reached=reached)
 
     def _finish(self, rows: Rows) -> None:
-        self._processes.check_clear(len(self._context.names or ()))
+        self._ranks.check_clear(len(self._context.names or ()))
         scale = self._loss_scale
         device = self._context.layout.device
         rows.finish(
-            self._processes,
+            self._ranks,
             self._settings,
             None if scale is None else scale.inverse(device),
             self._context.ascended,
@@ -164,7 +176,7 @@ class Evaluator:
         for name in rows.measured:
             self.first_losses.setdefault(name, rows.loss(name))
         self.without_loss |= rows.without_loss()
-        self.thawed.update(rows.thawed)
+        self.unfrozen.update(rows.unfrozen)
         if self._context.ascends_everywhere:
             rows.negate_losses()
 
@@ -173,41 +185,33 @@ class Evaluator:
         names = tuple(name for name in self._closures if only is None or name in only)
         rows = Rows(names, leaves, self._context)
         for name in names:
-            closure = self._closures[name]
-
-            def body(name: str = name, closure: Any = closure) -> None:
-                with micro_batches(closure()) as items:
-                    empty = True
-                    for item in items:
-                        empty = False
-                        if isinstance(item, Mapping):
-                            raise ValueError(
-                                f"objective {name!r} returned a mapping; pass the closure itself "
-                                "to step() if it computes several objectives"
-                            )
-                        self._back_propagate(name, {name: item}, (name,), rows, leaves)
-                        del item  # and its graph, before the next micro-batch is computed
-                    if empty:
-                        raise NoGradientError(
-                            f"the closure of objective {name!r} produced no gradient: its "
-                            "generator yielded nothing"
+            with self._running(name, leaves), micro_batches(self._closures[name]()) as items:
+                empty = True
+                for item in items:
+                    empty = False
+                    if isinstance(item, Mapping):
+                        raise ValueError(
+                            f"objective {name!r} returned a mapping; pass the closure itself "
+                            "to step() if it computes several objectives"
                         )
-
-            self._run_with_draws(name, body, leaves)
+                    self._back_propagate(name, {name: item}, (name,), rows, leaves)
+                    del item  # and its graph, before the next micro-batch is computed
+                if empty:
+                    raise NoGradientError(
+                        f"the closure of objective {name!r} produced no gradient: its generator "
+                        "yielded nothing"
+                    )
         return rows
 
     def _evaluate_jointly(
         self, leaves: Sequence[Tensor], only: Container[str] | None
     ) -> tuple[Rows, Gradients | None]:
-        """The rows; or one row of their weighted sum, and what was made of the losses."""
-        closure = self._joint
-        assert closure is not None
+        """The rows and None; or a single row, of the weighted sum, and the weighted objectives."""
+        assert self._joint is not None
         rows: Rows | None = None
         weighed: Gradients | None = None
-
-        def body() -> None:
-            nonlocal rows, weighed
-            returned = closure()
+        with self._running(None, leaves):
+            returned = self._joint()
             streams = self._streams != "no"
             if streams and isinstance(returned, Generator):
                 if self._streams == "must":
@@ -215,6 +219,7 @@ class Evaluator:
                     raise ValueError(_NOT_JOINT)
                 streams = False
             with micro_batches(returned) as items:
+                del returned  # so that no name holds on to the losses
                 for item in items:
                     losses = item if isinstance(item, Mapping) else {LOSS: item}
                     names = self._agree_on(tuple(losses), only)
@@ -226,16 +231,15 @@ class Evaluator:
                         rows = Rows(wanted, leaves, self._context, losses=names)
                     self._back_propagate(None, losses, wanted, rows, leaves)
                     del item, losses  # and their graphs, before the next micro-batch is computed
-
-        self._run_with_draws(None, body, leaves)
         if rows is None:
             raise NoGradientError("the closure produced no gradient: its generator yielded nothing")
         return rows, weighed
 
     def _fits(self, losses: Mapping[str, object]) -> bool:
-        """Whether losses can be weighed before the backward pass.
+        """Whether losses can be weighted before the backward pass.
 
-        A weight may overflow in a half-precision loss's gradient, where it would not in a row.
+        In half precision a weighted gradient may overflow during the backward pass, although a
+        weighted row would not.
         """
         narrow = (torch.float16, torch.bfloat16)
         half = any(getattr(loss, "dtype", None) in narrow for loss in losses.values())
@@ -247,13 +251,13 @@ class Evaluator:
         wanted: tuple[str, ...],
         leaves: Sequence[Tensor],
     ) -> tuple[Rows, Gradients]:
-        """Weigh the losses, then back-propagate their weighted sum."""
+        """Weight the losses, then back-propagate their weighted sum."""
         total = f"weighted sum of {', '.join(wanted)}"
         rows = Rows((total,), leaves, self._context, losses=tuple(losses))
         checked = {name: checked_loss(loss, name) for name, loss in losses.items()}
         for name, loss in checked.items():
             rows.add_loss(name, loss)
-        self._mark.take(leaves, wanted[0], several=True)
+        self._accumulation.check(leaves, wanted[0], several=True)
         if self._collect(leaves) is not None:
             raise RuntimeError(_OWN_BACKWARD)
         chosen = []
@@ -266,10 +270,10 @@ class Evaluator:
         weighed = self._weigh(self._pending(wanted, together, leaves))
         if self._streams == "must":
             active = list(weighed.active)
-        else:  # weights by losses are not 0, and the host need not look
+        else:  # weights from losses are never 0, so that no copy from the device is needed
             active = [k for k, name in enumerate(wanted) if name not in weighed.observers]
         if active:
-            # Of the active ones only: what no other graph reaches is to have no gradient.
+            # Only of the active ones: parameters that no other graph reaches must get no gradient.
             summed = stacked([chosen[k] for k in active], rows.device)
             every = len(active) == len(wanted)
             weights = weighed.weights if every else weighed.weights[active]
@@ -285,18 +289,18 @@ class Evaluator:
     def _pending(
         self, names: tuple[str, ...], losses: Float[Tensor, " K"], leaves: Sequence[Tensor]
     ) -> Gradients:
-        """Objectives that are yet to be weighed and back-propagated."""
+        """The objectives before they are weighted and back-propagated."""
         device = self._context.layout.device
         values = -losses.detach() if self._context.ascends_everywhere else losses.detach().clone()
-        if self._processes.together:
-            self._processes.agree("losses", device, names=names)
-            self._processes.add_up(values).div_(self._processes.size)
+        if self._ranks.together:
+            self._ranks.agree("losses", device, names=names)
+            self._ranks.add_up(values).div_(self._ranks.size)
 
         def gram() -> Float[Tensor, "K K"]:
-            if self._processes.together:
+            if self._ranks.together:
                 raise ValueError(
                     "rows='stream' takes inner products on one process only, and there are "
-                    f"{self._processes.size}; pass rows='keep' to gk.wrap()"
+                    f"{self._ranks.size}; pass rows='keep' to gk.wrap()"
                 )
             scale = self._loss_scale
             if scale is None:
@@ -306,34 +310,54 @@ class Evaluator:
 
         return Gradients(names, values, Summed(self._context.layout, gram))
 
-    def _run(
-        self, key: str | None, body: Callable[[], None], first: bool, leaves: Sequence[Tensor]
-    ) -> None:
-        known = self._outside.get(key)
+    @contextmanager
+    def _running(self, key: str | None, leaves: Sequence[Tensor]) -> Iterator[None]:
+        """A context for a closure and its gradients; `key` is its objective, None if joint."""
+        first, known = key not in self._evaluated, self._outside.get(key)
         self._check = check = GraphCheck.starting(
             (*leaves, *self._context.layout.parameters), known, suspicious=first
         )
-
-        def interruptible() -> None:
-            self._mark.place(leaves)
-            with torch.enable_grad(), self._interrupts.allowed():
-                body()
-
         _forget_parametrizations()
         try:
-            self._session.run(interruptible, keep_buffers=first)
+            with self._drawing(key), self._session.running(keep_buffers=first):
+                self._accumulation.place(leaves)
+                with torch.enable_grad(), self._interrupts.allowed():
+                    yield
         except RuntimeError as error:
             if known is None or not self._is_displaced or isinstance(error, NoGradientError):
                 raise
             raise RuntimeError(computed_outside(key or LOSS)) from error
         finally:
             _forget_parametrizations()
-            self._mark.forget()
+            self._accumulation.forget()
         if check.outside is not None:
             self._outside[key] = check.outside
+        self._evaluated.add(key)
+
+    @contextmanager
+    def _drawing(self, key: str | None) -> Iterator[None]:
+        """A context that replays the draws of a first evaluation if that was asked for."""
+        if self._draws is None:
+            yield
+            return
+        now = RandomState.capture(self._context.layout.device)
+        if key not in self._draws:
+            self._draws[key] = now
+            yield
+            return
+        self._draws[key].restore()
+        try:
+            yield
+        finally:
+            now.restore()
 
     def _agree_on(self, names: tuple[str, ...], only: Container[str] | None) -> tuple[str, ...]:
-        """The objectives' names, which must not change within a step."""
+        """The objectives' names, which must not change within a step.
+
+        Raises:
+            TypeError: If a name is not a string.
+            ValueError: If there are no names, if they have changed, or if `only` has another one.
+        """
         if not names:
             raise ValueError("the closure returned an empty mapping of losses")
         for name in names:
@@ -361,7 +385,7 @@ class Evaluator:
         checked = {name: checked_loss(loss, name) for name, loss in losses.items()}
         for name, loss in checked.items():
             rows.add_loss(name, loss)
-        self._mark.take(leaves, next(iter(checked)), several=len(checked) > 1)
+        self._accumulation.check(leaves, next(iter(checked)), several=len(checked) > 1)
         own = self._collect(leaves)
         if own is not None:
             if len(checked) > 1:
@@ -399,7 +423,7 @@ class Evaluator:
         retain_graph: bool,
         receivers: Receivers,
     ) -> None:
-        wanted = [*leaves, *self._thawed()]
+        wanted = [*leaves, *self._unfrozen()]
         grads = self._session.differentiate(
             loss, wanted, retain_graph=retain_graph, receivers=receivers
         )
@@ -409,18 +433,21 @@ class Evaluator:
         self, name: str, grads: list[Tensor | None], leaves: Sequence[Tensor], rows: Rows
     ) -> None:
         if len(grads) > len(leaves):
-            rows.add_thawed(name, dict(zip(self._thawed(), grads[len(leaves) :], strict=True)))
+            rows.add_unfrozen(name, dict(zip(self._unfrozen(), grads[len(leaves) :], strict=True)))
             del grads[len(leaves) :]
         rows.add(name, grads)
         self.found_gradient = True
 
-    def _thawed(self) -> list[Tensor]:
-        """The parameters of the optimizer that a closure has unfrozen in this step.
+    def _unfrozen(self) -> list[Tensor]:
+        """The optimizer's parameters that a closure has unfrozen in this step.
 
         They have no place in the flat vectors of the step.
+
+        Raises:
+            RuntimeError: If there are some and several ranks take the step together.
         """
         found = [parameter for parameter in self._beside if parameter.requires_grad]
-        if found and (self._processes.together or self._context.layout.shards is not None):
+        if found and (self._ranks.together or self._context.layout.shards is not None):
             raise RuntimeError(
                 "a closure has unfrozen a parameter, which the other ranks would have to know "
                 "of; call requires_grad_(True) before step()"
@@ -428,20 +455,20 @@ class Evaluator:
         return found
 
     def _collect(self, leaves: Sequence[Tensor]) -> list[Tensor | None] | None:
-        """The gradients that the closure's own backward has left; None if it ran none."""
+        """The gradients that the closure's own backward pass has left; None if there was none."""
         if self._loss_scale is not None:
             self._loss_scale.refuse_unscaled(in_closure=True)
-        thawed = self._thawed()
+        unfrozen = self._unfrozen()
         own = self._session.collect(leaves)
-        fresh = [p for p in thawed if p.grad is not None and p not in self._had_gradient]
+        fresh = [p for p in unfrozen if p.grad is not None and p not in self._had_gradient]
         if own is None and not fresh:
             return None
-        return [*(own or [None] * len(leaves)), *take_grads(thawed)]
+        return [*(own or [None] * len(leaves)), *take_grads(unfrozen)]
 
     def _look_into(
         self, loss: Tensor, key: str | None, name: str, *, differentiated: bool = False
     ) -> None:
-        """Search a loss's graph for what cannot be differentiated as it should be.
+        """Check that a loss's graph can be differentiated correctly.
 
         Raises:
             RuntimeError: If it holds a reentrant checkpoint, or if it was made outside the closure
@@ -451,31 +478,11 @@ class Evaluator:
         if self._check.outside is not None and self._is_displaced:
             raise RuntimeError(computed_outside(name))
 
-    def _run_with_draws(
-        self, key: str | None, body: Callable[[], None], leaves: Sequence[Tensor]
-    ) -> None:
-        """Run, and replay the draws of the objective's first evaluation if that was asked for."""
-        first = key not in self._evaluated
-        if self._draws is None:
-            self._run(key, body, first, leaves)
-        else:
-            now = RandomState.capture(self._context.layout.device)
-            if first:
-                self._draws[key] = now
-                self._run(key, body, first, leaves)
-            else:
-                self._draws[key].restore()
-                try:
-                    self._run(key, body, first, leaves)
-                finally:
-                    now.restore()
-        self._evaluated.add(key)
-
 
 def _measured_together(
     total: Gradients, names: tuple[str, ...], losses: Float[Tensor, " K"]
 ) -> Gradients:
-    """The losses of objectives, and the length of the gradient of their weighted sum."""
+    """The objectives' losses, and the norm of the gradient of their weighted sum."""
     square = total.gram()[0]
     squares = torch.cat([square.new_zeros(len(names)), square])
     empty = losses.new_empty(len(names) + 1, 0)
@@ -487,7 +494,7 @@ def _measured_together(
 
 
 def _forget_parametrizations() -> None:
-    # `torch.nn.utils.parametrize.cached()` round a step would keep the weights of another point.
+    # Inside `torch.nn.utils.parametrize.cached()` the weights of another point would be reused.
     getattr(torch.nn.utils.parametrize, "_cache", {}).clear()
 
 

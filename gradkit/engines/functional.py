@@ -1,8 +1,8 @@
-"""The engine that runs closures on other weights, without ever writing to the live ones."""
+"""The engine that runs closures on other weights and never writes to the live ones."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,22 +15,27 @@ from gradkit.core.ranks import is_expanded
 from gradkit.engines.backward import Receivers, explaining_donated_buffers, handing_on, take_grads
 from gradkit.engines.choice import ParameterPlaces
 from gradkit.engines.objectives import NoGradientError
-from gradkit.engines.session import Result
 
 Buffers = list[dict[str, Tensor | None]]
 
 
 class FunctionalSession:
-    """Closures and their gradients on leaves and clones put in the model's place.
+    """A session that replaces the model's parameters by leaves and its buffers by clones.
 
-    While a closure runs, the model's parameters are leaves at the wanted point and its buffers
-    clones. Every gradient is taken before the originals return: non-reentrant checkpointing runs
-    the forward again during the backward pass, and must find the same weights then.
+    While a closure runs, the model's parameters are leaves at the wanted point and its buffers are
+    clones. Every gradient is computed before the originals are restored, since non-reentrant
+    checkpointing runs the forward again during the backward pass and needs the same weights.
 
-    This is what `torch.func.functional_call` does, for any code that uses the model, with two
-    differences: a module that is registered under two names gets its own parameters back, and
-    `rollback` can put them back if anything got in between. The optimizer's groups hold the leaves,
-    too: trainers clip, log and clear the gradients that they find there.
+    `torch.func.functional_call` does the same for one call. Here it works for any code that uses
+    the model, a module that is registered under two names gets its own parameters back, and
+    `rollback` can restore them after an error. The optimizer's groups hold the leaves, too, since
+    trainers clip, log and clear the gradients there.
+
+    Args:
+        layout: Where each parameter lies in the flat vector.
+        pool: Memory for flat vectors.
+        places: Where the parameters are in the model.
+        base: The wrapped optimizer.
     """
 
     def __init__(
@@ -57,7 +62,7 @@ class FunctionalSession:
         self._memory: list[int] = []
         self._flags = [(each, each.requires_grad) for each in (*places.others, *places.frozen)]
         self._groups = [(group, group["params"]) for group in base.param_groups]
-        # Changed in place: what a base shows as its state need not be its to replace.
+        # Changed in place, since a base optimizer's `state` may belong to another object.
         self._state: MutableMapping[Any, Any] = base.state
         self._held: dict[Any, Any] | None = None
 
@@ -66,12 +71,12 @@ class FunctionalSession:
         parameters = self._layout.parameters
         with torch.no_grad():
             if at is None:
-                # Not copies: what a closure writes into a weight is to last.
+                # Not copies, since a closure's in-place writes to weights must be kept.
                 points = [parameter.detach() for parameter in parameters]
             else:
                 values = self._layout.views(self._pool.take_vector())
                 at.add_to(parameters, values)
-                del at  # not needed any more, and maybe the last reference
+                del at  # maybe the last reference; its memory is free now
                 points = [
                     value if value.dtype == parameter.dtype else value.to(parameter.dtype)
                     for value, parameter in zip(values, parameters, strict=True)
@@ -84,7 +89,8 @@ class FunctionalSession:
         finally:
             self._leaves = []
 
-    def run(self, body: Callable[[], Result], *, keep_buffers: bool) -> Result:
+    @contextmanager
+    def running(self, *, keep_buffers: bool) -> Iterator[None]:
         if keep_buffers and self._kept_buffers is not None:
             buffers = self._kept_buffers
         else:
@@ -99,13 +105,12 @@ class FunctionalSession:
             _refill(self._state, {leaves.get(id(key), key): h for key, h in self._held.items()})
             self._put_buffers(buffers)
             try:
-                result = body()
-            except NoGradientError:  # which need not be an error
+                yield
+            except NoGradientError:  # the step may go on without a gradient
                 self._keep(keep_buffers)
                 raise
             self._refuse_changes()
             self._keep(keep_buffers)
-            return result
         finally:
             self._put_back()
 
@@ -115,10 +120,10 @@ class FunctionalSession:
 
     @torch.no_grad()
     def _refuse_changes(self) -> None:
-        """Check that a closure has done nothing to the leaves that would not reach the model.
+        """Check that a closure has not changed the leaves in a way that would not reach the model.
 
         Raises:
-            RuntimeError: If it has frozen or thawed one, or given it other memory.
+            RuntimeError: If it has changed `requires_grad` or assigned `.data`.
         """
         changed = [
             self._places.name(t) for t, leaf in enumerate(self._leaves) if not leaf.requires_grad
@@ -148,7 +153,7 @@ class FunctionalSession:
                 module._buffers.update(values)
 
     def _put_back(self) -> None:
-        # The model first: a base optimizer may be anything.
+        # The model first, since restoring the base optimizer's attributes may fail.
         self._put_buffers(self._live_buffers)
         for held, key, parameter, _ in self._slots:
             held[key] = parameter
@@ -166,7 +171,7 @@ class FunctionalSession:
         retain_graph: bool,
         receivers: Receivers,
     ) -> list[Tensor | None]:
-        # The live parameters are asked for too: a graph that reaches one bypasses the leaves.
+        # The live parameters are inputs, too: a graph that reaches one of them bypasses the leaves.
         live = self._layout.parameters
         with explaining_donated_buffers(), handing_on(loss, leaves, receivers):
             torch.autograd.backward(loss, inputs=[*leaves, *live], retain_graph=retain_graph)
@@ -221,7 +226,7 @@ def _refill(state: MutableMapping[Any, Any], items: dict[Any, Any]) -> None:
 
 
 def _cloned(buffers: Buffers) -> Buffers:
-    # A buffer that several modules share stays one.
+    # A buffer that several modules share stays shared.
     clones: dict[int, Tensor | None] = {id(None): None}
     for held in buffers:
         for buffer in held.values():
@@ -231,5 +236,5 @@ def _cloned(buffers: Buffers) -> Buffers:
 
 
 def _can_be_written(live: Tensor, value: Tensor) -> bool:
-    """Whether the new value fits into the live tensor, which must not be an expanded one."""
+    """Whether the new value can be copied to the live tensor in place."""
     return live.shape == value.shape and live.dtype == value.dtype and not is_expanded(live)

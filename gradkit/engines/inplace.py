@@ -1,11 +1,11 @@
-"""The engine that displaces the live weights and puts them back by copy.
+"""The engine that displaces the live weights and restores them from a copy.
 
-It takes gradients by `backward`, so parameter hooks run and compiled modules work.
+It computes gradients by `backward`, so parameter hooks run and compiled modules work.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,14 +24,18 @@ from gradkit.engines.backward import (
     take_grads,
 )
 from gradkit.engines.choice import ParameterPlaces
-from gradkit.engines.session import Result
 
 
 class InplaceSession:
-    """Displace by copy, `backward`, restore by copy.
+    """A session that displaces the weights in place and restores them from a copy.
 
-    Adding a displacement and subtracting it again would change a few percent of the weights in
-    their last bit, hence the copy.
+    Subtracting the displacement again would change a few percent of the weights in their last bit.
+
+    Args:
+        layout: Where each parameter lies in the flat vector.
+        pool: Memory for flat vectors.
+        model: The model, if it is known.
+        places: Where the parameters are in the model, if it is known.
     """
 
     def __init__(
@@ -49,6 +53,7 @@ class InplaceSession:
         self._at_start = layout.flatten(layout.local_parameters()) if writes_weights else None
         self._modules = [] if model is None else list(model.modules())
         self._buffers = _BufferValues(self._modules)
+        self._discarded: _BufferValues | None = None
         self._sharded_modules: list[Any] = (
             []
             if layout.shards is None
@@ -60,7 +65,7 @@ class InplaceSession:
         self._held = [
             (module._parameters, dict(module._parameters))
             for module in self._modules
-            if not isinstance(module, torch.jit.ScriptModule)  # whose parameters stay
+            if not isinstance(module, torch.jit.ScriptModule)  # its parameters cannot be replaced
         ]
 
     @contextmanager
@@ -76,7 +81,7 @@ class InplaceSession:
                 copy_all(self._layout.views(saved), values)
                 self._saved = saved
                 at.add_to(values, values)
-                del at  # not needed any more, and maybe the last reference
+                del at  # maybe the last reference; its memory is free now
             self._forget_copies()
             yield parameters
         finally:
@@ -97,21 +102,25 @@ class InplaceSession:
             self._forget_copies()
 
     def _forget_copies(self) -> None:
-        """Drop what others have made of the weights that are now different."""
-        # Autocast keeps the weights it has cast.
+        """Drop copies of the weights that are now out of date."""
+        # Autocast caches the weights that it has cast.
         torch.clear_autocast_cache()
-        # A forward without a backward leaves sharded weights gathered.
+        # A forward pass without a backward pass leaves sharded weights gathered.
         for module in self._sharded_modules:
             module.reshard()
 
-    def run(self, body: Callable[[], Result], *, keep_buffers: bool) -> Result:
+    @contextmanager
+    def running(self, *, keep_buffers: bool) -> Iterator[None]:
         if keep_buffers:
-            return body()
-        before = _BufferValues(self._modules)
+            yield
+            return
+        self._discarded = _BufferValues(self._modules)
         try:
-            return body()
+            yield
         finally:
-            before.restore()
+            if self._discarded is not None:  # not rolled back meanwhile
+                self._discarded.restore()
+                self._discarded = None
 
     def differentiate(
         self,
@@ -122,14 +131,14 @@ class InplaceSession:
         receivers: Receivers,
     ) -> list[Tensor | None]:
         if self._layout.shards is None:
-            # A closure may have frozen some.
+            # A closure may have frozen some leaves.
             inputs = [leaf for leaf in leaves if leaf.requires_grad]
             if receivers and not may_hand_on(self._modules, leaves):
                 receivers = {}
             with explaining_donated_buffers(), handing_on(loss, leaves, receivers):
                 torch.autograd.backward(loss, inputs=inputs, retain_graph=retain_graph)
             return take_grads(leaves)
-        # The graph holds the gathered weights, and hooks bring their gradients to the shards.
+        # The graph holds the gathered weights, and hooks reduce their gradients to the shards.
         grads = [other.grad for other in self._others]
         for other in self._others:
             other.grad = None
@@ -146,7 +155,7 @@ class InplaceSession:
         return take_grads(leaves)
 
     def commit(self) -> None:
-        """Nothing to do: kept changes were made to the live buffers."""
+        """Do nothing, since the live buffers were changed directly."""
 
     def rollback(self) -> None:
         self._put_data_back()
@@ -155,12 +164,12 @@ class InplaceSession:
                 held.clear()
                 held.update(objects)
         self._restore_weights(self._at_start if self._at_start is not None else self._saved)
-        self._saved = None
+        self._saved = self._discarded = None
         self._buffers.restore()
 
 
 class _BufferValues:
-    """The buffers of some modules, as objects and by value."""
+    """The buffers of some modules, both the objects and their values."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._held = [(module, dict(module._buffers.items())) for module in modules]
@@ -177,7 +186,7 @@ class _BufferValues:
             held = module._buffers
             if [*held.keys()] == [*objects] and all(held[key] is objects[key] for key in objects):
                 continue
-            if isinstance(module, torch.jit.ScriptModule):  # which has them in its own memory
+            if isinstance(module, torch.jit.ScriptModule):  # it has no dict that could be changed
                 for key, buffer in objects.items():
                     setattr(module, key, buffer)
             else:

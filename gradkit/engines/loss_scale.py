@@ -1,4 +1,4 @@
-"""Loss scaling for float16, owned by the step."""
+"""Loss scaling for float16."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch.amp.grad_scaler import OptState
 
 
 class LossScale:
-    """A `torch.amp.GradScaler` at the service of one optimizer.
+    """A `torch.amp.GradScaler`, as one optimizer uses it.
 
-    Losses are multiplied by the scale before they are differentiated, gradients divided by it
-    once, and the scale is updated once per step, whatever number of evaluations it takes.
+    Losses are multiplied by the scale before they are differentiated, and gradients are divided by
+    it once. The scale is updated once per step, however many evaluations the step makes.
 
     Args:
         scaler: The scaler.
@@ -36,13 +36,14 @@ class LossScale:
         self._owners = set(map(id, owners))
 
     def refuse_unscaled(self, *, in_closure: bool = False) -> None:
-        """Check that nobody has told the scaler to unscale the optimizer's gradients.
+        """Check that `scaler.unscale_` was not called on the optimizer.
 
         Args:
-            in_closure: Whether a closure can have done so, which the scaler is made to forget.
+            in_closure: Whether a closure may have called it; the call is then removed from the
+                scaler's state.
 
         Raises:
-            RuntimeError: If somebody has.
+            RuntimeError: If it was called.
         """
         states = getattr(self.scaler, "_per_optimizer_states", {})
         found = [
@@ -61,19 +62,19 @@ class LossScale:
             )
 
     def scaled(self, loss: Float[Tensor, "*K"]) -> Float[Tensor, "*K"]:
-        """The loss, or several, times the scale."""
+        """One or several losses times the scale."""
         scaled: Tensor = self.scaler.scale(loss)
         return scaled
 
     def inverse(self, device: torch.device) -> Float[Tensor, ""]:
-        """One over the scale, on the device; not read by the host."""
+        """One over the scale, on the device, without a copy to the host."""
         scale: Tensor = self.scaler.scale(torch.ones((), device=device))
         return scale.reciprocal()
 
     def update(self, device: torch.device, *, overflowed: bool) -> None:
-        """Let the scale shrink after an overflow, or grow after enough steps without one."""
-        # The scaler learns of overflows by looking at an optimizer's gradients. It is shown one
-        # number, since those of the step were spread over several evaluations.
+        """Update the scale: it shrinks after an overflow, and grows after steps without one."""
+        # The scaler finds overflows in an optimizer's gradients. It gets a single number, since the
+        # gradients of the step came from several evaluations.
         probe = torch.nn.Parameter(torch.zeros((), device=device))
         probe.grad = torch.full((), torch.inf if overflowed else 0.0, device=device)
         self.scaler.unscale_(torch.optim.SGD([probe]))

@@ -1,7 +1,8 @@
-"""The forms in which a step's objectives may be given."""
+"""The objectives of a step: their checks, and those of losses, graphs and gradients."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Container, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +19,11 @@ LOSS = "loss"
 
 
 class NoGradientError(RuntimeError):
-    """A closure produced no gradient; `loss` is what it returned."""
+    """A closure produced no gradient.
+
+    Attributes:
+        loss: The loss that it returned; None if it returned none.
+    """
 
     def __init__(self, message: str, loss: Tensor | None = None) -> None:
         super().__init__(message)
@@ -26,11 +31,11 @@ class NoGradientError(RuntimeError):
 
 
 def check_objectives(objectives: object) -> None:
-    """Check what was passed to `step`.
+    """Check the objectives passed to `step`.
 
     Raises:
-        TypeError: If it is neither a callable nor a mapping from names to callables.
-        ValueError: If it is an empty mapping.
+        TypeError: If they are neither a callable nor a mapping from names to callables.
+        ValueError: If the mapping is empty.
     """
     if isinstance(objectives, Mapping):
         if not objectives:
@@ -58,7 +63,7 @@ def check_objectives(objectives: object) -> None:
 
 @contextmanager
 def micro_batches(returned: object) -> Iterator[Iterator[Any]]:
-    """What a closure has returned, or, if that is a generator, yields: an item per micro-batch."""
+    """The micro-batches of a closure: what it returned, or what its generator yields."""
     if isinstance(returned, Generator):
         try:
             yield returned
@@ -72,8 +77,8 @@ def checked_loss(loss: object, name: str) -> Tensor | None:
     """The loss as a 0-d tensor; None stays None.
 
     Raises:
-        TypeError: If it is no tensor.
-        ValueError: If it is no real scalar.
+        TypeError: If it is not a tensor.
+        ValueError: If it is not a real scalar, or is on the meta device.
     """
     if loss is None:
         return None
@@ -105,16 +110,21 @@ def checked_loss(loss: object, name: str) -> Tensor | None:
     return loss.reshape(())
 
 
+@functools.cache
+def _probe() -> Tensor:
+    return torch.zeros((), requires_grad=True, device="cpu")
+
+
 @dataclass
 class GraphCheck:
-    """What the graphs of one evaluation's losses are searched for; each node is visited once.
+    """A search of the graphs of one evaluation's losses, which visits each node once.
 
     Attributes:
-        leaves: The ids of the tensors that are differentiated with respect to.
-        begin: The number that autograd gave to a node just before the closure ran.
-        outside: A node from before the closure ran by which a loss depends on one of the leaves,
-            if there is one: at other weights it would be the same.
-        known: Such a node of an earlier evaluation.
+        leaves: The ids of the tensors to differentiate with respect to.
+        begin: The sequence number of an autograd node that was made just before the closure ran.
+        outside: A node from before the closure ran through which a loss depends on a leaf; None if
+            none was found. Such a loss would be the same at other weights.
+        known: Such a node found in an earlier evaluation.
     """
 
     leaves: Container[int]
@@ -127,37 +137,38 @@ class GraphCheck:
     def starting(
         cls, leaves: Sequence[Tensor], known: Any = None, *, suspicious: bool = True
     ) -> GraphCheck:
-        """The check of what a closure computes from now on.
+        """A check for the graphs that a closure makes from now on.
 
         Args:
-            leaves: The tensors that are differentiated with respect to.
-            known: What an earlier evaluation has found in the place of `outside`.
-            suspicious: Whether to look for such nodes by their number, or for `known` only.
+            leaves: The tensors to differentiate with respect to.
+            known: The node `outside` that an earlier evaluation has found.
+            suspicious: Whether to look for such nodes by their sequence numbers, or for `known`
+                only.
         """
         if not suspicious:
             return cls((), 0, known=known)
         with torch.enable_grad():
-            probe: Any = torch.zeros((), requires_grad=True).clone().grad_fn
-        return cls(set(map(id, leaves)), probe._sequence_nr(), known=known)
+            node: Any = _probe().clone().grad_fn
+        return cls(set(map(id, leaves)), node._sequence_nr(), known=known)
 
     def forget(self) -> None:
-        """Let go of the nodes that have been visited."""
+        """Drop the references to the nodes that have been visited."""
         self._seen.clear()
 
     def visit(self, loss: Tensor, name: str, *, differentiated: bool = False) -> None:
         """Search a loss's graph.
 
-        A reentrant checkpoint calls backward inside its own backward, and is passed over where
-        only gradients with respect to given tensors are asked for: the parameters in it would
-        silently not be trained.
+        A reentrant checkpoint calls backward inside its own backward. Where gradients are computed
+        with respect to given tensors only, it is skipped, and its parameters would silently not be
+        trained.
 
         Args:
-            loss: Where the graph ends.
+            loss: The loss, at the root of the graph.
             name: The objective's name.
             differentiated: Whether the closure has called backward itself.
 
         Raises:
-            RuntimeError: If there is a reentrant checkpoint in a graph yet to be differentiated.
+            RuntimeError: If a graph that is still to be differentiated has a reentrant checkpoint.
         """
         seen = self._seen
         ahead = [] if loss.grad_fn in seen else [loss.grad_fn]
@@ -182,7 +193,7 @@ class GraphCheck:
 
 
 def computed_outside(name: str) -> str:
-    """What to say of an objective whose graph is from before its closure ran."""
+    """The error message for an objective whose graph was made before its closure ran."""
     what = "the loss" if name == LOSS else f"the loss of objective {name!r}"
     return (
         f"{what} was computed outside the closure, so that it would be the same at other weights; "
@@ -191,9 +202,9 @@ def computed_outside(name: str) -> str:
 
 
 def as_plain(tensor: Tensor) -> Tensor:
-    """The tensor without the subclass that a data loader has given it (MONAI's MetaTensor, say).
+    """The tensor without a data loader's subclass, such as MONAI's MetaTensor.
 
-    Subclasses that are more than a name for a plain tensor, such as `DTensor`, stay.
+    Subclasses with a dispatch of their own, such as `DTensor`, are kept.
 
     Examples:
         >>> class Tagged(torch.Tensor): ...
@@ -208,7 +219,7 @@ def as_plain(tensor: Tensor) -> Tensor:
 
 
 def checked_grad(grad: Tensor | None, name: str, parameter: Tensor) -> Tensor | None:
-    """The gradient, if inner products can be taken of it.
+    """The gradient, which must be dense.
 
     Raises:
         ValueError: If it is sparse.

@@ -1,4 +1,4 @@
-"""The gradients and losses of one evaluation, while micro-batches add to them."""
+"""The gradients and losses of one evaluation, accumulated over micro-batches."""
 
 from __future__ import annotations
 
@@ -13,17 +13,26 @@ from gradkit.core.context import Context
 from gradkit.core.flat import are_unshared, copy_parts
 from gradkit.core.gradients import Gradients
 from gradkit.core.gram import accumulator
-from gradkit.core.ranks import Processes, local
+from gradkit.core.ranks import Ranks, local
 from gradkit.core.storage import Parts, Single
 from gradkit.engines.backward import Receivers
 from gradkit.engines.objectives import LOSS, NoGradientError, as_plain, checked_grad
 
 
 class Rows:
-    """The rows and losses of one evaluation, while micro-batches add to them.
+    """The rows and losses of one evaluation, accumulated over micro-batches.
 
-    A single gradient that autograd has left in tensors of its own stays in them: it is copied
-    into a flat row only if something is added to it, or asks for a row.
+    A single gradient stays in the tensors that autograd has returned. It is copied to a flat row
+    only if something is added to it, or if a row is needed.
+
+    Args:
+        names: The objectives that have a row.
+        leaves: The tensors to differentiate with respect to.
+        context: The step's context.
+        losses: The objectives whose losses are accumulated; by default those of the rows.
+
+    Attributes:
+        unfrozen: By objective, the gradients of parameters that have no place in the flat vector.
     """
 
     def __init__(
@@ -33,14 +42,6 @@ class Rows:
         context: Context,
         losses: tuple[str, ...] | None = None,
     ) -> None:
-        """Begin.
-
-        Args:
-            names: The rows.
-            leaves: What their gradients are taken with respect to.
-            context: The step's context.
-            losses: Whose losses are measured; by default those of the rows.
-        """
         self._names = names
         self._leaves = leaves
         self._layout = context.layout
@@ -49,11 +50,10 @@ class Rows:
         self._parts: Parts | None = None
         self._reached = {name: [False] * len(leaves) for name in names}
         self._losses: dict[str, Tensor | None] = dict.fromkeys(names if losses is None else losses)
-        self.thawed: dict[str, dict[Tensor, Tensor]] = {}
-        """By objective, the gradients of parameters that have no place in the flat vector."""
+        self.unfrozen: dict[str, dict[Tensor, Tensor]] = {}
 
     def add_loss(self, name: str, loss: Tensor | None) -> None:
-        """Add a micro-batch's loss; None stands for one that the closure did not return."""
+        """Add a micro-batch's loss; None if the closure returned none."""
         if loss is not None:
             before = self._losses.get(name)
             loss = loss.detach().to(self._layout.device)
@@ -70,12 +70,12 @@ class Rows:
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """The device of the parameters."""
         return self._layout.device
 
     @property
     def measured(self) -> tuple[str, ...]:
-        """The objectives whose losses are known."""
+        """The objectives whose losses are accumulated."""
         return tuple(self._losses)
 
     def without_loss(self) -> set[str]:
@@ -83,12 +83,12 @@ class Rows:
         return {name for name, loss in self._losses.items() if loss is None}
 
     def receivers(self, name: str) -> Receivers:
-        """What takes large gradients into an objective's row as soon as autograd has made them.
+        """Functions that copy large gradients to an objective's row as autograd computes them.
 
-        A gradient that is copied while the cache still holds it costs little, and its memory
-        serves for the next one at once. There are none where that gains nothing: for a single
-        gradient, which is left in its own tensors, and on accelerators, whose allocators keep
-        memory and which would have one more kernel to start for each parameter.
+        A gradient that is still in the cache is cheap to copy, and its memory is reused for the
+        next one at once. There are no receivers where this gains nothing: for a single gradient,
+        which stays in its own tensors, and on accelerators, whose allocators keep memory and which
+        would launch one more kernel for each parameter.
         """
         layout = self._layout
         reached = self._reached[name]
@@ -110,16 +110,20 @@ class Rows:
     def add(self, name: str, grads: Sequence[Tensor | None]) -> None:
         """Add a micro-batch's gradients.
 
-        None for a parameter that its graph did not reach, or whose gradient has been received.
+        Args:
+            name: The objective.
+            grads: One gradient per parameter; None if the graph did not reach the parameter, or if
+                the gradient has already been received.
 
         Raises:
-            NoGradientError: If the objective has reached no parameter at all.
+            NoGradientError: If the objective's graph has reached no parameter.
+            ValueError: If a gradient is sparse.
         """
         if name not in self._reached:
             return
         reached = self._reached[name]
         nothing = all(grad is None for grad in grads) and not any(reached)
-        if nothing and not self.thawed.get(name):
+        if nothing and not self.unfrozen.get(name):
             raise NoGradientError(no_gradient(name))
         for index, parameter in enumerate(self._layout.parameters):
             checked_grad(grads[index], name, parameter)
@@ -142,21 +146,21 @@ class Rows:
             reached[t] = True
 
     @torch.no_grad()
-    def add_thawed(self, name: str, grads: Mapping[Tensor, Tensor | None]) -> None:
+    def add_unfrozen(self, name: str, grads: Mapping[Tensor, Tensor | None]) -> None:
         """Add a micro-batch's gradients of parameters that have no place in the flat vector."""
-        held = self.thawed.setdefault(name, {}) if grads else {}
+        held = self.unfrozen.setdefault(name, {}) if grads else {}
         for parameter, grad in grads.items():
             if checked_grad(grad, name, parameter) is not None and grad is not None:
                 grad = as_plain(grad)
                 held[parameter] = held[parameter] + grad if parameter in held else grad
 
     def negate_losses(self) -> None:
-        """Turn losses that are maximised into ones that are minimised."""
+        """Negate the losses, where they are maximised."""
         for name, loss in self._losses.items():
             self._losses[name] = None if loss is None else -loss
 
     def _are_their_own(self, grads: Sequence[Tensor | None]) -> bool:
-        """Whether these tensors are laid out as the parameters and share memory with nothing."""
+        """Whether these tensors have the parameters' memory format and share no memory."""
         layout = self._layout
         for index, (parameter, strides) in enumerate(
             zip(layout.parameters, layout.strides, strict=True)
@@ -167,11 +171,11 @@ class Rows:
             fits = grad.is_contiguous() if strides is None else grad.stride() == strides
             if grad.requires_grad or not (fits and grad.dtype == layout.dtype == parameter.dtype):
                 return False
-        grad = None  # the list is to be all that holds one
+        grad = None  # only the list may hold a reference
         return are_unshared(grads)
 
     def _flat(self) -> tuple[Float[Tensor, "K P"], list[list[Tensor]]]:
-        """Memory for the rows and its views; parts that are there already are copied to it."""
+        """The flat rows and their views; parts that were added before are copied to them."""
         if self._buffer is None:
             self._buffer = self._pool.take(len(self._names))
             if self._parts is not None:
@@ -182,23 +186,23 @@ class Rows:
     @torch.no_grad()
     def finish(
         self,
-        processes: Processes,
+        ranks: Ranks,
         settings: int,
         unscale: Float[Tensor, ""] | None,
         ascended: Sequence[int],
     ) -> None:
-        """Undo the loss scale, average over the ranks, and make all that is maximised minimised.
+        """Undo the loss scale, average over the ranks, and negate gradients that are maximised.
 
         Args:
-            processes: The ranks.
-            settings: A number that must be the same on all of them.
-            unscale: What to multiply the gradients by; None for 1.
-            ascended: The parameters whose gradients are to be negated.
+            ranks: The ranks that step together.
+            settings: A number that must be the same on all ranks.
+            unscale: The factor of the gradients; None for 1.
+            ascended: The parameters whose gradients are negated.
 
         Raises:
-            RankError: If a rank has failed, or if they differ where they must not.
+            RankError: If a rank has failed, or if the ranks differ where they must not.
         """
-        if self._parts is None or unscale is not None or processes.averages:
+        if self._parts is None or unscale is not None or ranks.averages:
             for name, views in zip(self._names, self._flat()[1], strict=True):
                 unreached = [
                     view for view, flag in zip(views, self._reached[name], strict=True) if not flag
@@ -206,41 +210,39 @@ class Rows:
                 if unreached:
                     torch._foreach_zero_(unreached)
         factor: Tensor | float | None = unscale
-        if processes.together:
-            self._average(processes, settings)
-            if processes.averages:
-                share = 1 / processes.size
+        if ranks.together:
+            self._average(ranks, settings)
+            if ranks.averages:
+                share = 1 / ranks.size
                 factor = share if unscale is None else unscale * share
         if factor is not None:
             self._flat()[0].mul_(factor)
         if unscale is not None:
-            for held in self.thawed.values():
+            for held in self.unfrozen.values():
                 held.update({parameter: grad * unscale for parameter, grad in held.items()})
         if ascended:
             vectors = [self._parts] if self._parts is not None else self._flat()[1]
             torch._foreach_neg_([part for parts in vectors for part in _chosen(parts, ascended)])
 
-    def _average(self, processes: Processes, settings: int) -> None:
+    def _average(self, ranks: Ranks, settings: int) -> None:
         device = self._layout.device
         flags = bytes(flag for name in self._names for flag in self._reached[name])
-        alike = processes.agree(
-            "evaluation", device, names=self._names, settings=settings, flags=flags
-        )
+        alike = ranks.agree("evaluation", device, names=self._names, settings=settings, flags=flags)
         if not alike:
-            everywhere = processes.any([self._reached[name] for name in self._names], device)
+            everywhere = ranks.any([self._reached[name] for name in self._names], device)
             self._reached = dict(zip(self._names, everywhere, strict=True))
         names = [*self._losses]
         losses = stacked([self.loss(name) for name in names], device).to(accumulator(device))
-        processes.add_up(losses).div_(processes.size)
+        ranks.add_up(losses).div_(ranks.size)
         for name, loss in zip(names, losses, strict=True):
             own = self._losses[name]
             if own is not None:
                 self._losses[name] = loss.to(own.dtype)
-        if processes.averages:
-            processes.add_up(self._flat()[0])
+        if ranks.averages:
+            ranks.add_up(self._flat()[0])
 
     def gradients(self) -> Gradients:
-        """What has been added up."""
+        """The accumulated gradients."""
         if self._parts is not None:
             (name,) = self._names
             return Gradients(
@@ -279,7 +281,7 @@ def _chosen(grads: Sequence[Tensor | None], indices: Sequence[int]) -> list[Tens
 
 
 def no_gradient(name: str, *, none: bool = False) -> str:
-    """What to say when an objective has no gradient.
+    """The error message for an objective without a gradient.
 
     Args:
         name: The objective.

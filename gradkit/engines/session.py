@@ -1,32 +1,33 @@
-"""What an engine offers for the length of one step."""
+"""The interface of engines: a session for each step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
 from gradkit.core.displacement import Displacement
 from gradkit.engines.backward import Receivers
 
-Result = TypeVar("Result")
-
 
 @runtime_checkable
 class Session(Protocol):
-    """One engine during one step.
+    """An engine's session for one step.
 
-    The weights and buffers may differ from the live ones inside `displaced` and `run`; after
+    The weights and buffers may differ from the live ones inside `displaced` and `running`; after
     either, whatever happened, the weights are as before.
     """
 
     def displaced(self, at: Displacement | None) -> AbstractContextManager[Sequence[Tensor]]:
-        """The leaves to differentiate with respect to, at the weights plus `at`."""
+        """A context with the leaves to differentiate with respect to, at the weights plus `at`."""
 
-    def run(self, body: Callable[[], Result], *, keep_buffers: bool) -> Result:
-        """Run `body` inside `displaced`; its changes to buffers count if `keep_buffers`."""
+    def running(self, *, keep_buffers: bool) -> AbstractContextManager[None]:
+        """A context, inside `displaced`, for a closure and its gradients.
+
+        Changes to buffers count if `keep_buffers`, and are undone otherwise.
+        """
 
     def differentiate(
         self,
@@ -42,18 +43,19 @@ class Session(Protocol):
             loss: A scalar with its graph.
             leaves: The leaves.
             retain_graph: Whether the graph is kept.
-            receivers: What may take a leaf's gradient while the backward pass goes on, where the
-                leaves are the engine's own.
+            receivers: The functions that consume the gradients of some leaves during the backward
+                pass.
 
         Returns:
-            One per leaf; None for one that the loss does not reach, or that has been received.
+            One gradient per leaf; None if the loss does not reach the leaf, or if the gradient has
+            been received.
         """
 
     def collect(self, leaves: Sequence[Tensor]) -> list[Tensor | None] | None:
-        """Take the gradients that a closure's own backward left; None if it ran none."""
+        """Take the gradients that a closure's own backward pass left; None if there was none."""
 
     def commit(self) -> None:
-        """Make the kept changes to buffers the model's."""
+        """Apply the kept changes of buffers to the model."""
 
     def rollback(self) -> None:
-        """Put weights and buffers back as they were when the session began."""
+        """Restore weights and buffers to their values from the start of the session."""

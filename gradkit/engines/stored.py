@@ -1,4 +1,4 @@
-"""The oracle of a step without a closure."""
+"""The innermost oracle of a step without a closure."""
 
 from __future__ import annotations
 
@@ -9,12 +9,28 @@ from torch import Tensor
 from gradkit.core.context import Context
 from gradkit.core.displacement import Point
 from gradkit.core.gradients import Gradients
-from gradkit.core.ranks import Processes
+from gradkit.core.ranks import Ranks
 from gradkit.engines.rows import Rows
 
 
 class StoredGradients:
-    """`oracle(at, only)` over the gradients that `.grad` held before a step without a closure."""
+    """The innermost oracle of a step without a closure: the gradients in `.grad`.
+
+    Args:
+        name: The objective's name.
+        grads: The gradients, one per parameter.
+        loss: The loss that a closure reported; None if there is none.
+        context: The step's context.
+        ranks: The ranks that step together.
+
+    Attributes:
+        first_losses: The loss, by the objective's name.
+        without_loss: The objectives without a loss.
+        measured: The loss and the squared norm of the gradient.
+
+    Raises:
+        NoGradientError: If all gradients are None.
+    """
 
     def __init__(
         self,
@@ -22,15 +38,15 @@ class StoredGradients:
         grads: Sequence[Tensor | None],
         loss: Tensor | None,
         context: Context,
-        processes: Processes,
+        ranks: Ranks,
     ) -> None:
         context.names = (name,)
         rows = Rows((name,), context.layout.parameters, context)
         rows.add_loss(name, loss)
         rows.add(name, grads)
-        processes.check_clear(1)
-        reduced = processes.replicas or not processes.averages  # DDP has reduced its own
-        rows.finish(Processes() if reduced else processes, 0, None, context.ascended)
+        ranks.check_clear(1)
+        reduced = ranks.replicas or not ranks.averages  # DDP has already averaged them
+        rows.finish(Ranks() if reduced else ranks, 0, None, context.ascended)
         self._gradients = rows.gradients()
         self.first_losses = {name: rows.loss(name)}
         context.without_loss |= rows.without_loss()
@@ -44,7 +60,11 @@ class StoredGradients:
         at: Point | None = None,
         only: Container[str] | None = None,
     ) -> Gradients:
-        """The stored gradients; there are none at other weights."""
+        """The stored gradients.
+
+        Raises:
+            RuntimeError: If `at` is given, since there are no gradients at other weights.
+        """
         if at is not None:
             raise RuntimeError(
                 "a transform of this optimizer evaluates the loss at other weights too: "

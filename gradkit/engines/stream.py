@@ -1,4 +1,4 @@
-"""Objectives weighed before they are back-propagated, without a row for each."""
+"""The Gram matrix of objectives' gradients, without storing the gradients."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from gradkit.core.gram import accumulator, inner_products
 
 
 def streamed_gram(losses: Float[Tensor, " K"], leaves: Sequence[Tensor]) -> Float[Tensor, "K K"]:
-    """The Gram matrix of the losses' gradients, of which no more than one leaf's are ever held.
+    """The Gram matrix of the losses' gradients, which stores one leaf's gradients at a time.
 
-    One backward pass, batched over the losses by `torch.vmap`, brings each leaf's K gradients at
-    once; their inner products are added up and they are let go. Activations' gradients are K times
-    those of a single pass.
+    One backward pass, batched over the losses by `torch.vmap`, computes each leaf's K gradients at
+    once. Their inner products are summed and the gradients are freed. The gradients of activations
+    need K times the memory of a single pass.
 
     Args:
-        losses: With their graph, which is kept.
-        leaves: What to differentiate with respect to.
+        losses: The losses with their graph, which is kept.
+        leaves: The tensors to differentiate with respect to.
 
     Raises:
         RuntimeError: If the graph holds an operation that cannot be batched.
@@ -40,8 +40,8 @@ def streamed_gram(losses: Float[Tensor, " K"], leaves: Sequence[Tensor]) -> Floa
         total.add_(inner_products(rows, rows))
 
     def let_go(grad: Tensor) -> Tensor:
-        # A hook must return a gradient of the same shape; this one takes no memory.
-        left: Tensor = _Collect.apply(grad, add)  # type: ignore[no-untyped-call]
+        # A hook must return a gradient of the same shape; an expanded one takes no memory.
+        left: Tensor = _Collect.apply(grad, add)  # type: ignore[no-untyped-call]  # torch's
         return left.expand_as(grad)
 
     def pull(cotangent: Float[Tensor, " K"]) -> Float[Tensor, " K"]:
@@ -49,10 +49,13 @@ def streamed_gram(losses: Float[Tensor, " K"], leaves: Sequence[Tensor]) -> Floa
         return cotangent
 
     identity = torch.eye(count, dtype=losses.dtype, device=losses.device)
-    hooks = [leaf.register_hook(let_go) for leaf in leaves]  # type: ignore[no-untyped-call]
+    hooks = [
+        leaf.register_hook(let_go)  # type: ignore[no-untyped-call]  # torch's
+        for leaf in leaves
+    ]
     try:
         torch.func.vmap(pull, randomness="same")(identity)
-    except RuntimeError as error:  # few of these say that it is batching that fails
+    except RuntimeError as error:  # few of these messages say that batching has failed
         if type(error) is not RuntimeError:
             raise
         raise RuntimeError(
@@ -66,7 +69,7 @@ def streamed_gram(losses: Float[Tensor, " K"], leaves: Sequence[Tensor]) -> Floa
 
 
 class _Collect(torch.autograd.Function):
-    """Hands on a batch of gradients from inside `vmap`; returns a zero."""
+    """Passes a batch of gradients to a function from inside `vmap`; returns a zero."""
 
     @staticmethod
     def forward(grad: Tensor, add: Any) -> Tensor:

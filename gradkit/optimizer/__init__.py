@@ -1,4 +1,4 @@
-"""The optimizer round the base, and what one step needs: undo, commit, state, checks."""
+"""The optimizer that wraps a base optimizer: steps, transactions, saved state and checks."""
 
 from gradkit.optimizer.finite_check import NonFiniteError
 from gradkit.optimizer.gradient_optimizer import GradientOptimizer

@@ -1,4 +1,4 @@
-"""Which optimizers can be a base: those that step on what `.grad` holds, and on nothing else."""
+"""Which optimizers can be a base: those that step on the gradients in `.grad` and nothing else."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from typing import Any
 
 from torch.optim import LBFGS, Optimizer, SparseAdam
 
-# Methods of optimizers that call backward, or move to other weights, by themselves.
+# Methods of optimizers that call backward, or move the weights to evaluate, by themselves.
 _OWN_BACKWARD = ("backward", "fused_backward")
 _OWN_POINTS = (("first_step", "second_step"), ("perturb_weights", "un_perturb"))
 
 
 def check_base(base: Optimizer) -> None:
-    """Check that an optimizer steps on plain gradients that somebody else has left in `.grad`.
+    """Check that an optimizer steps on the plain gradients in `.grad`.
 
-    What is looked at is the class: its name and methods, the signature of `step`, and, where the
-    source is to be had, whether `step` raises without a closure or computes with the loss.
+    The class is inspected: its name and methods, the signature of `step` and, if the source is
+    available, whether `step` raises without a closure or computes with the loss.
 
     Raises:
-        ValueError: If it needs more, which a step of gradkit's cannot give.
+        ValueError: If the optimizer needs more than gradients.
     """
     name = type(base).__name__
     problem = _problem(base)
@@ -88,12 +88,12 @@ def _problem(base: Optimizer) -> str | None:
 
 
 def check_group(group: Mapping[str, Any], number: int, base: Optimizer) -> None:
-    """Check that a parameter group asks for nothing that a step cannot give.
+    """Check that a parameter group does not need a differentiable step.
 
     Raises:
-        ValueError: If it is to be differentiated through.
+        ValueError: If it has `differentiable=True`.
     """
-    # torch looks at the defaults for whether a graph is recorded at all.
+    # torch reads the defaults to decide whether a graph is recorded at all.
     everywhere = getattr(base, "defaults", {}).get("differentiable", False)
     if group.get("differentiable", False) or everywhere:
         raise ValueError(
@@ -120,7 +120,7 @@ def _takes_hessian(base: Optimizer, step: Callable[..., Any]) -> bool:
 
 @functools.lru_cache(maxsize=256)  # reading the source takes milliseconds
 def _needs_closure(step: Callable[..., Any]) -> str | None:
-    """Why `step` needs a closure: it has no default, it raises without, or its loss counts."""
+    """Why `step` needs a closure: no default, an error without one, or a use of its loss."""
     arguments = list(inspect.signature(step).parameters.values())[1:]
     named = [each for each in arguments if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
     if any(each.default is each.empty for each in named):
@@ -137,7 +137,7 @@ def _needs_closure(step: Callable[..., Any]) -> str | None:
 
 
 def _refuses_none(statement: ast.AST) -> bool:
-    """Whether it reads `if closure is None: raise ...` or `assert closure is not None`."""
+    """Whether a statement is `if closure is None: raise ...` or `assert closure is not None`."""
     if isinstance(statement, ast.If):
         missing = {"closure is None", "not closure"}
         raises = any(isinstance(each, ast.Raise) for each in statement.body)
@@ -147,14 +147,14 @@ def _refuses_none(statement: ast.AST) -> bool:
 
 
 def _losses(tree: ast.AST) -> set[str]:
-    """The names that are given what `closure()` returns."""
+    """The variables that `closure()` is assigned to."""
     assigned = [node for node in ast.walk(tree) if isinstance(node, ast.Assign)]
     found = [node for node in assigned if "closure()" in ast.unparse(node.value)]
     return {target.id for node in found for target in node.targets if isinstance(target, ast.Name)}
 
 
 def _operands(tree: ast.AST) -> set[str]:
-    """The names that functions are called with or that are reckoned with, but for what returns."""
+    """The variables that are arguments of calls or of arithmetic, except in `return` statements."""
     operands: list[ast.AST] = []
     pending: list[ast.AST] = [tree]
     while pending:
@@ -170,16 +170,16 @@ def _operands(tree: ast.AST) -> set[str]:
 
 
 def inner_optimizers(base: Optimizer) -> list[Optimizer]:
-    """The optimizers that an optimizer holds as attributes of its own."""
+    """The optimizers that an optimizer holds as attributes."""
     return [each for each in vars(base).values() if isinstance(each, Optimizer)]
 
 
 @contextmanager
 def sharing_kept(base: Optimizer) -> Iterator[None]:
-    """Let a base and the optimizer inside it share after the block what they shared before it.
+    """Keep the groups and state that a base shares with the optimizer inside it.
 
-    Loading replaces the lists and dicts of the one inside; one that has taken them over as
-    attributes of its own would go on with the old ones, and not see learning rates change.
+    Loading replaces the lists and dicts of the inner optimizer. A base that has the same objects as
+    attributes would keep the old ones, and would not see learning rates change.
     """
     shared = [
         (inner, key)
@@ -192,15 +192,17 @@ def sharing_kept(base: Optimizer) -> Iterator[None]:
         setattr(base, key, getattr(inner, key))
 
 
-class Whole:
+class OptimizerSnapshot:
     """An optimizer with all its attributes, for copies and pickles.
 
-    torch copies an optimizer's groups, state and defaults only, which leaves one that holds another
-    without the one inside, and many others without their settings. As in torch's copies, hooks and
-    what somebody else has put in place of `step` stay behind.
+    torch copies only an optimizer's groups, state and defaults. An optimizer that holds another one
+    would lose it, and many others would lose their settings. As in torch's copies, hooks are not
+    copied, nor is a function that replaces `step`.
     """
 
-    def __init__(self, optimizer: Optimizer, known: dict[int, Optimizer | Whole]) -> None:
+    def __init__(
+        self, optimizer: Optimizer, known: dict[int, Optimizer | OptimizerSnapshot]
+    ) -> None:
         known[id(optimizer)] = self
         self._class = type(optimizer)
         self._hooked = getattr(type(optimizer).step, "hooked", False)
@@ -217,27 +219,29 @@ class Whole:
             self._made = self._class.__new__(self._class)
             for key, value in self._attributes.items():
                 self._made.__dict__[key] = _exchanged(value, {})
-            if self._hooked:  # in another process the class may be a fresh one
+            if self._hooked:  # in another process the class may not be patched yet
                 self._made._patch_step_function()
         return self._made
 
 
-def whole(base: Optimizer, known: dict[int, Optimizer | Whole] | None = None) -> Optimizer | Whole:
-    """What to copy or pickle for an optimizer: one of torch's itself, all of any other."""
+def snapshot_of(
+    base: Optimizer, known: dict[int, Optimizer | OptimizerSnapshot] | None = None
+) -> Optimizer | OptimizerSnapshot:
+    """What to copy or pickle: the optimizer itself if it is torch's, else a snapshot of it."""
     known = {} if known is None else known
     if id(base) not in known:
         if type(base).__module__.startswith("torch.optim.") or hasattr(base, "__deepcopy__"):
             known[id(base)] = base
         else:
-            Whole(base, known)
+            OptimizerSnapshot(base, known)
     return known[id(base)]
 
 
-def _exchanged(value: Any, known: dict[int, Optimizer | Whole]) -> Any:
-    """A value with `Whole` in the place of each optimizer in it, or the other way round."""
+def _exchanged(value: Any, known: dict[int, Optimizer | OptimizerSnapshot]) -> Any:
+    """Replace each optimizer in a value by its snapshot, or each snapshot by its optimizer."""
     if isinstance(value, Optimizer):
-        return whole(value, known)
-    if isinstance(value, Whole):
+        return snapshot_of(value, known)
+    if isinstance(value, OptimizerSnapshot):
         return value.restored()
     if type(value) in (list, tuple):
         found = [_exchanged(each, known) for each in value]

@@ -1,4 +1,4 @@
-"""Looking for NaNs and infinities, with one copy from the device."""
+"""The check for NaNs and infinities, with one copy from the device to the host."""
 
 from __future__ import annotations
 
@@ -22,46 +22,58 @@ class NonFiniteError(FloatingPointError, RuntimeError):
 
 @runtime_checkable
 class Source(Protocol):
-    """Where a step's gradients come from, as far as it matters here."""
+    """The part of a source of gradients that the check reads."""
 
     measured: list[Gradients]
     without_loss: set[str]
     first_losses: dict[str, Tensor]
 
 
-class Verdict(NamedTuple):
-    """What the host learns of a step's numbers."""
+class FiniteCheck(NamedTuple):
+    """The result of the check, on the host.
 
-    culprit: str | None
+    Attributes:
+        problem: What is not finite, in words; None if everything is.
+        scale: The factor of the learning rate; None for 1.
+        weights: The objectives' weights; None if the check was skipped.
+    """
+
+    problem: str | None
     scale: Tensor | float | None
     weights: list[float] | None
 
 
-def judge(
+def check_finite(
     gradients: Gradients,
     source: Source,
     nonfinite: Nonfinite,
     base: torch.optim.Optimizer,
     explain: Callable[[Mapping[str, float]], str | None] = lambda losses: None,
-) -> Verdict:
-    """Whether all is finite, and what the host needs to know; one copy from the device.
+) -> FiniteCheck:
+    """Check that losses, gradients, weights and the learning rate's factor are finite.
+
+    All values are read in one copy from the device.
 
     Args:
-        gradients: What the step is to apply.
-        source: What has been evaluated for it.
+        gradients: The gradients that the step is about to apply.
+        source: The evaluations that the step has made.
         nonfinite: What to do if something is not finite.
         base: The wrapped optimizer.
-        explain: Says why these losses could not lead to anything finite, if it knows.
+        explain: Says why these losses must lead to a result that is not finite; None if it does
+            not know.
+
+    Raises:
+        NonFiniteError: If something is not finite and `nonfinite` is "raise".
     """
     scale = gradients.lr_scale if gradients.scales_lr else None
-    # A learning rate that the host holds, be it in a tensor, is scaled by a number of its own.
+    # A learning rate on the host, even in a tensor, is scaled by a float.
     device = gradients.weights.device
     rates = [group.get("lr") for group in base.param_groups]
     float_lr = scale is not None and any(
         not isinstance(rate, Tensor) or rate.device != device for rate in rates
     )
     if nonfinite == "ignore":
-        return Verdict(None, float(scale) if scale is not None and float_lr else scale, None)
+        return FiniteCheck(None, float(scale) if scale is not None and float_lr else scale, None)
     wide = accumulator(gradients.weights.device)
     parts = [gradients.weights]
     if scale is not None:
@@ -89,39 +101,39 @@ def judge(
             for weight, square in zip(weights, squares, strict=True)
             if weight != 0
         )
-    culprit, by_itself = _culprit(source, rest)
-    if culprit is None:
+    problem, by_itself = _first_problem(source, rest)
+    if problem is None:
         bad = [
             f"the loss of objective {name!r} is {loss}"
             for name, loss in zip(firsts, first_losses, strict=True)
             if not math.isfinite(loss)
         ]
-        culprit = ", ".join(bad) or None
-    if culprit is None and factor is not None and not math.isfinite(factor):
-        culprit = f"the learning rate's factor is {factor}"
-    if culprit is None and math.isfinite(bound) and bound > torch.finfo(gradients.dtype).max:
-        bound = float(gradients.direction_norm())  # the bound may be far above the numbers
-    if culprit is None and not all(map(math.isfinite, (*weights, bound))):
+        problem = ", ".join(bad) or None
+    if problem is None and factor is not None and not math.isfinite(factor):
+        problem = f"the learning rate's factor is {factor}"
+    if problem is None and math.isfinite(bound) and bound > torch.finfo(gradients.dtype).max:
+        bound = float(gradients.direction_norm())  # the bound may be far above the true norm
+    if problem is None and not all(map(math.isfinite, (*weights, bound))):
         named = ", ".join(f"{name} {w:g}" for name, w in zip(gradients.names, weights, strict=True))
-        culprit = f"the transforms' result is not finite (weights: {named})"
-    if culprit is not None and not by_itself and not all(map(math.isfinite, weights)):
+        problem = f"the transforms' result is not finite (weights: {named})"
+    if problem is not None and not by_itself and not all(map(math.isfinite, weights)):
         weighed = [name for name, w in zip(gradients.names, weights, strict=True) if w != 0]
         known = dict(zip(firsts, first_losses, strict=True))
         found = {name: known[name] for name in weighed if name in known}
         reason = explain(found) if all(map(math.isfinite, first_losses)) else None
-        culprit = culprit if reason is None else f"{reason}, so that {culprit}"
-    if culprit is not None and nonfinite == "raise":
+        problem = problem if reason is None else f"{reason}, so that {problem}"
+    if problem is not None and nonfinite == "raise":
         raise NonFiniteError(
-            f"{culprit}; nothing was changed. Look at that objective's data or lower the "
+            f"{problem}; nothing was changed. Look at that objective's data or lower the "
             "learning rate, or pass nonfinite='skip' to gk.wrap() to pass over such steps"
         )
-    return Verdict(culprit, factor if float_lr else scale, weights)
+    return FiniteCheck(problem, factor if float_lr else scale, weights)
 
 
-def _culprit(source: Source, values: Sequence[float]) -> tuple[str | None, bool]:
-    """What is not finite first, in words, and whether no transform can have caused it.
+def _first_problem(source: Source, values: Sequence[float]) -> tuple[str | None, bool]:
+    """The first value that is not finite, in words, and whether no transform can have caused it.
 
-    None if everything is finite.
+    The text is None if everything is finite.
     """
     position = 0
     for number, one in enumerate(source.measured):

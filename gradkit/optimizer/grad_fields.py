@@ -1,4 +1,4 @@
-"""What parameters' `.grad` held before a step, and what a step leaves there."""
+"""The `.grad` of parameters: its value before a step, and the gradients that a step leaves."""
 
 from __future__ import annotations
 
@@ -8,16 +8,23 @@ import torch
 from torch import Tensor
 
 from gradkit.core.flat import Layout
-from gradkit.core.ranks import Processes, local
+from gradkit.core.ranks import Ranks, local
 
 
 class GradFields:
-    """The `.grad` of all parameters as it was before an attempt at a step.
+    """The `.grad` of all parameters from before a step.
 
     Attributes:
         unplaced: The optimizer's parameters that have no place in the flat vector.
-        accumulated: Where optimised parameters hold gradients that neither a step has left nor this
-            one will clear.
+        accumulated: The positions of optimised parameters whose gradients were not left by a step.
+            This step clears them.
+        before: The gradients of optimised parameters before the step.
+
+    Args:
+        base: The wrapped optimizer.
+        layout: Where each optimised parameter lies in the flat vector.
+        others: Parameters of the model that require a gradient and are not optimised.
+        frozen: Parameters of the optimizer or the model that do not require a gradient.
     """
 
     def __init__(
@@ -27,14 +34,6 @@ class GradFields:
         others: Sequence[Tensor],
         frozen: Sequence[Tensor],
     ) -> None:
-        """Note what there is.
-
-        Args:
-            base: The wrapped optimizer.
-            layout: Where each optimised parameter lies in the flat vector.
-            others: Parameters of the model that require a gradient and are not optimised.
-            frozen: Parameters of either that do not require one.
-        """
         self._parameters = layout.parameters
         self._device = layout.device
         self._shards = layout.shards
@@ -56,64 +55,68 @@ class GradFields:
 
     @property
     def are_none(self) -> bool:
-        """Whether no optimised parameter had a gradient."""
+        """Whether no optimised parameter had a gradient before the step."""
         return all(grad is None for grad in self.before)
 
     @property
     def are_zero(self) -> bool:
-        """Whether all gradients of optimised parameters were 0; read from the device."""
+        """Whether all gradients of optimised parameters were 0 or None; read from the device."""
         found = any(grad is not None and bool(local(grad).any()) for grad in self.before)
-        if self._shards is not None:  # another rank's shard may hold the only one that is not
+        if self._shards is not None:  # the only nonzero element may be in another rank's shard
             found = bool(self._shards.add_up(torch.tensor(float(found), device=self._device)))
         return not found
 
     @property
     def hold_others(self) -> bool:
-        """Whether somebody else than a step has left gradients of optimised parameters."""
+        """Whether an optimised parameter had a gradient that was not left by a step."""
         return any(grad is not None and not is_ours(grad) for grad in self.before)
 
     def set_aside(self) -> None:
-        """Let closures find no old gradients.
+        """Clear the gradients of optimised parameters, so that closures find no old ones.
 
-        Those of parameters that are not optimised stay, and are the closures' to clear or add to.
+        Gradients of other parameters stay; closures may clear them or accumulate into them.
         """
         for parameter in self._parameters:
             parameter.grad = None
 
     def drop_stale(self) -> None:
-        """Clear what a step has left in parameters that were frozen since."""
+        """Clear gradients of parameters that were frozen after a step, but still hold its gradient.
+
+        The base optimizer would otherwise step on them.
+        """
         for parameter, _ in self._stale:
             parameter.grad = None
 
     @torch.no_grad()
-    def average_others(self, processes: Processes) -> None:
-        """Average the gradients that closures have left beside the optimised ones."""
-        if not (processes.averages and self._others):
+    def average_others(self, ranks: Ranks) -> None:
+        """Average over ranks the gradients that closures have left in parameters not optimised."""
+        if not (ranks.averages and self._others):
             return
-        anywhere = processes.any([[o.has_changed for o in self._others]], self._device)[0]
+        anywhere = ranks.any([[o.has_changed for o in self._others]], self._device)[0]
         for other, found in zip(self._others, anywhere, strict=True):
             if not found:
                 continue
             grad = other.parameter.grad
             grad = torch.zeros_like(other.parameter) if grad is None else grad.detach().clone()
-            other.parameter.grad = processes.add_up(grad).div_(processes.size)
+            other.parameter.grad = ranks.add_up(grad).div_(ranks.size)
 
     def put_back(self) -> None:
-        """Put back what the optimizer's parameters held."""
+        """Restore the gradients of the optimizer's parameters."""
         for parameter, grad in (*zip(self._parameters, self.before, strict=True), *self._stale):
             parameter.grad = grad
 
     def put_all_back(self) -> None:
-        """Put back what all parameters held, whatever closures have done."""
+        """Restore the gradients of all parameters, whatever closures have done."""
         self.put_back()
         for beside in self._beside:
             beside.put_back()
-        for beside in self._beside:  # a step's gradients share memory, and its count of writes
+        # Only afterwards: a step's gradients may share memory, and with it their version counter.
+        for beside in self._beside:
             beside.mark()
 
 
 class _GradientBefore:
-    """The gradient of a parameter that is not optimised, as it was before the attempt."""
+    """The gradient that a parameter which is not optimised had before the step."""
 
     def __init__(self, parameter: Tensor) -> None:
         self.parameter = parameter
@@ -124,29 +127,29 @@ class _GradientBefore:
 
     @property
     def has_changed(self) -> bool:
-        """Whether a closure has put another there, or written to it."""
+        """Whether a closure has replaced the gradient or written to it."""
         grad = self.parameter.grad
         return grad is not self._grad or _version(grad) != self._version
 
     def put_back(self) -> None:
-        """Undo whatever a closure has done to it."""
+        """Restore the gradient: the tensor object and its values."""
         self.parameter.grad = grad = self._grad
         if grad is None or self._value is None:
             return
         now, before = local(grad), local(self._value)
-        # Not every way of writing to it shows in its version.
+        # Some ways of writing to a tensor do not change its version.
         if self.has_changed or not torch.equal(now, before):
             with torch.inference_mode(now.is_inference()), torch.no_grad():
                 now.copy_(before)
 
     def mark(self) -> None:
-        """Make it recognisable again as one that a step has left, if it was."""
+        """Mark the gradient again as left by a step, if it was."""
         if self._grad is not None and self._is_ours:
             marked(self._grad)
 
 
 def _version(tensor: Tensor | None) -> int | None:
-    """How often a tensor has been written to; None for one that does not count."""
+    """A tensor's version counter; None for a tensor without one."""
     return None if tensor is None or tensor.is_inference() else local(tensor)._version
 
 
@@ -154,12 +157,12 @@ _MARK = "_gradkit_version"
 
 
 def marked(grad: Tensor) -> Tensor:
-    """The gradient, recognisable as one that a step has left, until something adds to it."""
+    """The gradient, marked as left by a step; the mark is void once something writes to it."""
     setattr(grad, _MARK, grad._version)
     return grad
 
 
 def is_ours(grad: Tensor | None) -> bool:
-    """Whether a step has left this gradient, and nobody has added to it since."""
+    """Whether a step has left this gradient, and nothing has written to it since."""
     mark = getattr(grad, _MARK, None)
     return grad is not None and mark is not None and mark == grad._version

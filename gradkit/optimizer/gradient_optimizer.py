@@ -1,4 +1,4 @@
-"""The optimizer that bends gradients before its base optimizer applies them."""
+"""The optimizer that transforms gradients before its base optimizer applies them."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from gradkit.core.context import Context
 from gradkit.core.flat import Layout, Pool
 from gradkit.core.gradients import Gradients
 from gradkit.core.interrupts import Interrupts
-from gradkit.core.ranks import Processes, reshard
+from gradkit.core.ranks import Ranks, reshard
 from gradkit.core.transform import Transform
 from gradkit.engines.choice import (
     ParameterPlaces,
@@ -38,40 +39,41 @@ from gradkit.engines.rows import stacked
 from gradkit.engines.session import Session
 from gradkit.engines.stored import StoredGradients
 from gradkit.optimizer import state as saved_state
-from gradkit.optimizer.bases import Whole, check_group, sharing_kept, whole
-from gradkit.optimizer.finite_check import Nonfinite, NonFiniteError, judge
+from gradkit.optimizer.bases import OptimizerSnapshot, check_group, sharing_kept, snapshot_of
+from gradkit.optimizer.finite_check import Nonfinite, NonFiniteError, check_finite
 from gradkit.optimizer.hooks import global_post_hooks, global_pre_hooks
 from gradkit.optimizer.options import StepOptions
 from gradkit.optimizer.record import StepRecord
-from gradkit.optimizer.transaction import Attempt
+from gradkit.optimizer.transaction import Transaction
 
 _IDLE = (
     "step() had nothing to step on: {}. As with a bare optimizer nothing was changed, and "
-    "last_step.applied is False; this is said once"
+    "last_step.applied is False. This warning is given once"
 )
 _ALONE = (
     "{!r} acts between objectives, and the step has one only, {!r}; pass step() a mapping of "
-    "named objectives. This is said once"
+    "named objectives. This warning is given once"
 )
 
 
 class GradientOptimizer(Optimizer):
-    """A torch optimizer that bends the gradient before its base applies it; made by `wrap`.
+    """A torch optimizer that transforms gradients before its base applies them; made by `wrap`.
 
     `step` takes the objectives: a closure that returns a loss, a mapping from names to such
     closures, or a closure that returns a mapping from names to losses (one forward for all). A
-    closure may be a generator function: each loss it yields is one micro-batch, back-propagated
-    and freed before the next. A closure may also call `backward` itself, as torch's do.
+    closure may be a generator function: each loss that it yields is one micro-batch, which is
+    back-propagated and freed before the next. A closure may also call `backward` itself, as
+    closures for torch's optimizers do.
 
     `param_groups`, `state` and `defaults` are the base's own, so learning-rate schedulers and
-    checkpoints find what they expect. So are further public methods that the base has: `train` and
-    `eval` of schedule-free optimizers, say.
+    checkpoints work. Further public methods of the base are available, too, such as `train` and
+    `eval` of schedule-free optimizers.
 
     Attributes:
         base: The wrapped optimizer.
         transforms: The transforms, innermost first.
-        options: What `wrap` was told.
-        last_step: What happened in the last step; None before the first.
+        options: The options passed to `wrap`.
+        last_step: The record of the last step; None before the first.
     """
 
     def __init__(
@@ -80,13 +82,13 @@ class GradientOptimizer(Optimizer):
         transforms: Sequence[Transform],
         options: StepOptions,
     ) -> None:
-        # Optimizer.__init__ would build param_groups and state of its own beside the base's.
+        # Not Optimizer.__init__, which would make param_groups and state beside the base's.
         self.base = base
         self.transforms = tuple(transforms)
         self.options = options
         self.last_step: StepRecord | None = None
         self._vector_layout: Layout | None = None
-        # Where the base's state dict is of its own form, vectors lie beside its state.
+        # If the base's state dict has its own form, vectors are kept beside its state.
         self._beside: saved_state.Store | None = None
         if saved_state.has_own_form(base):
             self._beside = defaultdict(dict)
@@ -105,16 +107,16 @@ class GradientOptimizer(Optimizer):
             )
         for transform in transforms:
             transform.check_free(self)
-        # Whoever looks at the groups finds the key from the start: some checkpoint formats save
-        # only the keys that a freshly made optimizer shows.
+        # The key is there from the start, since some checkpoint formats save only the keys that a
+        # new optimizer has.
         self.base.param_groups[0][saved_state.KEY] = saved_state.encode(self.transforms)
         for transform in transforms:
             transform.belong_to(self)
         with contextlib.suppress(ValueError):  # parameters may still change before the first step
-            self._present_layout()  # and where the model has them
+            self._present_layout()
 
     def _prepare_scratch(self) -> None:
-        """Make what is neither copied nor saved."""
+        """Initialise the attributes that are neither copied nor saved."""
         self._pool: Pool | None = None
         self._places: ParameterPlaces | None = None
         self._names: tuple[str | int, ...] = ()
@@ -130,15 +132,20 @@ class GradientOptimizer(Optimizer):
 
     @property
     def model(self) -> nn.Module | None:
-        """The module whose parameters are optimised, if `wrap` was told."""
+        """The module whose parameters are optimised, if it was passed to `wrap`."""
         return self.options.model
 
-    # What torch code expects of an optimizer, delegated to the base. Nothing is aliased: loading
-    # a state dict replaces the base's lists and dicts by new ones.
+    @property
+    def scaler(self) -> GradScaler | None:
+        """The loss scaler that the step owns, if `wrap` was given one."""
+        return self.options.scaler
+
+    # The interface of torch's optimizers, delegated to the base. There are no aliases, since
+    # loading a state dict replaces the base's lists and dicts by new ones.
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The base optimizer's parameter groups; in a closure, with the weights it runs on."""
+        """The base optimizer's parameter groups; inside a closure, those that the closure uses."""
         return self.base.param_groups
 
     @param_groups.setter
@@ -164,19 +171,23 @@ class GradientOptimizer(Optimizer):
         self.base.defaults = value
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group to the base optimizer."""
+        """Add a parameter group to the base optimizer.
+
+        Raises:
+            ValueError: If the group has `differentiable=True`.
+        """
         check_group(param_group, len(self.param_groups), self.base)
         self.base.add_param_group(param_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients; inside a closure, those of the evaluation under way."""
+        """Clear the gradients; inside a closure, those of the current evaluation."""
         arguments = inspect.signature(self.base.zero_grad).parameters.values()
         if any(each.name == "set_to_none" or each.kind is each.VAR_KEYWORD for each in arguments):
             self.base.zero_grad(set_to_none=set_to_none)
         else:
             self.base.zero_grad()
 
-    if not TYPE_CHECKING:  # or any name would pass for an attribute
+    if not TYPE_CHECKING:  # type checkers would otherwise accept any attribute
 
         def __getattr__(self, name: str) -> Any:
             """Another public method of the base optimizer."""
@@ -195,7 +206,7 @@ class GradientOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("transforms", "options", "last_step", "_vector_layout", "_beside")
-        return {**{name: self.__dict__[name] for name in kept}, "base": whole(self.base)}
+        return {**{name: self.__dict__[name] for name in kept}, "base": snapshot_of(self.base)}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GradientOptimizer:
         group = self.options.process_group
@@ -207,14 +218,14 @@ class GradientOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        if isinstance(self.base, Whole):
+        if isinstance(self.base, OptimizerSnapshot):
             self.base = self.base.restored()
         if self._beside is not None:
             saved_state.give_store(self.base, self._beside)
         self._prepare_scratch()
         for transform in self.transforms:
             transform.belong_to(self)
-        # Pickle copies each tensor by itself, so that views are no longer views.
+        # Pickle copies each tensor separately, so that views are no longer views.
         if self._vector_layout is not None:
             saved_state.relink(self.transforms, self._vector_layout, self.base)
 
@@ -222,37 +233,47 @@ class GradientOptimizer(Optimizer):
 
     @_disable_dynamo  # as torch's own; the model's calls inside are compiled all the same
     def step(self, closure: Objectives | None = None) -> Tensor | None:  # type: ignore[override]  # takes mappings too
-        """Evaluate the objectives, bend their gradients, and let the base optimizer step.
+        """Evaluate the objectives, transform their gradients, and let the base optimizer step.
+
+        If anything raises before the base optimizer steps, also inside a closure, weights, buffers,
+        gradients, state, learning rates and random number generators keep their values from before
+        the step, except in-place writes to weights by the closure. Ctrl-C acts while closures run,
+        and is otherwise delayed until the end of the step.
 
         Args:
-            closure: The objectives (see the class); None steps on what `.grad` holds.
+            closure: The objectives (see the class); None steps on the gradients in `.grad`.
 
         Returns:
-            The sum of each objective's first loss in this step, detached [] (NaN if a closure
+            The sum of the objectives' first losses in this step, detached [] (NaN if a closure
             returned None); None without a closure.
 
         Raises:
-            RuntimeError: If a closure produced no gradient, if a transform needs a closure and
-                there is none, or if `step` is called from inside a closure.
-            NonFiniteError: If a loss, gradient or weight is not finite and `nonfinite` is
+            TypeError: If the objectives, or what closures and transforms return, are of the wrong
+                type.
+            ValueError: If the objectives do not fit the transforms or options.
+            NoGradientError: If one of several objectives produced no gradient and `on_empty` is
                 "raise".
-            ValueError: If the objectives do not fit the transforms.
-
+            NonFiniteError: If a loss, gradient or weight is not finite and `nonfinite` is "raise".
             RankError: If another rank has failed, or if the ranks differ where they must not.
-
-        Whatever is raised before the base optimizer steps, by a closure too, weights, buffers,
-        gradients, states, learning rates and random number generators are left as they were; but
-        for numbers that a closure itself writes into a weight, of which no copy is kept. Ctrl-C
-        acts while closures run, or else once the step is done.
+            RuntimeError: If a transform needs a closure and there is none, if closures call
+                `backward` in a way that cannot be evaluated, or if `step` is called from inside a
+                closure or under `torch.inference_mode()`.
         """
         closure = self._after_pre_hooks(closure)
-        loss = self._step(closure)
+        loss, warning = self._step(closure)
+        if warning is not None:
+            self._warn(*warning)
         for after in [*self._optimizer_step_post_hooks.values(), *global_post_hooks()]:
             after(self, (self, closure), {})
         return loss
 
     def _after_pre_hooks(self, closure: Objectives | None) -> Objectives | None:
-        """What the hooks that run before a step leave of its argument."""
+        """The closure after the pre-hooks of the step, which may replace it.
+
+        Raises:
+            RuntimeError: If a hook returns something else than None or new arguments.
+            ValueError: If a parameter group has `differentiable=True`.
+        """
         try:
             for number, group in enumerate(self.base.param_groups):
                 check_group(group, number, self.base)
@@ -271,8 +292,8 @@ class GradientOptimizer(Optimizer):
             if not self._stepping:
                 with contextlib.suppress(ValueError):  # the hook's own error says more
                     layout = self._layout()
-                    processes = Processes.of(self.model, layout.shards, self.options.process_group)
-                    processes.report(error, layout.device)
+                    ranks = Ranks.of(self.model, layout.shards, self.options.process_group)
+                    ranks.report(error, layout.device)
             raise
         return closure
 
@@ -283,15 +304,22 @@ class GradientOptimizer(Optimizer):
         at: Float[Tensor, " P"] | None = None,
         only: Sequence[str] | None = None,
     ) -> Gradients:
-        """The objectives' own gradients, before any transform, without stepping.
+        """The objectives' own gradients, before any transform, without a step.
 
-        Weights, buffers, gradients and states stay as they are; the random number generators
-        advance.
+        Weights, buffers, gradients and state are not changed; random number generators advance.
 
         Args:
             objectives: As for `step`.
-            at: A flat displacement of the weights [P]; None for none.
+            at: A flat displacement of the weights [P]; None evaluates at the weights themselves.
             only: The objectives to back-propagate; None for all.
+
+        Raises:
+            TypeError: If the objectives, or what closures return, are of the wrong type.
+            ValueError: If a loss is not a real scalar, if there is no objective of a name in
+                `only`, or if `at` has another length than the weights.
+            NoGradientError: If a closure produced no gradient.
+            RankError: If another rank has failed, or if the ranks differ where they must not.
+            RuntimeError: If this is called from inside a closure or under `torch.inference_mode()`.
 
         Examples:
             >>> import torch, gradkit as gk
@@ -300,19 +328,19 @@ class GradientOptimizer(Optimizer):
             >>> optimizer.gradients(lambda: w.square().sum(), at=torch.tensor([1.0])).rows
             tensor([[8.]])
         """
-        with self._attempt() as attempt:
+        with self._transaction() as transaction:
             check_objectives(objectives)
             try:
-                attempt.fields.set_aside()
-                attempt.context.ascended = ()  # whatever the base makes of them
-                attempt.context.streams = "no"
-                found = attempt.evaluator(objectives).evaluate(at, only)
-                return found.with_parameter_names(attempt.context.parameter_names)
+                transaction.fields.set_aside()
+                transaction.context.ascended = ()  # whether or not the base maximises
+                transaction.context.streams = "no"
+                found = transaction.evaluator(objectives).evaluate(at, only)
+                return found.with_parameter_names(transaction.context.parameter_names)
             finally:
-                attempt.undo(rng=False)
+                transaction.undo(rng=False)
 
     def _parameter_names(self, layout: Layout) -> tuple[str | int, ...]:
-        """What the model or the base optimizer calls each parameter; else its position."""
+        """Each parameter's name in the model or the base optimizer, or else its position."""
         names: dict[Tensor, str | int] = {}
         for group in self.base.param_groups:
             names.update(zip(group["params"], group.get("param_names", ()), strict=False))
@@ -320,27 +348,19 @@ class GradientOptimizer(Optimizer):
             names.update((p, name) for name, p in self.model.named_parameters())
         return tuple(names.get(p, t) for t, p in enumerate(layout.parameters))
 
-    def _step(self, closure: Objectives | None) -> Tensor | None:
-        loss, warning = self._step_quietly(closure)
-        if warning is not None:
-            self._warn(*warning)
-        return loss
-
-    def _step_quietly(
-        self, closure: Objectives | None
-    ) -> tuple[Tensor | None, tuple[str, str] | None]:
-        """The loss, and what is to be warned of once the step is done: its kind and the text."""
-        with self._attempt() as attempt:
+    def _step(self, closure: Objectives | None) -> tuple[Tensor | None, tuple[str, str] | None]:
+        """The loss, and the warning to give after the step: its kind and text."""
+        with self._transaction() as transaction:
             scale = self._loss_scale
             if scale is not None:
                 scale.refuse_unscaled()
             if closure is not None:
                 check_objectives(closure)
-            elif attempt.can_only_initialise():
-                attempt.initialise(self.transforms)
-                if not attempt.has_no_gradient:
+            elif transaction.can_only_initialise():
+                transaction.initialise(self.transforms)
+                if not transaction.has_no_gradient:
                     return None, None
-                self._record_idle(attempt, None)
+                self._record_idle(transaction, None)
                 return None, ("idle", _IDLE.format("no parameter has a gradient"))
             if closure is None and scale is not None:
                 raise RuntimeError(
@@ -349,41 +369,41 @@ class GradientOptimizer(Optimizer):
                 )
             nonfinite = self.options.nonfinite if scale is None else "skip"
             try:
-                attempt.fields.set_aside()
+                transaction.fields.set_aside()
                 try:
-                    gradients, source = self._evaluate(attempt, closure, nonfinite)
+                    gradients, source = self._evaluate(transaction, closure, nonfinite)
                 except NoGradientError as error:
                     if self.options.on_empty == "skip":
-                        return self._skip_empty(attempt, error.loss), None
-                    if not attempt.may_be_idle():
+                        return self._skip_empty(transaction, error.loss), None
+                    if not transaction.may_be_idle():
                         raise
-                    attempt.idle()
-                    self._record_idle(attempt, error.loss)
+                    transaction.idle()
+                    self._record_idle(transaction, error.loss)
                     given = None if error.loss is None else error.loss.detach()
                     return given, ("idle", _IDLE.format(error))
-                verdict = judge(gradients, source, nonfinite, self.base, self._objection)
-                if verdict.culprit is None:
-                    direction = attempt.direction(gradients, self.options.max_norm)
+                check = check_finite(gradients, source, nonfinite, self.base, self._objection)
+                if check.problem is None:
+                    direction = transaction.direction(gradients, self.options.max_norm)
                     for transform in self.transforms:
-                        transform.before_step(attempt.context)
-                attempt.processes.agree("step", attempt.context.layout.device)
-                if verdict.culprit is None:
+                        transform.before_step(transaction.context)
+                transaction.ranks.agree("step", transaction.context.layout.device)
+                if check.problem is None:
                     if closure is not None:
-                        attempt.fields.average_others(attempt.processes)
-                    attempt.apply(
-                        gradients, direction, verdict.scale, verdict.weights, self.transforms
+                        transaction.fields.average_others(transaction.ranks)
+                    transaction.apply(
+                        gradients, direction, check.scale, check.weights, self.transforms
                     )
                 else:
-                    attempt.undo(rng=False)
+                    transaction.undo(rng=False)
             except BaseException:
-                if not attempt.applied:
-                    attempt.undo(rng=True)
+                if not transaction.applied:
+                    transaction.undo(rng=True)
                 raise
             if scale is not None:
-                overflowed = verdict.culprit is not None
-                scale.update(attempt.context.layout.device, overflowed=overflowed)
-            self._applied += attempt.applied
-            self._record(attempt, gradients, source)
+                overflowed = check.problem is not None
+                scale.update(transaction.context.layout.device, overflowed=overflowed)
+            self._applied += transaction.applied
+            self._record(transaction, gradients, source)
             alone = [each for each in self.transforms if each.needs_several]
             warning = None
             if len(gradients.names) > 1:
@@ -393,53 +413,56 @@ class GradientOptimizer(Optimizer):
             if closure is None:
                 return None, warning
             firsts = [*source.first_losses.values()]
-            return stacked(firsts, attempt.context.layout.device).sum(), warning
+            return stacked(firsts, transaction.context.layout.device).sum(), warning
 
-    def _skip_empty(self, attempt: Attempt, loss: Tensor | None) -> Tensor | None:
-        """Leave everything as it was where objectives have left nothing to step on."""
-        attempt.processes.agree("idle", attempt.context.layout.device)
-        attempt.undo(rng=False)
-        self._record_idle(attempt, loss)
+    def _skip_empty(self, transaction: Transaction, loss: Tensor | None) -> Tensor | None:
+        """Undo a step whose objectives have left nothing to step on."""
+        transaction.ranks.agree("idle", transaction.context.layout.device)
+        transaction.undo(rng=False)
+        self._record_idle(transaction, loss)
         return None if loss is None else loss.detach()
 
     def _warn(self, kind: str, text: str) -> None:
-        """Warn of something once."""
+        """Warn, once for each kind."""
         if kind not in self._warned:
             self._warned.add(kind)
-            warnings.warn(text, UserWarning, stacklevel=5)
+            warnings.warn(text, UserWarning, stacklevel=4)
 
     def _evaluate(
-        self, attempt: Attempt, closure: Objectives | None, nonfinite: Nonfinite
+        self, transaction: Transaction, closure: Objectives | None, nonfinite: Nonfinite
     ) -> tuple[Gradients, Evaluator | StoredGradients]:
-        """What the transforms make of the gradients; the source's own where that fails on NaNs.
+        """The transforms' gradients, or the source's own gradients if the transforms fail on NaNs.
 
-        Code that meets NaNs, at weights displaced along a gradient that is not finite, may raise
-        anything. That is then a step that is not finite.
+        Code that meets NaNs, for example at weights displaced along a gradient that is not finite,
+        may raise any error. Such a step counts as not finite.
+
+        Raises:
+            NonFiniteError: If something is not finite and `nonfinite` is "raise".
         """
         try:
-            gradients = attempt.evaluate(closure, self.transforms)
-            assert attempt.source is not None  # made by evaluate()
-            return gradients, attempt.source
+            gradients = transaction.evaluate(closure, self.transforms)
+            assert transaction.source is not None  # made by evaluate()
+            return gradients, transaction.source
         except Exception as error:
-            source = attempt.source
+            source = transaction.source
             if nonfinite == "ignore" or source is None or not source.measured:
                 raise
             last = source.measured[-1]
             try:
-                culprit = judge(last, source, nonfinite, self.base, self._objection).culprit
+                problem = check_finite(last, source, nonfinite, self.base, self._objection).problem
             except NonFiniteError as found:
                 raise found from error
-            if culprit is None:
+            if problem is None:
                 raise
             return last, source
 
     def _objection(self, losses: Mapping[str, float]) -> str | None:
-        """What a transform has against these losses."""
+        """Why a transform cannot work with these losses; None if all can."""
         found = (transform.objection(losses) for transform in self.transforms)
         return next((reason for reason in found if reason is not None), None)
 
     @contextmanager
-    def _attempt(self) -> Iterator[Attempt]:
+    def _transaction(self) -> Iterator[Transaction]:
         if self._stepping:
             raise RuntimeError(
                 "step() was called from inside a closure of the same optimizer; a closure only "
@@ -452,21 +475,21 @@ class GradientOptimizer(Optimizer):
             )
         interrupts = Interrupts()
         interrupts.begin()
-        first, attempt = self._vector_layout is None, None
+        first, transaction = self._vector_layout is None, None
         try:
             layout = self._layout()
-            processes = Processes.of(self.model, layout.shards, self.options.process_group)
+            ranks = Ranks.of(self.model, layout.shards, self.options.process_group)
             self._stepping = True
             try:
-                attempt = self._make_attempt(layout, processes, interrupts)
+                transaction = self._make_transaction(layout, ranks, interrupts)
                 with torch.no_grad():
-                    yield attempt
+                    yield transaction
             except BaseException as error:
-                if attempt is None or not attempt.applied:
-                    processes.report(error, layout.device)
+                if transaction is None or not transaction.applied:
+                    ranks.report(error, layout.device)
                 raise
         finally:
-            if first and (attempt is None or not attempt.applied):
+            if first and (transaction is None or not transaction.applied):
                 self._forget_vectors()  # weights may still change before the first step
             self._stepping = False
             interrupts.end()
@@ -476,7 +499,7 @@ class GradientOptimizer(Optimizer):
         return any(getattr(each, "scope", None) in ("tensor", "shared") for each in self.transforms)
 
     def _frozen(self) -> list[Tensor]:
-        """The parameters, of the optimizer and of the model, that do not require a gradient."""
+        """The parameters of the optimizer and the model that do not require a gradient."""
         grouped = [p for group in self.base.param_groups for p in group["params"]]
         others = [] if self._places is None else self._places.frozen
         return [p for p in dict.fromkeys((*grouped, *others)) if not p.requires_grad]
@@ -488,9 +511,9 @@ class GradientOptimizer(Optimizer):
             return None
         return LossScale(scaler, owners=(self, self.base))
 
-    def _settings(self, processes: Processes, layout: Layout) -> int:
-        """A number that says whether ranks would step alike on the same gradients."""
-        if not processes.together:
+    def _settings(self, ranks: Ranks, layout: Layout) -> int:
+        """A hash that is equal on ranks that would take the same step on the same gradients."""
+        if not ranks.together:
             return 0
         rates = [group.get("lr") for group in self.base.param_groups]
         numbers = [None if rate is None else float(rate) for rate in rates]
@@ -508,9 +531,9 @@ class GradientOptimizer(Optimizer):
         )
         return zlib.crc32(repr(facts).encode())
 
-    def _make_attempt(
-        self, layout: Layout, processes: Processes, interrupts: Interrupts
-    ) -> Attempt:
+    def _make_transaction(
+        self, layout: Layout, ranks: Ranks, interrupts: Interrupts
+    ) -> Transaction:
         assert self._pool is not None  # made by _layout()
         self._pool.trim()
         model, places = self.model, self._places
@@ -528,7 +551,7 @@ class GradientOptimizer(Optimizer):
             session: Session = FunctionalSession(layout, self._pool, places, self.base)
         else:
             session = InplaceSession(layout, self._pool, model, places)
-        return Attempt(
+        return Transaction(
             self.base,
             session,
             Context(
@@ -542,7 +565,7 @@ class GradientOptimizer(Optimizer):
             ),
             generators=[transform.generator for transform in self.transforms],
             others=[] if places is None else places.others,
-            processes=processes,
+            ranks=ranks,
             buffers=[] if model is None else model.buffers(),
             frozen=self._frozen(),
             make_evaluator=functools.partial(
@@ -550,23 +573,23 @@ class GradientOptimizer(Optimizer):
                 replay_rng=self.options.replay_rng,
                 measure=self.options.nonfinite != "ignore" or scale is not None,
                 interrupts=interrupts,
-                processes=processes,
-                settings=self._settings(processes, layout),
+                ranks=ranks,
+                settings=self._settings(ranks, layout),
                 loss_scale=scale,
             ),
         )
 
     def _ascended(self, layout: Layout) -> tuple[int, ...]:
-        """The parameters that the base moves along the gradient rather than against it."""
+        """The positions of parameters in groups with `maximize`."""
         flags = [bool(group.get("maximize", False)) for group in self.base.param_groups]
         if not any(flags):
             return ()
         return tuple(t for t, group in enumerate(layout.groups) if flags[group])
 
-    def _record_idle(self, attempt: Attempt, loss: Tensor | None) -> None:
+    def _record_idle(self, transaction: Transaction, loss: Tensor | None) -> None:
         """Record a step in which there was nothing to step on."""
-        device = attempt.context.layout.device
-        names = attempt.context.names or (LOSS,)
+        device = transaction.context.layout.device
+        names = transaction.context.names or (LOSS,)
         unknown = torch.full((), torch.nan, device=device)
         losses = [unknown if loss is None or len(names) > 1 else loss.detach() for _ in names]
         zeros = torch.zeros(len(names), device=device)
@@ -582,16 +605,16 @@ class GradientOptimizer(Optimizer):
         )
 
     def _record(
-        self, attempt: Attempt, gradients: Gradients, source: Evaluator | StoredGradients
+        self, transaction: Transaction, gradients: Gradients, source: Evaluator | StoredGradients
     ) -> None:
-        device = attempt.context.layout.device
+        device = transaction.context.layout.device
         firsts = source.first_losses
         losses = stacked([firsts[name] for name in gradients.names], device)
-        context = attempt.context
+        context = transaction.context
         self.last_step = StepRecord(
             names=gradients.names,
             losses=losses,
-            applied=attempt.applied,
+            applied=transaction.applied,
             _gram=gradients.seen_gram,
             _weights=gradients.weights,
             _lr_scale=gradients.lr_scale,
@@ -600,7 +623,7 @@ class GradientOptimizer(Optimizer):
         )
 
     def _layout(self) -> Layout:
-        """The present layout; scratch of an older one is dropped, transforms' vectors move."""
+        """The present layout; when it changes, transforms' vectors are moved to it."""
         layout = self._present_layout()
         if self._vector_layout is None or not self._vector_layout.same_as(layout):
             saved_state.lay_out_vectors(self.transforms, self._vector_layout, layout, self.base)
@@ -632,7 +655,11 @@ class GradientOptimizer(Optimizer):
         return layout
 
     def _refuse_changed(self, old: Layout, new: Layout) -> None:
-        """Check that the base optimizer's state still fits the parameters."""
+        """Check that the base optimizer's state still fits the parameters.
+
+        Raises:
+            ValueError: If a parameter with state has changed its shape or dtype.
+        """
         before = {p: (old.shapes[t], old.dtypes[t]) for t, p in enumerate(old.parameters)}
         for t, parameter in enumerate(new.parameters):
             held = self.base.state.get(parameter) or {}
@@ -652,10 +679,10 @@ class GradientOptimizer(Optimizer):
     # Saving and loading.
 
     def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's state dict, with the transforms' state inside it.
+        """The base optimizer's state dict, which includes the transforms' state.
 
-        It holds plain values and tensors only, so it can be loaded with `weights_only=True`.
-        Teachers are modules and are saved as such, beside it, unless they have `in_state=True`.
+        It holds plain values and tensors only, so it can be loaded with `weights_only=True`. Save
+        teachers separately, as modules, unless they have `in_state=True`.
         """
         for pre in list(self._optimizer_state_dict_pre_hooks.values()):
             pre(self)
@@ -683,7 +710,9 @@ class GradientOptimizer(Optimizer):
         """Load what `state_dict` returned, or the state dict of a bare base optimizer.
 
         Raises:
-            ValueError: If it belongs to other transforms or parameters; nothing is changed then.
+            TypeError: If it is not a mapping.
+            ValueError: If it is incomplete, or belongs to other transforms or parameters; nothing
+                is changed then.
         """
         if not isinstance(state_dict, Mapping):
             raise TypeError(

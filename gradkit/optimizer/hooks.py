@@ -1,4 +1,4 @@
-"""The hooks that torch runs round the steps of all optimizers."""
+"""The global hooks that torch runs before and after every optimizer's step."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _steps_under_way = 0
 
 
 def global_pre_hooks() -> list[Hook]:
-    """What `register_optimizer_step_pre_hook` has registered, in order."""
+    """The hooks registered with `register_optimizer_step_pre_hook`, in order."""
     return list(torch_optimizer._global_optimizer_pre_hooks.values())
 
 
 def global_post_hooks() -> list[Hook]:
-    """What `register_optimizer_step_post_hook` has registered, in order."""
+    """The hooks registered with `register_optimizer_step_post_hook`, in order."""
     return list(torch_optimizer._global_optimizer_post_hooks.values())
 
 
-class _Mutable:
-    """A global hook that is not run for an optimizer inside another, in this thread."""
+class _MuteableHook:
+    """A global hook that is not called in a thread where hooks are muted."""
 
     def __init__(self, hook: Hook) -> None:
         self.hook = hook
@@ -40,11 +40,11 @@ class _Mutable:
 
 @contextmanager
 def global_hooks_muted() -> Iterator[None]:
-    """Let steps of optimizers in this block, and in this thread, run no global hooks.
+    """Mute global hooks for the steps of optimizers in this block and thread.
 
-    A step counts once, as that of the optimizer which the user steps: hooks that log, count or
-    change gradients would otherwise do so again for the base inside, and for whatever the base
-    itself holds. Other threads' steps are left alone, and the hooks are put back as they were.
+    A step counts once, for the optimizer that the user steps. Hooks that log, count or change
+    gradients would otherwise run again for the base, and for an optimizer inside the base. Steps of
+    other threads are not affected. After the block the hooks are registered as before.
     """
     global _steps_under_way
     registries = (
@@ -57,7 +57,10 @@ def global_hooks_muted() -> Iterator[None]:
     before = getattr(_muted, "now", False)
     with _lock:
         _steps_under_way += 1
-        _exchange(registries, lambda hook: hook if isinstance(hook, _Mutable) else _Mutable(hook))
+        _exchange(
+            registries,
+            lambda hook: hook if isinstance(hook, _MuteableHook) else _MuteableHook(hook),
+        )
     _muted.now = True
     try:
         yield
@@ -67,7 +70,7 @@ def global_hooks_muted() -> Iterator[None]:
             _steps_under_way -= 1
             if not _steps_under_way:
                 _exchange(
-                    registries, lambda hook: hook.hook if isinstance(hook, _Mutable) else hook
+                    registries, lambda hook: hook.hook if isinstance(hook, _MuteableHook) else hook
                 )
 
 

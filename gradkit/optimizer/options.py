@@ -1,4 +1,4 @@
-"""The options of a step, as `wrap` hands them down."""
+"""The options of a step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,12 @@ OnEmpty = Literal["raise", "skip"]
 
 @dataclass
 class StepOptions:
-    """What `wrap` was told; see there."""
+    """The options passed to `wrap`, which documents them.
+
+    Raises:
+        TypeError: If an option is of the wrong type.
+        ValueError: If an option has no valid value.
+    """
 
     model: nn.Module | None = None
     engine: EngineName = "auto"

@@ -1,4 +1,4 @@
-"""What an optimizer remembers of its last step."""
+"""The record of an optimizer's last step."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from gradkit.core.gram import cosines
 
 @dataclass(frozen=True, eq=False, repr=False)
 class StepRecord:
-    """What happened in a step, as tensors that the host reads only when asked.
+    """The record of one step, as tensors that are copied to the host only when they are read.
 
     Attributes:
         names: The K objectives.
-        losses: Each one's loss at its first evaluation in the step [K].
+        losses: Each objective's loss [K] at its first evaluation in the step.
         applied: Whether the base optimizer stepped; False after a skipped step.
 
     Examples:
@@ -31,7 +31,7 @@ class StepRecord:
     names: tuple[str, ...]
     losses: Float[Tensor, " K"]
     applied: bool
-    # As the step left them; brought into the losses' dtype when somebody asks.
+    # Converted to the losses' dtype when they are read.
     _gram: Float[Tensor, "K K"]
     _weights: Float[Tensor, " K"]
     _lr_scale: Float[Tensor, ""]
@@ -40,26 +40,26 @@ class StepRecord:
 
     @property
     def gram(self) -> Float[Tensor, "K K"]:
-        """The Gram matrix of the gradients that were applied, over all parameters.
+        """The Gram matrix [K, K] of the gradients that were applied, over all parameters.
 
-        After a rule with the scope "shared" it is what the rule saw, the one over what objectives
-        share (over all parameters if they share none). With "group" or "tensor" a rule sees
-        several, of which this is the sum; `Gradients.gram` has each.
+        After a rule with the scope "shared" it is the matrix over the shared parameters (over all
+        parameters if none are shared). With "group" or "tensor" a rule uses several matrices; this
+        is their sum, and `Gradients.gram` has each of them.
         """
         return self._gram.to(self.losses.dtype)
 
     @property
     def weights(self) -> Float[Tensor, " K"]:
-        """Their weights in the direction.
+        """The objectives' weights [K] in the direction.
 
-        Where that is no weighted sum of whole gradients (rules by group or tensor or on shared
-        parameters, elementwise rules), the weights that the gradients had before.
+        If the direction is not a weighted sum of whole gradients (rules by group or tensor or on
+        shared parameters, elementwise rules), these are the weights before that rule.
         """
         return self._weights.to(self.losses.dtype)
 
     @property
     def lr_scale(self) -> Float[Tensor, ""]:
-        """What the learning rate was multiplied by."""
+        """The factor of the learning rate."""
         return self._lr_scale.to(self.losses.dtype)
 
     @property
@@ -73,7 +73,7 @@ class StepRecord:
         return None if self._decay is None else self._decay.to(self.losses.dtype)
 
     def cosine(self, a: str, b: str) -> Float[Tensor, ""]:
-        """The cosine of two objectives' gradients, as `gram` has it; 0 if one of them is zero.
+        """The cosine of two objectives' gradients, from `gram`; 0 if one of them is zero.
 
         Raises:
             ValueError: If the step had no objective of that name.

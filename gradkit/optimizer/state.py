@@ -1,12 +1,12 @@
-"""What transforms remember, inside the base optimizer's own state dict.
+"""The state of transforms, saved inside the base optimizer's state dict.
 
-Checkpoint formats agree on little more than the base optimizer's own keys, so nothing is added
-beside them. Small state of all transforms is one JSON string in the first parameter group; flat
-vectors are cut by parameter and lie in each one's state, under names that begin with "gradkit.".
-So do tensors of any shape ("gradkit.0:teacher.weight"), which are found again by name.
+Checkpoint formats agree on little more than the base optimizer's own keys, so no top-level key is
+added. The small state of all transforms is one JSON string in the first parameter group. Flat
+vectors are split by parameter and kept in each parameter's state, under names that begin with
+"gradkit.". Tensors of any shape ("gradkit.0:teacher.weight") are kept there, too.
 
-Only where a base has a state dict of its own form, as some that wrap another optimizer have, all
-lie beside what it holds, under the key "gradkit".
+Some base optimizers, such as some that wrap another one, have a state dict of a different form.
+For these only, everything is saved beside it, under the key "gradkit".
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from gradkit.core.transform import Transform
 
 KEY = "gradkit"
 PREFIX = "gradkit."
-# Marks, in a state dict only, the vector of a parameter that the base has not stepped yet.
+# Prefix, in a state dict only, for the vector of a parameter that the base has not stepped yet.
 _UNSTEPPED = "unstepped."
 _VERSION = 1
-# Names the attribute of a base optimizer whose state dict has a form of its own.
+# The attribute of a base optimizer whose state dict has a form of its own.
 _STORE = "_gradkit_vectors"
 
-# What a base keeps by parameter, and some keep otherwise.
+# State by parameter; some optimizers use other keys and values.
 Store = MutableMapping[Any, Any]
 
 
@@ -41,13 +41,13 @@ def has_own_form(base: Optimizer) -> bool:
     """Whether a base optimizer's state dict has another form than torch's.
 
     Raises:
-        ValueError: If it is no mapping at all, so that nothing can be saved beside it.
+        ValueError: If the state dict is not a mapping, so that nothing can be saved in it.
     """
     if type(base).state_dict is Optimizer.state_dict:
         return False
     try:
         saved: object = base.state_dict()
-    except RuntimeError:  # one of several ranks that has not been given the others' yet
+    except RuntimeError:  # on one of several ranks, before the ranks' state has been collected
         return True
     if not isinstance(saved, Mapping):
         raise ValueError(
@@ -66,12 +66,12 @@ def has_own_form(base: Optimizer) -> bool:
 
 
 def give_store(base: Optimizer, store: Store) -> None:
-    """Let a base whose state dict has its own form keep transforms' vectors beside its state."""
+    """Keep transforms' vectors beside the state of a base whose state dict has its own form."""
     setattr(base, _STORE, store)
 
 
 def own_store(base: Optimizer) -> Store:
-    """Where transforms' vectors are shown: the base optimizer's state, or one beside it."""
+    """The state that shows transforms' vectors: the base optimizer's, or a store beside it."""
     store: Store | None = getattr(base, _STORE, None)
     return base.state if store is None else store
 
@@ -80,13 +80,20 @@ def _entry(store: Store, parameter: Tensor) -> MutableMapping[str, Any] | None:
     try:
         entry: MutableMapping[str, Any] | None = store[parameter]
         return entry
-    except KeyError:  # a plain dict, whose entries are the base optimizer's to make
+    except KeyError:  # a plain dict, in which only the base optimizer adds entries
         return None
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A state dict in parts: the base optimizer's, the JSON text, and vectors by parameter id."""
+    """The parts of a state dict.
+
+    Attributes:
+        theirs: The base optimizer's part.
+        text: The JSON text of the transforms' small state; None if there is none.
+        vectors: The transforms' vectors and tensors, by parameter id.
+        groups: The saved parameter groups.
+    """
 
     theirs: dict[str, Any]
     text: str | None
@@ -95,9 +102,17 @@ class Saved:
 
 
 def encode(transforms: Sequence[Transform], *, marks: bool = False) -> str:
-    """The transforms' names, small state and generators as JSON, bit for bit; with their marks.
+    """The transforms' names, small state and generators as JSON, without loss of precision.
 
-    Ranks compare this text in each step, without marks, which are made only when one saves.
+    Ranks compare this text in each step.
+
+    Args:
+        transforms: The transforms.
+        marks: Whether to include their fingerprints (`Transform.mark`), which is needed for saving
+            only.
+
+    Raises:
+        TypeError: If a transform's state holds a value that cannot be saved.
     """
     chain = [
         {
@@ -114,10 +129,10 @@ def encode(transforms: Sequence[Transform], *, marks: bool = False) -> str:
 
 
 def check(text: str, transforms: Sequence[Transform]) -> None:
-    """Check that saved state belongs to transforms like these.
+    """Check that saved state fits these transforms.
 
     Raises:
-        ValueError: If it belongs to a different chain or format.
+        ValueError: If it is of a different chain or format, damaged or incomplete.
     """
     try:
         saved = json.loads(text)
@@ -157,7 +172,7 @@ def check(text: str, transforms: Sequence[Transform]) -> None:
 
 
 def decode(text: str, transforms: Sequence[Transform]) -> None:
-    """Give transforms the state that `encode` wrote; see `check` first."""
+    """Load the state that `encode` wrote into the transforms; call `check` before."""
     for transform, entry in zip(transforms, json.loads(text)["transforms"], strict=True):
         transform.state.clear()
         transform.state.update({name: _unpacked(value) for name, value in entry["state"].items()})
@@ -166,7 +181,7 @@ def decode(text: str, transforms: Sequence[Transform]) -> None:
 
 
 def _packed(value: Any) -> Any:
-    """A JSON value that keeps every bit."""
+    """A value as JSON, without loss of precision."""
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float):
@@ -207,8 +222,8 @@ def link_vectors(
 ) -> None:
     """Show the transforms' flat vectors in the state of each parameter for which `where` holds.
 
-    They are views, so they need linking only once. A parameter that the base has not stepped yet
-    must be left alone: many optimizers take an empty state as the sign to make their own.
+    They are views, so they are linked only once. Parameters that the base has not stepped yet must
+    not be linked, since many optimizers initialise their state only where it is empty.
     """
     store = own_store(base)
     for key, vector in _keyed(transforms):
@@ -241,7 +256,7 @@ def link_stepped(
 
 
 def relink(transforms: Sequence[Transform], layout: Layout, base: torch.optim.Optimizer) -> None:
-    """Renew the views where there were some, after vectors have moved."""
+    """Replace the views in the state after vectors have been reallocated."""
     store = own_store(base)
     link_vectors(
         transforms, layout, base, lambda parameter, key: key in (store.get(parameter) or ())
@@ -254,12 +269,12 @@ def renew_tensors(
     base: torch.optim.Optimizer,
     stepped: Sequence[Tensor] = (),
 ) -> None:
-    """Show the transforms' tensors as they are now in the state of stepped parameters.
+    """Show the transforms' present tensors in the state of stepped parameters.
 
     Args:
-        transforms: Whose tensors.
-        base: The optimizer in whose state.
-        stepped: Parameters that are known to have been stepped though their state is empty.
+        transforms: The transforms.
+        base: The base optimizer.
+        stepped: Parameters that are known to have been stepped although their state is empty.
     """
     store = own_store(base)
     held = {key for key, state in store.items() if state and isinstance(state, Mapping)}
@@ -283,8 +298,9 @@ def lay_out_vectors(
 ) -> None:
     """Make the transforms' flat vectors for a new layout.
 
-    Each parameter's part is what was loaded for it, or what it was in the old layout, or what its
-    state has kept from before it was frozen, or else as `initial_vectors` has it.
+    Each parameter's part is, in this order of preference, what was loaded for it, its value in the
+    old layout, the value kept in its state from before it was frozen, or the value in
+    `initial_vectors`.
     """
     store = own_store(base)
     for number, transform in enumerate(transforms):
@@ -344,9 +360,10 @@ def add_unlinked_tensors(
 def take_tensors(
     own: Mapping[Any, MutableMapping[str, Any]],
 ) -> tuple[dict[int, dict[str, Tensor]], set[Any]]:
-    """Take the transforms' tensors, by transform and name, out of what `split` returned.
+    """Remove the transforms' tensors from the vectors that `split` returned.
 
-    Also returns the ids of stepped parameters among those in whose state they were.
+    Returns:
+        The tensors by transform and name, and the ids of the stepped parameters that held them.
     """
     taken: dict[int, dict[str, Tensor]] = {}
     stepped: set[Any] = set()
@@ -366,10 +383,10 @@ def take_tensors(
 def check_tensors(
     tensors: Mapping[int, Mapping[str, Tensor]], transforms: Sequence[Transform]
 ) -> None:
-    """Check that transforms can take these tensors.
+    """Check that saved tensors fit the transforms.
 
     Raises:
-        ValueError: If one cannot.
+        ValueError: If a transform cannot load its tensors.
     """
     for number, transform in enumerate(transforms):
         transform.check_tensors(tensors.get(number, {}))
@@ -380,7 +397,7 @@ def load_tensors(
     text: str | None,
     transforms: Sequence[Transform],
 ) -> None:
-    """Give transforms their tensors, and the marks of what has been saved elsewhere."""
+    """Load saved tensors, and the fingerprints of what is saved elsewhere, into the transforms."""
     entries = [] if text is None else json.loads(text)["transforms"]
     for number, transform in enumerate(transforms):
         mark = entries[number].get("mark") if entries else None
@@ -392,7 +409,7 @@ def beside(
     layout: Layout | None,
     base: Optimizer,
 ) -> dict[str, Any]:
-    """What is saved beside a state dict of the base optimizer's own form."""
+    """The transforms' state, to be saved beside a state dict of the base optimizer's own form."""
     store = own_store(base)
     every = [parameter for group in base.param_groups for parameter in group["params"]]
     vectors = {parameter: dict(store.get(parameter) or {}) for parameter in every}
@@ -409,7 +426,7 @@ def beside(
 
 
 def split_beside(state_dict: Mapping[str, Any], base: Optimizer) -> Saved:
-    """Divide a state dict of the base optimizer's own form.
+    """Split a state dict of the base optimizer's own form.
 
     Raises:
         ValueError: If it was saved for another number of parameters.
@@ -431,13 +448,13 @@ def split_beside(state_dict: Mapping[str, Any], base: Optimizer) -> Saved:
 
 
 def split(state_dict: Mapping[str, Any]) -> Saved:
-    """Divide a state dict of torch's form; what a base has added to it stays the base's."""
+    """Split a state dict of torch's form; keys that a base has added stay in the base's part."""
     groups = [dict(group) for group in state_dict["param_groups"]]
     text = groups[0].pop(KEY, None) if groups else None
     own: dict[Any, dict[str, Tensor]] = {}
     theirs: dict[Any, Any] = {}
     for identity, state in state_dict["state"].items():
-        if not isinstance(state, Mapping):  # some keep a number for all parameters there
+        if not isinstance(state, Mapping):  # some optimizers keep one number for all parameters
             theirs[identity] = state
             continue
         kept = dict(state)
@@ -452,10 +469,12 @@ def check_vectors(
     own: Mapping[Any, Mapping[str, Tensor]],
     saved_groups: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Check that saved vectors are shaped as the parameters in the same places.
+    """Check that saved vectors have the shapes of the parameters in the same places.
+
+    Groups of other sizes are not checked, since the base optimizer refuses them.
 
     Raises:
-        ValueError: If one is not. Groups of other sizes are the base optimizer's to refuse.
+        ValueError: If a shape differs, or if only one of vector and parameter is sharded.
     """
     for group, saved in zip(param_groups, saved_groups, strict=False):
         for parameter, identity in zip(group["params"], saved["params"], strict=False):
@@ -479,7 +498,7 @@ def store_vectors(
     saved_groups: Sequence[Mapping[str, Any]],
     base: torch.optim.Optimizer,
 ) -> dict[Tensor, dict[str, Tensor]]:
-    """Saved vectors by parameter; those of stepped parameters go into their state, too."""
+    """Saved vectors by parameter; those of stepped parameters are also put into their state."""
     loaded: dict[Tensor, dict[str, Tensor]] = {}
     for group, saved in zip(param_groups, saved_groups, strict=True):
         for parameter, identity in zip(group["params"], saved["params"], strict=True):
@@ -500,9 +519,9 @@ def _keyed(transforms: Sequence[Transform]) -> Iterator[tuple[str, Tensor]]:
 def _placed(
     transforms: Sequence[Transform], param_groups: Sequence[Mapping[str, Any]]
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """The transforms' tensors: key, parameter in whose state it is shown, and tensor.
+    """The transforms' tensors: the key, the parameter whose state shows it, and the tensor.
 
-    Those that belong to no optimised parameter are shown in the state of the first.
+    Tensors that belong to no optimised parameter are shown in the first parameter's state.
     """
     found = [transform.tensors() for transform in transforms]
     if not any(found):
@@ -519,7 +538,7 @@ def _placed(
 
 
 def _tensor_key(key: object) -> tuple[int, str] | None:
-    """The transform and the name that a key of a transform's tensor stands for."""
+    """The transform's position and the tensor's name, from a key; None for other keys."""
     number, colon, name = str(key).removeprefix(PREFIX).partition(":")
     if not (str(key).startswith(PREFIX) and colon and number.isdecimal()):
         return None
@@ -529,7 +548,7 @@ def _tensor_key(key: object) -> tuple[int, str] | None:
 def identities(
     param_groups: Sequence[Mapping[str, Any]], saved_groups: Sequence[Mapping[str, Any]]
 ) -> dict[Tensor, Any]:
-    """What each parameter is called in a state dict's groups."""
+    """Each parameter's id in a state dict's groups."""
     return {
         parameter: identity
         for group, saved in zip(param_groups, saved_groups, strict=True)
@@ -538,5 +557,5 @@ def identities(
 
 
 def is_own(key: object) -> bool:
-    """Whether a key of a parameter's state is a transform's."""
+    """Whether a key of a parameter's state belongs to a transform."""
     return str(key).startswith((PREFIX, _UNSTEPPED + PREFIX))

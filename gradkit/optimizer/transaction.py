@@ -1,4 +1,4 @@
-"""One attempt at a step: what it evaluates, what it applies, and how it is undone."""
+"""The transaction of one step: evaluate, then apply everything or undo everything."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gradkit.core.gradients import Gradients
 from gradkit.core.gram import norm
 from gradkit.core.oracle import Oracle
 from gradkit.core.random import RandomState
-from gradkit.core.ranks import Processes, as_part_of
+from gradkit.core.ranks import Ranks, as_part_of
 from gradkit.core.storage import Parts
 from gradkit.core.transform import Transform, Weigh, leading_reweighings
 from gradkit.engines.evaluator import Evaluator
@@ -27,10 +27,10 @@ from gradkit.optimizer.hooks import global_hooks_muted
 from gradkit.optimizer.state import link_stepped
 
 
-class Attempt:
-    """One attempt at a step.
+class Transaction:
+    """One step, which is applied as a whole or leaves no trace.
 
-    Until `apply` has called the base optimizer, `undo` leaves no trace of it.
+    Until `apply` has called the base optimizer, `undo` can restore everything.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Attempt:
         others: Sequence[Tensor],
         frozen: Sequence[Tensor],
         make_evaluator: Callable[..., Evaluator],
-        processes: Processes,
+        ranks: Ranks,
         buffers: Iterable[Tensor],
     ) -> None:
         self.context = context
@@ -53,7 +53,7 @@ class Attempt:
         self._session = session
         self._parameters = context.layout.parameters
         self._make_evaluator = make_evaluator
-        self.processes = processes
+        self.ranks = ranks
         self._buffers = buffers
         self.fields = GradFields(base, context.layout, others, frozen)
         self._random = RandomState.capture(context.layout.device)
@@ -62,25 +62,28 @@ class Attempt:
         ]
 
     def can_only_initialise(self) -> bool:
-        """Whether a step without a closure can change nothing.
+        """Whether a step without a closure can only initialise the base optimizer's state.
 
-        That is so if no parameter has a gradient, or if gradients and learning rates are all 0:
-        distributed checkpoints step like that to make the base optimizer's state before loading.
+        This is so if no parameter has a gradient, or if all gradients and learning rates are 0.
+        Distributed checkpoints step in this way before loading.
+
+        Raises:
+            RankError: If the ranks differ in this.
         """
         still = all(group.get("lr", 1) == 0 for group in self._base.param_groups)
         initialises = self.fields.are_none or (still and self.fields.are_zero)
         what = "nothing to step on" if initialises else "gradients to step on"
-        self.processes.agree("step", self.context.layout.device, names=(what,))
+        self.ranks.agree("step", self.context.layout.device, names=(what,))
         return initialises
 
     @property
     def has_no_gradient(self) -> bool:
-        """Whether no parameter has a gradient while a learning rate is not 0."""
+        """Whether no parameter has a gradient although a learning rate is not 0."""
         moving = any(group.get("lr", 1) != 0 for group in self._base.param_groups)
         return moving and self.fields.are_none
 
     def initialise(self, transforms: Sequence[Transform]) -> None:
-        """Let the base optimizer make its state, where nothing can change."""
+        """Let the base optimizer initialise its state in a step that changes no weight."""
         self.fields.drop_stale()
         with global_hooks_muted():
             self._base.step()
@@ -92,7 +95,7 @@ class Attempt:
 
         Args:
             objectives: The objectives.
-            weighers: What gives their gradients other weights, first of all.
+            weighers: The functions that reweight their gradients first.
         """
         return self._make_evaluator(
             objectives,
@@ -104,7 +107,12 @@ class Attempt:
         )
 
     def evaluate(self, objectives: Objectives | None, transforms: Sequence[Transform]) -> Gradients:
-        """The gradients that the chain of transforms returns; `source` says where they are from."""
+        """The gradients that the chain of transforms returns; sets `source`.
+
+        Raises:
+            NoGradientError: If the objectives leave no gradient.
+            TypeError: If a transform returns something else than an oracle or gradients.
+        """
         if objectives is None:
             return self._evaluate_stored(LOSS, None, transforms)
         leading = leading_reweighings(transforms)
@@ -114,15 +122,15 @@ class Attempt:
             oracle = self._chain(source.evaluate, transforms[len(leading) :])
             return self._checked(oracle(), transforms)
         except NoGradientError as error:
-            # A trainer may have called backward before and pass a closure that only reports. What
-            # an earlier step left in `.grad` is no such gradient.
+            # A trainer may have called backward before, and its closure may only report the loss.
+            # Gradients that an earlier step left in `.grad` do not count.
             names = self.context.names
             if not self.may_be_idle() or names is None or not self.fields.hold_others:
                 raise
             return self._evaluate_stored(names[0], error.loss, transforms)
 
     def may_be_idle(self) -> bool:
-        """Whether closures have left nothing to step on, in a step that has one objective."""
+        """Whether the only objective of the step has left nothing to step on."""
         source, names = self.source, self.context.names
         if not isinstance(source, Evaluator) or (names is not None and len(names) > 1):
             return False
@@ -132,7 +140,7 @@ class Attempt:
         self, name: str, loss: Tensor | None, transforms: Sequence[Transform]
     ) -> Gradients:
         source = self.source = StoredGradients(
-            name, self.fields.before, loss, self.context, self.processes
+            name, self.fields.before, loss, self.context, self.ranks
         )
         return self._chain(source.evaluate, transforms)()
 
@@ -165,8 +173,8 @@ class Attempt:
         direction = gradients.direction(out=self.context.pool.take_vector)
         if max_norm is None:
             return direction
-        length = norm(direction, over=self.context.layout.shards)
-        factor = (max_norm / (length + 1e-6)).clamp(max=1)
+        direction_norm = norm(direction, over=self.context.layout.shards)
+        factor = (max_norm / (direction_norm + 1e-6)).clamp(max=1)
         return scaled(direction, factor, self.context.pool.take_vector())
 
     def apply(
@@ -180,7 +188,7 @@ class Attempt:
         """Let the base optimizer step along `direction`, then commit everything else."""
         reached = gradients.reached_by_direction(weights) or (True,) * len(self._parameters)
         ascended = set(self.context.ascended)
-        # Whoever keeps or pickles a small part of a flat vector shall not keep the whole.
+        # Small parts are cloned, so that a reference or a pickle does not keep the whole vector.
         large = range(len(direction)) if direction is gradients.parts else self.context.layout.large
         kept = set(large)
         for t, (parameter, part, flag) in enumerate(
@@ -191,40 +199,39 @@ class Attempt:
                 continue
             if part.dtype != parameter.dtype:
                 part = part.to(parameter.dtype)
-            if t in ascended:  # back to the gradient of what is maximised
+            if t in ascended:  # back to the gradient of the objective that is maximised
                 part = part.neg()
             elif t not in kept:
                 part = part.clone()
             parameter.grad = marked(as_part_of(part, parameter))
         self.fields.drop_stale()
-        self._set_thawed(gradients)
+        self._set_unfrozen_grads(gradients)
         with scaled_learning_rates(self._base, scale), global_hooks_muted():
             self._base.step()
         for parameter in self._parameters:
             if parameter.grad is not None:
-                marked(parameter.grad)  # some optimizers write into it
+                marked(parameter.grad)  # some optimizers write to it
         self.applied = True
-        self.processes.agree("applied", self.context.layout.device)
+        self.ranks.agree("applied", self.context.layout.device)
         self._session.commit()
-        self.processes.share_buffers(self._buffers)
+        self.ranks.share_buffers(self._buffers)
         self.context.gradients = gradients
-        for transform in transforms:
-            self.context.commit(transform)
+        self.context.commit(transforms)
         link_stepped(transforms, self.context.layout, self._base)
         with ExitStack() as stack:
-            # Called in order; one that raises keeps none of the others from its part.
+            # They run in order, and all of them run even if one raises.
             for transform in reversed(transforms):
                 stack.callback(transform.after_step, self.context)
 
-    def _set_thawed(self, gradients: Gradients) -> None:
-        """Give parameters that a closure has unfrozen the weighted sum of their gradients.
+    def _set_unfrozen_grads(self, gradients: Gradients) -> None:
+        """Set the `.grad` of parameters that a closure has unfrozen to their weighted sum.
 
-        They are stepped on at once, as by the base alone; transforms see them from the next step
-        on, when they have a place in the flat vector.
+        The base optimizer steps on them at once, as it would alone. Transforms see them from the
+        next step on, when they have a place in the flat vector.
         """
-        thawed = self.source.thawed if isinstance(self.source, Evaluator) else {}
+        unfrozen = self.source.unfrozen if isinstance(self.source, Evaluator) else {}
         total: dict[Tensor, Tensor] = {}
-        for name, grads in thawed.items():
+        for name, grads in unfrozen.items():
             known = name in gradients.names and not gradients.has_update
             weight = gradients.weights[gradients.index(name)] if known else 1.0
             for parameter, grad in grads.items():
@@ -234,21 +241,21 @@ class Attempt:
             parameter.grad = marked(grad)
 
     def idle(self) -> None:
-        """Let the base optimizer step where closures have left no gradient: on nothing.
+        """Let the base optimizer step without gradients, where closures have left none.
 
-        What closures have done to buffers stays; old gradients come back.
+        Changes of buffers are kept, and old gradients are restored.
         """
-        self.processes.agree("idle", self.context.layout.device)
+        self.ranks.agree("idle", self.context.layout.device)
         self.fields.set_aside()
         self.fields.drop_stale()
         with global_hooks_muted():
             self._base.step()
         self._session.commit()
-        self.processes.share_buffers(self._buffers)
+        self.ranks.share_buffers(self._buffers)
         self.fields.put_back()
 
     def undo(self, *, rng: bool) -> None:
-        """Put everything back as it was before the attempt; the random numbers only if `rng`."""
+        """Restore the state from before the step; random number generators only if `rng`."""
         self._session.rollback()
         self.fields.put_all_back()
         for generator, state in self._generators:
@@ -261,10 +268,13 @@ class Attempt:
 def scaled_learning_rates(
     base: torch.optim.Optimizer, scale: Tensor | float | None
 ) -> Iterator[None]:
-    """Multiply every group's learning rate by `scale` for the length of the block.
+    """Multiply every group's learning rate by `scale` inside the block.
 
-    A learning rate that is a tensor is written to in place, since optimizers and graphs hold on
-    to the object.
+    A learning rate that is a tensor is changed in place, since optimizers and graphs keep a
+    reference to it.
+
+    Raises:
+        ValueError: If `scale` is given and a group has no learning rate.
     """
     if scale is None:
         yield

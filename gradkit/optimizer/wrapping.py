@@ -1,4 +1,4 @@
-"""`wrap`: checks what it is given, and makes the optimizer."""
+"""`wrap`, which checks its arguments and makes the optimizer."""
 
 from __future__ import annotations
 
@@ -35,57 +35,56 @@ def wrap(
     rows: RowsChoice = "auto",
     on_empty: OnEmpty = "raise",
 ) -> GradientOptimizer:
-    """Wrap an optimizer, so that transforms bend its gradient on the way in.
+    """Wrap an optimizer, so that transforms change the gradient before it steps.
 
     Args:
-        base: Any `torch.optim.Optimizer` that steps on plain gradients, one that wraps another
-            included; not to be stepped by itself from then on. Optimizers that evaluate the loss,
-            call backward or differentiate gradients themselves are refused, and so is
-            `differentiable=True`: the direction of a step has no graph.
-        transforms: Applied in this order: the first works on the objectives' own gradients,
-            each further one around those before it.
+        base: A `torch.optim.Optimizer` that steps on plain gradients; it may wrap another one. Do
+            not step it directly afterwards. Optimizers that evaluate the loss, call backward or
+            differentiate gradients themselves are refused. So is `differentiable=True`, since the
+            direction of a step has no graph.
+        transforms: Applied in this order: the first works on the objectives' own gradients, and
+            each further one wraps those before it.
         model: The module whose parameters are optimised. With it, buffers such as BatchNorm's
-            running statistics see each objective's first evaluation in a step and no other, and
+            running statistics are updated by each objective's first evaluation in a step only, and
             the functional engine can be used.
-        engine: How objectives are evaluated at displaced weights. "inplace", which "auto" is,
-            moves the model's own parameters and puts them back by copy: closures find the very
-            parameters, with their class, attributes and hooks, and compiled, scripted and
-            distributed modules run. "functional" runs closures on leaves in their place and never
-            writes live weights or buffers during a step. It refuses parameters with hooks, with
+        engine: How objectives are evaluated at displaced weights. "inplace", the choice of "auto",
+            moves the model's own parameters and restores them from a copy. Closures see the
+            original parameters with their class, attributes and hooks, and compiled, scripted and
+            distributed modules work. "functional" runs closures on other leaves in their place and
+            never writes to weights or buffers during a step. It refuses parameters with hooks, with
             attributes or of a subclass, buffers that share memory with a parameter, and compiled,
-            scripted, `DistributedDataParallel` and `fully_shard` modules, and raises where a
-            closure has changed `requires_grad` or rebound `.data`.
-        nonfinite: On a NaN or an infinity in a loss or gradient, "raise" names the objective,
-            "skip" leaves everything but the random numbers as it was, "ignore" does not look
-            (and needs no copy to the host).
+            scripted, `DistributedDataParallel` and `fully_shard` modules. It raises if a closure
+            changes `requires_grad` or assigns `.data`.
+        nonfinite: If a loss or gradient is NaN or infinite, "raise" raises an error that names the
+            objective, and "skip" changes nothing except random number generators. "ignore" does
+            not check, and needs no copy to the host.
         max_norm: Clip the final direction to this Euclidean norm, after all transforms.
-        replay_rng: Whether further evaluations of an objective in a step, at displaced weights,
-            see the same random numbers (dropout masks) as its first; by default they draw fresh
-            ones, as torch would. It covers torch's default generators of the CPU and of the one
-            device that the parameters are on; not numpy's, Python's `random`, nor a
-            `torch.Generator` of your own.
-        scaler: Loss scaling for float16, which the step then does by itself: it scales losses,
-            unscales their gradients, passes over a step in which one is not finite (whatever
-            `nonfinite` says), and updates the scale once. Do not call the scaler's `step`,
-            `unscale_` or `update`; save its `state_dict` beside the optimizer's. A closure that
-            calls backward does so on `scaler.scale(loss)`.
-        process_group: The ranks to average gradients over. By default those of the
-            `DistributedDataParallel` module in `model`, or of the mesh that `fully_shard` has
-            spread the parameters over. A group, for plain modules, takes their place; None lets
-            each rank train by itself.
-        rows: "keep" takes each objective's gradient by itself and holds all K of them, K·P
-            numbers. "stream" never does: inner products, where a rule asks for them, come from one
-            backward pass batched over objectives, parameter by parameter, and the weighted sum of
-            the losses is then differentiated once. That needs one closure that returns all losses
-            of one forward pass, rules over all parameters, and one process; operations that
-            `torch.vmap` cannot batch raise, and hooks of parameters see the weighted sum. "auto"
-            streams where objectives are weighed by their losses only and no inner product is
-            needed, and keeps rows otherwise. In a streamed step `last_step.gram` is NaN unless a
-            rule has asked for it.
-        on_empty: On objectives that leave nothing to step on (a closure that returns None, a
-            filter that keeps no sample), "skip" leaves everything but the random numbers as it was
-            and sets `last_step.applied` to False. "raise" is an error where the step has several
-            objectives, and otherwise torch's step on nothing, with one warning.
+        replay_rng: Whether further evaluations of an objective in a step, at displaced weights, use
+            the same random numbers (dropout masks) as its first. By default they draw new ones, as
+            in torch. This covers torch's default generators of the CPU and of the parameters'
+            device; not numpy's, Python's `random`, nor a `torch.Generator` of your own.
+        scaler: Loss scaling for float16, which the step then does itself: it scales losses,
+            unscales their gradients, skips a step in which one is not finite (whatever `nonfinite`
+            says), and updates the scale once. Do not call the scaler's `step`, `unscale_` or
+            `update`; save its `state_dict` beside the optimizer's. A closure that calls backward
+            must do so on `scaler.scale(loss)`.
+        process_group: The ranks to average gradients over. By default these are the ranks of the
+            `DistributedDataParallel` module in `model`, or of the mesh over which `fully_shard` has
+            sharded the parameters. For plain modules, pass a group. With None each rank trains by
+            itself.
+        rows: "keep" computes and stores each objective's gradient, K·P elements in all. "stream"
+            stores none of them: inner products, if a rule needs them, come from one backward pass
+            batched over objectives, parameter by parameter. The weighted sum of the losses is then
+            differentiated once. This needs one closure that returns all losses of one forward pass,
+            rules over all parameters, and one process. Operations that `torch.vmap` cannot batch
+            raise, and hooks of parameters see the weighted sum. "auto" streams if objectives are
+            weighted by their losses only, so that no inner product is needed, and keeps rows
+            otherwise. In a streamed step `last_step.gram` is NaN unless a rule has used it.
+        on_empty: What to do if the objectives leave nothing to step on (a closure that returns
+            None, a filter that keeps no sample). "skip" changes nothing except random number
+            generators, and sets `last_step.applied` to False. "raise" is an error if the step has
+            several objectives; with one, the base steps without gradients, as in torch, with one
+            warning.
 
     Returns:
         The optimizer; see `GradientOptimizer`.
@@ -164,7 +163,7 @@ def _check_chain(transforms: Sequence[Transform]) -> None:
 
 
 def _check_students(base: Optimizer, transforms: Sequence[Transform]) -> None:
-    """Check that what transforms follow is trained by this optimizer."""
+    """Check that this optimizer trains the students of all teachers."""
     trained = {id(parameter) for group in base.param_groups for parameter in group["params"]}
     for transform in transforms:
         student = getattr(transform, "student", None)
@@ -177,7 +176,7 @@ def _check_students(base: Optimizer, transforms: Sequence[Transform]) -> None:
 
 
 def _streams(rows: RowsChoice, transforms: Sequence[Transform]) -> Streams:
-    """Whether objectives are weighed before they are back-propagated."""
+    """Whether the weighted sum of the losses is back-propagated in one pass."""
     weighers = leading_reweighings(transforms)
     around = transforms[len(weighers) :]
     looking = [transform for transform in around if transform.needs_rows]

@@ -1,4 +1,4 @@
-"""Other libraries' aggregators and functions of one's own, as rules."""
+"""Other libraries' aggregators and the user's own functions as rules."""
 
 from __future__ import annotations
 
@@ -29,30 +29,33 @@ class Aggregate(Rule):
         of rows     d = function(J)            [K, P] -> [P]
         of gram     d = function(J·Jᵀ)ᵀ·J      [K, K] -> [K]
 
-    A function of the Gram matrix needs no copy of the gradients, works where parameters are sharded
-    over ranks, and other rules can follow. One of the rows gets a copy of the rows, which it may
-    write to, and sets the update: no rule can follow. Either is called once for each evaluation and
-    block, on the rows of nonzero weight, and its errors are passed on as they are. A Gram matrix
-    comes in the gradients' dtype (float32 for narrower ones), as the function itself would have
-    computed it, but without that dtype's rounding inside.
+    A function of the Gram matrix needs no copy of the gradients, works with sharded parameters, and
+    other rules can follow it. A function of the rows gets a copy of them, to which it may write. It
+    sets the update, so no rule can follow. Either function is called once per evaluation and block,
+    on the rows of nonzero weight; its errors are not caught. A Gram matrix is passed in the
+    gradients' dtype (float32 for narrower ones), as if the function had computed it, but without
+    the rounding errors of that dtype.
 
-    What the function keeps from call to call is its own: it is not saved with the optimizer, not
-    put back when a step fails, and a transform that displaces, such as SAM, moves it on with every
-    evaluation. The same holds for what it draws from torch's global generator; on several ranks it
-    must draw the same on each (seed them alike), or weights drift apart. gradkit's own rules see to
-    all of this.
+    State that the function keeps from call to call is not saved with the optimizer and not restored
+    when a step fails. A transform that displaces, such as SAM, advances it with every evaluation.
+    The same holds for random numbers from torch's global generator; on several ranks it must draw
+    the same numbers on each (seed them equally), or weights drift apart. gradkit's own rules have
+    none of these limits.
 
-    Homogeneity: the function's. Cost: none beyond the gradients and the function. Memory: of rows,
-    a copy of them (K·P numbers, or the largest block's with another scope; for a moment two of what
-    is shared, if it is no one range) and one flat vector.
-    State: none.
+    Homogeneity: the function's. Cost: none beyond the gradients and the function. Memory: for rows,
+    a copy of them (K·P elements, or the largest block's with another scope; with "shared", twice
+    the shared columns for a moment if they are not one range) and one flat vector. State: none.
 
     Args:
-        function: What to call.
-        of: "rows" or "gram", what it is a function of. "auto" is "gram" for TorchJD's
+        function: The function.
+        of: The argument of the function, "rows" or "gram". "auto" is "gram" for TorchJD's
             GramianWeightedAggregator and its weightings, and "rows" for everything else.
-        scope: What it is called for: "global", all parameters at once; each "group"; each "tensor";
-            those that are "shared" by objectives, at once.
+        scope: The parameters of one call: "global", all parameters; each "group"; each "tensor"; or
+            "shared", those that objectives share.
+
+    Raises:
+        TypeError: If `function` is a class or cannot be called.
+        ValueError: If `of` or `scope` has no valid value.
 
     Examples:
         >>> import torch, gradkit as gk
@@ -81,21 +84,26 @@ class Aggregate(Rule):
 
     @property
     def works_on(self) -> Literal["rows", "gram"]:
-        """What the function is called on."""
+        """The argument of the function: "rows" or "gram"."""
         if self.of != "auto":
             return self.of
         return "rows" if _gramian_weighting(self.function) is None else "gram"
 
     @property
     def sets_update(self) -> bool:
-        """Whether the result is no weighted sum of whole gradients."""
+        """Whether the result is not a weighted sum of whole gradients."""
         return self.works_on == "rows" or self.scope != "global"
 
     def weights(self, gram: Float[Tensor, "*batch K K"]) -> Float[Tensor, "*batch K"]:
-        """The weights that the function gives gradients of this Gram matrix.
+        """The weights that the function returns for these Gram matrices.
+
+        Args:
+            gram: Gram matrices of the gradients.
 
         Raises:
-            ValueError: If it is no function of the Gram matrix.
+            TypeError: If the function does not return a tensor.
+            ValueError: If it is not a function of Gram matrices, or if its result does not have the
+                shape of weights.
         """
         if self.works_on == "rows":
             raise ValueError(
@@ -159,7 +167,7 @@ class Aggregate(Rule):
         return gradients.replace(update=update, seen_gram=seen)
 
     def _direction(self, rows: Float[Tensor, "K n"]) -> Float[Tensor, " n"]:
-        # As in a script that calls the function on gradients, where autograd is on.
+        # With autograd enabled, as in a script that calls the function on gradients.
         with torch.enable_grad():
             result = self.function(rows)
         return self._checked(result, rows[0], f"rows of shape {list(rows.shape)}")
@@ -168,7 +176,12 @@ class Aggregate(Rule):
         return _Weighting(self, torch.promote_types(dtype, torch.float32))
 
     def _checked(self, result: object, like: Tensor, what: str) -> Tensor:
-        """A result in the shape, dtype and device that it must have."""
+        """The function's result, in the dtype and on the device of `like`.
+
+        Raises:
+            TypeError: If it is not a tensor.
+            ValueError: If it does not have the shape of `like`, or is complex.
+        """
         name = getattr(self.function, "__qualname__", repr(self.function))
         if not isinstance(result, Tensor):
             raise TypeError(
@@ -190,7 +203,7 @@ class _Weighting(GramRule):
     """An `Aggregate` whose function takes Gram matrices."""
 
     degree = None
-    needs_symmetry = False  # some functions take J₁·J₂ᵀ, too
+    needs_symmetry = False  # some functions also accept J₁·J₂ᵀ
 
     def __init__(self, owner: Aggregate, dtype: torch.dtype) -> None:
         self.scope = owner.scope
@@ -218,13 +231,13 @@ class _Weighting(GramRule):
 
 
 def _gramian_weighting(function: object) -> Any:
-    """What weights Gram matrices in an object that is made for them by TorchJD; else None."""
+    """The part of a TorchJD object that maps Gram matrices to weights; None for other objects."""
     inner = getattr(function, "gramian_weighting", None)
     if inner is not None:
         return inner
     # By name, since TorchJD is not needed otherwise.
     names = [each.__name__ for each in type(function).__mro__]
-    if names[0] == "CRMOGMWeighting":  # takes what the weighting inside it takes
+    if names[0] == "CRMOGMWeighting":  # accepts what the weighting inside it accepts
         inside = getattr(function, "weighting", None)
         return None if _gramian_weighting(inside) is None else function
     known = ("_GramianWeighting", "MoDoWeighting", "SDMGradWeighting")

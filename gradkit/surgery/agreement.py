@@ -1,4 +1,4 @@
-"""Only what all gradients agree on, number by number."""
+"""Elementwise sums where the signs of all gradients agree."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gradkit.surgery.rule import own_generator
 
 @dataclass(eq=False)
 class AgrSum(ElementwiseRule):
-    """Sum the numbers whose signs agree (Mansilla et al., ICCV 2021).
+    """Sum the components whose signs agree (Mansilla et al., ICCV 2021).
 
     Agr-Sum of [Domain Generalization via Gradient Surgery](https://arxiv.org/abs/2108.01621),
     for each parameter p:
@@ -43,7 +43,7 @@ class AgrSum(ElementwiseRule):
 
 @dataclass(eq=False)
 class AgrRand(ElementwiseRule):
-    """Sum the numbers whose signs agree, and draw the others (Mansilla et al., ICCV 2021).
+    """Sum the components whose signs agree, draw the others (Mansilla et al., ICCV 2021).
 
     Agr-Rand of [Domain Generalization via Gradient Surgery](https://arxiv.org/abs/2108.01621),
     for each parameter p:
@@ -51,16 +51,19 @@ class AgrRand(ElementwiseRule):
         if sign(g_1p) = … = sign(g_Kp):   d_p = Σ_i g_ip
         else:                             d_p ~ N(0, s²)
 
-    with s the mean of |d_p| over all the parameters that agree, and 0 if none do. Noise keeps the
-    weights of the others from never moving. s is taken from the authors' code, which differs in
-    two points: there, parameters whose gradients are all 0 are drawn too; here they stay. And
-    there s is NaN if none agree.
+    with s the mean of |d_p| over all the parameters that agree, and 0 if none do. Without noise,
+    the other weights might never move. s is defined as in the authors' code, with two differences:
+    their code also draws parameters whose gradients are all 0, which stay 0 here, and its s is NaN
+    if no parameter agrees.
 
     Homogeneous of degree 1. Cost: none beyond the gradients. State: the generator.
 
     Args:
-        generator: A CPU generator; by default one of its own with seed 0, the same in every
-            process.
+        generator: A CPU generator; by default a new one with seed 0, the same in every process.
+
+    Raises:
+        TypeError: If `generator` is not a generator.
+        ValueError: If it is not on the CPU.
 
     Examples:
         >>> import torch, gradkit as gk
@@ -83,7 +86,7 @@ class AgrRand(ElementwiseRule):
             counts.append(agreement.sum(dtype=wide))
             sizes.append(agreement.mul_(rows.sum(0)).abs_().sum(dtype=wide))
         sums = torch.zeros(2, dtype=accumulator(blocks.device), device=blocks.device)
-        if sizes:  # a rank may hold no part at all
+        if sizes:  # a rank may hold no elements
             sums += torch.stack([torch.stack(sizes).sum(), torch.stack(counts).sum()])
         if over is not None:
             over.add_up(sums)
@@ -98,16 +101,16 @@ class AgrRand(ElementwiseRule):
         assert noise is not None  # the rule asks for some
         low, high = rows.amin(0), rows.amax(0)
         agreement = _agreement(low, high)
-        # 0 where all gradients are equal, which are those that agree, and those that are all 0.
+        # 0 where all gradients are equal: there they agree, or are all 0.
         differs = (high - low).sign_()
         drawn = differs.mul_(1 - agreement).mul_(noise).mul_(prepared)
         return drawn.add_(agreement.mul_(rows.sum(0)))
 
 
 def _agreement(low: Float[Tensor, " n"], high: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """1 where the least and the largest of each column are of one sign, else 0.
+    """1 where the least and the largest element of each column have the same sign, else 0.
 
-    As numbers: products take a fifth of the time that choices by truth values take on a CPU, and
-    leave what is not finite as it is.
+    Floating-point masks: on a CPU, products take a fifth of the time of `torch.where`, and they
+    propagate values that are not finite.
     """
     return low.clamp(min=0).sub_(high.clamp(max=0)).sign_()

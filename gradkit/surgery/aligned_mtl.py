@@ -1,4 +1,4 @@
-"""Gradients made orthogonal and equally long."""
+"""Gradients made orthogonal, with equal norms."""
 
 from __future__ import annotations
 
@@ -28,26 +28,30 @@ class AlignedMTL(GramRule):
         B = √s·V·Λ^(−1/2)·Vᵀ       s = λ_min, or by `scale_mode` the median or mean of the λ
         d = Σ_i (B·p)_i·g_i
 
-    The rows of B·J are the nearest ones to the gradients that are orthogonal and all √s long.
+    The rows of B·J are orthogonal vectors of norm √s, the nearest ones to the gradients.
 
-    How many eigenvalues are nonzero is read off the matrix of cosines, so that lengths have no say:
-    those above 1e-7 of its largest (as many as the authors' float32 code has digits for). What
-    double precision cannot tell from zero in G itself is left out, too: of a gradient 1e-8 times as
-    long as the longest nothing is left. A gradient of length 0 has weight 0; if all have, the
-    weights are p.
+    The number of nonzero eigenvalues is the rank, which is computed from cosines and hence
+    scale-invariant: eigenvalues of the matrix of cosines above 1e-7 of its largest count (about the
+    precision of the authors' float32 code). Eigenvalues that double precision cannot distinguish
+    from zero in G itself are dropped, too: a gradient whose norm is 1e-8 of the largest has no
+    effect. A zero gradient has weight 0; if all are zero, the weights are p.
 
     The default p is the mean, as in TorchJD; the authors' code takes the sum (1 each).
 
-    Homogeneous of degree 1. Cost: none beyond the gradients; two eigendecompositions of K × K, for
-    which the host waits where they run on a GPU. State: none.
+    Homogeneous of degree 1. Cost: none beyond the gradients; two eigendecompositions of K × K
+    matrices, for which the host waits if they run on a GPU. State: none.
 
     Args:
         preference: p, one number of at least 0 for each objective, in their order or by their
             names. None: 1/K each.
-        scale_mode: Which eigenvalue sets the common length: "min" (the paper), "median" (the lower
-            one of two in the middle) or "rmse" (the mean), as in the authors' code.
-        scope: What inner products are taken over: all parameters, each "group", each "tensor",
-            or those that are "shared" by objectives.
+        scale_mode: Which eigenvalue sets the common norm: "min" (the paper), "median" (the lower of
+            two in the middle) or "rmse" (the mean), as in the authors' code.
+        scope: The parameters over which inner products are computed: all ("global"), each "group",
+            each "tensor", or those "shared" by objectives.
+
+    Raises:
+        TypeError: If `preference` is not a sequence or mapping of numbers.
+        ValueError: If an argument has no valid value.
 
     Examples:
         >>> import torch, gradkit as gk
@@ -85,7 +89,7 @@ class AlignedMTL(GramRule):
 def _scale(
     values: Float[Tensor, "*batch K"], kept: Bool[Tensor, "*batch K"], mode: ScaleMode
 ) -> Float[Tensor, "*batch 1"]:
-    """The eigenvalue that sets the common length, of those kept, which are the last ones."""
+    """The eigenvalue that sets the common norm, among those kept, which are the last ones."""
     number = kept.sum(-1, keepdim=True)
     if mode == "rmse":
         return values.sum(-1, keepdim=True) / number.clamp(min=1)

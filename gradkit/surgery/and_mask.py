@@ -23,13 +23,18 @@ class ANDMask(ElementwiseRule):
         m_p = [ |1/K·Σ_i sign(g_ip)| ≥ τ ]
         d_p = m_p·1/K·Σ_i g_ip
 
-    The authors' code can also divide each layer's d by the share of its numbers that are kept, and
-    DomainBed's always does. That is left out here: an optimizer such as Adam largely undoes it.
+    The authors' code can also divide each layer's d by the fraction of its components that are
+    kept, and DomainBed's always does. This is omitted here: an optimizer such as Adam largely
+    cancels it.
 
     Homogeneous of degree 1. Cost: none beyond the gradients. State: none.
 
     Args:
-        tau: τ, between 0 (keep everything) and 1 (keep what all agree on).
+        tau: τ, between 0 (keep everything) and 1 (keep only components on which all agree).
+
+    Raises:
+        TypeError: If `tau` is not a number.
+        ValueError: If it is not between 0 and 1.
 
     Examples:
         >>> import torch, gradkit as gk
@@ -48,9 +53,9 @@ class ANDMask(ElementwiseRule):
         self, rows: Float[Tensor, "K n"], noise: Float[Tensor, " n"] | None, prepared: Any
     ) -> Float[Tensor, " n"]:
         count = len(rows)
-        # A whole number, so that 0.8 of 5 are 4 in every dtype.
+        # An integer, so that 0.8 of 5 is 4 in every dtype.
         needed = math.ceil(self.tau * count - 1e-9)
-        # 1 or 0. A choice by truth values takes longer, and would hide what is not finite.
+        # 1 or 0. torch.where takes longer, and would hide values that are not finite.
         mask = rows.sign().sum(0).abs_().sub_(needed - 0.5).sign_().clamp_(min=0)
         return rows.sum(0).div_(count).mul_(mask)
 
@@ -65,11 +70,11 @@ class SANDMask(ElementwiseRule):
         m_p = max(0, tanh(k·(s_p − τ) / σ_p²))
         d_p = m_p·1/K·Σ_i g_ip
 
-    with σ_p² = Σ_i (g_ip − mean)²/(K − 1), the variance as the authors' code takes it (the paper's
-    own text has not been compared). Where it is 0, or there is one objective only, m_p is 1 if
-    s_p > τ and 0 else. DomainBed's code, and the authors' if asked to, also divide each layer's d
-    by the mean of its mask; that is left out here. The authors' has no k; DomainBed's k is 10 and
-    its τ 1, which would leave nothing here.
+    with σ_p² = Σ_i (g_ip − mean)²/(K − 1), the variance as in the authors' code (it was not
+    compared with the paper's text). If σ_p² is 0, or there is one objective only, m_p is 1 if
+    s_p > τ and 0 otherwise. DomainBed's code, and optionally the authors', also divides each
+    layer's d by the mean of its mask; this is omitted here. The authors' code has no k; DomainBed's
+    k is 10 and its τ is 1, which would mask everything here.
 
     Not homogeneous: σ² is in units of the gradients. Where gradients are small beside 1 the tanh
     is 1, and this is the AND-mask.
@@ -77,8 +82,12 @@ class SANDMask(ElementwiseRule):
     Cost: none beyond the gradients. State: none.
 
     Args:
-        tau: τ, at least 0 and less than 1, which would mask everything.
+        tau: τ, at least 0 and less than 1; 1 would mask everything.
         k: How fast the mask grows, positive.
+
+    Raises:
+        TypeError: If an argument is not a number.
+        ValueError: If an argument is outside its range.
 
     Examples:
         >>> import torch, gradkit as gk
@@ -108,7 +117,7 @@ class SANDMask(ElementwiseRule):
         mean = rows.sum(0).div_(count)
         excess = rows.sign().sum(0).abs_().div_(count).sub_(self.tau).clamp_(min=0)
         squares = (rows - mean).square_().sum(0)
-        # 0/0 is 0, and anything else over 0 far beyond where tanh is 1.
+        # So that 0/0 is 0, and anything else over 0 is so large that tanh is 1.
         squares.clamp_(min=torch.finfo(squares.dtype).tiny)
         mask = excess.mul_(self.k * max(count - 1, 1)).div_(squares).tanh_()
         return mean.mul_(mask)

@@ -32,18 +32,22 @@ class CAGrad(GramRule):
         w = argmin ⟨g_w, g_0⟩ + √φ·‖g_w‖    over w ≥ 0, Σ w_i = 1;   g_w = Σ w_i g_i
         d = g_0 + (√φ/‖g_w‖)·g_w
 
-    At c = 0 that is the mean; towards large c it turns into MGDA's direction. Where the minimum
-    has g_w = 0, no d in the ball improves all and the dual leaves d open: it is then the nearest to
-    g_0 that worsens none, g_0 projected as by `DualProj`.
+    For c = 0 this is the mean; for large c it approaches MGDA's direction. If the minimum has
+    g_w = 0, no d in the ball improves all objectives and the dual does not determine d. Then d is
+    the vector nearest to g_0 that worsens no objective: g_0 projected as in `DualProj`.
 
     Homogeneous of degree 1. Cost: none beyond the gradients. State: none.
 
     Args:
-        c: How far from the mean gradient d may be, as a part of its length.
-        rescale: What d is divided by: "none" 1 (the paper), "square" 1 + c² (rescale=1, the default
-            of the authors' code, whose d is K times as long besides), "linear" 1 + c (rescale=2).
-        scope: What inner products are taken over: all parameters, each "group", each "tensor",
-            or those that are "shared" by objectives.
+        c: The largest distance of d from the mean gradient, as a fraction of the mean's norm.
+        rescale: The divisor of d: "none" 1 (the paper), "square" 1 + c² (rescale=1, the default of
+            the authors' code, whose d is also K times as large), "linear" 1 + c (rescale=2).
+        scope: The parameters over which inner products are computed: all ("global"), each "group",
+            each "tensor", or those "shared" by objectives.
+
+    Raises:
+        TypeError: If `c` is not a number.
+        ValueError: If an argument has no valid value.
 
     Examples:
         >>> import torch, gradkit as gk
@@ -71,12 +75,12 @@ class CAGrad(GramRule):
         count = gram.shape[-1]
         w = conflict_averse(gram, self.c)
         mean = (gram.sum((-2, -1)).clamp(min=0) / count**2).sqrt()
-        length = (w[..., None, :] @ gram @ w[..., :, None])[..., 0, 0].clamp(min=0).sqrt()
-        # Below this, what is left of g_w is rounding: its square is right to 1e-7 of the gradients'
-        # where these are float32.
+        norm = (w[..., None, :] @ gram @ w[..., :, None])[..., 0, 0].clamp(min=0).sqrt()
+        # Below this g_w is only rounding error: the error of its square is about 1e-7 of the
+        # squared norms of float32 gradients.
         trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
-        vanishes = length <= 3e-4 * trace.sqrt()
-        factor = self.c * mean / torch.where(vanishes, torch.ones_like(length), length)
+        vanishes = norm <= 3e-4 * trace.sqrt()
+        factor = self.c * mean / torch.where(vanishes, torch.ones_like(norm), norm)
         weights = 1 / count + factor[..., None] * w
         if vanishes.any():
             bounds = gram.new_full((*gram.shape[:-2], 1, count), 1 / count)

@@ -8,7 +8,7 @@ from gradkit.core.flat import Scope
 from gradkit.surgery.inputs import Preference, RuleInputs, check_preference
 from gradkit.surgery.memory import Remembered, Weighed
 from gradkit.surgery.rule import GramRule, check_scope
-from gradkit.surgery.spectrum import cosine_solution, lengths, narrowed, reciprocal, widened
+from gradkit.surgery.spectrum import cosine_solution, gradient_norms, narrowed, reciprocal, widened
 
 
 @dataclass(eq=False)
@@ -18,23 +18,27 @@ class ConFIG(GramRule):
     With u_i = g_i/‖g_i‖ the rows of U, and p the preference (1 each by default):
 
         v = U⁺·p                                the cosines ⟨v, u_i⟩ are in the ratio of p
-        d = (Σ_i ⟨g_i, v⟩)·v / ‖v‖²             as long as the gradients' projections together
+        d = (Σ_i ⟨g_i, v⟩)·v / ‖v‖²             its norm is the sum of the gradients' projections
 
     By the matrix of cosines C = U·Uᵀ, with a = C⁺·p:   w_i = (Σ_j ‖g_j‖·(C·a)_j / aᵀC·a)·a_i/‖g_i‖.
     With two gradients and no preference that is (‖g_1‖ + ‖g_2‖)/(2·‖g_i‖).
 
-    Dependent gradients: the cosines are as near to p as they can be. Eigenvalues of C below 1e-7 of
-    the largest count as zero. A gradient of length 0 has weight 0. Fallback: where p is orthogonal
-    to all directions (opposite gradients) there is no such v, and all weights are 0.
+    Dependent gradients: the cosines are as near to p as possible. Eigenvalues of C below 1e-7 of
+    the largest count as zero. A zero gradient has weight 0. Fallback: if p is orthogonal to the
+    range of C (opposite gradients), there is no such v, and all weights are 0.
 
-    Homogeneous of degree 1. Cost: none beyond the gradients; for K > 2 an eigendecomposition of
-    K × K, for which the host waits where it runs on a GPU. State: none.
+    Homogeneous of degree 1. Cost: none beyond the gradients; for K > 2 an eigendecomposition of a
+    K × K matrix, for which the host waits if it runs on a GPU. State: none.
 
     Args:
         preference: p, one number of at least 0 for each objective, in their order or by their
             names; only their ratios matter. None: 1 each.
-        scope: What inner products are taken over: all parameters, each "group", each "tensor",
-            or those that are "shared" by objectives.
+        scope: The parameters over which inner products are computed: all ("global"), each "group",
+            each "tensor", or those "shared" by objectives.
+
+    Raises:
+        TypeError: If `preference` is not a sequence or mapping of numbers.
+        ValueError: If an argument has no valid value.
 
     Examples:
         >>> import torch, gradkit as gk
@@ -52,10 +56,10 @@ class ConFIG(GramRule):
     def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:
         gram = inputs.gram
         wide, finite = widened(gram)
-        norms = lengths(wide)
+        norms = gradient_norms(wide)
         if gram.shape[-1] == 2 and self.preference is None:
             other = norms.flip(-1)
-            # A gradient beside one of length 0 stays as it is.
+            # If one of the gradients is zero, the other one is not changed.
             other = other.where(other > 0, norms)
             return narrowed((norms + other) / 2 * reciprocal(norms), finite, gram), memory
         if self.preference is None:

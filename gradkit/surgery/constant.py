@@ -8,17 +8,21 @@ from gradkit.surgery.rule import GramRule
 
 
 class Constant(GramRule):
-    """A weighted sum of the gradients: what stepping on a weighted sum of the losses does.
+    """A weighted sum of the gradients: the gradient of a weighted sum of the losses.
 
         d = Σ_i w_i·g_i
 
-    An objective of weight 0 takes no further part in the step's direction.
+    An objective of weight 0 takes no part in the direction.
 
     Homogeneous of degree 1. Cost: none beyond the gradients. State: none.
 
     Args:
         weights: w, one finite number for each objective, in their order or by their names. A
-            mapping may hold numbers for objectives that a step does not have.
+            mapping may also hold numbers for objectives that a step does not have.
+
+    Raises:
+        TypeError: If `weights` is None, or not a sequence or mapping of numbers.
+        ValueError: If a number is not finite.
 
     Examples:
         >>> import torch, gradkit as gk
@@ -36,7 +40,7 @@ class Constant(GramRule):
     needs_several = False
     needs_gram = False
 
-    # `weights` as an attribute would hide the method of that name.
+    # An attribute `weights` would hide the method of that name.
     def __init__(self, weights: Preference) -> None:
         if weights is None:
             raise TypeError("weights is None; pass one number for each objective")

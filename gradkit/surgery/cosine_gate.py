@@ -1,4 +1,4 @@
-"""Auxiliary gradients, admitted as far as they agree with the main one."""
+"""Auxiliary gradients, weighted by their agreement with the main gradient."""
 
 from __future__ import annotations
 
@@ -17,30 +17,35 @@ from gradkit.surgery.spectrum import narrowed, widened
 class CosineGate(GramRule):
     """Gate auxiliary gradients by their cosine ([Du et al., 2018](https://arxiv.org/abs/1812.02224)).
 
-    With m the main objective and a the others, each by itself:
+    With m the main objective and a each of the others:
 
         weighted     d = g_m + Σ_a max(0, cos(g_m, g_a))·g_a
         unweighted   d = g_m + Σ_a [cos(g_m, g_a) ≥ 0]·g_a
 
-    Either way ⟨d, g_m⟩ ≥ ‖g_m‖². A gradient of length 0 has cosine 0, so that weighted critical
-    points are those of the main loss, while unweighted all g_a pass where g_m is 0. The paper has
-    one auxiliary loss; several are added up here.
+    In both modes ⟨d, g_m⟩ ≥ ‖g_m‖². A zero gradient has cosine 0. The critical points of the
+    weighted mode are therefore those of the main loss; in the unweighted mode all g_a pass where
+    g_m is 0. The paper has one auxiliary loss; several are summed here.
 
-    The paper takes the cosine over parameters that the tasks share, as scope "shared" does. With
-    the other scopes heads count, though only one of the gradients is not 0 there: they make the
-    cosine smaller and are gated as all else, an auxiliary head by "tensor" for ever.
+    The paper computes the cosine over parameters that the tasks share, as scope "shared" does. The
+    other scopes include heads, where only one of the gradients is nonzero. Heads make the cosine
+    smaller, and are gated like other parameters; by "tensor", an auxiliary head has cosine 0 in
+    every step.
 
     The formulas were compared with two implementations by others; neither the authors' code nor
-    the paper's text was at hand. Where cos = 0 others have [cos > 0].
+    the paper's text was available. For cos = 0 the other implementations use [cos > 0].
 
     Homogeneous of degree 1. Cost: none beyond the gradients. State: none.
 
     Args:
-        main: The main objective, by name or position; a position counts those that take part in a
-            step, so give the name where some may be absent.
+        main: The main objective, by name or position. A position counts only objectives that take
+            part in a step, so give the name if some may be absent.
         mode: "weighted" or "unweighted".
-        scope: What inner products are taken over: all parameters, each "group", each "tensor",
-            or those that are "shared" by objectives.
+        scope: The parameters over which inner products are computed: all ("global"), each "group",
+            each "tensor", or those "shared" by objectives.
+
+    Raises:
+        TypeError: If `main` is not a name or position.
+        ValueError: If an argument has no valid value.
 
     Examples:
         >>> import torch, gradkit as gk
@@ -73,10 +78,10 @@ class CosineGate(GramRule):
 
 
 def check_main(main: object) -> None:
-    """Check what a user gives for the main objective.
+    """Check the argument `main`.
 
     Raises:
-        TypeError: If it is no name and no position.
+        TypeError: If it is not a name or position.
     """
     if isinstance(main, bool) or not isinstance(main, (str, int)):
         raise TypeError(f"main is {main!r}; pass the main objective's name or position")

@@ -1,4 +1,4 @@
-"""Weights that are averaged from step to step."""
+"""Weights that are averaged over steps."""
 
 from __future__ import annotations
 
@@ -24,14 +24,20 @@ class CRMOGM(GramRule):
         λ_t = α·λ_{t−1} + (1 − α)·λ̂_t,   λ_0 = λ̂_1        d = Σ λ_t,i g_i
 
     where λ̂ are another rule's weights. A rule's weights and the gradients that it weights come from
-    the same batch; the average depends on it less, which the paper's proof of convergence needs.
+    the same batch. The averaged weights depend less on this batch, as the paper's proof of
+    convergence requires.
 
-    Homogeneous as the rule is whose weights are averaged, if that is of degree 1. Cost: none beyond
-    the gradients. State: λ, and the rule's own.
+    Homogeneous of degree 1 if the inner rule is. Cost: none beyond the gradients. State: λ, and the
+    inner rule's own.
 
     Args:
-        rule: Whose weights are averaged; MGDA by default. Its scope is this rule's scope.
-        alpha: α in [0, 1]: 0 is the rule itself, 1 keeps its first weights.
+        rule: The inner rule, whose weights are averaged; MGDA by default. Its scope is this rule's
+            scope.
+        alpha: α in [0, 1]: 0 is the inner rule itself, 1 keeps its first weights.
+
+    Raises:
+        TypeError: If `rule` is not a `GramRule`, or `alpha` is not a number.
+        ValueError: If `alpha` is not between 0 and 1.
 
     Examples:
         >>> import torch, gradkit as gk
@@ -61,7 +67,7 @@ class CRMOGM(GramRule):
 
     @property
     def needs_losses(self) -> bool:
-        """Whether the rule does."""
+        """Whether the inner rule needs losses."""
         return self.rule.needs_losses
 
     def draw(self, count: int) -> Any:

@@ -31,10 +31,14 @@ class DualProj(GramRule):
 
     Args:
         preference: p, one number ≥ 0 for each objective, in order or by name; 1/K each by default.
-        reg: The projection is taken with G/trace(G) + reg·I, which makes it unique. With 0 it is
+        reg: The projection is computed with G/trace(G) + reg·I, which makes it unique. With 0 it is
             one of the solutions.
-        scope: What inner products are taken over: all parameters, each "group", each "tensor",
-            or those that are "shared" by objectives.
+        scope: The parameters over which inner products are computed: all ("global"), each "group",
+            each "tensor", or those "shared" by objectives.
+
+    Raises:
+        TypeError: If `reg` is not a number, or `preference` no sequence or mapping of numbers.
+        ValueError: If an argument has no valid value.
 
     Examples:
         >>> import torch, gradkit as gk
@@ -63,7 +67,7 @@ class DualProj(GramRule):
 
 
 def regularized(gram: Float[Tensor, "*batch K K"], reg: float) -> Float[Tensor, "*batch K K"]:
-    """G/trace(G) + reg·I; with all gradients 0, reg·I.
+    """G/trace(G) + reg·I; reg·I if all gradients are 0.
 
     Examples:
         >>> regularized(torch.tensor([[3.0, 1.0], [1.0, 1.0]]), 0.5)
@@ -76,10 +80,11 @@ def regularized(gram: Float[Tensor, "*batch K K"], reg: float) -> Float[Tensor, 
 
 
 def check_reg(reg: float) -> None:
-    """Check a regularisation given by a user.
+    """Check the argument `reg`.
 
     Raises:
-        ValueError: If it is negative.
+        TypeError: If it is not a number.
+        ValueError: If it is negative or not finite.
     """
     check_number("reg", reg)
     if reg < 0:

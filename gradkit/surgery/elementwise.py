@@ -1,4 +1,4 @@
-"""What the rules that work number by number have in common."""
+"""The base class for elementwise rules."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gradkit.core.displacement import Point
 from gradkit.core.flat import Layout
 from gradkit.core.gradients import Gradients
 from gradkit.core.gram import at_least_single, block_spans, block_width
-from gradkit.core.noise import numbers_by_parameter
+from gradkit.core.noise import noise_by_parameter
 from gradkit.core.oracle import Oracle
 from gradkit.core.ranks import Shards
 from gradkit.surgery.rule import Rule, checked_jacobian
@@ -25,13 +25,13 @@ from gradkit.surgery.weighing import active_rows
 
 @dataclass(frozen=True, eq=False)
 class Blocks:
-    """The gradients that a rule sees, some columns at a time: iterate as often as needed.
+    """The gradients that a rule works on, in blocks of columns; can be iterated repeatedly.
 
     Attributes:
-        names: The objectives' names; the rows' numbers for a bare matrix.
-        device: Where they are.
-        spans: The columns of each block, half open.
-        cut: Makes a block.
+        names: The objectives' names; the row numbers for a bare matrix.
+        device: The device of the gradients.
+        spans: The column range of each block, half open.
+        cut: The function that makes a block from its range.
     """
 
     names: tuple[str, ...]
@@ -45,17 +45,18 @@ class Blocks:
 
 
 class ElementwiseRule(Rule):
-    """A rule that makes each number of the direction of the same number of each gradient.
+    """Base class for rules that work elementwise.
 
-    In `wrap` the result is no weighted sum of whole gradients, so no other rule can follow. Where
-    parameters are sharded over ranks, each works on its own shards. Gradients in half precision are
+    A rule computes each component of the direction from the same component of every gradient. In
+    `wrap` the result is not a weighted sum of whole gradients, so no other rule can follow. Where
+    parameters are sharded, each rank works on its own shards. Gradients in half precision are
     merged in float32, and the direction is rounded once.
 
     Cost: a few passes over the gradients. Memory: one flat vector, the direction.
     """
 
     noise: ClassVar[Literal["uniform", "normal"] | None] = None
-    """The random numbers that the rule needs, one for each number of the direction."""
+    """The distribution of the rule's random numbers, one per component; None without noise."""
 
     @abstractmethod
     def merge(
@@ -64,23 +65,23 @@ class ElementwiseRule(Rule):
         """The direction in some columns of the gradients.
 
         Args:
-            rows: These columns, in float32 if the gradients are narrower; only to be read.
-            noise: One random number for each in float32; None unless the rule asks for some.
-            prepared: What `prepare` returned.
+            rows: These columns, in float32 if the gradients are narrower; read-only.
+            noise: One random number per column, in float32; None if the rule has no `noise`.
+            prepared: The result of `prepare`.
         """
 
     def prepare(self, blocks: Blocks, over: Shards | None) -> Any:
-        """What the rule must know of all columns, or of the objectives, before it merges any.
+        """Values computed from all columns, or from the objectives, before any column is merged.
 
         Args:
-            blocks: The gradients, some columns at a time, and the objectives' names.
+            blocks: The gradients in blocks of columns, and the objectives' names.
             over: The ranks that hold other columns; None if there are none.
         """
         return None
 
     @property
     def sets_update(self) -> bool:
-        """True: the result is no weighted sum of whole gradients."""
+        """True: the result is not a weighted sum of whole gradients."""
         return True
 
     def __call__(self, jacobian: Float[Tensor, "K P"]) -> Float[Tensor, " P"]:
@@ -97,7 +98,7 @@ class ElementwiseRule(Rule):
         return direction
 
     def around(self, inner: Oracle, context: Context) -> Oracle:
-        # Drawn once a step, when gradients are first there.
+        # Drawn once per step, at the first evaluation.
         drawn: list[int | None] = []
 
         def oracle(at: Point | None = None, only: Container[str] | None = None) -> Gradients:
@@ -148,7 +149,7 @@ class ElementwiseRule(Rule):
             for start, stop in spans:
                 out[start:stop] = self.merge(block(start, stop), None, prepared)
             return
-        draw = numbers_by_parameter(self.noise, seed, layout)
+        draw = noise_by_parameter(self.noise, seed, layout)
         for t, (first, last) in enumerate(layout.segments("tensor")):
             noise = draw(t)
             for start, stop in block_spans(first, last, width):

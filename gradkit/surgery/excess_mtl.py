@@ -1,4 +1,4 @@
-"""Weights that grow with how far each objective still is from its best."""
+"""Weights that grow with each objective's distance from its optimum."""
 
 from __future__ import annotations
 
@@ -17,40 +17,44 @@ from gradkit.surgery.inputs import RuleInputs
 from gradkit.surgery.memory import Remembered
 from gradkit.surgery.vectors import VectorRule
 
-# The authors' own under the root; TorchJD has it beside the first excess, too.
+# The authors' ε under the root; TorchJD also adds it to the first excess.
 _EPSILON = 1e-7
 
 
 @dataclass(eq=False)
 class ExcessMTL(VectorRule):
-    """Weigh objectives by how far they are from their best (He et al., ICML 2024).
+    """Weight objectives by their excess risk (He et al., ICML 2024).
 
     From [Robust Multi-Task Learning with Excess
-    Risks](https://proceedings.mlr.press/v235/he24n.html). Weights w on the simplex begin equal:
+    Risks](https://proceedings.mlr.press/v235/he24n.html). The weights w on the simplex start equal:
 
-        S_i ← S_i + g_i²                          number by number; √S_i stands for the Hessian
+        S_i ← S_i + g_i²                          elementwise; √S_i stands for the Hessian
         e_i = Σ_p g_ip² / √(S_ip + 1e-7)          an estimate of the excess risk
         w_i ← w_i·exp(η·e_i / (e_i(0) + 1e-7)) / Σ_j …
         d   = Σ_i w_i·g_i
 
     In the first `n_warmup_steps` steps weights do not change, and e(0) is the mean of e over them.
-    The defaults are the authors' code, where the first step's e is e(0) and leaves weights equal;
-    only its weights have the sum K. TorchJD's defaults, a step size of 1 and no such steps, have
-    the first weights follow from e itself, which is about Σ_p |g_ip|: with networks of any size one
-    objective then has all the weight from the first step on. (More steps than one are how TorchJD
-    reads the paper's Appendix C.1, three epochs; not compared here.)
+    The defaults are those of the authors' code, where e(0) is the first step's e and that step
+    leaves the weights equal; only, its weights sum to K. With TorchJD's defaults, a step size of 1
+    and no warm-up, the first weights are computed from e itself, which is about Σ_p |g_ip|: in
+    realistic networks one objective then has all the weight from the first step on. (TorchJD reads
+    the paper's Appendix C.1 as several warm-up steps, three epochs; not compared here.)
 
     Not homogeneous: e is in units of the gradients.
 
-    Cost: none beyond the gradients. Memory: two flat vectors for each objective, S as it was and as
-    it becomes. State: S, one flat vector for each objective; its weight, its first excess and its
-    number of steps. An objective that appears later begins with the weight that the others have on
-    average, which it keeps in its own first steps. S has the parameters' dtype: in pure bfloat16
-    training it soon stops growing.
+    Cost: none beyond the gradients. Memory: two flat vectors for each objective, the old and the
+    new S. State: S, one flat vector for each objective; its weight, its first excess and its number
+    of steps. An objective that appears later starts with the mean weight of the others, which it
+    keeps during its own warm-up. S has the parameters' dtype: in pure bfloat16 training it soon
+    stops growing.
 
     Args:
         robust_step_size: η, positive.
-        n_warmup_steps: How many steps the first excess is averaged over; 0 as in TorchJD.
+        n_warmup_steps: The number of steps over which the first excess is averaged; 0 in TorchJD.
+
+    Raises:
+        TypeError: If an argument is not a number, or `n_warmup_steps` not an integer.
+        ValueError: If an argument is outside its range.
 
     Examples:
         >>> import torch, gradkit as gk
@@ -90,7 +94,7 @@ class ExcessMTL(VectorRule):
         out: Float[Tensor, " P"],
         memory: Mapping[str, Float[Tensor, ""]],
     ) -> Float[Tensor, ""]:
-        """Add the squares; returns the excess."""
+        """Add the squared gradient to S; returns the excess e."""
         wide = accumulator(row.device)
         excess = torch.zeros((), dtype=wide, device=row.device)
         dtype = at_least_single(row.dtype)
@@ -123,7 +127,7 @@ class ExcessMTL(VectorRule):
     ) -> tuple[Float[Tensor, " K"], Remembered]:
         warmup = self.n_warmup_steps
         steps, logits = memory["steps"], _with_newcomers(memory["logits"], memory["steps"] == 0)
-        # Those that take no part in this step keep their shares.
+        # Objectives that take no part in this step keep their share of the weight.
         share = logits.logsumexp(0)
         logits = logits - share
         first = memory["first_excess"]
@@ -141,7 +145,7 @@ class ExcessMTL(VectorRule):
 
 
 def _with_newcomers(logits: Float[Tensor, " K"], new: Bool[Tensor, " K"]) -> Float[Tensor, " K"]:
-    """Logarithms of weights in which new objectives have the others' mean."""
+    """The logarithms of the weights, where new objectives get the mean weight of the others."""
     others = logits.masked_fill(new, -math.inf).logsumexp(0) - (~new).sum().log()
     others = torch.where(new.all(), torch.zeros_like(others), others)
     return torch.where(new, others, logits)
@@ -150,7 +154,7 @@ def _with_newcomers(logits: Float[Tensor, " K"], new: Bool[Tensor, " K"]) -> Flo
 def _moved(
     logits: Float[Tensor, " K"], by: Float[Tensor, " K"], moves: Bool[Tensor, " K"]
 ) -> Float[Tensor, " K"]:
-    """Logarithms of weights after a step that leaves those alone that do not move yet."""
+    """The logarithms of the weights after a step; weights that do not move yet are kept."""
     share = logits.masked_fill(~moves, -math.inf).logsumexp(0)
     stepped = (logits + by).masked_fill(~moves, -math.inf)
     return torch.where(moves, stepped.log_softmax(0) + share, logits)

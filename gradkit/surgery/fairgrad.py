@@ -18,20 +18,24 @@ class FairGrad(GramRule):
 
         G·a = a^(−1/α),  a > 0        d = Σ a_i g_i
 
-    d maximises the α-fair utility Σ ⟨g_i, d⟩^(1−α)/(1−α) within a ball. α = 1 is Nash-MTL. Towards
-    0 it is the sum of the gradients projected so that it conflicts with none, K times
-    `DualProj(reg=0)`, and large α is the best worst-case improvement. Found by Newton's method on
-    the convex function whose stationary point this is.
+    d maximises the α-fair utility Σ ⟨g_i, d⟩^(1−α)/(1−α) within a ball. α = 1 is Nash-MTL. For
+    α → 0, d approaches the sum of the gradients projected so that it conflicts with none, K times
+    `DualProj(reg=0)`; for large α, the best worst-case improvement. The equation is solved by
+    Newton's method on the convex function whose stationary point it describes.
 
-    Where the gradients are Pareto-stationary there is no solution: then G's cosines are
-    regularised (see `fair_weights`). A gradient that is 0 gets weight 0.
+    If the gradients are Pareto-stationary there is no solution: then G's cosines are regularised
+    (see `fair_weights`). A zero gradient has weight 0.
 
     Homogeneous of degree (1 − α)/(1 + α). Cost: none beyond the gradients. State: none.
 
     Args:
-        alpha: α > 0, how much the worst-off objective counts.
-        scope: What inner products are taken over: all parameters, each "group", each "tensor",
-            or those that are "shared" by objectives.
+        alpha: α > 0; the larger, the more the worst-off objective counts.
+        scope: The parameters over which inner products are computed: all ("global"), each "group",
+            each "tensor", or those "shared" by objectives.
+
+    Raises:
+        TypeError: If `alpha` is not a number.
+        ValueError: If an argument has no valid value.
 
     Examples:
         >>> import torch, gradkit as gk

@@ -1,4 +1,4 @@
-"""Gradient matching to first order: one domain's step after another's."""
+"""First-order gradient matching by sequential steps on the domains."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from gradkit.core.gradients import Gradients
 from gradkit.core.oracle import Oracle
 from gradkit.core.transform import Transform
 from gradkit.surgery.rule import own_generator
-from gradkit.surgery.visits import Those, Visits
+from gradkit.surgery.visit_order import LazySelection, VisitOrder
 
 
 @dataclass(eq=False)
 class Fish(Transform):
-    """Take each domain's gradient where the others' steps have led (Fish, ICLR 2022).
+    """Compute each domain's gradient after steps on the domains before it (Fish, ICLR 2022).
 
     From [Gradient Matching for Domain Generalization](https://arxiv.org/abs/2104.09937),
     Algorithm 1, with one objective for each domain:
@@ -31,31 +31,35 @@ class Fish(Transform):
         θ ← θ + ε·(θ̃ − θ)
 
     Since θ − θ̃ = α·Σ g̃_i, the last line is gradient descent along d = Σ g̃_i. This transform
-    returns the rows g̃_i, so d is the direction and has the length of a sum of gradients, whatever
-    α is. On the base `SGD(lr=ε·α)` it is Algorithm 1 exactly. The authors' code divides ε by the
-    number S of domains that a step visits, which is `SGD(lr=ε·α/S)`. Its inner steps are Adam's or
-    momentum's, with a state that is kept from step to step; here they are plain, as in the paper.
+    returns the rows g̃_i, so d is the direction and has the scale of a sum of gradients for every
+    α. With the base `SGD(lr=ε·α)` it is exactly Algorithm 1. The authors' code divides ε by the
+    number S of domains that a step visits, which is `SGD(lr=ε·α/S)`. Its inner steps use Adam or
+    momentum, with a state that is kept from step to step; here they are plain, as in the paper.
 
     In the mean over all orders, d is to first order in α the gradient of
     Σ L_i − (α/2)·Σ_{i<j} ⟨∇L_i, ∇L_j⟩: S times that of `IDGM(gamma=α·(S − 1)/4)`.
 
-    Domains are the objectives of nonzero weight; a weighted one steps along its weighted gradient.
-    Observers are evaluated at θ. The losses that `step` adds up are the domains' where they are
-    visited; those that one closure returns together are all taken at θ.
+    Domains are the objectives of nonzero weight; a weighted domain steps along its weighted
+    gradient. Observers are evaluated at θ. The losses that `step` sums are those at the points
+    where the domains are visited; losses that one closure returns together are all from θ.
 
     Not homogeneous: the steps scale with the gradients. Cost: one gradient of each domain, each at
-    its own point, so that a closure that returns all losses runs once for each. Objectives that a
-    transform inside makes observers may cost one more gradient. Memory: one more set of rows and
-    two flat vectors. State: the generator.
+    its own point, so that a closure that returns all losses runs once for each domain. Objectives
+    that an inner transform makes observers may cost one more gradient. Memory: one more set of rows
+    and two flat vectors. State: the generator.
 
     Args:
-        inner_lr: α, the length of a domain's step in units of its gradient. 0 takes all gradients
-            at θ. In the authors' code it is the inner optimizer's learning rate (Adam's for most
-            data, 2e-6 to 1e-3); this default is a starting point for plain gradients.
-        shuffle: Whether to draw the domains' order at each step, as the paper does; otherwise it
-            is the objectives' own.
-        generator: A CPU generator for the order; by default one of its own with seed 0, the same
-            in every process.
+        inner_lr: α, the step size of a domain's inner step. 0 computes all gradients at θ. In the
+            authors' code it is the inner optimizer's learning rate (Adam's for most data, 2e-6 to
+            1e-3); this default is a starting point for plain gradients.
+        shuffle: Whether to draw the domains' order at each step, as the paper does; otherwise the
+            objectives' own order is used.
+        generator: A CPU generator for the order; by default a new one with seed 0, the same in
+            every process.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If `inner_lr` is negative or not finite, or the generator is not on the CPU.
 
     Examples:
         >>> import torch, gradkit as gk
@@ -84,11 +88,11 @@ class Fish(Transform):
         self.generator = own_generator(self.generator)
 
     def around(self, inner: Oracle, context: Context) -> Oracle:
-        visits = Visits(context, self.generator if self.shuffle else None)
+        visits = VisitOrder(context, self.generator if self.shuffle else None)
 
         def oracle(at: Point | None = None, only: Container[str] | None = None) -> Gradients:
-            # What the objectives are called may be known only once a closure has run.
-            first = inner(at, Those(lambda name: name in visits.order(only)[:1]))
+            # The objectives' names may be known only after a closure has run.
+            first = inner(at, LazySelection(lambda name: name in visits.order(only)[:1]))
             names = visits.order(only)
             if len(names) < 2:
                 return first
@@ -103,7 +107,7 @@ class Fish(Transform):
                     if name != names[-1]:
                         factor = -self.inner_lr * part.weights[part.index(name)]
                         moved = context.displaced(point, part.row(name), factor)
-                        # Computed, since further steps are added to it.
+                        # Computed now, since further steps are added to it.
                         point = moved.flat(context.pool.take_vector())
                 elif start is not at:
                     part = inner(at, (name,))

@@ -11,7 +11,7 @@ from gradkit.surgery.rule import GramRule
 
 @dataclass(eq=False)
 class Sum(GramRule):
-    """The sum of the gradients: what stepping on the sum of the losses does.
+    """The sum of the gradients: the gradient of the sum of the losses.
 
     Homogeneous of degree 1. Cost: none beyond the gradients. State: none.
 

@@ -1,4 +1,4 @@
-"""Dropping gradients by their signs."""
+"""Gradient components of one sign, drawn at random."""
 
 from __future__ import annotations
 
@@ -21,24 +21,27 @@ class GradDrop(ElementwiseRule):
 
     Algorithm 1, lines 10 to 15, for each parameter p:
 
-        P   = ½·(1 + Σ_i g_ip / Σ_i |g_ip|)          the purity: the share of the positive
+        P   = ½·(1 + Σ_i g_ip / Σ_i |g_ip|)          the purity: the positive share
         U   ~ uniform on [0, 1)
         M_i = [f(P) > U]·[g_ip > 0] + [f(P) < U]·[g_ip < 0]
         d_p = Σ_i (ℓ_i + (1 − ℓ_i)·M_i)·g_ip
 
-    The lines before them premultiply the gradients of a layer's activations by their signs and add
-    them up over the batch; this rule works on the gradients of the parameters themselves, as other
+    The lines before line 10 multiply the gradients of a layer's activations by the activations'
+    signs and sum them over the batch. This rule works on the gradients of the parameters, as other
     libraries do. Where all gradients are 0, d is 0. f(P) = U, which has probability 0 in theory,
-    keeps the negative, so that each sign is kept with exactly its probability.
+    keeps the negative sign, so that each sign is kept with exactly its probability.
 
     Homogeneous of degree 1. Cost: none beyond the gradients. State: the generator.
 
     Args:
-        leak: ℓ, the share of each objective's gradient that is never dropped, between 0 and 1: a
+        leak: ℓ, the fraction of each objective's gradient that is never dropped, between 0 and 1: a
             list in the objectives' order or a mapping from their names. By default 0.
         function: f, increasing, applied to a tensor of purities; by default the purity itself.
-        generator: A CPU generator; by default one of its own with seed 0, the same in every
-            process.
+        generator: A CPU generator; by default a new one with seed 0, the same in every process.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If `leak` is not between 0 and 1, or the generator is not on the CPU.
 
     Examples:
         >>> import torch, gradkit as gk
@@ -85,7 +88,7 @@ class GradDrop(ElementwiseRule):
         purity = positive / (positive - negative)
         if self.function is not None:
             purity = self.function(purity.nan_to_num_(0.5)).clone()
-        # 1 or 0; 0 for the purity of no gradients, 0/0, too. A choice by truth values takes longer.
+        # 1 or 0; also 0 for the purity 0/0 where all gradients are 0. torch.where takes longer.
         positive_kept = purity.sub_(noise).sign_().clamp_(min=0)
         if prepared is None:
             return torch.lerp(negative, positive, positive_kept)
@@ -95,5 +98,5 @@ class GradDrop(ElementwiseRule):
 
 
 def _by_sign(rows: Float[Tensor, "K n"]) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
-    """The sums of the positive and of the negative numbers of each column."""
+    """The sums of the positive and of the negative elements of each column."""
     return rows.clamp(min=0).sum(0), rows.clamp(max=0).sum(0)

@@ -1,4 +1,4 @@
-"""Weights that give all objectives gradients of the length they need."""
+"""Weights that give the objectives' gradients the norms that balance training rates."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _BETAS = (0.9, 0.999)
 class GradNorm(GramRule):
     """Learn weights that balance training rates ([Chen et al., 2018](https://arxiv.org/abs/1711.02257)).
 
-    Algorithm 1, for weights w of sum K that begin at 1:
+    Algorithm 1, for weights w of sum K that start at 1:
 
         d    = Σ_i w_i·g_i
         G_i  = ‖w_i·g_i‖,   Ḡ = 1/K·Σ_i G_i
@@ -30,26 +30,30 @@ class GradNorm(GramRule):
         w   ← w − Adam(∇_w Σ_i |G_i − Ḡ·r_i^α|)     the targets Ḡ·r_i^α held constant
         w   ← K·w / Σ_i w_i
 
-    so that objectives that fall behind get longer gradients. The inner gradient has the closed form
-    ∂/∂w_i = ‖g_i‖·sign(G_i − Ḡ·r_i^α). As in the paper, a step uses the weights that the steps
-    before it have learned, and the weights' own optimizer is Adam of learning rate 0.025; here
-    without its ε, so that the gradients' scale does not matter. The paper measures G in the last
-    layer that objectives share; here it is measured in all optimised parameters (see `scope`).
-    There, weights are those of whole losses, heads included; with scope "shared" heads have none.
+    so that objectives that fall behind get larger gradients. The inner gradient has the closed form
+    ∂/∂w_i = ‖g_i‖·sign(G_i − Ḡ·r_i^α). As in the paper, a step uses the weights learned in the
+    steps before it, and the weights' own optimizer is Adam with learning rate 0.025; here it has no
+    ε, so that the gradients' scale does not matter. The paper measures G in the last layer that
+    objectives share; here it is measured in all optimised parameters (see `scope`). The paper
+    weights whole losses, heads included; with scope "shared" heads are not weighted.
 
-    Where the algorithm is not defined: a weight that a step would make negative is made 0, from
-    where it can rise again; an objective whose first loss is not positive, or whose loss is
-    negative, counts as no further than at its start, L_i / L_i(0) = 1.
+    Cases that the algorithm does not define: a weight that would become negative is set to 0, from
+    where it can rise again. An objective whose first loss is not positive, or whose loss is
+    negative, has L_i / L_i(0) = 1.
 
     Homogeneous of degree 1. Cost: none beyond the gradients. State: for each objective its weight,
-    its first loss and Adam's two moments and count. An objective that appears later begins with a
-    weight of 1, its loss then being its first.
+    its first loss, and Adam's two moments and step count. An objective that appears later starts
+    with a weight of 1; its first loss is the one at that step.
 
     Args:
-        alpha: α ≥ 0, how strongly training rates are balanced; 0 makes lengths equal.
+        alpha: α ≥ 0, how strongly training rates are balanced; 0 makes norms equal.
         lr: The weights' own learning rate.
-        scope: What lengths are taken over: all parameters, those that are "shared" by objectives,
-            each "group", or each "tensor"; the last two have weights of their own.
+        scope: The parameters over which norms are computed: all ("global"), those "shared" by
+            objectives, each "group", or each "tensor". Each group or tensor has its own weights.
+
+    Raises:
+        TypeError: If `alpha` or `lr` is not a number.
+        ValueError: If an argument has no valid value.
 
     Examples:
         >>> import torch, gradkit as gk
@@ -91,17 +95,17 @@ class GradNorm(GramRule):
         count = gram.shape[-1]
         weights = _of_sum(count, memory["weights"])
         losses = inputs.needed_losses(self).to(weights)
-        lengths = gram.diagonal(dim1=-2, dim2=-1).to(weights).sqrt()
+        norms = gram.diagonal(dim1=-2, dim2=-1).to(weights).sqrt()
         steps = memory["steps"] + 1
         first_losses = torch.where(steps == 1, losses, memory["first_losses"])
-        slope = self._slope(weights, lengths, losses, first_losses)
+        slope = self._slope(weights, norms, losses, first_losses)
         first = torch.lerp(slope, memory["first_moments"], _BETAS[0])
         second = torch.lerp(slope.square(), memory["second_moments"], _BETAS[1])
         size = (second / (1 - _BETAS[1] ** steps)).sqrt()
         mean = first / (1 - _BETAS[0] ** steps)
         change = torch.where(size == 0, mean, mean / size)
         learnt = {
-            # Those that take no part in this step keep their shares.
+            # Objectives that take no part in this step keep their share of the weight.
             "weights": _of_sum(count, (weights - self.lr * change).clamp(min=0))
             * (memory["weights"].sum(-1, keepdim=True) / count),
             "first_losses": first_losses,
@@ -114,7 +118,7 @@ class GradNorm(GramRule):
     def _slope(
         self,
         weights: Float[Tensor, "*batch K"],
-        lengths: Float[Tensor, "*batch K"],
+        norms: Float[Tensor, "*batch K"],
         losses: Float[Tensor, " K"],
         first_losses: Float[Tensor, "*batch K"],
     ) -> Float[Tensor, "*batch K"]:
@@ -123,14 +127,14 @@ class GradNorm(GramRule):
         ratios = torch.where(unknown, torch.ones_like(first_losses), losses / first_losses)
         mean = ratios.mean(-1, keepdim=True)
         rates = torch.where(mean == 0, torch.ones_like(ratios), ratios / mean)
-        norms = weights * lengths
-        excess = norms - norms.mean(-1, keepdim=True) * rates**self.alpha
+        weighted = weights * norms
+        excess = weighted - weighted.mean(-1, keepdim=True) * rates**self.alpha
         # The sign of a NaN would be 0.
-        return lengths * torch.where(excess.isnan(), excess, excess.sign())
+        return norms * torch.where(excess.isnan(), excess, excess.sign())
 
 
 def _of_sum(total: int, weights: Float[Tensor, "*batch K"]) -> Float[Tensor, "*batch K"]:
-    """Multiples of the weights that have this sum; equal ones if all are 0."""
+    """The weights, scaled to this sum; equal weights if all are 0."""
     equal = (weights == 0).all(-1, keepdim=True)
     weights = torch.where(equal, torch.ones_like(weights), weights)
     return weights * (total / weights.sum(-1, keepdim=True))

@@ -1,4 +1,4 @@
-"""Moving gradients towards the cosines they usually have."""
+"""Gradients moved towards the average cosine of each pair."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch import Tensor
 from gradkit.core.arguments import check_number
 from gradkit.core.flat import Scope
 from gradkit.core.gram import cosines
-from gradkit.surgery.host import lightest, products_of, random_orders, rows_of, uploaded
+from gradkit.surgery.host import numpy_or_torch, products_of, random_orders, rows_of, uploaded
 from gradkit.surgery.inputs import RuleInputs
 from gradkit.surgery.memory import Remembered, Weighed
 from gradkit.surgery.rule import GramRule, check_scope, own_generator
-from gradkit.surgery.spectrum import lengths, narrowed, widened
+from gradkit.surgery.spectrum import gradient_norms, narrowed, widened
 
-# Nearer to 1 than this no cosine of float32 gradients is told from another.
+# Cosines of float32 gradients that are nearer to 1 than this cannot be distinguished.
 _LARGEST_TARGET = 1 - 1e-8
-# A squared length this small beside those of the vectors it is a sum of is rounding.
+# A squared norm this small, relative to those of the summed vectors, is rounding error.
 _CANCELLED = 1e-14
 
 
@@ -29,8 +29,8 @@ _CANCELLED = 1e-14
 class GradVac(GramRule):
     """Gradient Vaccine ([Wang et al., ICLR 2021](https://arxiv.org/abs/2010.05874)).
 
-    Where PCGrad acts on negative cosines, this rule acts on cosines below a target that follows
-    each pair's own. For each objective i:
+    PCGrad acts on negative cosines. This rule acts on cosines below a target, which is a moving
+    average of the pair's cosine. For each objective i:
 
         g'_i = g_i
         for j ≠ i in random order:
@@ -40,24 +40,27 @@ class GradVac(GramRule):
             φ̂_ij ← (1−β)·φ̂_ij + β·φ
         d = Σ_i g'_i
 
-    The targets φ̂ begin at 0, where the step is PCGrad's; with β = 0 it stays that. They are not
-    symmetric, since φ is measured on g'_i as the visits before have left it. As in the paper they
-    move after every visit; LibMTL's code moves only those of pairs that it corrects.
+    The targets φ̂ start at 0, for which the step is PCGrad's; with β = 0 they stay 0. They are not
+    symmetric, since φ is measured on the present g'_i, after earlier corrections. As in the paper,
+    targets move after every visit; LibMTL's code moves only those of pairs that it corrects.
 
-    A gradient of length 0 (or a g'_i that has vanished) has cosine 0 with all others and is not
-    corrected. A target above 1 − 1e-8 counts as 1 − 1e-8, since w grows without bound near 1.
+    A zero gradient (or a g'_i that has vanished) has cosine 0 with all others and is not corrected.
+    Targets are limited to 1 − 1e-8, since w grows without bound near 1.
 
-    Homogeneous of degree 1, for the same targets. Cost: none beyond the gradients. State: the
-    generator and φ̂, K² numbers (for each block, with another scope than "global").
+    Homogeneous of degree 1, for fixed targets. Cost: none beyond the gradients. State: the
+    generator and φ̂, K² elements (for each block, with another scope than "global").
 
     Args:
         beta: β in [0, 1], how fast targets move. 0.5 is the default of LibMTL and TorchJD; smaller
-            ones, such as 0.01, are in use, too.
-        scope: What inner products are taken over: all parameters, each "group", each "tensor",
-            or those that are "shared" by objectives.
-            Each block has targets of its own.
-        generator: A CPU generator for the order; by default one of its own with seed 0, the same
-            in every process.
+            values, such as 0.01, are also used.
+        scope: The parameters over which inner products are computed: all ("global"), each "group",
+            each "tensor", or those "shared" by objectives. Each block has its own targets.
+        generator: A CPU generator for the order; by default a new one with seed 0, the same in
+            every process.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If an argument has no valid value, or the generator is not on the CPU.
 
     Examples:
         >>> import torch, gradkit as gk
@@ -84,7 +87,7 @@ class GradVac(GramRule):
         return random_orders(count, self.generator) if count > 2 else None
 
     def init(self, count: int) -> dict[str, Tensor]:
-        """The targets φ̂, 0 at first."""
+        """The initial targets φ̂, all 0."""
         return {"targets": torch.zeros(count, count)}
 
     def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:
@@ -109,7 +112,10 @@ def gradvac_weights(
         targets: φ̂; row i holds those of objective i.
         beta: How fast targets move.
         order: Row i holds the order in which objective i visits the others (its own number is
-            passed over); needed for K > 2.
+            skipped); needed for K > 2.
+
+    Raises:
+        ValueError: If there are more than two objectives and no order.
 
     Examples:
         >>> gram = torch.tensor([[1.0, 0.0], [0.0, 4.0]])
@@ -125,12 +131,12 @@ def gradvac_weights(
         if count > 2:
             raise ValueError(f"with {count} objectives the result depends on their order; pass it")
         order = torch.arange(count, device=gram.device).expand(count, count)
-    norms, each = lengths(gram), torch.arange(count, device=gram.device)
-    visited = uploaded(order, gram, order.dtype).T  # [visit, objective], as all taken from it
+    norms, each = gradient_norms(gram), torch.arange(count, device=gram.device)
+    visited = uploaded(order, gram, order.dtype).T  # [visit, objective], like all indexed by it
     # Row i of `parts` expresses g'_i/‖g_i‖ in the directions of the original gradients.
     parts = torch.eye(count, dtype=gram.dtype, device=gram.device).expand_as(gram).clone()
     targets = targets.clone()
-    with lightest(parts, targets, cosines(gram), norms, visited, each) as (module, arrays):
+    with numpy_or_torch(parts, targets, cosines(gram), norms, visited, each) as (module, arrays):
         _visit(module, beta, *arrays)
     sums = (norms[..., None] * parts).sum(-2)
     return torch.where(norms > 0, sums / norms, torch.ones_like(norms)), targets
@@ -146,16 +152,16 @@ def _visit(
     visited: Any,
     each: Any,
 ) -> None:
-    """The loop for all objectives at once on `parts` and `targets`, in place."""
+    """Run GradVac's loop for all objectives at once, changing `parts` and `targets` in place."""
     target, other = targets[..., each, visited], visited != each
     aims = module.clip(target, None, _LARGEST_TARGET)
     cotangents = aims / module.sqrt(1 - aims * aims)
-    # Nothing is to be added of the objective's own gradient, nor of one without a direction.
+    # The objective's own gradient is never added, nor is a zero gradient.
     aims = module.where(other & (norms[..., visited] > 0), aims, -math.inf)
     found = module.empty_like(aims)
     products = 1.0 * cosines  # of each g'_i with each direction
     memory = module.empty_like(cosines)
-    spans = products[..., each, each]  # Σ|part|, the length if all parts had one direction
+    spans = products[..., each, each]  # Σ|part|, the norm if all parts had the same direction
     for visit, others in enumerate(visited):
         squares = products_of(parts, products)
         own = module.sqrt(module.where(squares > _CANCELLED * spans * spans, squares, 0.0))

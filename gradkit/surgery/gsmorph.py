@@ -8,7 +8,7 @@ import torch
 
 from gradkit.core.flat import Scope
 from gradkit.surgery.cosine_gate import check_main
-from gradkit.surgery.host import lightest, products_of
+from gradkit.surgery.host import numpy_or_torch, products_of
 from gradkit.surgery.inputs import RuleInputs
 from gradkit.surgery.memory import Remembered, Weighed
 from gradkit.surgery.rule import GramRule, check_scope
@@ -19,24 +19,29 @@ from gradkit.surgery.spectrum import narrowed, reciprocal, widened
 class GSMorph(GramRule):
     """Layer-wise gradient surgery ([Dou et al., MICCAI 2023](https://arxiv.org/abs/2306.14687)).
 
-    Made for registration, where the main objective is the images' similarity and the auxiliary one
-    the smoothness of the deformation, so that neither needs a weight. In each parameter tensor:
+    Designed for image registration, where the main objective is the images' similarity and the
+    auxiliary one the smoothness of the deformation; neither needs a weight. In each parameter
+    tensor:
 
         d = g_main
         if ⟨d, g_aux⟩ < 0:   d ← d − (⟨d, g_aux⟩ / ‖g_aux‖²)·g_aux
 
-    The auxiliary gradient is never added: where the two agree, the main one stands alone. This is
-    the rule of the authors' code. Paper and code have one auxiliary objective; of several each is
-    projected off in turn, in their order, from what the ones before have left (as PCGrad does for
-    one gradient), so that only the last is sure to be in no conflict with d.
+    The auxiliary gradient is never added: if the two agree, d is the main gradient. This is the
+    rule of the authors' code. Paper and code have one auxiliary objective. Several are projected
+    off one after the other, in their order (as PCGrad does for one gradient), so that only the last
+    one is guaranteed not to conflict with d.
 
     Homogeneous of degree 1. Cost: none beyond the gradients. State: none.
 
     Args:
-        main: The main objective, by name or position; a position counts those that take part in a
-            step, so give the name where some may be absent.
-        scope: What inner products are taken over: each "tensor" (the paper), each "group",
-            "global", all parameters, or those that are "shared" by objectives.
+        main: The main objective, by name or position. A position counts only objectives that take
+            part in a step, so give the name if some may be absent.
+        scope: The parameters over which inner products are computed: each "tensor" (the paper),
+            each "group", all ("global"), or those "shared" by objectives.
+
+    Raises:
+        TypeError: If `main` is not a name or position.
+        ValueError: If `scope` has no valid value.
 
     Examples:
         >>> import torch, gradkit as gk
@@ -61,7 +66,7 @@ class GSMorph(GramRule):
         weights = torch.zeros_like(wide[..., 0])
         weights[..., main] = 1
         inverses = reciprocal(wide.diagonal(dim1=-2, dim2=-1))
-        with lightest(weights, wide, inverses) as (_, (numbers, products, scales)):
+        with numpy_or_torch(weights, wide, inverses) as (_, (numbers, products, scales)):
             for j in range(gram.shape[-1]):
                 if j != main:
                     product = products_of(products[..., j, :], numbers)

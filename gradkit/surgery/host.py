@@ -1,8 +1,8 @@
-"""Many small operations in turn, where it is starting them that costs.
+"""Small loops dominated by per-operation overhead.
 
-numpy starts an operation several times faster than torch, on the same memory. Nor does it share the
-work among threads: torch does from two thousand numbers on in some operations, and then waits for
-threads that a busy machine does not run.
+numpy has several times less overhead per operation than torch, on the same memory. It also uses no
+threads. For some operations torch does, from two thousand elements on, and then waits for threads
+that a busy machine does not run.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 def on_host(*tensors: Tensor) -> bool:
-    """Whether numpy can work on the tensors: on a CPU, and of no interest to autograd."""
+    """Whether numpy can work on the tensors: on a CPU, and not recorded by autograd."""
     return all(
         tensor.device.type == "cpu" and not (tensor.requires_grad and torch.is_grad_enabled())
         for tensor in tensors
@@ -26,15 +26,15 @@ def on_host(*tensors: Tensor) -> bool:
 
 
 def uploaded(values: Tensor, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Values from the host, on the device of `like`; the host does not wait for the device.
+    """Values from the host, copied to the device of `like`; the host does not wait for the device.
 
-    Ordinary memory is copied aside before the call returns, so that it may be freed at once. (The
-    other way, from a device, such a copy would be read too early.)
+    Pageable memory is staged before the call returns, so that it may be freed at once. (A copy from
+    a device to the host could be read too early.)
 
     Args:
-        values: On the CPU, or on that device already.
+        values: A tensor on the CPU, or on that device already.
         like: A tensor on the device.
-        dtype: By default that of `like`.
+        dtype: The dtype of the result; by default that of `like`.
 
     Examples:
         >>> uploaded(torch.arange(2), torch.zeros(1))
@@ -44,14 +44,14 @@ def uploaded(values: Tensor, like: Tensor, dtype: torch.dtype | None = None) -> 
 
 
 @contextmanager
-def lightest(*tensors: Tensor) -> Iterator[tuple[Any, tuple[Any, ...]]]:
-    """The tensors as arrays in the same memory, and numpy, where that can be; otherwise torch.
+def numpy_or_torch(*tensors: Tensor) -> Iterator[tuple[Any, tuple[Any, ...]]]:
+    """Numpy and the tensors as arrays in the same memory, if possible; else torch and the tensors.
 
-    Like torch, numpy gives no warning of a division by zero or of NaN here.
+    As in torch, divisions by zero and NaNs give no warning.
 
     Examples:
         >>> numbers = torch.ones(2)
-        >>> with lightest(numbers) as (module, (array,)):
+        >>> with numpy_or_torch(numbers) as (module, (array,)):
         ...     array += module.sqrt(array)
         >>> module.__name__, numbers
         ('numpy', tensor([2., 2.]))
@@ -64,28 +64,28 @@ def lightest(*tensors: Tensor) -> Iterator[tuple[Any, tuple[Any, ...]]]:
 
 
 def rows_of(matrices: Any, rows: Any, out: Any) -> Any:
-    """Rows of matrices [..., K, L], given by their numbers [N]: [..., N, L].
+    """The rows of matrices [..., K, L] at these indices [N]: [..., N, L].
 
-    In a loop, memory that is asked for and given back each time can take longer than all else, so
-    numpy writes to `out`; torch has an allocator of its own.
+    In a loop, allocating and freeing memory can take longer than everything else, so numpy writes
+    to `out`. torch has its own allocator.
     """
     if isinstance(matrices, Tensor):
         return matrices[..., rows, :]
-    # No number lies outside; with mode="raise" numpy would ask for memory after all.
+    # No index is out of range; with mode="raise" numpy would allocate memory.
     return np.take(matrices, rows, axis=-2, out=out, mode="clip")
 
 
 def products_of(a: Any, b: Any) -> Any:
-    """The inner products of vectors [..., L], by an operation that asks for no memory beside."""
+    """The inner products of vectors [..., L], without allocating intermediate results."""
     return (a[..., None, :] @ b[..., None])[..., 0, 0]
 
 
 def random_orders(count: int, generator: torch.Generator | None) -> Int[Tensor, "K K"]:
-    """K random orders of K objectives, one a row, on the CPU.
+    """K random orders of K objectives, one per row, on the CPU.
 
     Args:
         count: K.
-        generator: Where random numbers are drawn from.
+        generator: The generator to draw from.
     """
     uniform = torch.rand(count, count, generator=generator, device="cpu", dtype=torch.float32)
     return torch.from_numpy(uniform.numpy().argsort(axis=1, kind="stable"))

@@ -1,4 +1,4 @@
-"""Equal projections on all gradients."""
+"""A direction with equal projections on all gradients."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gradkit.surgery.memory import Remembered, Weighed
 from gradkit.surgery.rule import GramRule, check_scope
 from gradkit.surgery.spectrum import (
     cosine_solution,
-    lengths,
+    gradient_norms,
     narrowed,
     reciprocal,
     sum_to_one,
@@ -22,30 +22,34 @@ from gradkit.surgery.spectrum import (
 class IMTLG(GramRule):
     """Impartial multi-task learning ([Liu et al., ICLR 2021](https://openreview.net/forum?id=IMPnRXEWpvr)).
 
-    Of the weighted sums with weights of sum 1, the one whose projections on all gradients'
-    directions u_i = g_i/‖g_i‖ are equal:
+    The weighted sum, with weights of sum 1, whose projections on all gradients' directions
+    u_i = g_i/‖g_i‖ are equal:
 
         d = Σ_i w_i·g_i,   Σ_i w_i = 1,   ⟨d, u_1⟩ = … = ⟨d, u_K⟩
 
     That is w ∝ G⁻¹·√diag(G). With two gradients w = (‖g_2‖, ‖g_1‖)/(‖g_1‖ + ‖g_2‖).
 
-    Dependent gradients: with C the matrix of cosines and N that of lengths, w ∝ N⁻¹·C⁺·1, the
-    projections nearest to equal, whatever the lengths: the line of d does not change when one
-    objective is rescaled, which is what the method is for. For two gradients it is what the formula
-    above tends to as they become parallel. (TorchJD's G⁺·√diag(G), the same for independent
-    gradients, gives most weight to the longer of two parallel ones.) Eigenvalues of C below 1e-7 of
-    the largest count as zero. A gradient of length 0 has weight 0.
+    Dependent gradients: with C the matrix of cosines and N the diagonal matrix of norms,
+    w ∝ N⁻¹·C⁺·1. The projections are then as nearly equal as possible, whatever the norms: scaling
+    one objective does not change the line of d, which is the purpose of the method. For two
+    gradients this is the limit of the formula above as they become parallel. (TorchJD's
+    G⁺·√diag(G) is the same for independent gradients, but of two parallel ones it gives most weight
+    to the larger.) Eigenvalues of C below 1e-7 of the largest count as zero. A zero gradient has
+    weight 0.
 
-    Fallback: where the weights before normalisation sum to zero no weights of sum 1 will do, and
-    all are 0. That sum may be negative, too, when lengths differ much: then d turns against all
-    objectives, as the paper's formula has it.
+    Fallback: if the weights before normalisation sum to zero, there are no weights of sum 1, and
+    all are 0. That sum may also be negative when norms differ much: then d worsens all objectives,
+    as the paper's formula does.
 
-    Homogeneous of degree 1. Cost: none beyond the gradients; for K > 2 an eigendecomposition of
-    K × K, for which the host waits where it runs on a GPU. State: none.
+    Homogeneous of degree 1. Cost: none beyond the gradients; for K > 2 an eigendecomposition of a
+    K × K matrix, for which the host waits if it runs on a GPU. State: none.
 
     Args:
-        scope: What inner products are taken over: all parameters, each "group", each "tensor",
-            or those that are "shared" by objectives.
+        scope: The parameters over which inner products are computed: all ("global"), each "group",
+            each "tensor", or those "shared" by objectives.
+
+    Raises:
+        ValueError: If `scope` has no valid value.
 
     Examples:
         >>> import torch, gradkit as gk
@@ -61,10 +65,10 @@ class IMTLG(GramRule):
     def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:
         gram = inputs.gram
         wide, finite = widened(gram)
-        norms = lengths(wide)
+        norms = gradient_norms(wide)
         if gram.shape[-1] == 2:
             other = norms.flip(-1)
-            # Beside a gradient of length 0 all weight is on the other one.
+            # If one of the gradients is zero, the other one has all the weight.
             weights = sum_to_one(other.where(other > 0, norms) * (norms > 0))
         else:
             solution, _ = cosine_solution(wide, wide.new_ones(gram.shape[-1]))

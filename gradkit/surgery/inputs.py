@@ -1,4 +1,4 @@
-"""What a rule works on, and the checks of preferences given by users."""
+"""The inputs of a rule, and checks of preferences."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ Preference = Sequence[float] | Mapping[str, float] | Tensor
 
 @dataclass(frozen=True, eq=False)
 class RuleInputs:
-    """What a rule works on, in one evaluation.
+    """The inputs of a rule in one evaluation.
 
     Attributes:
-        gram: The Gram matrix [*batch, K, K] of the rows wᵢgᵢ that the rule sees, in float64; zeros
-            for rules that do not need it.
-        names: The objectives' names; the rows' numbers for a bare matrix.
-        losses: The objectives' losses [K], in the rule's weights; None if nobody knows them.
-        first_losses: Their losses in the step's first evaluation of each, at the step's own
-            weights; the same as `losses` there.
-        draws: What the rule's `draw` drew for this step.
-        every: The names of all objectives of the step, those included that take no part.
+        gram: The Gram matrix [*batch, K, K] of the weighted rows wᵢgᵢ, in float64; zeros for rules
+            that do not need it.
+        names: The objectives' names; the row numbers for a bare matrix.
+        losses: The objectives' losses [K], weighted as the rule requires; None if they are not
+            known.
+        first_losses: Each objective's loss in its first evaluation of the step, at the step's own
+            weights; there it is the same as `losses`.
+        draws: The random numbers that the rule's `draw` returned for this step.
+        every: The names of all objectives of the step, including those that take no part.
     """
 
     gram: Float[Tensor, "*batch K K"]
@@ -40,7 +41,7 @@ class RuleInputs:
     every: tuple[str, ...] = ()
 
     def index(self, objective: str | int) -> int:
-        """The row of an objective, given by name or position.
+        """The row index of an objective, given by name or position.
 
         Raises:
             ValueError: If there is no such objective.
@@ -55,21 +56,29 @@ class RuleInputs:
         )
 
     def numbers(self, preference: Preference, like: Tensor) -> Float[Tensor, " K"]:
-        """A preference as one number for each row; see `numbers_of`."""
+        """A preference as one number for each row; see `numbers_of`.
+
+        Raises:
+            ValueError: If it does not have one number for each row.
+        """
         return numbers_of(preference, self.names, like, self.every)
 
     def shares(self, preference: Preference | None, like: Tensor) -> Float[Tensor, " K"]:
-        """A preference as one number for each row; equal ones of sum 1 if there is none."""
+        """A preference as one number for each row; 1/K each if there is no preference.
+
+        Raises:
+            ValueError: If it does not have one number for each row.
+        """
         if preference is None:
             count = like.shape[-1]
             return like.new_full((count,), 1 / count)
         return self.numbers(preference, like)
 
     def needed_losses(self, who: object) -> Float[Tensor, " K"]:
-        """The losses, for a rule that cannot do without.
+        """The losses, for a rule that needs them.
 
         Raises:
-            ValueError: If nobody knows them.
+            ValueError: If they are not known.
         """
         return needed(self.losses, who)
 
@@ -77,10 +86,16 @@ class RuleInputs:
 def numbers_of(
     preference: Preference, names: Sequence[str], like: Tensor, every: Sequence[str] = ()
 ) -> Float[Tensor, " K"]:
-    """A preference as one number for each of these objectives, among all of the step.
+    """A preference as one number for each of these objectives.
+
+    Args:
+        preference: Numbers in order or by name, for these objectives or for all of the step.
+        names: The objectives.
+        like: A tensor with the dtype and device of the result.
+        every: All objectives of the step.
 
     Raises:
-        ValueError: If it does not have one for each.
+        ValueError: If it does not have one number for each objective.
     """
     if isinstance(preference, Tensor):
         preference = preference.tolist()
@@ -106,10 +121,10 @@ def numbers_of(
 
 
 def needed(losses: Float[Tensor, " K"] | None, who: object) -> Float[Tensor, " K"]:
-    """Losses, for a rule that cannot do without.
+    """Losses, for a rule that needs them.
 
     Raises:
-        ValueError: If there are none.
+        ValueError: If they are None.
     """
     if losses is None:
         raise ValueError(
@@ -120,11 +135,16 @@ def needed(losses: Float[Tensor, " K"] | None, who: object) -> Float[Tensor, " K
 
 
 def check_preference(name: str, preference: Preference | None, *, positive: bool = False) -> None:
-    """Check numbers for objectives, given by a user.
+    """Check an argument with one number for each objective.
+
+    Args:
+        name: The argument's name, for the message.
+        preference: The argument; None is accepted.
+        positive: Whether negative numbers are refused.
 
     Raises:
-        TypeError: If they are no sequence or mapping of numbers.
-        ValueError: If one is not finite, or negative though it must not be.
+        TypeError: If it is not a sequence or mapping of numbers.
+        ValueError: If a number is not finite, or negative where `positive` is set.
     """
     if preference is None:
         return
@@ -148,13 +168,13 @@ def check_preference(name: str, preference: Preference | None, *, positive: bool
 def too_low(
     who: object, losses: Mapping[str, float], least: Mapping[str, float] | float, what: str
 ) -> str | None:
-    """Says which loss is not above its bound; None if all are.
+    """The error text for the first loss that is not above its bound; None if all are.
 
     Args:
         who: The transform.
         losses: The objectives' losses.
-        least: The bound, or each objective's.
-        what: What losses must be, in words.
+        least: The bound, or the bound of each objective.
+        what: The requirement, in words.
     """
     for name, loss in losses.items():
         if not loss > (least if isinstance(least, (int, float)) else least[name]):

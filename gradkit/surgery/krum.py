@@ -1,4 +1,4 @@
-"""The gradients that have the nearest neighbours."""
+"""Selection of the gradients that are nearest to their neighbours."""
 
 from __future__ import annotations
 
@@ -22,20 +22,26 @@ class Krum(GramRule):
         score(i) = Σ ‖g_i − g_j‖²    over the K − f − 2 gradients j ≠ i nearest to g_i
         d = the gradient of the least score, or (Multi-Krum) the mean of the m of least score
 
-    Distances are squared, as in the paper; TorchJD's are not, and may select others. Of equal
-    scores the first wins. The paper's guarantee needs K > 2f + 2. Fallback: with fewer than f + 3
-    gradients the score takes one neighbour (none for K = 1).
+    Distances are squared, as in the paper; TorchJD's are not, and may select others. Among equal
+    scores the first is selected. The paper's guarantee needs K > 2f + 2. Fallback: with fewer than
+    f + 3 gradients the score uses one neighbour (none for K = 1).
 
-    ‖g_i − g_j‖² is G_ii + G_jj − 2·G_ij, which cancels for near gradients: distances below 1e-8 of
-    the gradients' lengths are rounding, for float32 gradients on a CPU those below 1e-4.
+    ‖g_i − g_j‖² is G_ii + G_jj − 2·G_ij, which suffers from cancellation for near gradients:
+    distances below 1e-8 of the gradients' norms are rounding error; for float32 gradients on a CPU,
+    those below 1e-4.
 
     Homogeneous of degree 1. Cost: none beyond the gradients. State: none.
 
     Args:
         n_byzantine: f ≥ 0, how many gradients may be arbitrary.
         n_selected: m ≥ 1, how many are averaged.
-        scope: What distances are taken over: all parameters, each "group", each "tensor",
-            or those that are "shared" by objectives.
+        scope: The parameters over which distances are computed: all ("global"), each "group", each
+            "tensor", or those "shared" by objectives.
+
+    Raises:
+        TypeError: If a number is not an integer.
+        ValueError: If an argument has no valid value, or if there are fewer gradients than
+            `n_selected`.
 
     Examples:
         >>> import torch, gradkit as gk

@@ -1,4 +1,4 @@
-"""What rules remember of each objective, kept by name in their state."""
+"""The memory of rules: state for each objective, kept by name."""
 
 from __future__ import annotations
 
@@ -10,36 +10,51 @@ from jaxtyping import Float
 from torch import Tensor
 
 Remembered = Mapping[str, Tensor]
-"""What a rule remembers of the objectives that take part: tensors [*batch], [*batch, K] or
+"""A rule's memory of the objectives that take part: tensors [*batch], [*batch, K] or
 [*batch, K, K] by name."""
 
 Weighed = tuple[Float[Tensor, "*batch K"], Remembered]
-"""Weights, and what is to be remembered instead."""
+"""Weights, and the new memory."""
 
 
 def check_remembered(
     who: object, remembered: Mapping[str, Tensor], known: Mapping[str, Tensor]
 ) -> None:
-    """Check that a rule remembers nothing that it would not be given again.
+    """Check that a rule's new memory has known names only.
 
     Raises:
-        ValueError: If it does.
+        ValueError: If it has a name that the rule's `init` does not return.
     """
     unknown = remembered.keys() - known.keys()
     if unknown:
         raise ValueError(
-            f"{who!r} remembers {min(unknown)!r}, which its init() does not name; return there "
-            "what it is at first"
+            f"{who!r} remembers {min(unknown)!r}, which its init() does not name; return its "
+            "initial value there"
         )
 
 
 class Memory:
-    """What a transform remembers of each objective, kept by name in its state.
+    """A transform's memory of each objective, kept by name in its state.
 
-    Tensors end in one dimension of length K, or two, or none, after those of the batch of Gram
-    matrices. An objective that takes no part in a step keeps what is remembered of it; one that is
-    new begins as `init` says. So does a block of parameters that is new, and a batch of
+    The shape of a tensor is that of the batch of Gram matrices, followed by no, one or two
+    dimensions of length K. An objective that takes no part in a step keeps its memory. A new
+    objective starts with the values of `init`, and so does a new block of parameters, or a batch of
     another shape.
+
+    Args:
+        who: The transform, for messages.
+        state: The state that holds the memory.
+        names: The objectives that take part.
+        fresh: The initial memory of all objectives in `known`, without batch dimensions.
+        batch: The shape of the batch.
+        blocks: The keys of the batch's Gram matrices; None if they have none.
+        scope: The parameters over which inner products are computed; None if that is not known.
+
+    Attributes:
+        known: All objectives in the memory, then the new ones.
+
+    Raises:
+        ValueError: If the state was saved with another scope.
     """
 
     def __init__(
@@ -52,20 +67,6 @@ class Memory:
         blocks: Sequence[str] | None,
         scope: str | None = None,
     ) -> None:
-        """Recall.
-
-        Args:
-            who: The transform, for messages.
-            state: Where it is kept.
-            names: The objectives that take part.
-            fresh: What is remembered at first of all objectives that `known` names, one batch.
-            batch: The shape of the batch.
-            blocks: What identifies the batch's Gram matrices; None if nothing does.
-            scope: What inner products are taken over; None if that cannot be said.
-
-        Raises:
-            ValueError: If the state is that of another scope.
-        """
         self._who = who
         self.known = known_objectives(state, names)
         self._places = [self.known.index(name) for name in names]
@@ -74,7 +75,7 @@ class Memory:
         stored = state.get("blocks")
         self._scope = scope
         learnt, now = state.get("scope") or _scope(stored), scope or _scope(blocks)
-        if learnt is None or now is None:  # global or shared, which have one matrix
+        if learnt is None or now is None:  # "global" or "shared", which have one matrix
             differs = (learnt or now) in ("group", "tensor")
         else:
             differs = learnt != now
@@ -84,7 +85,7 @@ class Memory:
                 f"scope is {now or 'global'!r} now; give it the scope it was saved with, or let it "
                 "begin anew with reset()"
             )
-        # Blocks of parameters that are frozen now come last.
+        # Blocks of parameters that are frozen at present come last.
         absent = [block for block in stored or () if block not in (blocks or ())]
         self._blocks = None if blocks is None else [*blocks, *absent]
         shape = tuple(batch) if self._blocks is None else (len(self._blocks),)
@@ -103,7 +104,7 @@ class Memory:
             self._whole[key] = whole
 
     def of_present(self) -> dict[str, Tensor]:
-        """What is remembered of the objectives that take part."""
+        """The memory of the objectives that take part."""
         return {
             key: self._blocks_of_present(whole)[self._where(key)].clone()
             for key, whole in self._whole.items()
@@ -112,14 +113,15 @@ class Memory:
     def with_present(
         self, remembered: Mapping[str, Tensor], learns: Sequence[bool] | None = None
     ) -> dict[str, Any]:
-        """The state in which what is remembered of those that take part has changed.
+        """The state after the memory of the objectives that take part has changed.
 
         Args:
-            remembered: What is to be remembered of them.
-            learns: Of which of them; None for all. What belongs to a pair changes with either.
+            remembered: The new memory of these objectives.
+            learns: Which of these objectives change; None for all. Memory of a pair changes if one
+                of the two does.
 
         Raises:
-            ValueError: If something is remembered that `init` does not know.
+            ValueError: If the new memory has a name that `init` does not return.
         """
         check_remembered(self._who, remembered, self._whole)
         state: dict[str, Any] = {"objectives": list(self.known)}
@@ -144,14 +146,14 @@ class Memory:
         return whole if self._count is None else whole[: self._count]
 
     def _mask(self, key: str, learns: Sequence[bool], like: Tensor) -> Tensor:
-        """Which numbers belong to these; one that belongs to no objective is as it was."""
+        """Which elements change; one that belongs to no objective does not."""
         mask = torch.tensor([*learns], device=like.device)
         if self._axes[key] == 2:
             return mask[:, None] | mask
         return mask if self._axes[key] == 1 else torch.zeros_like(mask[0])
 
     def _where(self, key: str) -> tuple[Any, ...]:
-        if self._places == list(range(len(self.known))):  # all, in order: nothing to look up
+        if self._places == list(range(len(self.known))):  # all, in order: no index is needed
             return (...,)
         places = torch.tensor(self._places, device="cpu")
         if self._axes[key] == 2:
@@ -164,6 +166,6 @@ def _scope(blocks: Sequence[str] | None) -> str | None:
 
 
 def known_objectives(state: Mapping[str, Any], names: Sequence[str]) -> list[str]:
-    """The objectives that something is remembered of, and then those that are new."""
+    """The objectives in the memory, followed by new ones."""
     known: list[str] = list(state.get("objectives") or [])
     return known + [name for name in names if name not in known]

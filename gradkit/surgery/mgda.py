@@ -1,4 +1,4 @@
-"""The shortest vector in the gradients' convex hull."""
+"""The minimum-norm vector in the gradients' convex hull."""
 
 from __future__ import annotations
 
@@ -23,17 +23,20 @@ class MGDA(GramRule):
         w = argmin ‖Σ w_i g_i/s_i‖²    over w ≥ 0, Σ w_i = 1
         d = Σ w_i g_i
 
-    With s = 1, d is the shortest vector in the convex hull of the gradients: it conflicts with
-    none of them, and is 0 where they are Pareto-stationary. The s of Sener and Koltun's code change
-    where w is looked for, not the gradients that are weighted.
+    With s = 1, d is the minimum-norm vector in the convex hull of the gradients: it conflicts with
+    none of them, and is 0 where they are Pareto-stationary. As in Sener and Koltun's code, other s
+    change how w is computed, but the gradients that are weighted are not normalised.
 
     Homogeneous of degree 1. Cost: none beyond the gradients. State: none.
 
     Args:
-        normalization: s_i: "none" 1, "l2" ‖g_i‖, "loss" L_i, "loss+" L_i·‖g_i‖. Where s_i is 0 it
-            counts as 1. The last two need losses: `rule(jacobian, losses)`.
-        scope: What inner products are taken over: all parameters, each "group", each "tensor",
-            or those that are "shared" by objectives.
+        normalization: s_i: "none" 1, "l2" ‖g_i‖, "loss" L_i, "loss+" L_i·‖g_i‖. If s_i is 0, it is
+            replaced by 1. The last two need losses: `rule(jacobian, losses)`.
+        scope: The parameters over which inner products are computed: all ("global"), each "group",
+            each "tensor", or those "shared" by objectives.
+
+    Raises:
+        ValueError: If an argument has no valid value.
 
     Examples:
         >>> import torch, gradkit as gk

@@ -15,12 +15,12 @@ from gradkit.core.gradients import Gradients
 from gradkit.core.oracle import Oracle
 from gradkit.core.transform import Transform
 from gradkit.surgery.rule import own_generator
-from gradkit.surgery.visits import Those, Visits
+from gradkit.surgery.visit_order import LazySelection, VisitOrder
 
 
 @dataclass(eq=False)
 class MLDG(Transform):
-    """Ask a step on some domains to help another one (MLDG, AAAI 2018).
+    """Train on some domains such that a step helps another domain (MLDG, AAAI 2018).
 
     From [Learning to Generalize: Meta-Learning for Domain
     Generalization](https://arxiv.org/abs/1710.03463), Algorithm 1, to first order, with one
@@ -31,27 +31,32 @@ class MLDG(Transform):
         g = ∇L_j(θ − α·ḡ)
         d = ḡ + β·g
 
-    The paper also differentiates through the inner step, which adds −α·β·H·g, H being the Hessian
-    of the others' mean loss. DomainBed's code leaves that out, too, but is not followed otherwise:
-    it pairs single meta-train with meta-test domains, steps by Adam, and divides by S.
+    The paper also differentiates through the inner step, which adds −α·β·H·g with H the Hessian of
+    the others' mean loss. DomainBed's code omits this term, too. It differs otherwise: it pairs
+    single meta-train and meta-test domains, makes inner steps with Adam, and divides by S.
 
-    Rows stay rows: those of the meta-train domains have the weight 1/(S − 1), that of the
-    meta-test domain has β. Weights that a transform inside has set are multiplied by these, and
-    gradients are stepped along as weighted. Observers take no part: they are never drawn, and are
-    evaluated at θ.
+    The rows of the meta-train domains have the weight 1/(S − 1), that of the meta-test domain has
+    the weight β. Weights that an inner transform has set are multiplied by these, and the inner
+    step uses weighted gradients. Observers take no part: they are never drawn, and are evaluated at
+    θ.
 
-    Not homogeneous: the inner step scales with the gradients. Cost: one gradient of each domain;
-    a closure that returns all losses runs twice. An objective that is drawn and turns out to have
-    been made an observer by a transform inside costs one more gradient of each. Memory: one more
-    set of rows and two flat vectors. State: the generator.
+    Not homogeneous: the inner step scales with the gradients. Cost: one gradient of each domain; a
+    closure that returns all losses runs twice. If an inner transform makes the drawn objective an
+    observer, each domain costs one more gradient. Memory: one more set of rows and two flat
+    vectors. State: the generator.
 
     Args:
-        alpha: α ≥ 0, the length of the inner step in units of the mean gradient. The default is a
-            starting point, not the paper's.
+        alpha: α ≥ 0, the step size of the inner step. The default is a starting point, not the
+            paper's.
         beta: β, the weight of the meta-test gradient.
         test: The objective that is the meta-test domain of every step; None draws one each step.
-        generator: A CPU generator for the draw; by default one of its own with seed 0, the same
-            in every process.
+        generator: A CPU generator for the draw; by default a new one with seed 0, the same in every
+            process.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If a number is outside its range, or the generator is not on the CPU; in `step`,
+            if there are not two objectives of nonzero weight, or if `test` is an observer.
 
     Examples:
         >>> import torch, gradkit as gk
@@ -83,7 +88,7 @@ class MLDG(Transform):
         self.generator = own_generator(self.generator)
 
     def around(self, inner: Oracle, context: Context) -> Oracle:
-        visits = Visits(context, self.generator if self.test is None else None)
+        visits = VisitOrder(context, self.generator if self.test is None else None)
 
         def oracle(at: Point | None = None, only: Container[str] | None = None) -> Gradients:
             def test() -> str | None:
@@ -93,7 +98,7 @@ class MLDG(Transform):
                 return next(left, None)
 
             self._require_test(context)
-            here = inner(at, Those(lambda n: n != test() and (only is None or n in only)))
+            here = inner(at, LazySelection(lambda n: n != test() and (only is None or n in only)))
             self._require_test(context)
             j = test()
             train = [k for k in here.active if here.names[k] != j]

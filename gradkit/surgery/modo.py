@@ -1,4 +1,4 @@
-"""Weights that follow projected gradient steps, on independent samples."""
+"""Weights updated by projected gradient steps, on independent samples."""
 
 from __future__ import annotations
 
@@ -22,18 +22,22 @@ class MoDo(GramRule):
         λ_{t+1} = Π(λ_t − γ·(G λ_t + ρ·λ_t))        Π onto the simplex, λ_0 = 1/K
         d = Σ λ_{t+1,i} g_i
 
-    One projected gradient step per step of the optimizer follows MGDA's weights. The paper's G is
-    J₁J₂ᵀ of two independent batches, which keeps λ's steps unbiased, and the authors' d is of both
-    batches added up. In `wrap` G is the Gram matrix of the batch at hand, which makes λ's steps
-    biased; alone, `rule.weights(gram)` takes a J₁J₂ᵀ, too.
+    One projected gradient step per optimizer step tracks MGDA's weights. The paper's G is J₁J₂ᵀ of
+    two independent batches, which makes λ's steps unbiased, and the authors' d sums both batches.
+    In `wrap`, G is the Gram matrix of the present batch, which makes λ's steps biased. Outside
+    `wrap`, `rule.weights(gram)` also accepts J₁J₂ᵀ.
 
     Not homogeneous: γ is a step in units of 1/‖g‖². Cost: none beyond the gradients. State: λ.
 
     Args:
-        gamma: γ > 0, the step on the weights.
-        rho: ρ ≥ 0, an ℓ₂ penalty that pulls them towards 1/K.
-        scope: What inner products are taken over: all parameters, each "group", each "tensor",
-            or those that are "shared" by objectives.
+        gamma: γ > 0, the step size of the weights.
+        rho: ρ ≥ 0, an ℓ₂ penalty that pulls the weights towards 1/K.
+        scope: The parameters over which inner products are computed: all ("global"), each "group",
+            each "tensor", or those "shared" by objectives.
+
+    Raises:
+        TypeError: If `gamma` or `rho` is not a number.
+        ValueError: If an argument has no valid value.
 
     Examples:
         >>> import torch, gradkit as gk
@@ -62,7 +66,7 @@ class MoDo(GramRule):
 
     def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:
         gram = inputs.gram
-        # Of the objectives that take part; the others keep their shares.
+        # Objectives that take no part in this step keep their share of the weight.
         share = memory["weights"].sum(-1, keepdim=True)
         share = torch.where(share > 0, share, torch.ones_like(share))
         old = memory["weights"] / share

@@ -21,20 +21,23 @@ class NashMTL(GramRule):
         G·a = 1/a,  a > 0        d = Σ a_i g_i
 
     Each objective gains the same, ⟨a_i g_i, d⟩ = 1, so that ‖d‖ = √K whatever the gradients'
-    lengths. The authors approximate a by a sequence of convex programs, from where they were in the
-    step before; here it is the minimum of ½aᵀGa − Σ ln a_i, found by Newton's method.
+    norms. The authors approximate a by a sequence of convex programs, starting from the step
+    before. Here a is the minimum of ½aᵀGa − Σ ln a_i, found by Newton's method.
 
-    Where the gradients are Pareto-stationary there is no solution, and a grows without bound near
-    such a point: then G's cosines are regularised (see `fair_weights`). A gradient that is 0 gets
-    weight 0.
+    If the gradients are Pareto-stationary there is no solution, and a grows without bound near such
+    a point: then G's cosines are regularised (see `fair_weights`). A zero gradient has weight 0.
 
     Homogeneous of degree 0: the direction does not depend on the gradients' scale. Cost: none
     beyond the gradients. State: none.
 
     Args:
-        max_norm: Clip ‖d‖ to this, as the authors' code does (to 1); None for d itself.
-        scope: What inner products are taken over: all parameters, each "group", each "tensor",
-            or those that are "shared" by objectives.
+        max_norm: Clip ‖d‖ to this value, as the authors' code does (to 1); None does not clip.
+        scope: The parameters over which inner products are computed: all ("global"), each "group",
+            each "tensor", or those "shared" by objectives.
+
+    Raises:
+        TypeError: If `max_norm` is not a number or None.
+        ValueError: If an argument has no valid value.
 
     Examples:
         >>> import torch, gradkit as gk
@@ -64,5 +67,5 @@ class NashMTL(GramRule):
         if self.max_norm is None:
             return weights, memory
         square = (weights[..., None, :] @ gram @ weights[..., :, None])[..., 0, :]
-        length = square.clamp(min=torch.finfo(gram.dtype).tiny).sqrt()
-        return weights * (self.max_norm / length).clamp(max=1), memory
+        norm = square.clamp(min=torch.finfo(gram.dtype).tiny).sqrt()
+        return weights * (self.max_norm / norm).clamp(max=1), memory

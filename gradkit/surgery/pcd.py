@@ -1,4 +1,4 @@
-"""A main objective's gradient, with a share of progress for the others."""
+"""A main objective's gradient, with guaranteed progress for the others."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from gradkit.surgery.memory import Remembered, Weighed
 from gradkit.surgery.rule import GramRule, check_scope
 from gradkit.surgery.solvers.least_distance import least_distance
 
-# Below this part of what it is the sum of, the square of a direction's length is rounding: inner
-# products of float32 gradients are right to about 1e-8.
+# A direction's squared norm below this fraction of its terms is rounding error: the relative error
+# of inner products of float32 gradients is about 1e-8.
 _PRECISION = 1e-7
 
 
@@ -31,26 +31,31 @@ class PCD(GramRule):
         d̃ = argmin ½‖d − ĝ_m‖²    subject to  ⟨ĝ_j, d⟩ ≥ τ_j·‖ĝ_j‖²  for every other j
         d = ‖g_m‖·d̃/‖d̃‖
 
-    Along d̃ each of the others gets at least the part τ of what a step along its own normalised
-    gradient would give it. If that cannot be had at once d = g_m; if g_m or d̃ is 0, so is d. A d̃
-    counts as 0 where its square is less than 1e-7 of its terms', as where g_m and another gradient
-    are within 6e-4 of opposite: inner products of float32 gradients say no more.
+    Along d̃ each of the others gets at least the fraction τ of the progress of a step along its own
+    normalised gradient. If the constraints cannot all be met, d = g_m; if g_m or d̃ is 0, so is d.
+    A d̃ counts as 0 if its squared norm is less than 1e-7 of its terms', as when g_m and another
+    gradient are within 6e-4 of opposite. This is the precision of inner products of float32
+    gradients.
 
-    Made from how another library describes the method, and compared with it and with the authors'
-    code; the paper's text was not at hand.
+    Implemented from another library's description of the method, and compared with that library and
+    with the authors' code; the paper's text was not available.
 
-    Homogeneous of degree 1 but for ε. Cost: none beyond the gradients. State: v and a count for
-    each objective.
+    Homogeneous of degree 1 except for ε. Cost: none beyond the gradients. State: v and a step count
+    for each objective.
 
     Args:
         tau: τ between 0 and 1, one for all others or one for each objective, in order or by name
-            (the main one's is not looked at).
+            (the main objective's is ignored).
         beta: β in [0, 1).
         eps: ε ≥ 0.
-        main: The main objective, by name or position; a position counts those that take part in a
-            step, so give the name where some may be absent.
-        scope: What inner products are taken over: all parameters, each "group", each "tensor",
-            or those that are "shared" by objectives.
+        main: The main objective, by name or position. A position counts only objectives that take
+            part in a step, so give the name if some may be absent.
+        scope: The parameters over which inner products are computed: all ("global"), each "group",
+            each "tensor", or those "shared" by objectives.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If an argument has no valid value.
 
     Examples:
         >>> import torch, gradkit as gk
@@ -99,7 +104,7 @@ class PCD(GramRule):
         weights = torch.empty_like(squares)
         weights[..., order], _ = least_distance(ordered, demanded)
         vanishes = self._vanishes(weights, normalized)
-        # Only rounding can meet a demand for progress with no direction at all.
+        # A zero direction meets a positive constraint only by rounding error.
         alone = torch.zeros_like(weights)
         alone[..., main] = 1
         cannot = vanishes & (demanded > 0).any(-1)
@@ -107,14 +112,14 @@ class PCD(GramRule):
         square = (weights[..., None, :] @ normalized @ weights[..., :, None])[..., 0, 0]
         vanishes = self._vanishes(weights, normalized) | (squares[..., main] == 0)
         ratio = squares[..., main] / torch.where(vanishes, torch.ones_like(square), square)
-        length = torch.where(vanishes, torch.zeros_like(ratio), ratio.sqrt())
-        return weights * scales * length[..., None], learnt
+        factor = torch.where(vanishes, torch.zeros_like(ratio), ratio.sqrt())
+        return weights * scales * factor[..., None], learnt
 
     @staticmethod
     def _vanishes(
         weights: Float[Tensor, "*batch K"], gram: Float[Tensor, "*batch K K"]
     ) -> Bool[Tensor, "*batch"]:
-        """Whether the direction is 0 but for rounding."""
+        """Whether the direction is 0 up to rounding error."""
         square = (weights[..., None, :] @ gram @ weights[..., :, None])[..., 0, 0]
         whole = (weights.abs() * gram.diagonal(dim1=-2, dim2=-1).sqrt()).sum(-1).square()
         return square <= _PRECISION * whole

@@ -1,4 +1,4 @@
-"""Projecting conflicting gradients."""
+"""Projection of conflicting gradients."""
 
 from __future__ import annotations
 
@@ -13,7 +13,14 @@ from torch import Tensor
 
 from gradkit.core.flat import Scope
 from gradkit.core.gram import accumulator
-from gradkit.surgery.host import lightest, on_host, products_of, random_orders, rows_of, uploaded
+from gradkit.surgery.host import (
+    numpy_or_torch,
+    on_host,
+    products_of,
+    random_orders,
+    rows_of,
+    uploaded,
+)
 from gradkit.surgery.inputs import RuleInputs
 from gradkit.surgery.memory import Remembered, Weighed
 from gradkit.surgery.rule import GramRule, check_scope, own_generator
@@ -39,10 +46,14 @@ class PCGrad(GramRule):
 
     Args:
         reduction: "sum" (the paper) or "mean" of the g'_i.
-        scope: What inner products are taken over: all parameters, each "group", each "tensor",
-            or those that are "shared" by objectives.
-        generator: A CPU generator for the order; by default one of its own with seed 0, the same
-            in every process.
+        scope: The parameters over which inner products are computed: all ("global"), each "group",
+            each "tensor", or those "shared" by objectives.
+        generator: A CPU generator for the order; by default a new one with seed 0, the same in
+            every process.
+
+    Raises:
+        TypeError: If `generator` is not a generator.
+        ValueError: If an argument has no valid value, or the generator is not on the CPU.
 
     Examples:
         >>> import torch, gradkit as gk
@@ -78,7 +89,10 @@ def pcgrad_weights(
     Args:
         gram: Gram matrices of the gradients.
         order: Row i holds the order in which objective i visits the others (its own number is
-            passed over); needed for K > 2.
+            skipped); needed for K > 2.
+
+    Raises:
+        ValueError: If there are more than two objectives and no order.
 
     Examples:
         >>> pcgrad_weights(torch.tensor([[18.0, -22.0], [-22.0, 38.0]]))
@@ -94,7 +108,7 @@ def pcgrad_weights(
         numbers = _project_few(wide.tolist(), order.tolist())
         return torch.tensor(numbers, dtype=gram.dtype, device="cpu")
     squares = wide.diagonal(dim1=-2, dim2=-1)
-    # Nothing is projected on a gradient that is zero.
+    # No gradient is projected off a zero gradient.
     squares = torch.where(squares == 0, torch.inf, squares)
     if order is None:
         return (1 - wide[..., 0, 1, None].clamp(max=0) / squares).to(gram.dtype)
@@ -102,19 +116,19 @@ def pcgrad_weights(
     visited = uploaded(order, gram, order.dtype).T  # [visit, objective]
     # Row i of `weights` expresses g'_i in the original gradients.
     weights = torch.eye(count, dtype=wide.dtype, device=gram.device).expand_as(wide).clone()
-    with lightest(weights, wide, squares, visited, each) as (module, arrays):
+    with numpy_or_torch(weights, wide, squares, visited, each) as (module, arrays):
         _project(module, *arrays)
     return weights.sum(-2).to(gram.dtype)
 
 
-# For few objectives Python's own arithmetic is faster still. The ways add up in other orders, and
-# so agree to 1e-15 of the largest weight.
+# For few objectives plain Python is even faster. The two functions sum in different orders; their
+# results agree to 1e-15 of the largest weight.
 
 
 def _project(module: Any, weights: Any, gram: Any, squares: Any, visited: Any, each: Any) -> None:
-    """PCGrad's loop for all objectives at once on `weights`, in place, in torch or in numpy."""
+    """Run PCGrad's loop for all objectives at once, in torch or numpy, changing `weights`."""
     memory = module.empty_like(gram)
-    # Nothing is projected on itself.
+    # No gradient is projected off itself.
     divisors = module.where(visited == each, math.inf, squares[..., visited])
     for visit, others in enumerate(visited):
         products = products_of(rows_of(gram, others, memory), weights)
@@ -128,7 +142,7 @@ def _project_few(gram: list[list[float]], order: list[list[int]]) -> list[float]
         weights = [float(j == i) for j in range(len(gram))]
         for j in visited:
             product = sum(map(mul, gram[j], weights))
-            if j != i and gram[j][j] != 0 and not product >= 0:  # NaN is to remain NaN
+            if j != i and gram[j][j] != 0 and not product >= 0:  # NaN must remain NaN
                 weights[j] -= product / gram[j][j]
         total = list(map(add, total, weights))
     return total

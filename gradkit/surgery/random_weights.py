@@ -18,20 +18,24 @@ from gradkit.surgery.rule import GramRule, own_generator
 class RandomWeights(GramRule):
     """Random weighting ([Lin et al., TMLR 2022](https://arxiv.org/abs/2111.10603)).
 
-    The litmus test for methods that choose weights with care. In each step:
+    The baseline for methods that choose weights. In each step:
 
         z ~ N(0, 1)^K
         d = Σ_i softmax(z)_i·g_i
 
-    The paper weights losses; for the gradients of one set of parameters that is the same. Of its
-    distributions this is the normal one.
+    The paper weights losses, which is the same for the gradients of one set of parameters. Of the
+    paper's distributions this is the normal one.
 
-    Homogeneous of degree 1, for the same draw. Cost: none beyond the gradients. State: the
+    Homogeneous of degree 1, for a fixed draw. Cost: none beyond the gradients. State: the
     generator.
 
     Args:
-        generator: A CPU generator for z; by default one of its own with seed 0, the same in every
-            process.
+        generator: A CPU generator for z; by default a new one with seed 0, the same in
+            every process.
+
+    Raises:
+        TypeError: If `generator` is not a generator.
+        ValueError: If it is not on the CPU.
 
     Examples:
         >>> import torch, gradkit as gk

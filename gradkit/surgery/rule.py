@@ -1,4 +1,4 @@
-"""What the rules of gradient surgery have in common."""
+"""The base classes for rules of gradient surgery, and checks of their arguments."""
 
 from __future__ import annotations
 
@@ -18,52 +18,54 @@ from gradkit.surgery.weighing import Weighting
 
 
 class Rule(Transform, ABC):
-    """A rule that makes one direction of several gradients.
+    """Base class for rules that combine several gradients to one direction.
 
-    Usable in two ways: in `wrap`, and alone on a matrix of gradients, `rule(jacobian) -> [P]`. In
-    `wrap` it sees the rows wᵢgᵢ of nonzero weight.
+    A rule can be used in `wrap`, and alone on a matrix of gradients, `rule(jacobian) -> [P]`. In
+    `wrap` it works on the weighted rows wᵢgᵢ of nonzero weight.
     """
 
     joins = True
     needs_several = True
     degree: float | None = 1.0
-    """The rule's homogeneity: the direction for s·J is s^degree times that for J, for any s > 0.
+    """The degree of homogeneity: the direction for s·J is s^degree times that for J, for any s > 0.
 
-    None where there is no such degree.
+    None if the rule is not homogeneous.
     """
 
     @abstractmethod
     def __call__(self, jacobian: Float[Tensor, "K P"]) -> Float[Tensor, " P"]:
-        """The direction that this rule makes of gradients, one a row."""
+        """The direction for a matrix of gradients, one per row."""
 
 
 class GramRule(Weighting, Rule):
-    """A rule that weights gradients by a function of their Gram matrix; see `Weighting`.
+    """Base class for rules that weight gradients by a function of their Gram matrix.
 
-    Usable in a third way, on Gram matrices: `rule.weights(gram) -> [..., K]`, batched over leading
-    dimensions.
+    See `Weighting`. Such a rule can also be used on Gram matrices, batched over leading dimensions:
+    `rule.weights(gram) -> [..., K]`.
 
-    Gradients that are not finite give a direction of NaNs where it depends on them; `weights`
-    refuses matrices that are not finite.
+    Gradients that are not finite give NaNs in a direction that depends on them; `weights` refuses
+    matrices that are not finite.
     """
 
     needs_symmetry: bool = True
-    """Whether the Gram matrix has to be that of one set of gradients, not J₁·J₂ᵀ of two."""
+    """Whether the Gram matrix must be that of one set of gradients, not J₁·J₂ᵀ of two sets."""
 
     def weights(
         self, gram: Float[Tensor, "*batch K K"], losses: Float[Tensor, " K"] | None = None
     ) -> Float[Tensor, "*batch K"]:
-        """The weights that this rule gives gradients of this Gram matrix.
+        """The rule's weights for these Gram matrices.
 
-        Looks at the numbers in `gram`, which takes no notice of rounding errors; in a step, where
-        Gram matrices are the library's own, nothing is looked at.
+        The matrices are checked, up to rounding errors. In a step the library computes the Gram
+        matrices itself and does not check them.
 
         Args:
             gram: Gram matrices of the gradients.
             losses: The objectives' losses, for rules that need them.
 
         Raises:
-            ValueError: If a matrix is not square, finite, symmetric and positive semidefinite.
+            TypeError: If an argument is not a tensor of floating-point numbers.
+            ValueError: If a matrix is not square, finite, symmetric and positive semidefinite, or
+                if losses are missing or not one for each objective.
         """
         gram = checked_gram(gram)
         if self.needs_gram:
@@ -73,22 +75,24 @@ class GramRule(Weighting, Rule):
     def _weights_alone(
         self, gram: Float[Tensor, "*batch K K"], losses: Float[Tensor, " K"] | None = None
     ) -> Float[Tensor, "*batch K"]:
-        """As `weights`, of any square matrices; NaN gives NaN."""
+        """As `weights`, without a check of the matrices; NaN gives NaN."""
         losses = None if losses is None else checked_losses(losses, gram.shape[-1])
         return self.weigh_alone(gram.to(accumulator(gram.device)), losses).to(gram.dtype)
 
     def __call__(
         self, jacobian: Float[Tensor, "K P"], losses: Float[Tensor, " K"] | None = None
     ) -> Float[Tensor, " P"]:
-        """The direction that this rule makes of gradients, one a row.
+        """The direction for a matrix of gradients, one per row.
 
         Args:
             jacobian: The gradients.
             losses: The objectives' losses, for rules that need them.
 
         Raises:
-            ValueError: If the rule has a scope other than "global": a bare matrix does not say
-                where the parameters lie.
+            TypeError: If an argument is not a tensor of floating-point numbers.
+            ValueError: If the rule has a scope other than "global", since a bare matrix does not
+                say where the parameters lie; if the gradients are not a matrix; or if losses are
+                missing or not one for each objective.
         """
         if self.scope != "global":
             raise ValueError(
@@ -101,11 +105,11 @@ class GramRule(Weighting, Rule):
 
 
 def checked_jacobian(jacobian: Float[Tensor, "K P"]) -> Float[Tensor, "K P"]:
-    """A matrix of gradients given by a user, without its graph.
+    """A matrix of gradients, checked and detached.
 
     Raises:
-        TypeError: If it is no tensor of floating-point numbers.
-        ValueError: If it is no matrix with at least one row.
+        TypeError: If it is not a tensor of floating-point numbers.
+        ValueError: If it is not a matrix with at least one row.
     """
     if not isinstance(jacobian, Tensor) or not jacobian.is_floating_point():
         what = jacobian.dtype if isinstance(jacobian, Tensor) else type(jacobian).__name__
@@ -119,10 +123,10 @@ def checked_jacobian(jacobian: Float[Tensor, "K P"]) -> Float[Tensor, "K P"]:
 
 
 def checked_gram(gram: Float[Tensor, "*batch K K"]) -> Float[Tensor, "*batch K K"]:
-    """Gram matrices given by a user, without their graph.
+    """Gram matrices, checked and detached.
 
     Raises:
-        TypeError: If they are no tensor of floating-point numbers.
+        TypeError: If they are not a tensor of floating-point numbers.
         ValueError: If they are not square, with at least one row.
     """
     if not isinstance(gram, Tensor) or not gram.is_floating_point():
@@ -136,11 +140,12 @@ def checked_gram(gram: Float[Tensor, "*batch K K"]) -> Float[Tensor, "*batch K K
 
 
 def checked_losses(losses: Float[Tensor, " K"], count: int | None = None) -> Float[Tensor, " K"]:
-    """Losses given by a user, without their graph.
+    """Losses, checked and detached.
 
     Raises:
-        TypeError: If they are no tensor of floating-point numbers.
-        ValueError: If there is not one for each of `count` objectives, or none at all.
+        TypeError: If they are not a tensor of floating-point numbers.
+        ValueError: If they are not a vector with one loss for each of `count` objectives, or with
+            at least one loss if `count` is None.
     """
     if not isinstance(losses, Tensor) or not losses.is_floating_point():
         what = losses.dtype if isinstance(losses, Tensor) else type(losses).__name__
@@ -154,20 +159,20 @@ def checked_losses(losses: Float[Tensor, " K"], count: int | None = None) -> Flo
 
 
 def check_scope(scope: str) -> None:
-    """Check a scope given by a user.
+    """Check the argument `scope`.
 
     Raises:
-        ValueError: If it is none of the three.
+        ValueError: If it is not "global", "group", "tensor" or "shared".
     """
     if scope not in SCOPES:
         raise ValueError(f"scope is {scope!r}; choose one of {', '.join(SCOPES)}")
 
 
 def own_generator(generator: torch.Generator | None) -> torch.Generator:
-    """A generator given by a user, or else a new one with seed 0, the same in every process.
+    """The given generator, or a new one with seed 0, the same in every process.
 
     Raises:
-        TypeError: If it is none.
+        TypeError: If it is not a generator.
         ValueError: If it is not on the CPU.
     """
     if generator is None:

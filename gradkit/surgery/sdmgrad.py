@@ -1,4 +1,4 @@
-"""MGDA's shortest vector, pulled towards the mean gradient."""
+"""MGDA's minimum-norm vector, regularised towards the mean gradient."""
 
 from __future__ import annotations
 
@@ -21,18 +21,22 @@ class SDMGrad(GramRule):
         w = argmin ½‖g_w + λ·g_p‖²    over w ≥ 0, Σ w_i = 1;   g_w = Σ w_i g_i
         d = (g_w + λ·g_p) / (1 + λ)
 
-    λ = 0 is MGDA, large λ approaches g_p. In the paper w follows projected stochastic gradient
-    descent on inner products of two independent batches; here the problem is solved exactly on the
-    batch at hand. The authors' code takes 20 such steps with momentum on one batch, which end far
-    from the minimum unless gradients are much alike. Its λ is 0.3 or, by class, 0.6.
+    λ = 0 is MGDA; large λ approaches g_p. In the paper, w is updated by projected stochastic
+    gradient descent on inner products of two independent batches; here the problem is solved
+    exactly on the present batch. The authors' code takes 20 such steps with momentum on one batch,
+    which end far from the minimum unless the gradients are similar. Its λ is 0.3 or, by class, 0.6.
 
     Homogeneous of degree 1. Cost: none beyond the gradients. State: none.
 
     Args:
         lambda_: λ ≥ 0, the pull towards the target.
         preference: p, one number ≥ 0 for each objective, in order or by name; 1/K each by default.
-        scope: What inner products are taken over: all parameters, each "group", each "tensor",
-            or those that are "shared" by objectives.
+        scope: The parameters over which inner products are computed: all ("global"), each "group",
+            each "tensor", or those "shared" by objectives.
+
+    Raises:
+        TypeError: If `lambda_` is not a number, or `preference` no sequence or mapping of numbers.
+        ValueError: If an argument has no valid value.
 
     Examples:
         >>> import torch, gradkit as gk

@@ -1,4 +1,4 @@
-"""Whether a matrix that a user gives is the Gram matrix of any gradients."""
+"""A check that a matrix can be a Gram matrix."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-# By how much cosines may be wrong: what rounding does to inner products of many float32 numbers.
+# The tolerance of cosines: the rounding error of inner products of long float32 vectors.
 _ROUNDING = 1e-3
-# Vectors this much shorter than the longest count as this long, or their cosines would be noise.
+# A lower bound on norms relative to the largest; below it cosines would be rounding noise.
 _SHORT = 1e-6
 
 
 def check_gram_matrix(
     who: object, gram: Float[Tensor, "*batch K K"], *, symmetric: bool = True
 ) -> None:
-    """Check that there can be gradients of these inner products, but for rounding.
+    """Check that matrices are Gram matrices up to rounding errors.
 
-    Looks at the numbers, so that the host waits for an accelerator.
+    The values are copied to the host, which waits for an accelerator.
 
     Args:
         who: The rule, for messages.
         gram: Square matrices.
-        symmetric: Whether they have to be symmetric and positive semidefinite.
+        symmetric: Whether they must be symmetric and positive semidefinite.
 
     Raises:
-        ValueError: If a number is not finite, or a matrix is not symmetric or has a negative
+        ValueError: If an element is not finite, or if a matrix is not symmetric or has a negative
             eigenvalue.
 
     Examples:
@@ -48,13 +48,13 @@ the eigenvalue -1; pass J @ J.T of the gradients J
             )
     if not symmetric:
         return
-    lengths = matrices.diagonal(dim1=-2, dim2=-1).abs().sqrt()
-    lengths = lengths.clamp(min=_SHORT * lengths.amax(-1, keepdim=True))
-    # Of a row of zeros: nothing is to be divided by 0 in a matrix of zeros.
+    norms = matrices.diagonal(dim1=-2, dim2=-1).abs().sqrt()
+    norms = norms.clamp(min=_SHORT * norms.amax(-1, keepdim=True))
+    # For rows of zeros, so that nothing is divided by 0.
     largest = matrices.abs().amax((-2, -1)).sqrt().unsqueeze(-1)
-    lengths = torch.where(lengths > 0, lengths, _SHORT * largest)
-    lengths = torch.where(lengths > 0, lengths, 1.0)
-    cosines = matrices / lengths.unsqueeze(-1) / lengths.unsqueeze(-2)
+    norms = torch.where(norms > 0, norms, _SHORT * largest)
+    norms = torch.where(norms > 0, norms, 1.0)
+    cosines = matrices / norms.unsqueeze(-1) / norms.unsqueeze(-2)
     for number, off in enumerate((cosines - cosines.mT).abs().flatten(1).amax(1).tolist()):
         if off > tolerance:
             matrix, places = matrices[number], (cosines[number] - cosines[number].T).abs()

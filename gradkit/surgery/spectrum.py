@@ -1,7 +1,7 @@
-"""Systems of equations in a Gram matrix, where gradients may be dependent or zero.
+"""Linear systems with a Gram matrix, for gradients that may be dependent or zero.
 
-Whether gradients are dependent is asked of their cosines, so that lengths have no say in it, and of
-no more digits than inner products of float32 gradients have.
+The rank is computed from cosines, hence scale-invariant, and up to the precision of inner products
+of float32 gradients.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from gradkit.core.gram import accumulator, cosines
 DEPENDENT = 1e-7
 """Eigenvalues of a matrix of cosines below this share of the largest count as 0."""
 
-# A sum this small beside its terms is rounding.
+# A sum this small relative to its terms is rounding error.
 _CANCELLED = 1e-12
 
 
 def cosine_solution(
     gram: Float[Tensor, "*batch K K"], target: Float[Tensor, " K"]
 ) -> tuple[Float[Tensor, "*batch K"], Float[Tensor, "*batch K"]]:
-    """The solution a = C⁺·t of C·a = t by least squares, and what it attains, C·a.
+    """The least-squares solution a = C⁺·t of C·a = t, and C·a.
 
-    C is the matrix of cosines, so Σ aᵢ·gᵢ/‖gᵢ‖ is the shortest vector whose projections on the
+    C is the matrix of cosines, so Σ aᵢ·gᵢ/‖gᵢ‖ is the minimum-norm vector whose projections on the
     gradients' directions are t, or nearest to t. All zeros if t is orthogonal to the range of C.
 
     Examples:
@@ -39,15 +39,15 @@ def cosine_solution(
     independent = _independent(values)
     values, parts = values * independent, parts * independent
     reached = torch.linalg.vector_norm(parts, dim=-1, keepdim=True)
-    length = torch.linalg.vector_norm(target, dim=-1, keepdim=True)
-    parts = torch.where(reached > _CANCELLED * length, parts, torch.zeros_like(parts))
+    norm = torch.linalg.vector_norm(target, dim=-1, keepdim=True)
+    parts = torch.where(reached > _CANCELLED * norm, parts, torch.zeros_like(parts))
     both = torch.stack([parts * reciprocal(values), parts], dim=-1)
     solution, attained = (vectors @ both).unbind(-1)
     return solution, attained
 
 
 def rank(gram: Float[Tensor, "*batch K K"]) -> Int[Tensor, "*batch"]:
-    """How many of the gradients are independent.
+    """The number of linearly independent gradients.
 
     Examples:
         >>> rank(torch.tensor([[1.0, 2.0], [2.0, 4.0]]))
@@ -71,13 +71,13 @@ def reciprocal(numbers: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return torch.where(zero, numbers, 1 / torch.where(zero, torch.ones_like(numbers), numbers))
 
 
-def lengths(gram: Float[Tensor, "*batch K K"]) -> Float[Tensor, "*batch K"]:
-    """The gradients' lengths."""
+def gradient_norms(gram: Float[Tensor, "*batch K K"]) -> Float[Tensor, "*batch K"]:
+    """The gradients' norms."""
     return gram.diagonal(dim1=-2, dim2=-1).sqrt()
 
 
 def sum_to_one(weights: Float[Tensor, "*batch K"]) -> Float[Tensor, "*batch K"]:
-    """The weights divided by their sum; all zeros if it vanishes beside them.
+    """The weights divided by their sum; all zeros if the sum is 0 up to rounding error.
 
     Examples:
         >>> sum_to_one(torch.tensor([[1.0, 3.0], [1.0, -1.0]]))
@@ -95,7 +95,7 @@ def widened(
 ) -> tuple[Float[Tensor, "*batch K K"], Bool[Tensor, "*batch 1"]]:
     """Gram matrices in float64, and which of them are finite; the others become the identity.
 
-    Eigenvalues are not defined for NaN, and comparisons pass it over.
+    NaNs have no eigenvalues, and comparisons ignore them.
     """
     wide = gram.to(accumulator(gram.device))
     finite = wide.isfinite().all(-1).all(-1)

@@ -21,13 +21,17 @@ class TrimmedMean(ElementwiseRule):
         drop the `trim` largest and the `trim` smallest of g_1p, …, g_Kp
         d_p = the mean of the others
 
-    What is dropped may be infinite. With fewer than 2·trim + 1 objectives, (K − 1) // 2 are
+    Dropped elements may be infinite. With fewer than 2·trim + 1 objectives, (K − 1) // 2 are
     dropped at either end, which leaves the median.
 
     Homogeneous of degree 1. Cost: none beyond the gradients. State: none.
 
     Args:
-        trim: How many numbers to drop at either end, at least 0.
+        trim: The number of elements to drop at either end, at least 0.
+
+    Raises:
+        TypeError: If `trim` is not an integer.
+        ValueError: If it is negative.
 
     Examples:
         >>> import torch, gradkit as gk
@@ -63,7 +67,7 @@ class TrimmedMean(ElementwiseRule):
 
 
 def _without_largest(rows: list[Tensor]) -> list[Tensor]:
-    """The numbers of each column but for the largest."""
+    """The elements of each column except the largest."""
     largest, kept = rows[0], []
     for row in rows[1:]:
         kept.append(torch.minimum(largest, row))
@@ -72,6 +76,7 @@ def _without_largest(rows: list[Tensor]) -> list[Tensor]:
 
 
 def _without_smallest(rows: list[Tensor]) -> list[Tensor]:
+    """The elements of each column except the smallest."""
     smallest, kept = rows[0], []
     for row in rows[1:]:
         kept.append(torch.maximum(smallest, row))

@@ -22,17 +22,21 @@ class UPGrad(GramRule):
 
     where π projects onto the dual cone of the gradients, {d : ⟨d, g_j⟩ ≥ 0 for all j}. In terms of
     weights, π(g_i) = vᵀJ with v = argmin vᵀGv over v ≥ e_i. With reg = 0 the result conflicts
-    with no gradient; otherwise ⟨d, g_j⟩ ≥ −reg·trace(G)·w_j, w being the weights. It grows with
-    each gradient in proportion to its length.
+    with no gradient; otherwise ⟨d, g_j⟩ ≥ −reg·trace(G)·w_j with w the weights. The direction
+    scales linearly with the norm of each gradient.
 
     Homogeneous of degree 1. Cost: none beyond the gradients. State: none.
 
     Args:
         preference: p, one number ≥ 0 for each objective, in order or by name; 1/K each by default.
-        reg: The projection is taken with G/trace(G) + reg·I, which makes it unique. With 0 it is
+        reg: The projection is computed with G/trace(G) + reg·I, which makes it unique. With 0 it is
             one of the solutions.
-        scope: What inner products are taken over: all parameters, each "group", each "tensor",
-            or those that are "shared" by objectives.
+        scope: The parameters over which inner products are computed: all ("global"), each "group",
+            each "tensor", or those "shared" by objectives.
+
+    Raises:
+        TypeError: If `reg` is not a number, or `preference` no sequence or mapping of numbers.
+        ValueError: If an argument has no valid value.
 
     Examples:
         >>> import torch, gradkit as gk

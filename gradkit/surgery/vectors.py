@@ -1,4 +1,4 @@
-"""What the rules have in common that remember a vector of each objective."""
+"""The base class for rules that keep one vector per objective."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from gradkit.surgery.weighing import Remembering, active_rows
 
 
 class VectorRule(Remembering, Rule):
-    """A rule that remembers a flat vector of each objective, and whatever else is small.
+    """Base class for rules that keep one vector per objective, and small memory.
 
-    A step learns from each objective's first evaluation in it, which is that at the step's own
-    weights; at displaced ones (SAM around the rule) the rule starts from the same memory and learns
-    nothing, which takes one more vector for each objective while the step lasts. In an optimizer
-    only applied steps change what it remembers, and it is saved with the optimizer's state. Alone,
-    each call does; `reset` forgets.
+    In a step the memory is updated by each objective's first evaluation, which is at the step's own
+    weights. Evaluations at displaced weights (SAM around the rule) start from the same memory and
+    do not change it; during the step this needs one more vector for each objective. In an optimizer
+    only applied steps change the memory, which is saved with the optimizer's state. When the rule
+    is called alone, each call changes it, and `reset` clears it.
 
-    What is remembered of an objective that takes no part in a step stays as it is.
+    An objective that takes no part in a step keeps its memory.
     """
 
     remembers: ClassVar[str]
-    """What the vectors are, in a word: part of the names they are saved under."""
+    """A word for the vectors, which is part of the names under which they are saved."""
 
     needs_losses: ClassVar[bool] = False
 
@@ -49,18 +49,19 @@ class VectorRule(Remembering, Rule):
         out: Float[Tensor, " P"],
         memory: Mapping[str, Float[Tensor, ""]],
     ) -> Float[Tensor, ""] | None:
-        """Write to `out` what is remembered of an objective from now on.
+        """Write an objective's new vector to `out`.
 
         Args:
-            row: Its gradient.
-            weight: What gradient and loss are to be multiplied by.
-            loss: Its loss.
-            old: What has been remembered; None if it is new.
-            out: Memory for the result.
-            memory: What is small of what has been remembered of it.
+            row: The objective's gradient.
+            weight: The factor of gradient and loss.
+            loss: The objective's loss.
+            old: Its vector so far; None for a new objective.
+            out: Memory for the new vector.
+            memory: Its small memory.
 
         Returns:
-            What `respond` is to know of it, summed over this rank's part of the vectors.
+            A number for `respond`, summed over this rank's part of the vectors; None if `respond`
+            needs none.
         """
 
     @abstractmethod
@@ -73,20 +74,20 @@ class VectorRule(Remembering, Rule):
         inputs: RuleInputs,
         memory: Remembered,
     ) -> tuple[Gradients, Remembered]:
-        """What the rule makes of the gradients, and of what is small of what it remembers.
+        """The changed gradients, and the new small memory.
 
         Args:
             gradients: The gradients of all objectives.
-            active: The rows that the rule sees.
-            renewed: What is remembered of each of these from now on.
-            learned: What `renew` returned for each of these, on all ranks.
-            inputs: The names and losses of these; their Gram matrix is not there.
-            memory: What is small of what is remembered of them.
+            active: The indices of the rows that the rule works on.
+            renewed: The new vectors of these objectives.
+            learned: The results of `renew` for these objectives, summed over ranks.
+            inputs: Their names and losses; the Gram matrix holds zeros.
+            memory: Their small memory.
         """
 
     @property
     def state(self) -> dict[str, Any]:
-        """The objectives that the rule has seen, and what is small of what it remembers."""
+        """The objectives that the rule knows, and its small memory."""
         if "_state" not in self.__dict__:
             self.__dict__["_state"] = dict.fromkeys(("objectives", *self.init(1)))
         state: dict[str, Any] = self.__dict__["_state"]
@@ -103,9 +104,9 @@ class VectorRule(Remembering, Rule):
         return f"{self.remembers}.{name}"
 
     def reset(self) -> None:
-        """Forget what is remembered of objectives."""
+        """Clear the memory of all objectives."""
         self.__dict__.pop("_alone", None)
-        # An optimizer's state shows these very vectors, and names them by these objectives.
+        # Cleared in place: an optimizer's state shows these vectors, under these names.
         for vector in self.vectors.values():
             vector.zero_()
         self.state.update(self.init(len(self.state["objectives"] or [])))
@@ -113,11 +114,15 @@ class VectorRule(Remembering, Rule):
     def __call__(
         self, jacobian: Float[Tensor, "K P"], losses: Float[Tensor, " K"] | None = None
     ) -> Float[Tensor, " P"]:
-        """The direction that this rule makes of gradients, one a row.
+        """The direction for a matrix of gradients, one per row.
 
         Args:
             jacobian: The gradients.
             losses: The objectives' losses, for rules that need them.
+
+        Raises:
+            TypeError: If the gradients are not a tensor of floating-point numbers.
+            ValueError: If they are not a matrix, or if losses are needed and missing.
         """
         if self.needs_losses:
             losses = needed(losses, self)
@@ -149,7 +154,7 @@ class VectorRule(Remembering, Rule):
             gradients = inner(at, only)
             if self.needs_losses:
                 context.require_losses(self, sorted(gradients.names[k] for k in gradients.active))
-            # A second look at an objective, at displaced weights, teaches nothing.
+            # Further evaluations of an objective, at displaced weights, do not change the memory.
             first = frozenset(gradients.names) - evaluated
             evaluated.update(gradients.names)
             result, state, vectors = self._answer(
@@ -171,15 +176,15 @@ class VectorRule(Remembering, Rule):
         first: frozenset[str],
         take: Callable[[int], Float[Tensor, "K P"]],
     ) -> tuple[Gradients, dict[str, Any], dict[str, Tensor]]:
-        """The gradients, and what is to be remembered: the small, and the vectors.
+        """The changed gradients, the new state, and the new vectors.
 
         Args:
-            gradients: As they come in.
-            before: What the rule remembered when the step began.
-            proposed: What earlier evaluations in the step would have remembered, which stands for
-                the objectives that have no part in this one.
-            first: The objectives that it learns of; earlier evaluations have shown the others.
-            take: Makes memory for so many vectors.
+            gradients: The incoming gradients.
+            before: The memory at the start of the step.
+            proposed: The state proposed by earlier evaluations of the step, which is kept for
+                objectives that take no part in this one.
+            first: The objectives that are evaluated for the first time in this step.
+            take: Allocates memory for a number of vectors.
         """
         active = list(active_rows(self, gradients))
         if not active:
@@ -218,7 +223,7 @@ class VectorRule(Remembering, Rule):
 
 @dataclass(eq=False)
 class _Remembered:
-    """What a rule remembers: the small, and the vectors."""
+    """A rule's memory: the small state, and the vectors."""
 
     state: dict[str, Any] = field(default_factory=dict)
     vectors: dict[str, Tensor] = field(default_factory=dict)
@@ -231,7 +236,7 @@ def _is_like(vector: Tensor, rows: Tensor) -> bool:
 
 
 def _summed(learned: list[Tensor | None], gradients: Gradients) -> Float[Tensor, " K"] | None:
-    """What was learned of each objective, added up over ranks that hold parts of the vectors."""
+    """The results of `renew` for each objective, summed over the ranks that hold shards."""
     numbers = [number for number in learned if number is not None]
     if not numbers:
         return None

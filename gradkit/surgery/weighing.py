@@ -1,4 +1,4 @@
-"""Rules that weight objectives, and what they remember of each from step to step."""
+"""The base classes for rules that weight objectives and keep memory from step to step."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ from gradkit.surgery.memory import Memory, Remembered, Weighed, check_remembered
 
 
 class Remembering(Transform):
-    """A transform that may draw random numbers once a step, and remember each objective by name.
+    """Base class for transforms that draw random numbers once per step or keep memory.
 
-    In an optimizer only applied steps change what it remembers, and it is saved with the
-    optimizer's state. Called alone, each call does; `reset` forgets.
+    The memory is kept for each objective, by name. In an optimizer only applied steps change it,
+    and it is saved with the optimizer's state. When the transform is called alone, each call
+    changes it, and `reset` clears it.
     """
 
     def draw(self, count: int) -> Any:
@@ -33,20 +34,21 @@ class Remembering(Transform):
         return None
 
     def init(self, count: int) -> dict[str, Tensor]:
-        """What is remembered of `count` objectives before any has been seen.
+        """The initial memory of `count` objectives.
 
-        Tensors of shape [], [K] or [K, K]; of a batch of Gram matrices, for one of them.
+        Returns:
+            Tensors of shape [], [K] or [K, K] by name, without batch dimensions.
         """
         return {}
 
     def reset(self) -> None:
-        """Forget what is remembered of objectives."""
+        """Clear the memory of all objectives."""
         for key in self.state:
             self.state[key] = None
 
     @property
     def state(self) -> dict[str, Any]:
-        """What is remembered, and of which objectives."""
+        """The memory, and the objectives in it."""
         if "_state" not in self.__dict__:
             keys = self.init(1)
             self.__dict__["_state"] = dict.fromkeys(("objectives", *keys)) if keys else {}
@@ -62,7 +64,11 @@ class Remembering(Transform):
         blocks: Sequence[str] | None = None,
         scope: str | None = None,
     ) -> Memory:
-        """What is remembered of these objectives, in the dtype and on the device of `like`."""
+        """The memory of these objectives, in the dtype and on the device of `like`.
+
+        Raises:
+            ValueError: If the state was saved with another scope.
+        """
         with torch.device("cpu"):  # whatever the default device is
             fresh = self.init(len(known_objectives(state, names)))
         fresh = {key: uploaded(value, like) for key, value in fresh.items()}
@@ -70,16 +76,16 @@ class Remembering(Transform):
 
     def belong_to(self, optimizer: object) -> None:
         super().belong_to(optimizer)
-        # Calls alone have numbered the objectives; an optimizer names them.
+        # Calls outside an optimizer have numbered the objectives; an optimizer names them.
         if self.__dict__.pop("_learnt_alone", False):
             self.reset()
 
     @contextmanager
     def called_alone(self) -> Iterator[dict[str, Any]]:
-        """A call outside of a step: yields what such calls remember, to be brought up to date.
+        """A context for a call outside a step; yields the state, which the call may change.
 
-        Where there is an optimizer, whose steps change what is remembered, the call begins anew and
-        leaves no trace.
+        If the transform belongs to an optimizer, the call starts with an empty state, and neither
+        the state nor the generator changes.
         """
         owned = self._owner() is not None
         generator = None if self.generator is None else self.generator.get_state()
@@ -95,18 +101,18 @@ class Remembering(Transform):
 
 
 class Weighting(Remembering, Reweighing):
-    """Weights objectives by what it asks for: inner products, losses, what it remembers of them.
+    """Base class for rules that weight objectives by inner products, losses or memory.
 
-    In `wrap` it multiplies the weights of the objectives of nonzero weight by its own. With `scope`
-    "group" or "tensor", inner products are taken and gradients combined for each parameter group or
-    tensor by itself. With "shared" they are taken over the parameters in which at least two
-    objectives have a gradient that is not 0, a trunk's; what belongs to one of them, such as its
-    head, gets that one's gradient as it is. The result is then no weighted sum of whole rows, so no
-    other rule can follow.
+    In `wrap` a rule multiplies the weights of the objectives of nonzero weight by its own. With
+    `scope` "group" or "tensor", inner products are computed and gradients combined for each
+    parameter group or tensor separately. With "shared", inner products are computed over the
+    parameters in which at least two objectives have a nonzero gradient, such as a trunk. Parameters
+    of a single objective, such as its head, get that objective's gradient unchanged. With these
+    scopes the result is not a weighted sum of whole rows, so no other rule can follow.
 
-    A step learns from each objective's first evaluation in it, which is that at the step's own
-    weights; at displaced ones (SAM around the rule) the rule starts from the same memory and the
-    same random numbers, and learns nothing.
+    In a step the memory is updated by each objective's first evaluation, which is at the step's own
+    weights. Evaluations at displaced weights (SAM around the rule) use the same memory and the same
+    random numbers, and do not change the memory.
     """
 
     joins = True
@@ -114,7 +120,7 @@ class Weighting(Remembering, Reweighing):
 
     scope: Scope = "global"
     needs_gram: bool = True
-    """Whether the weights depend on the Gram matrix at all; otherwise it holds zeros."""
+    """Whether the weights depend on the Gram matrix; if not, it holds zeros."""
 
     @property
     def needs_losses(self) -> bool:
@@ -123,16 +129,16 @@ class Weighting(Remembering, Reweighing):
 
     @abstractmethod
     def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:
-        """The weights, and what is to be remembered instead.
+        """The weights, and the new memory.
 
         Args:
-            inputs: What there is to work on.
-            memory: What is remembered of these objectives, as `init` shapes it; only to be read.
+            inputs: The Gram matrix, names and losses of the objectives.
+            memory: The memory of these objectives, in the shapes of `init`; read-only.
         """
 
     @property
     def sets_update(self) -> bool:
-        """Whether the rule works by group or tensor, or on shared parameters."""
+        """Whether the rule works per group or tensor, or on shared parameters."""
         return self.scope != "global"
 
     @property
@@ -146,7 +152,7 @@ class Weighting(Remembering, Reweighing):
     def seen_losses(
         self, losses: Float[Tensor, " K"], weights: Float[Tensor, " K"]
     ) -> Float[Tensor, " K"]:
-        """The losses that the rule sees, where objectives have these weights."""
+        """The losses that the rule works on, for objectives of these weights."""
         return losses.to(weights) * weights
 
     def weigh_alone(
@@ -154,7 +160,12 @@ class Weighting(Remembering, Reweighing):
         gram: Float[Tensor, "*batch K K"],
         losses: Float[Tensor, " K"] | None = None,
     ) -> Float[Tensor, "*batch K"]:
-        """The weights outside of a step, for objectives that are known by number."""
+        """The weights outside a step, for numbered objectives.
+
+        Raises:
+            ValueError: If losses are needed and missing, or if `weigh` does not return weights and
+                memory.
+        """
         count = gram.shape[-1]
         names = tuple(map(str, range(count)))
         with self.called_alone() as state:
@@ -165,10 +176,10 @@ class Weighting(Remembering, Reweighing):
         return weights
 
     def checked_weights(self, inputs: RuleInputs, memory: Remembered) -> Weighed:
-        """What `weigh` returns, if it can be weights and memory.
+        """The result of `weigh`, checked.
 
         Raises:
-            ValueError: If it cannot.
+            ValueError: If it is not a pair of weights and memory.
         """
         answer: Any = self.weigh(inputs, memory)
         shape = inputs.gram.shape[:-1]
@@ -256,7 +267,7 @@ class _Step:
         return RuleInputs(gram, names, seen, first, draws, every)
 
     def _learn(self, inputs: RuleInputs, gradients: Gradients) -> Float[Tensor, "*batch K"]:
-        """The weights; what the rule learns of objectives evaluated for the first time is kept."""
+        """The weights; proposes the new memory of objectives evaluated for the first time."""
         rule, context, names = self._rule, self._context, inputs.names
         if not rule.state:
             return rule.checked_weights(inputs, {})[0]
@@ -271,17 +282,17 @@ class _Step:
         first = [name not in self._evaluated for name in names]
         if any(first):
             proposed = context.proposed(rule)
-            if proposed:  # by another evaluation in this step, of other objectives
+            if proposed:  # by an earlier evaluation of other objectives in this step
                 memory = recall({**rule.state, **proposed})
             context.propose(rule, **memory.with_present(learnt, None if all(first) else first))
         return weights
 
 
 def active_rows(rule: Transform, gradients: Gradients) -> tuple[int, ...]:
-    """The rows that a rule sees.
+    """The indices of the rows that a rule works on: those of nonzero weight.
 
     Raises:
-        ValueError: If the update has been set already.
+        ValueError: If the update has already been set.
     """
     if gradients.has_update:
         raise ValueError(
@@ -292,9 +303,9 @@ def active_rows(rule: Transform, gradients: Gradients) -> tuple[int, ...]:
 
 
 def block_keys(scope: Scope, context: Context) -> list[str] | None:
-    """What identifies the blocks of a scope, whichever parameters are frozen; None for one block.
+    """Keys of the blocks of a scope, whichever parameters are frozen; None for a single block.
 
-    Positions of groups, or of tensors in them.
+    The keys are the positions of groups, or of tensors in all groups.
     """
     if scope in ("global", "shared"):
         return None

@@ -97,7 +97,7 @@ _NORMALISING: dict[Any, Callable[..., NormalisationCall]] = {
 }
 
 
-class TakenOver(TorchFunctionMode):
+class NormalisationInterceptor(TorchFunctionMode):
     """While it is entered, `normalise` answers the calls by which `layer` normalises.
 
     A call is the layer's if it is given one of the layer's own tensors, or none at all; those of
@@ -118,7 +118,7 @@ class TakenOver(TorchFunctionMode):
 
     Examples:
         >>> layer = nn.BatchNorm1d(2).eval()
-        >>> with TakenOver(layer, lambda call: -call.x, "does not normalise"):
+        >>> with NormalisationInterceptor(layer, lambda call: -call.x, "does not normalise"):
         ...     layer(torch.ones(1, 2))
         tensor([[-1., -1.]])
     """
@@ -225,7 +225,7 @@ class AdaptedForward:
             'place, or use statistics="source", which exchanges nothing.'
         )
         answer = functools.partial(here.answer, self, here)
-        with _in_evaluation_mode(self), TakenOver(self, answer, refusal):
+        with _in_evaluation_mode(self), NormalisationInterceptor(self, answer, refusal):
             return own(*args, **kwargs)
 
     def extra_repr(self) -> str:

@@ -31,8 +31,8 @@ class RLW(LossWeighting):
     generator.
 
     Args:
-        generator: A CPU generator for the draws; by default one of its own with seed 0, the same
-            in every process.
+        generator: A CPU generator for the draws; by default a new one with seed 0, the same in
+            every process.
 
     Examples:
         >>> import torch, gradkit as gk

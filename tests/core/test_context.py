@@ -107,3 +107,82 @@ def test_a_displacement_of_another_length_is_refused():
 
     with pytest.raises(ValueError, match=r"at= has shape \(3,\), but the flat vector .* \(11,\)"):
         inside(look)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_weights_are_written_once_the_base_has_stepped(engine):
+    class Halves(gk.Transform):
+        def after_step(self, context):
+            context.set_weights(context.weights() / 2)
+
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2).double()
+    optimizer = gk.wrap(
+        torch.optim.SGD(model.parameters(), lr=0.1), Halves(), model=model, engine=engine
+    )
+    start = flat(model.parameters())
+    optimizer.step(lambda: model(torch.ones(1, 3, dtype=torch.float64)).sum())
+    torch.testing.assert_close(flat(model.parameters()), (start - 0.1) / 2)
+
+
+def test_weights_are_not_written_during_evaluations():
+    with pytest.raises(RuntimeError, match=r"in after_step\(\) only"):
+        inside(lambda context: context.set_weights(context.weights()))
+
+
+def test_weights_of_another_length_are_refused():
+    class Short(gk.Transform):
+        def after_step(self, context):
+            context.set_weights(torch.ones(2))
+
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = gk.wrap(torch.optim.SGD([weight], lr=0.1), Short())
+    with pytest.raises(ValueError, match=r"have shape \(2,\); pass a flat vector of shape \(3,\)"):
+        optimizer.step(lambda: weight.sum())
+
+
+@pytest.mark.parametrize("how", ["assigned", "in place", "proposed"])
+def test_what_changes_after_the_step_is_saved(how):
+    class Slow(gk.Transform):
+        def __init__(self):
+            self.state["steps"] = 0
+
+        def initial_vectors(self, layout):
+            return {"slow": layout.flatten(layout.local_parameters())}
+
+        def after_step(self, context):
+            slow = torch.lerp(self.vectors["slow"], context.weights(), 0.5)
+            steps = self.state["steps"] + 1
+            if how == "proposed":
+                context.propose(self, slow=slow, steps=steps)
+            else:
+                self.state["steps"] = steps
+                if how == "assigned":
+                    self.vectors["slow"] = slow
+                else:
+                    self.vectors["slow"].copy_(slow)
+
+    weight = nn.Parameter(torch.tensor([1.0, 3.0]))
+    slow = Slow()
+    optimizer = gk.wrap(torch.optim.SGD([weight], lr=1.0), slow)
+    for _ in range(2):
+        optimizer.step(lambda: weight.sum())
+    # From 1: half of the way to 0, then to -1.
+    torch.testing.assert_close(slow.vectors["slow"], torch.tensor([-0.25, 1.75]))
+    saved = optimizer.state_dict()["state"][0]["gradkit.0.slow"]
+    torch.testing.assert_close(saved, slow.vectors["slow"])
+    assert slow.state["steps"] == 2
+
+
+def test_a_vector_of_another_length_cannot_be_assigned():
+    class Short(gk.Transform):
+        def initial_vectors(self, layout):
+            return {"mean": torch.zeros(layout.numel)}
+
+        def after_step(self, context):
+            self.vectors["mean"] = torch.zeros(())
+
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = gk.wrap(torch.optim.SGD([weight], lr=0.1), Short())
+    with pytest.raises(ValueError, match=r"'mean' has shape \(\); it is to replace .* \(3,\)"):
+        optimizer.step(lambda: weight.sum())

@@ -43,7 +43,7 @@ def test_blocks_change_nothing(make, monkeypatch):
     jacobian = torch.randn(5, 1000, generator=seeded(0), dtype=torch.float64)
     whole = make()(jacobian)
     # Within a block of the usual size, the same numbers are drawn for the same columns.
-    monkeypatch.setattr(gram, "_NUMBERS", 35)
+    monkeypatch.setattr(gram, "_ELEMENTS", 35)
     torch.testing.assert_close(make()(jacobian), whole, rtol=1e-14, atol=0)
 
 

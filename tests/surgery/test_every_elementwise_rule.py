@@ -109,7 +109,7 @@ def test_blocks_of_columns_do_not_show(
     expected = made(name, 3, 4)(rows)
     step = Training(made(name, 3, 4)).step(rows[:, :10])
     # Beside one block of the usual size, in which the same numbers are drawn.
-    monkeypatch.setattr(gram, "_NUMBERS", columns)
+    monkeypatch.setattr(gram, "_ELEMENTS", columns)
     torch.testing.assert_close(made(name, 3, 4)(rows), expected, rtol=1e-12, atol=1e-12)
     again = Training(made(name, 3, 4)).step(rows[:, :10])
     torch.testing.assert_close(again, step, rtol=1e-12, atol=1e-12)
@@ -117,7 +117,7 @@ def test_blocks_of_columns_do_not_show(
 
 @every_rule
 def test_more_columns_than_one_block(name: str) -> None:
-    count = gram._NUMBERS + 5
+    count = gram._ELEMENTS + 5
     rows = normal(2, 3).repeat(1, count // 3 + 1)[:, :count]
     found = made(name, 2)(rows)
     assert found.isfinite().all()

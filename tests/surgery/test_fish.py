@@ -23,7 +23,7 @@ from torch import nn
 import gradkit as gk
 from gradkit.core.context import Context
 from gradkit.core.flat import Layout, Pool
-from gradkit.surgery.visits import Visits
+from gradkit.surgery.visit_order import VisitOrder
 from surgery.domains import (
     ENGINES,
     FORMS,
@@ -135,7 +135,7 @@ def test_every_order_is_drawn_equally_often():
     context = Context(layout, Pool(layout), base, names=NAMES)
     generator, counts = seeded(0), {}
     for _ in range(1200):
-        visits = Visits(context, generator)
+        visits = VisitOrder(context, generator)
         order = visits.order(None)
         assert visits.order(None) == order
         assert visits.order("ac") == tuple(name for name in order if name != "b")

@@ -73,7 +73,7 @@ def test_combine_leaves_rows_out_and_works_by_blocks(
     numbers = torch.tensor([1.001, -1.003, 7.0, 0.3337, 1e-3], dtype=torch.float64)
     exact = numbers[[0, 1, 3, 4]] @ rows[[0, 1, 3, 4]].double()
     for size in (1 << 17, 40, 1):  # the usual size, and smaller ones, for a few columns in each
-        monkeypatch.setattr(gram, "_NUMBERS", size)
+        monkeypatch.setattr(gram, "_ELEMENTS", size)
         out = torch.full((103,), torch.nan, dtype=dtype)
         assert combine(rows, numbers, [0, 1, 3, 4], out) is out
         assert is_rounded(
@@ -99,7 +99,7 @@ def test_no_second_copy_of_the_rows_is_made(
     rule: gk.Transform, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Smaller blocks than usual, so that a copy of these rows would be larger than all of them.
-    monkeypatch.setattr(gram, "_NUMBERS", 1 << 10)
+    monkeypatch.setattr(gram, "_ELEMENTS", 1 << 10)
     monkeypatch.setattr(gram, "_CONVERTED_COLUMNS", 1 << 10)
     rows = opposed(torch.bfloat16, 20_000)
     w = nn.Parameter(torch.zeros(20_000, dtype=torch.bfloat16))

@@ -6,7 +6,7 @@ import torch
 from helpers import seeded
 
 import gradkit as gk
-from gradkit.surgery.host import lightest
+from gradkit.surgery.host import numpy_or_torch
 
 
 @pytest.mark.parametrize("name", ["PCGrad", "GradVac", "GSMorph"])
@@ -29,12 +29,12 @@ def test_numpy_and_torch_agree(name, batch):
 def test_the_module_follows_the_tensors():
     numbers = torch.ones(2)
     wanted = torch.ones(2, requires_grad=True)
-    with lightest(numbers) as (module, (array,)):
+    with numpy_or_torch(numbers) as (module, (array,)):
         assert module is np
         array += 1 / (array - 1)  # and no warning
     assert numbers.tolist() == [torch.inf, torch.inf]
-    with lightest(numbers, wanted) as (module, tensors):
+    with numpy_or_torch(numbers, wanted) as (module, tensors):
         assert module is torch
         assert tensors == (numbers, wanted)
-    with torch.no_grad(), lightest(wanted) as (module, _):
+    with torch.no_grad(), numpy_or_torch(wanted) as (module, _):
         assert module is np

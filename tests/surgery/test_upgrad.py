@@ -78,7 +78,7 @@ def test_batches_and_parts_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
         whole, torch.stack([rule.weights(each) for each in matrices]), rtol=1e-9, atol=1e-12
     )
     # Parts of the usual size begin at 130 objectives, which take long.
-    monkeypatch.setattr(active_set, "_NUMBERS", 7 * 30**2)
+    monkeypatch.setattr(active_set, "_ELEMENTS", 7 * 30**2)
     torch.testing.assert_close(rule.weights(matrices), whole, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(
         rule.weights(matrices[None, :, None])[0, :, 0], whole, rtol=1e-9, atol=1e-12

@@ -1,8 +1,8 @@
-"""Exact solvers of the small convex problems that rules of gradient surgery pose.
+"""Exact solvers for the small convex problems of gradient surgery.
 
-All take Gram matrices, batched over leading dimensions, compute in float64 on the matrices' own
-device (in float32 where there is no float64), and give NaN for a matrix that is not finite. None
-is differentiable.
+All solvers take Gram matrices, batched over leading dimensions. They compute in float64 on the
+matrices' device (in float32 where there is no float64), and return NaN for a matrix that is not
+finite. None of them is differentiable.
 """
 
 from gradkit.surgery.solvers.conflict_averse import conflict_averse

@@ -1,22 +1,21 @@
 """Convex quadratic programs over the nonnegative orthant or a simplex, by active sets.
 
 The problem is to minimise ½xᵀGx + qᵀx over x ≥ 0 and, for a simplex, a·x = 1. G is semidefinite
-with a diagonal of ones and zeros, often singular. Three methods stand on one another:
+with a diagonal of ones and zeros, often singular. Three methods are combined:
 
-- The proximal-point method: minimise with ½ε‖x − c‖² added, put c at the minimiser, repeat. It
-  starts from c = 0, so of many minimisers it takes about the shortest, which gives equal rows
-  equal weights. What ε leaves of an error falls by ε/(λ + ε) a step along an eigenvector of
-  eigenvalue λ: two steps are nearly always enough.
+- The proximal-point method: minimise with ½ε‖x − c‖² added, set c to the minimiser, repeat. It
+  starts from c = 0, so of many minimisers it finds about the one of least norm, which gives equal
+  rows equal weights. Along an eigenvector of eigenvalue λ, each step multiplies the error by
+  ε/(λ + ε): two steps are nearly always enough.
 - For each step, which is strictly convex, block principal pivoting ([Júdice & Pires, Computers &
   Operations Research 1994](https://doi.org/10.1016/0305-0548(94)90106-6)): solve for a support,
   exchange all indices with the wrong sign, while their number falls.
-- Where that stops before the end, a primal active set method in the manner of Lawson & Hanson
-  (1974) and Wolfe (1976). It moves one index at a time and lowers the objective each time, so it
-  ends.
+- If pivoting does not terminate, a primal active set method as in Lawson & Hanson (1974) and Wolfe
+  (1976). It moves one index at a time and lowers the objective each time, so it terminates.
 
-Of K problems with one G each support takes a factorisation of its own, O(K⁴) in all. Projected
-gradient steps, which are one matrix product for all of them, tell the supports nearly exactly
-beforehand, see `approach`.
+For K problems with one G, each support needs its own factorisation, O(K⁴) in all. Projected
+gradient steps, which take one matrix product for all problems, predict the supports almost exactly;
+see `approach`.
 """
 
 from __future__ import annotations
@@ -31,22 +30,22 @@ from torch import Tensor
 from gradkit.core.gram import exact_products
 from gradkit.surgery.solvers.prepared import ridge
 
-# Enough to bring the objective within ε/100 of its minimum whatever the eigenvalues.
+# Enough to bring the objective within ε/100 of its minimum for any eigenvalues.
 _PROXIMAL_STEPS = 20
-# Up to this size, systems are solved whole, with the identity outside the support.
+# Up to this size, systems are solved in full, with the identity outside the support.
 _SMALL = 16
-# How often the number of wrong signs may fail to fall.
+# How many times the number of wrong signs may fail to decrease.
 _PATIENCE = 3
-# Numbers in the matrices that are factorised at a time: on a CPU about what the cache holds.
-_NUMBERS = 1 << 21
-_NUMBERS_ELSEWHERE = 1 << 27
-# Projected gradient steps at most, and after how many supports are compared.
+# Elements of the matrices that are factorised at a time; on a CPU they about fill the cache.
+_ELEMENTS = 1 << 21
+_ELEMENTS_ON_ACCELERATOR = 1 << 27
+# The maximum number of projected gradient steps, and the steps between comparisons of supports.
 _GRADIENT_STEPS = 200
 _LOOK = 10
 
 Solve = Callable[[Float[Tensor, "B K S"]], Float[Tensor, "B K S"]]
 Stationary = tuple[Float[Tensor, "B K"], Float[Tensor, "B K"]]
-"""A stationary point on a support, and q less the normal's multiple that balances it there."""
+"""A stationary point on a support, and q minus the multiplier times the normal there."""
 
 
 @dataclass
@@ -54,10 +53,10 @@ class Quadratic:
     """A batch of problems: minimise ½xᵀGx + qᵀx over x ≥ 0 and, if there is a normal, a·x = 1.
 
     Args:
-        gram: G, semidefinite with a diagonal of ones and zeros; a single one may serve all.
+        gram: G, semidefinite with a diagonal of ones and zeros; one matrix may serve all problems.
         linear: q.
         normal: a > 0, or None.
-        total: What a·x has to be instead of 1.
+        total: The value of a·x, instead of 1.
     """
 
     gram: Float[Tensor, "#B K K"]
@@ -87,8 +86,8 @@ class Quadratic:
         """The stationary points of two proximal steps with a given support.
 
         Returns:
-            That of a step from `centre`, and that of the step from there, for which the
-            factorisation is at hand. Points are 0 outside the support.
+            The stationary points of a step from `centre` and of the next step, which uses the same
+            factorisation. Points are 0 outside the support.
         """
         inside = support.to(self.gram.dtype)
         solve = self._solver(inside)
@@ -115,7 +114,7 @@ class Quadratic:
         return point + multiplier * along, self.linear - multiplier * self.normal
 
     def slope(self, stationary: Stationary, centre: Float[Tensor, "B K"]) -> Float[Tensor, "B K"]:
-        """A proximal step's slope along each coordinate, 0 where it is within rounding of 0."""
+        """A proximal step's slope along each coordinate; 0 where it is 0 up to rounding error."""
         point, pull = stationary
         slope = self._times(point) + pull - self.ridge * centre
         rounding = self.tolerance * (point.abs().amax(-1, keepdim=True) + pull.abs())
@@ -127,19 +126,19 @@ class Quadratic:
         support: Bool[Tensor, "B K"],
         centre: Float[Tensor, "B K"],
     ) -> Bool[Tensor, "B K"]:
-        """Which indices are not where they should be, in the support or outside."""
+        """Which indices are wrongly inside or outside the support."""
         return torch.where(support, stationary[0] < 0, self.slope(stationary, centre) < 0)
 
     def _times(self, point: Float[Tensor, "B K"]) -> Float[Tensor, "B K"]:
         return point @ self.gram[0] if len(self.gram) == 1 else matvec(self.gram, point)
 
     def _solver(self, inside: Float[Tensor, "B K"]) -> Solve:
-        """Solves (G + ε)·x = sides with the rows and columns of a support."""
+        """A function that solves (G + ε)·x = sides on the rows and columns of a support."""
         count = inside.shape[-1]
         most = count if count <= _SMALL else int(inside.sum(-1).amax())
         gram, order = self.gram, None
         if most <= 0.8 * count:
-            # The indices of the supports, and others up to the size of the largest.
+            # The indices of the supports, padded to the size of the largest support.
             order = inside.argsort(dim=-1, descending=True, stable=True)[:, :most]
             rows = order
             if len(gram) > 1:
@@ -168,8 +167,8 @@ def over_simplex(
 ) -> Quadratic:
     """The problem with a normal.
 
-    To G it adds a multiple of aaᵀ, which changes the objective by a constant. With it, a lies in
-    the range of G, and no large numbers cancel where G alone is singular.
+    A multiple of aaᵀ is added to G, which changes the objective by a constant. Then a lies in the
+    range of G, and there is no cancellation of large numbers where G alone is singular.
     """
     across = normal / normal.amax(-1, keepdim=True)
     return Quadratic(gram + across.unsqueeze(-1) * across.unsqueeze(-2), linear, normal, total)
@@ -198,12 +197,12 @@ def minimise(
     Args:
         problem: The problems.
         support: A guess at where the minimiser is positive; not empty if there is a normal.
-        point: Where to start; by default at 0.
+        point: The starting point; 0 by default.
         near: A point that satisfies the constraints and may be near the minimiser.
 
     Returns:
-        The minimiser; its support; and by how much it misses stationarity, which stays away from
-        0 only where the problem is unbounded.
+        The minimiser; its support; and its stationarity residual, which does not vanish only if the
+        problem is unbounded.
 
     Examples:
         >>> gram = torch.tensor([[[1.0, 0.5], [0.5, 1.0]]], dtype=torch.float64)
@@ -212,7 +211,7 @@ def minimise(
         tensor([[2., 0.]], dtype=torch.float64)
     """
     batch, count = support.shape
-    numbers = _NUMBERS if support.device.type == "cpu" else _NUMBERS_ELSEWHERE
+    numbers = _ELEMENTS if support.device.type == "cpu" else _ELEMENTS_ON_ACCELERATOR
     most = max(numbers // count**2, 1)
     if batch > most:
         parts = [
@@ -233,7 +232,7 @@ def minimise(
         point, support, following = proximal_step(problem, support, centre, near, following)
         before, missed = missed, problem.ridge * (point - centre).abs().amax(-1)
         small = problem.tolerance / 32 * point.abs().amax(-1)
-        # Where it falls so slowly, the problem is unbounded or the objective as good as constant.
+        # If it decreases so slowly, the problem is unbounded or the objective nearly constant.
         if not ((missed > small) & (missed < 0.99 * before)).any():
             break
         near = point
@@ -247,18 +246,18 @@ def proximal_step(
     near: Float[Tensor, "B K"] | None = None,
     known: Stationary | None = None,
 ) -> tuple[Float[Tensor, "B K"], Bool[Tensor, "B K"], Stationary | None]:
-    """Block principal pivoting, and the primal method where it does not end.
+    """Block principal pivoting, and the primal method where pivoting does not terminate.
 
     Args:
         problem: The problems.
         support: A guess at where the minimiser is positive.
-        centre: Where the step starts from.
-        near: Where the primal method starts from; by default where pivoting has stopped.
-        known: The stationary point with this support, if somebody knows it already.
+        centre: The centre of the proximal term.
+        near: The primal method's starting point; by default the point where pivoting has stopped.
+        known: The stationary point with this support, if it is already known.
 
     Returns:
-        The minimiser, its support, and the next step's stationary point with that support; None
-        in place of the last where it is not known.
+        The minimiser, its support, and the next step's stationary point with that support, or None
+        if that is not known.
     """
     following: Stationary | None = None
     if known is None:
@@ -303,10 +302,10 @@ def proximal_step(
 def _primal(
     problem: Quadratic, point: Float[Tensor, "B K"], centre: Float[Tensor, "B K"]
 ) -> tuple[Float[Tensor, "B K"], Bool[Tensor, "B K"]]:
-    """The primal active set method, from a point whose negative coordinates become 0.
+    """The primal active set method, from a point whose negative coordinates are set to 0.
 
-    Should rounding keep it from ending, the last point, which satisfies the constraints, is what
-    it gives.
+    If rounding errors prevent termination, the last point is returned, which satisfies the
+    constraints.
     """
     point = point.clamp(min=0)
     if problem.normal is not None:
@@ -333,9 +332,9 @@ def _primal(
 def approach(problem: Quadratic) -> Float[Tensor, "B K"]:
     """Points near the minimisers of problems without a normal that share one G.
 
-    Projected gradient steps in float32 with Nesterov's momentum, which starts anew where it points
-    uphill ([O'Donoghue & Candès, 2015](https://arxiv.org/abs/1204.3982)), until no support changes
-    any more. Where G is nearly singular they end before.
+    Projected gradient steps in float32 with Nesterov's momentum, which restarts where it points
+    uphill ([O'Donoghue & Candès, 2015](https://arxiv.org/abs/1204.3982)), until the supports no
+    longer change. If G is nearly singular, the maximum number of steps ends them before.
 
     Examples:
         >>> gram = torch.tensor([[[1.0, 0.5], [0.5, 1.0]]], dtype=torch.float64)
@@ -369,9 +368,9 @@ def _upper_bound(gram: Float[Tensor, "K K"]) -> Float[Tensor, ""]:
     """A bound on the largest eigenvalue, at most K^(1/32) times as large: ‖G¹⁶‖^(1/16)."""
     logarithm, share = torch.zeros_like(gram[0, 0]), 1.0
     for _ in range(4):
-        length = torch.linalg.matrix_norm(gram)
-        logarithm = logarithm + share * length.log()
-        gram = gram / length
+        norm = torch.linalg.matrix_norm(gram)
+        logarithm = logarithm + share * norm.log()
+        gram = gram / norm
         gram = gram @ gram
         share /= 2
     bound: Tensor = (logarithm + share * torch.linalg.matrix_norm(gram).log()).exp()

@@ -16,7 +16,7 @@ from gradkit.surgery.solvers.active_set import (
 from gradkit.surgery.solvers.prepared import prepare
 from gradkit.surgery.solvers.simplex import normalise
 
-# It takes a handful.
+# A handful is enough in practice.
 _STEPS = 60
 
 
@@ -30,37 +30,40 @@ def conflict_averse(gram: Float[Tensor, "*batch K K"], c: float) -> Float[Tensor
     once the support is right. Bisection steps in where it would leave the interval known to hold
     s.
 
-    Without a trade-off to make the weights are equal: all of them where g₀ is 0 up to rounding,
-    those of the rows with the least gᵢ·g₀ where c is 0. Where g_w = 0 is the minimum, so is every
-    w with g_w = 0.
+    Where the minimum is not unique, weights are equal: all weights if g₀ is 0 up to rounding
+    errors, and those of the rows with the least gᵢ·g₀ if c is 0. If g_w = 0 at the minimum, every w
+    with g_w = 0 is a minimiser.
 
     Args:
-        gram: G, semidefinite up to rounding.
+        gram: G, semidefinite up to rounding errors.
         c: At least 0.
+
+    Raises:
+        ValueError: If `c` is negative.
 
     Examples:
         >>> conflict_averse(torch.tensor([[18.0, -22.0], [-22.0, 38.0]]), c=0.5)
         tensor([1., 0.])
     """
     if not c >= 0:
-        raise ValueError(f"c is {c!r}; it has to be at least 0")
+        raise ValueError(f"c is {c!r}; it must be at least 0")
     count = gram.shape[-1]
     if count <= 2:
         return _of_two(gram, c) if count == 2 else gram[..., 0] * 0 + 1
-    cosines, lengths, finite = prepare(gram)
-    batch = lengths.shape
-    cosines, lengths = cosines.reshape(-1, count, count), lengths.reshape(-1, count)
-    # All lengths are in units of the longest from here on.
-    scaled = lengths / lengths.amax(-1, keepdim=True)
+    cosines, norms, finite = prepare(gram)
+    batch = norms.shape
+    cosines, norms = cosines.reshape(-1, count, count), norms.reshape(-1, count)
+    # From here on norms are relative to the largest.
+    scaled = norms / norms.amax(-1, keepdim=True)
     normal = 1 / scaled
     toward = matvec(cosines, scaled / count)
     square = (toward * scaled / count).sum(-1, keepdim=True)
-    rounding = 32 * torch.finfo(lengths.dtype).eps
+    rounding = 32 * torch.finfo(norms.dtype).eps
     idle = square <= rounding
     if c == 0:
         products = toward * scaled
         least = products.amin(-1, keepdim=True)
-        weights = (products <= least + rounding).to(lengths)
+        weights = (products <= least + rounding).to(norms)
     else:
         radius = c * square.clamp(min=rounding).sqrt()
         point = _minimiser(cosines, toward, normal, radius, torch.full_like(radius, 1 / c))
@@ -70,7 +73,7 @@ def conflict_averse(gram: Float[Tensor, "*batch K K"], c: float) -> Float[Tensor
 
 
 def _of_two(gram: Float[Tensor, "*batch 2 2"], c: float) -> Float[Tensor, "*batch 2"]:
-    """With w = (t, 1 − t) the objective is linear in t plus the length of a vector linear in t."""
+    """With w = (t, 1 − t) the objective is linear in t plus the norm of a vector linear in t."""
     wide = gram.to(accumulator(gram.device))
     largest = wide.diagonal(dim1=-2, dim2=-1).amax(-1)[..., None, None]
     wide = wide / torch.where(largest > 0, largest, 1.0)
@@ -109,7 +112,7 @@ def _minimiser(
         square = torch.where(square <= noise, 0.0, square)
         excess = square - (sigma * radius) ** 2
         low, high = torch.where(excess > 0, sigma, low), torch.where(excess > 0, high, sigma)
-        # How ‖g_w‖² grows with σ².
+        # The slope of ‖g_w‖² in σ².
         growth = (square - old) / (sigma**2 - before**2) if step else torch.zeros_like(square)
         secant = (sigma**2 + excess / (radius**2 - growth)).clamp(min=0).sqrt()
         middle = torch.where(high.isinf(), 4 * sigma, (low * high).sqrt())

@@ -14,13 +14,13 @@ from gradkit.surgery.solvers.prepared import prepare
 def project_onto_dual_cone(
     gram: Float[Tensor, "*batch K K"], weights: Float[Tensor, "*batch M K"]
 ) -> Float[Tensor, "*batch M K"]:
-    """The weights v of least vᵀGv with v ≥ u, for each u.
+    """The weights v that minimise vᵀGv over v ≥ u, for each u.
 
     Jᵀv is the vector nearest to Jᵀu that has no negative inner product with a row of J, where
     G = J·Jᵀ ([Quinton & Rey, 2024](https://arxiv.org/abs/2406.16232), proposition 1).
 
     Args:
-        gram: G, semidefinite up to rounding.
+        gram: G, semidefinite up to rounding errors.
         weights: M vectors u for each G.
 
     Examples:
@@ -29,10 +29,10 @@ def project_onto_dual_cone(
         tensor([[1.0000, 0.5789],
                 [1.2222, 1.0000]])
     """
-    cosines, lengths, finite = prepare(gram)
-    lengths = lengths[..., None, :]
-    target = weights.to(lengths) * lengths
+    cosines, norms, finite = prepare(gram)
+    norms = norms[..., None, :]
+    target = weights.to(norms) * norms
     change, _ = solve(cosines[..., None, :, :], target @ cosines)
     finite = finite[..., None] & weights.isfinite().all(-1)
-    result = weights.to(lengths) + change / lengths
+    result = weights.to(norms) + change / norms
     return result.masked_fill(~finite[..., None], torch.nan).to(gram.dtype)

@@ -1,4 +1,4 @@
-"""The nearest vector to one gradient that has enough of each of the others."""
+"""The vector nearest to one gradient under constraints from the others."""
 
 from __future__ import annotations
 
@@ -19,12 +19,15 @@ def least_distance(
     rows from the second.
 
     Args:
-        gram: G, semidefinite up to rounding.
+        gram: G, semidefinite up to rounding errors.
         bounds: b.
 
     Returns:
-        The weights (1, μ), and whether there is such a vector. Where there is none, the weights
-        are (1, 0, …, 0).
+        The weights (1, μ), and whether there is such a vector. If there is none, the weights are
+        (1, 0, …, 0).
+
+    Raises:
+        ValueError: If there is not one bound for each row but the first.
 
     Examples:
         >>> least_distance(torch.tensor([[18.0, -22.0], [-22.0, 38.0]]), torch.tensor([16.0]))

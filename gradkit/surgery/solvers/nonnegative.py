@@ -9,11 +9,10 @@ from torch import Tensor
 from gradkit.surgery.solvers.active_set import Quadratic, approach, minimise
 from gradkit.surgery.solvers.prepared import prepare
 
-# What is left of the slope, relative to q, where the objective is taken to be unbounded. A ray
-# along which it falls more slowly counts as one along which it does not fall.
+# The slope, relative to q, above which the objective counts as unbounded. A ray along which it
+# falls more slowly counts as one along which it does not fall.
 _UNBOUNDED = 1e-6
-# From how many rows on, and for how many problems with one matrix, projected gradient steps first
-# are worth their time.
+# The numbers of rows, and of problems with one matrix, from which projected gradient steps pay off.
 _MANY = 48
 _FEW = 8
 
@@ -25,11 +24,11 @@ def nonnegative_minimum(
     """The minimiser z of ½zᵀGz + qᵀz over z ≥ 0.
 
     Args:
-        gram: G, semidefinite up to rounding.
+        gram: G, semidefinite up to rounding errors.
         linear: q.
 
     Returns:
-        z, and whether the objective is bounded below. Where it is not, z is 0.
+        z, and whether the objective is bounded below. If it is not, z is 0.
 
     Examples:
         >>> gram = torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
@@ -38,19 +37,19 @@ def nonnegative_minimum(
         >>> nonnegative_minimum(gram, torch.tensor([0.0, -1.0]))
         (tensor([0., 0.]), tensor(False))
     """
-    cosines, lengths, finite = prepare(gram)
-    point, missed = solve(cosines, linear.to(lengths) / lengths)
+    cosines, norms, finite = prepare(gram)
+    point, missed = solve(cosines, linear.to(norms) / norms)
     zero = gram.diagonal(dim1=-2, dim2=-1) <= 0
     bounded = (missed <= _UNBOUNDED) & ~(zero & (linear < 0)).any(-1)
     finite = finite & linear.isfinite().all(-1)
-    weights = (point / lengths).masked_fill(~bounded[..., None], 0)
+    weights = (point / norms).masked_fill(~bounded[..., None], 0)
     return weights.masked_fill(~finite[..., None], torch.nan).to(gram.dtype), bounded & finite
 
 
 def solve(
     cosines: Float[Tensor, "*#batch K K"], linear: Float[Tensor, "*batch K"]
 ) -> tuple[Float[Tensor, "*batch K"], Float[Tensor, "*batch"]]:
-    """The minimiser for a prepared matrix, and by how much it misses stationarity, over max |q|.
+    """The minimiser for a prepared matrix, and its stationarity residual relative to max |q|.
 
     Examples:
         >>> solve(torch.eye(2, dtype=torch.float64), torch.tensor([1.0, -3.0]).double())[0]

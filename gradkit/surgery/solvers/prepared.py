@@ -1,4 +1,4 @@
-"""Gram matrices made ready to be computed with."""
+"""Preparation of Gram matrices: cosines, norms, and a positive semidefinite matrix."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from gradkit.core.gram import accumulator, cosines
 def prepare(
     gram: Float[Tensor, "*batch K K"],
 ) -> tuple[Float[Tensor, "*batch K K"], Float[Tensor, "*batch K"], Bool[Tensor, "*batch"]]:
-    """The matrix of cosines, in the dtype to compute in, and the rows' lengths.
+    """The matrix of cosines, in the dtype to compute in, and the rows' norms.
 
-    Rounding may have left a few eigenvalues below 0. As a multiple of the identity it adds the
-    least power of ten that mends it.
+    Rounding errors may have made a few eigenvalues negative. This is corrected by a multiple of the
+    identity; see `semidefinite`.
 
     Returns:
-        The cosines, semidefinite; the lengths, with the least positive one (or 1) in place of 0;
-        and which matrices are finite. Those that are not have become zero.
+        The cosines, semidefinite; the norms, where 0 is replaced by the least positive norm (or 1);
+        and which matrices are finite. Matrices that are not finite are replaced by zeros.
     """
     wide = gram.to(accumulator(gram.device))
     finite = wide.isfinite().flatten(-2).all(-1)
     wide = torch.where(finite[..., None, None], wide, 0.0)
-    lengths = wide.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
-    least = torch.where(lengths > 0, lengths, torch.inf).amin(-1, keepdim=True)
+    norms = wide.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
+    least = torch.where(norms > 0, norms, torch.inf).amin(-1, keepdim=True)
     least = torch.where(least.isinf(), 1.0, least)
     return (
         semidefinite(cosines(wide)),
-        torch.where(lengths > 0, lengths, least),
+        torch.where(norms > 0, norms, least),
         finite,
     )
 
 
 def semidefinite(gram: Float[Tensor, "*batch K K"]) -> Float[Tensor, "*batch K K"]:
-    """The matrix with as small a multiple of the identity added as makes it semidefinite.
+    """The matrix plus the least tried multiple of the identity that makes it semidefinite.
 
     Examples:
         >>> semidefinite(torch.tensor([[1.0, 0.0], [0.0, -0.002]], dtype=torch.float64))

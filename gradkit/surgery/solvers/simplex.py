@@ -17,12 +17,12 @@ def simplex_minimum(
 ) -> Float[Tensor, "*batch K"]:
     """The minimiser w of ½wᵀGw + qᵀw over w ≥ 0, Σw = 1.
 
-    Without q, w weights the vectors whose Gram matrix is G to the point of least norm in their
-    convex hull. Of several minimisers it takes about the one with the smallest Σ Gᵢᵢwᵢ² (with q,
-    Σ wᵢ²), which does not depend on the vectors' order and gives equal vectors equal weights.
+    Without q, w gives the minimum-norm point in the convex hull of the vectors whose Gram matrix is
+    G. Of several minimisers it is about the one with the smallest Σ Gᵢᵢwᵢ² (with q, Σ wᵢ²), which
+    does not depend on the vectors' order and gives equal vectors equal weights.
 
     Args:
-        gram: G, semidefinite up to rounding.
+        gram: G, semidefinite up to rounding errors.
         linear: q; None is 0.
 
     Examples:
@@ -34,31 +34,31 @@ def simplex_minimum(
     count = gram.shape[-1]
     if count <= 2:
         return _of_two(gram, linear) if count == 2 else gram[..., 0] * 0 + 1
-    matrix, lengths, finite = prepare(gram)
-    unit = lengths.amax(-1, keepdim=True)
-    slopes = torch.zeros_like(lengths)
+    matrix, norms, finite = prepare(gram)
+    unit = norms.amax(-1, keepdim=True)
+    slopes = torch.zeros_like(norms)
     if linear is not None:
-        slopes = linear.to(lengths)
+        slopes = linear.to(norms)
         finite = finite & slopes.isfinite().all(-1)
-        # A constant in q changes nothing but the rounding.
+        # A constant in q changes only rounding errors.
         slopes = torch.where(finite[..., None], slopes - slopes.amin(-1, keepdim=True), 0.0)
         size = torch.maximum(unit**2, slopes.amax(-1, keepdim=True))
         slopes = slopes / size
-        # Beside q the curvature along short rows is lost in rounding: rows keep their lengths.
-        scaled = lengths / size.sqrt()
+        # Relative to q, the curvature along small rows is lost in rounding: rows keep their norms.
+        scaled = norms / size.sqrt()
         matrix = matrix * scaled.unsqueeze(-1) * scaled.unsqueeze(-2)
-        lengths = unit.expand_as(lengths)
-    normal = unit / lengths
+        norms = unit.expand_as(norms)
+    normal = unit / norms
     problem = over_simplex(
         matrix.reshape(-1, count, count), slopes.reshape(-1, count), normal.reshape(-1, count)
     )
     point, _, _ = minimise(problem, torch.ones_like(problem.linear, dtype=torch.bool))
-    weights = point.reshape(lengths.shape) * normal
+    weights = point.reshape(norms.shape) * normal
     return normalise(weights).masked_fill(~finite[..., None], torch.nan).to(gram.dtype)
 
 
 def normalise(weights: Float[Tensor, "*batch K"]) -> Float[Tensor, "*batch K"]:
-    """What rounding has left of weights on the simplex, put back onto it."""
+    """Weights on the simplex up to rounding errors, normalised to lie on it."""
     weights = weights.clamp(min=0)
     return weights / weights.sum(-1, keepdim=True)
 
@@ -71,7 +71,7 @@ def _of_two(
     excess, square = second - cross, (first - cross) + (second - cross)
     if linear is not None:
         excess = excess + (linear[..., 1].to(wide) - linear[..., 0].to(wide))
-    # The clamp lets the weight of a quotient by 0 be 0 or 1, as the sign says.
+    # For a quotient by 0 the clamp gives the weight 0 or 1, depending on the sign.
     weight = (excess / square.clamp(min=0)).clamp(0, 1)
     weight = torch.where((excess == 0) & (square <= 0), 0.5, weight)
     return torch.stack([weight, 1 - weight], -1).to(gram.dtype)

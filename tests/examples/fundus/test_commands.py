@@ -5,36 +5,16 @@ import numpy as np
 import pytest
 import torch
 from children import run_python
-from matplotlib.figure import Figure
 from PIL import Image
 
+from examples.common import adaptation
+from examples.common import training as common_training
+from examples.common.adaptation import METHODS
 from examples.common.bootstrap import bootstrap_interval
 from examples.common.checkpoint import load
-from examples.common.command_line import interruptible, shorten
-from examples.common.command_line import run as run_command
-from examples.fundus import adaptation, commands, comparison, figures, training
+from examples.fundus import commands, comparison, training
 from examples.fundus.__main__ import main
-from examples.fundus.adaptation import (
-    METHODS,
-    ImageScore,
-    Stream,
-    adapt_online,
-    build_adapter,
-    parse_statistics,
-)
 from examples.fundus.data import open_domain
-from examples.fundus.figures import (
-    draw_alignment,
-    draw_contours,
-    save_predictions,
-    spread,
-    without_specks,
-)
-from examples.fundus.masks import mask_names
-from examples.fundus.network import ResUNet34
-from examples.fundus.results import make_result, markdown_table
-from examples.fundus.sample import Sample
-from gradkit import tta
 
 TINY = ["--size", "64", "--width", "2", "--epochs", "1", "--train-images", "4"]
 FEW = ["--target-images", "2"]
@@ -186,19 +166,6 @@ def test_images_of_alike_names_each_have_their_mask(exported, checkpoint, tmp_pa
         assert cup_score(folder / name, dataset[index]) == pytest.approx(scores["cup"], abs=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("images", "masks"),
-    [
-        (["a/0.png", "b/0.png"], ["a/0.png", "b/0.png"]),
-        (["0.PNG", "0", "0.tar.gz"], ["0.PNG.png", "0.png", "0.tar.gz.png"]),
-        (["a/../0.png", "a/0.jpg"], ["0.png", "a/0.jpg.png"]),
-        (["0", "0.png", "0"], ["0.png.png", "0.png", "0.png.png.png"]),
-    ],
-)
-def test_names_of_masks(images, masks):
-    assert mask_names(images) == masks
-
-
 def test_results_of_an_earlier_comparison_do_not_stay(compared, checkpoint, tmp_path):
     out = copy_tree(compared, tmp_path / "out")
     (out / "notes.txt").write_text("mine")
@@ -230,42 +197,6 @@ def test_masks_of_earlier_adaptations_are_told_apart_or_removed(checkpoint, tmp_
     assert run(*words, "--target", "centre_b", "--target-images", 2) == 0
     assert masks() == [*2 * ["centre_b/none/centre_b"], "centre_e/none/centre_e"]
     assert (tmp_path / "masks" / "centre_b" / "none" / "notes.txt").exists()
-
-
-def stream_of(*means):
-    return Stream([ImageScore(f"{i}.png", mean, mean) for i, mean in enumerate(means)])
-
-
-def table_of(methods, statistics):
-    return markdown_table(
-        [make_result("a", "b", m, statistics, 1e-4, 0, stream_of(1, 2)) for m in methods], seed=0
-    )
-
-
-def test_an_interval_needs_more_than_one_image():
-    results = [make_result("a", "b", "none", "test", 1e-4, 0, stream_of(60)) for _ in range(2)]
-    assert "| 1 | 60.00 | 60.00 | 60.00 [-] |" in markdown_table(results, seed=0)
-
-
-@pytest.mark.parametrize(
-    ("methods", "statistics", "note"),
-    [
-        (METHODS, "mixed:0.8", "differ: test for ptbn, mixed:0.8 for tent and grata."),
-        (["grata", "ptbn"], "source", "differ: test for ptbn, source for grata."),
-        (METHODS, "test", None),
-        (METHODS, "mixed:0", None),  # which is the same as test
-        (["none", "tent", "grata"], "mixed:0.8", None),
-        (["none", "ptbn"], "mixed:0.8", None),
-    ],
-)
-def test_the_table_tells_when_statistics_differ_besides_learning(methods, statistics, note):
-    last = table_of(methods, statistics).splitlines()[-1]
-    if note is None:
-        assert last.startswith("Dice in %.")
-    else:
-        assert last.startswith("Statistics ")
-        assert note in last
-        assert last.endswith("with `--statistics test` it is due to learning.")
 
 
 def test_the_note_on_statistics_is_printed_and_written(checkpoint, tmp_path, capsys):
@@ -342,153 +273,6 @@ def test_real_layout_is_read_and_an_undivided_source_is_trained_on(exported, tmp
     (root / "centre_a.csv").write_text((exported / "centre_a_train.csv").read_text())
     assert run(*words, *TINY, "--out", tmp_path / "b") == 0
     assert "in domain" not in (tmp_path / "b" / "table.md").read_text()
-
-
-# The protocol
-
-
-class Recorder(tta.Adapter):
-    """Remembers what it was called on."""
-
-    def __init__(self, model):
-        super().__init__(model)
-        self.seen = []
-
-    def __call__(self, images):
-        self.seen.append(images)
-        return super().__call__(images)
-
-
-def test_one_image_at_a_time_in_order_and_no_label_is_read():
-    torch.manual_seed(0)
-    model = ResUNet34(2).eval()
-    samples = [
-        Sample(f"{i}.png", torch.rand(3, 64, 64), (torch.rand(2, 64, 64) > 0.5).float())
-        for i in range(4)
-    ]
-    recorder = Recorder(model)
-    stream = adapt_online(recorder, samples, CPU, keep=[1, 3])
-    assert [image.shape for image in recorder.seen] == 4 * [(1, 3, 64, 64)]
-    for image, sample in zip(recorder.seen, samples, strict=True):
-        assert torch.equal(image[0], sample.image)
-    assert [score.image for score in stream.scores] == ["0.png", "1.png", "2.png", "3.png"]
-    assert set(stream.predictions) == {1, 3}
-
-    unlabelled = [Sample(s.name, s.image, torch.zeros_like(s.target)) for s in samples]
-    for method in METHODS:
-        adapted = [
-            adapt_online(build_adapter(method, model, lr=0.01), data, CPU, keep=range(4))
-            for data in (samples, unlabelled)
-        ]
-        for index in range(4):
-            assert torch.equal(*[one.predictions[index] for one in adapted])
-
-
-def test_the_source_model_is_never_changed_and_learning_persists():
-    torch.manual_seed(0)
-    model = ResUNet34(2).eval()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    samples = 2 * [Sample("a.png", torch.rand(3, 64, 64), torch.zeros(2, 64, 64))]
-    for method in ("tent", "grata"):
-        adapter = build_adapter(method, model, lr=0.1)
-        logits = [adapter(sample.image[None]) for sample in samples]
-        assert not torch.equal(*logits)
-    assert all(torch.equal(model.state_dict()[name], before[name]) for name in before)
-
-
-def test_grata_records_cosines_and_scales_and_others_do_not():
-    torch.manual_seed(0)
-    model = ResUNet34(2).eval()
-    samples = 3 * [Sample("a.png", torch.rand(3, 64, 64), torch.zeros(2, 64, 64))]
-    stream = adapt_online(build_adapter("grata", model, seed=1), samples, CPU)
-    assert len(stream.cosines) == len(stream.lr_scales) == 3
-    for cosine, scale in zip(stream.cosines, stream.lr_scales, strict=True):
-        assert scale == pytest.approx((1 + cosine) ** 2 / 4, abs=1e-6)
-    again = adapt_online(build_adapter("grata", model, seed=1), samples, CPU)
-    other = adapt_online(build_adapter("grata", model, seed=2), samples, CPU)
-    assert again.cosines == stream.cosines != other.cosines
-    assert adapt_online(build_adapter("tent", model), samples, CPU).cosines == []
-
-
-@pytest.mark.parametrize(
-    "text", ["mixed", "mixed:", "mixed:1.1", "mixed:-0.1", "mixed:nan", "Test"]
-)
-def test_impossible_statistics_are_refused(text):
-    with pytest.raises(ValueError, match=r"choose source, test, or mixed:SHARE"):
-        parse_statistics(text)
-
-
-def test_an_empty_prediction_has_no_contour():
-    sample = open_domain("synthetic", "centre_a", "test", 64, 0, 1)[0]
-    axes = Figure().subplots()
-    draw_contours(axes, sample, torch.zeros(2, 64, 64))  # matplotlib would warn of no contour
-    assert len(axes.collections) == 0
-    draw_contours(axes, sample, sample.target)
-    assert len(axes.collections) == 2
-
-
-def large_regions(mask, smallest):
-    """By breadth-first search: the 4-connected regions of at least so many pixels."""
-    left, kept = set(map(tuple, mask.nonzero().tolist())), torch.zeros_like(mask)
-    while left:
-        region = [left.pop()]
-        for y, x in region:  # which grows meanwhile
-            near = {(y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)} & left
-            left -= near
-            region += near
-        for pixel in region if len(region) >= smallest else []:
-            kept[pixel] = True
-    return kept
-
-
-def test_specks_are_the_small_regions_and_holes():
-    generator = torch.Generator().manual_seed(0)
-    for number in range(60):
-        mask = torch.rand(16, 21, generator=generator) < (0.3, 0.5, 0.6, 0.7)[number % 4]
-        before, smallest = mask.clone(), 1 + number % 12
-        expected = ~large_regions(~large_regions(mask, smallest), smallest)
-        assert torch.equal(without_specks(mask, smallest), expected)
-        assert torch.equal(mask, before)
-
-
-def test_only_drawing_drops_specks_of_predictions(tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(figures, "draw_contours", lambda axes, sample, masks: drawn.append(masks))
-    prediction = torch.zeros(2, 64, 64, dtype=torch.bool)
-    prediction[:, 20:40, 20:40] = True
-    clean = prediction.clone()
-    prediction[:, 3:6, 3:6] = True  # 9 pixels
-    prediction[:, 30, 30] = False
-    sample = Sample("a.png", torch.rand(3, 64, 64), prediction.float())
-    scored = prediction.clone(), ImageScore("a.png", 50.0, 50.0)
-    save_predictions(tmp_path / "figure.png", [("centre_b", sample, {"none": scored})])
-    photograph, truth, predicted = drawn
-    assert photograph is None
-    assert torch.equal(truth, prediction.float())
-    assert torch.equal(predicted, clean.float())
-    assert torch.equal(scored[0], prediction)
-
-
-@pytest.mark.parametrize("count", [1, 2, 7, 100])
-def test_alignment_counts_images_by_whole_numbers(count):
-    stream = Stream(cosines=count * [0.5], lr_scales=count * [0.5625])
-    figure = draw_alignment({"centre_b": stream})
-    figure.canvas.draw()
-    for axes in figure.axes:
-        low, high = axes.get_xlim()
-        assert low < 1
-        assert high > count
-        ticks = [tick for tick in axes.get_xticks() if low <= tick <= high]
-        assert ticks == [int(tick) for tick in ticks]
-        assert len(set(ticks)) == len(ticks) >= 1
-        if count == 1:
-            assert ticks == [1]
-
-
-def test_shown_images_are_spread_over_the_stream():
-    assert spread(2, 100) == [25, 75]
-    assert spread(1, 7) == [3]
-    assert spread(4, 2) == [0, 1]
 
 
 # Bad input: status 2, one line on standard error, nothing computed
@@ -750,7 +534,7 @@ def test_an_interrupted_comparison_continues_after_its_training(
         given = last_words(capsys, *words, "--checkpoint", checkpoint)
         assert given == "interrupted"
     assert read(out) == read(compared)  # the earlier results are still complete
-    monkeypatch.setattr(training.TrainingState, "run_epoch", None)  # nothing is trained again
+    monkeypatch.setattr(common_training, "run_epoch", None)  # nothing is trained again
     assert run(*words, "--resume") == 0
     assert read(out) == read(compared)[:1]
 
@@ -764,15 +548,6 @@ def test_interrupted_without_a_way_to_continue(capsys, checkpoint, tmp_path, mon
         interrupt_at(monkeypatch, commands, "export_domains", 1)
         words = []
     assert last_words(capsys, command, *words, "--out", tmp_path) == "interrupted"
-
-
-def test_a_remedy_is_not_replaced_by_an_outer_one(capsys):
-    def command():
-        with interruptible("outer", lambda: True), interruptible("inner", lambda: True):
-            raise KeyboardInterrupt
-
-    assert run_command(command) == 130
-    assert capsys.readouterr().err == "interrupted; inner\n"
 
 
 def test_module_is_a_program(tmp_path):
@@ -791,10 +566,3 @@ def test_help_shows_defaults_and_units(capsys, command):
     text = capsys.readouterr().out
     assert "pixels" in text
     assert "(default: 0)" in text
-
-
-def test_frames_are_shortened():
-    framed = "╭─ Bad ──╮\n│ no such │\n│ option │\n│ ────── │\n│ hints │\n╰───────╯"
-    assert shorten(framed) == "no such option"
-    assert shorten("plain words") == "plain words"
-    assert shorten("") == ""

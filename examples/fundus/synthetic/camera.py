@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from examples.fundus.centres import Centre
-from examples.fundus.drawing import colour, normal, pixel_centres, uniform
+from examples.fundus.synthetic.centres import Centre
+from examples.fundus.synthetic.drawing import colour, normal, pixel_centres, uniform
 
 
 def gaussian_blur(image: Float[Tensor, "C S S"], deviation: float) -> Float[Tensor, "C S S"]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.__main__ import main as benchmarks
+from examples.common.command_line import interruptible, run, shorten
 from examples.common.suggestions import nearest
 from examples.fundus.__main__ import main as fundus
 
@@ -104,3 +105,19 @@ def test_nearest() -> None:
     assert nearest("a", []) is None
     assert nearest("train_imags", ["train-images", "target-images"]) == "train-images"
     assert nearest("b", ["batch-size", "beta"]) is None  # both begin with it
+
+
+def test_a_remedy_is_not_replaced_by_an_outer_one(capsys):
+    def command():
+        with interruptible("outer", lambda: True), interruptible("inner", lambda: True):
+            raise KeyboardInterrupt
+
+    assert run(command) == 130
+    assert capsys.readouterr().err == "interrupted; inner\n"
+
+
+def test_frames_are_shortened():
+    framed = "╭─ Bad ──╮\n│ no such │\n│ option │\n│ ────── │\n│ hints │\n╰───────╯"
+    assert shorten(framed) == "no such option"
+    assert shorten("plain words") == "plain words"
+    assert shorten("") == ""

@@ -16,12 +16,13 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from examples.fundus.camera import photograph
-from examples.fundus.centres import CENTRES, Centre
-from examples.fundus.drawing import colour, normal, pixel_centres, uniform, wavy_circle
-from examples.fundus.reflectance import background, draw_disc, eye_tint
-from examples.fundus.sample import Sample, Split, normalise
-from examples.fundus.vessels import trace_vessels, vessel_tree
+from examples.common.datasets import Sample
+from examples.fundus.sample import Split, normalise
+from examples.fundus.synthetic.camera import photograph
+from examples.fundus.synthetic.centres import CENTRES, Centre
+from examples.fundus.synthetic.drawing import colour, normal, pixel_centres, uniform, wavy_circle
+from examples.fundus.synthetic.reflectance import background, draw_disc, eye_tint
+from examples.fundus.synthetic.vessels import trace_vessels, vessel_tree
 
 
 def fundus(

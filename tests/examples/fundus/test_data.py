@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import Dataset
 
+from examples.common.datasets import Sample
 from examples.fundus.data import (
     DataError,
     FundusDataset,
@@ -20,9 +21,9 @@ from examples.fundus.data import (
     check,
     open_domain,
 )
-from examples.fundus.export import export
 from examples.fundus.pictures import decode_target, encode_target
-from examples.fundus.sample import Sample, Split, normalise
+from examples.fundus.sample import Split, normalise
+from examples.fundus.synthetic.export import export
 
 SPLITS: tuple[Split, ...] = ("all", "train", "test")
 Rows = Sequence[tuple[str, str]]

@@ -1,4 +1,4 @@
-"""Which objective of a step comes first, second, …, also before their names are known."""
+"""The order in which a step visits its objectives, even before their names are known."""
 
 from __future__ import annotations
 
@@ -12,13 +12,17 @@ from gradkit.core.gradients import Gradients
 
 
 @dataclass(frozen=True)
-class Those:
-    """A choice of objectives for an oracle's `only`, made when the oracle asks.
+class LazySelection:
+    """A choice of objectives for an oracle's `only`, evaluated when the oracle asks for it.
 
-    A closure that returns a mapping says what its objectives are called only once it has run.
+    A closure that returns a mapping shows the names of its objectives only after it has run.
+
+    Args:
+        holds: Whether an objective of this name is chosen.
 
     Examples:
-        >>> "a" in Those(lambda name: name != "b"), "b" in Those(lambda name: name != "b")
+        >>> selection = LazySelection(lambda name: name != "b")
+        >>> "a" in selection, "b" in selection
         (True, False)
     """
 
@@ -29,13 +33,13 @@ class Those:
 
 
 @dataclass(eq=False)
-class Visits:
+class VisitOrder:
     """The order in which one step visits its objectives.
 
     Attributes:
-        context: The step's context, which knows their names.
-        generator: Draws the order, once for the whole step; None keeps the objectives' own.
-        observers: Those of weight 0 that the step has met so far.
+        context: The step's context, which knows the objectives' names.
+        generator: Draws the order, once for the whole step; None keeps the objectives' own order.
+        observers: The objectives of weight 0 that the step has visited so far.
     """
 
     context: Context
@@ -44,7 +48,7 @@ class Visits:
     _order: tuple[str, ...] | None = field(default=None, repr=False)
 
     def order(self, only: Container[str] | None) -> tuple[str, ...]:
-        """The objectives' names, or those of them that are in `only`."""
+        """The objectives' names in order, restricted to `only` if it is given."""
         if self._order is None:
             names = self.context.names or ()
             self._order = names
@@ -54,7 +58,7 @@ class Visits:
         return tuple(name for name in self._order if only is None or name in only)
 
     def is_active(self, name: str, gradients: Gradients) -> bool:
-        """Whether an objective has a weight; one that has none is noted as an observer."""
+        """Whether an objective's weight is not 0; if it is 0, the objective is an observer."""
         active = gradients.index(name) in gradients.active
         if not active:
             self.observers.add(name)

@@ -10,12 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from examples.fundus import synthetic
-from examples.fundus.camera import photograph
-from examples.fundus.centres import CENTRES
-from examples.fundus.sample import Sample, Split
-from examples.fundus.synthetic import SyntheticFundus
-from examples.fundus.vessels import trace_vessels, vessel_tree
+from examples.common.datasets import Sample
+from examples.fundus.sample import Split
+from examples.fundus.synthetic import CENTRES, SyntheticFundus, photographs
+from examples.fundus.synthetic.camera import photograph
+from examples.fundus.synthetic.vessels import trace_vessels, vessel_tree
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +84,7 @@ class TestDeterminism:
             calls.append(arguments)
             return torch.zeros(3, 32, 32), torch.zeros(2, 32, 32)
 
-        monkeypatch.setattr(synthetic, "fundus", draw)
+        monkeypatch.setattr(photographs, "fundus", draw)
         dataset = SyntheticFundus("centre_a", 2, 32, cache=cache)
         for index in (0, 1, 0, -1):
             dataset[index]
@@ -307,8 +306,8 @@ class TestVessels:
             chords.append(chord)
             return chord, reflex
 
-        monkeypatch.setattr(synthetic, "trace_vessels", spy)
-        monkeypatch.setattr(synthetic, "vessel_tree", spy_tree)
+        monkeypatch.setattr(photographs, "trace_vessels", spy)
+        monkeypatch.setattr(photographs, "vessel_tree", spy_tree)
         darkness, shifts = [], []
         columns = torch.arange(64.0).expand(64, 64)
         for sample in cast("Iterable[Sample]", SyntheticFundus(centre, 12, 64)):

@@ -1,7 +1,7 @@
 """Online test-time adaptation over one target centre, by the protocol of GraTa.
 
 Chen et al., https://arxiv.org/abs/2408.07343: images come one at a time in list order; the model
-adapts by one step on each and then predicts it; whatever it learnt stays until the target ends.
+adapts by one step on each and then predicts it; what it has learnt stays until the target ends.
 """
 
 from collections.abc import Collection
@@ -12,11 +12,11 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from examples.common.datasets import length
+from examples.common.datasets import Sample, length
+from examples.common.metrics import Scorer, segment
 from examples.common.progress import Progress
+from examples.common.scores import CaseScores
 from examples.common.suggestions import did_you_mean
-from examples.fundus.metrics import dice, mean, segment
-from examples.fundus.sample import Sample
 from gradkit import tta
 
 METHODS = ("none", "ptbn", "tent", "grata")
@@ -88,74 +88,53 @@ def build_adapter(
     raise ValueError(f"there is no method {method!r}; choose one of {', '.join(METHODS)}")
 
 
-@dataclass(frozen=True)
-class ImageScore:
-    """Dice (%) of one image."""
-
-    image: str
-    disc: float
-    cup: float
-
-    @property
-    def mean(self) -> float:
-        """Mean of disc and cup, %."""
-        return (self.disc + self.cup) / 2
-
-
 @dataclass
 class Stream:
     """What adapting over one target came to.
 
     Attributes:
-        scores: one per image, in the order of the stream.
-        predictions: of the images asked for, by their index; [2, S, S], disc and cup.
-        cosines: of the pseudo and the auxiliary gradient, one per image; GraTa only.
-        lr_scales: factor that this cosine puts on the learning rate, one per image; GraTa only.
+        scores: one per case, in the order of the stream.
+        predictions: of the cases asked for, by their index; [structures, *space].
+        cosines: of the pseudo and the auxiliary gradient, one per case; GraTa only.
+        lr_scales: factor that this cosine puts on the learning rate, one per case; GraTa only.
     """
 
-    scores: list[ImageScore] = field(default_factory=list)
-    predictions: dict[int, Bool[Tensor, "2 h w"]] = field(default_factory=dict)
+    scores: list[CaseScores] = field(default_factory=list)
+    predictions: dict[int, Bool[Tensor, "structures ..."]] = field(default_factory=dict)
     cosines: list[float] = field(default_factory=list)
     lr_scales: list[float] = field(default_factory=list)
-
-    @property
-    def disc(self) -> float:
-        """Mean Dice of the disc over images, %."""
-        return mean([score.disc for score in self.scores])
-
-    @property
-    def cup(self) -> float:
-        """Mean Dice of the cup over images, %."""
-        return mean([score.cup for score in self.scores])
 
 
 def adapt_online(
     adapter: tta.Adapter,
     samples: Dataset[Sample],
     device: torch.device,
+    score: Scorer,
     keep: Collection[int] = (),
     description: str | None = None,
+    unit: str = "image",
 ) -> Stream:
-    """Adapts to one image after another, in order, and scores the prediction of each.
+    """Adapts to one sample after another, in order, and scores the prediction of each.
 
-    Masks are used for nothing but the score.
+    Targets are used for nothing but the score.
 
     Args:
         adapter: fresh, or as an earlier stream left it.
-        samples: the target, train list then test list.
+        samples: in the order of the stream.
         device: where the adapter's model is.
-        keep: indices of the images whose predictions to return.
+        score: takes prediction and target of one sample on the CPU.
+        keep: indices of the samples whose predictions to return.
         description: of the progress on standard error; None shows none.
+        unit: what a sample is called there, in the singular.
     """
     stream = Stream()
     count = length(samples)
-    with Progress(count, description, "image") as progress:
+    with Progress(count, description, unit) as progress:
         for index in range(count):
             sample = samples[index]
             logits = adapter(sample.image.unsqueeze(0).to(device))
             prediction = segment(logits[0].float().cpu())
-            disc, cup = dice(prediction, sample.target).tolist()
-            stream.scores.append(ImageScore(sample.name, disc, cup))
+            stream.scores.append(CaseScores(sample.name, score(prediction, sample.target)))
             if index in keep:
                 stream.predictions[index] = prediction
             step = adapter.last_step

@@ -3,29 +3,27 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from contents import assert_equal_content
 from torch.utils.data import Dataset
 
-from examples.common.bootstrap import bootstrap_interval
+from examples.common import training
 from examples.common.checkpoint import CheckpointError, load, save_atomically
-from examples.common.device import choose_device
+from examples.common.datasets import Sample, fingerprint
+from examples.common.training import TrainingError, polynomial_learning_rate
 from examples.fundus.augmentation import AugmentedDataset
-from examples.fundus.metrics import dice, segment
 from examples.fundus.network import ResUNet34
-from examples.fundus.sample import Sample
 from examples.fundus.source_model import (
     FORMAT,
     Architecture,
     load_source_model,
     save_source_model,
 )
-from examples.fundus.training import evaluate, split_held_out, train_source
-from examples.fundus.training_state import (
-    TrainingError,
+from examples.fundus.training import (
     TrainingSettings,
-    TrainingState,
-    fingerprint,
-    polynomial_learning_rate,
-    segmentation_loss,
+    evaluate,
+    select,
+    split_held_out,
+    train_source,
 )
 
 CPU = torch.device("cpu")
@@ -51,76 +49,7 @@ class Discs(Dataset):
         return Sample(f"here/{index}.png", image, torch.stack([disc, cup]))
 
 
-# Scores
-
-
-def test_dice_in_closed_form():
-    target = torch.zeros(1, 4, 4, 4)
-    target[0, :3, :2] = 1  # half of the image; the last channel is empty
-    prediction = torch.zeros(1, 4, 4, 4, dtype=torch.bool)
-    prediction[0, 0, :2] = True  # all of it
-    prediction[0, 1, 1:3] = True  # half of it, and as much outside
-    expected = [100.0, 100 * (8 + 1e-6) / (16 + 1e-6), 100 * 1e-6 / (8 + 1e-6), 100.0]
-    torch.testing.assert_close(
-        dice(prediction, target)[0], torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=0
-    )
-
-
-def test_dice_does_not_broadcast():
-    with pytest.raises(ValueError, match="same shape"):
-        dice(torch.ones(2, 4, 4, dtype=torch.bool), torch.ones(1, 4, 4))
-
-
-def test_a_probability_of_one_half_is_foreground():
-    assert segment(torch.tensor([0.0, -1e-3])).tolist() == [True, False]
-
-
-def test_bootstrap_interval_is_that_of_the_normal_law_for_many_cases():
-    values = torch.randn(400, generator=torch.Generator().manual_seed(0)).double()
-    low, high = bootstrap_interval(values.tolist(), seed=1, resamples=4000)
-    half = 1.96 * values.std().item() / math.sqrt(400)
-    assert low == pytest.approx(values.mean().item() - half, abs=0.01)
-    assert high == pytest.approx(values.mean().item() + half, abs=0.01)
-    assert (low, high) == bootstrap_interval(values.tolist(), seed=1, resamples=4000)
-    assert (low, high) != bootstrap_interval(values.tolist(), seed=2, resamples=4000)
-
-
-@pytest.mark.parametrize(
-    "arguments", [{"values": []}, {"confidence": 1.0}, {"confidence": 0.0}, {"resamples": 0}]
-)
-def test_bootstrap_refuses(arguments):
-    with pytest.raises(ValueError, match=r"give|choose"):
-        bootstrap_interval(**{"values": [1.0], "seed": 0, **arguments})
-
-
-# Loss, schedule, split
-
-
-def test_loss_in_closed_form():
-    target = torch.zeros(2, 2, 4, 4)
-    target[:, :, :2] = 1
-    # p = 1/2 everywhere: BCE log 2, Dice (2·16·0.5·1 + 1) / (32 + 32 + 1) over 64 pixels
-    expected = math.log(2) + 1 - (2 * 16 + 1) / (32 + 32 + 1)
-    assert segmentation_loss(torch.zeros(2, 2, 4, 4), target).item() == pytest.approx(expected)
-
-
-def test_soft_dice_is_over_the_batch_not_per_image():
-    logits = torch.tensor([20.0, -20.0]).reshape(2, 1, 1, 1).expand(2, 2, 4, 4)
-    target = torch.ones(2, 2, 4, 4)
-    bce = 20 / 2
-    expected = bce + 1 - (2 * 32 + 1) / (32 + 64 + 1)
-    assert segmentation_loss(logits, target).item() == pytest.approx(expected, rel=1e-5)
-
-
-def test_loss_of_half_precision_logits_does_not_overflow():
-    logits = torch.full((8, 2, 128, 128), 20.0, dtype=torch.float16)  # they sum to more than 65504
-    assert segmentation_loss(logits, torch.ones(logits.shape)).item() == pytest.approx(0, abs=1e-4)
-
-
-def test_learning_rate_falls_to_a_tenth_of_an_epoch():
-    assert polynomial_learning_rate(1e-3, 0, 200) == 1e-3
-    assert polynomial_learning_rate(1e-3, 100, 200) == pytest.approx(1e-3 * 0.5**0.9)
-    assert polynomial_learning_rate(1e-3, 199, 200) == pytest.approx(1e-3 * 0.005**0.9)
+# Split
 
 
 @pytest.mark.parametrize("count", [2, 3, 10, 51])
@@ -205,22 +134,6 @@ def test_originals_survive_augmentation():
 # Training
 
 
-def assert_equal_content(a, b):
-    assert type(a) is type(b)
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_equal_content(a[key], b[key])
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b)
-        for x, y in zip(a, b, strict=True):
-            assert_equal_content(x, y)
-    else:
-        assert a == b
-
-
 def fit(directory, settings=SETTINGS, samples=None, **options):
     samples = Discs(6) if samples is None else samples
     return train_source(samples, TINY, settings, directory, CPU, progress=False, **options)
@@ -231,14 +144,14 @@ def test_resumed_training_ends_with_the_same_bits(tmp_path, interrupted_after):
     fit(tmp_path / "whole")
 
     def interrupt(report):
-        if report.epoch == interrupted_after:
+        if report["epoch"] == interrupted_after:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         fit(tmp_path / "parts", on_epoch=interrupt)
     epochs = []
     torch.manual_seed(99)  # whatever the state of the global generator
-    fit(tmp_path / "parts", resume=True, on_epoch=lambda report: epochs.append(report.epoch))
+    fit(tmp_path / "parts", resume=True, on_epoch=lambda report: epochs.append(report["epoch"]))
     assert epochs == list(range(interrupted_after + 1, 4))
     for name in ("last.pt", "best.pt"):
         assert_equal_content(load(tmp_path / "parts" / name), load(tmp_path / "whole" / name))
@@ -254,7 +167,7 @@ def test_training_leaves_the_global_generator_alone(tmp_path):
 def test_without_resume_training_starts_anew(tmp_path):
     fit(tmp_path)
     first, epochs = load(tmp_path / "last.pt"), []
-    fit(tmp_path, on_epoch=lambda report: epochs.append(report.epoch))
+    fit(tmp_path, on_epoch=lambda report: epochs.append(report["epoch"]))
     assert epochs == [1, 2, 3]
     assert_equal_content(load(tmp_path / "last.pt"), first)
 
@@ -262,11 +175,11 @@ def test_without_resume_training_starts_anew(tmp_path):
 def test_the_best_epoch_is_kept(tmp_path):
     reports = []
     best = fit(tmp_path, replace(SETTINGS, epochs=5), on_epoch=reports.append)
-    scores = [report.score for report in reports]
+    scores = [select(report) for report in reports]
     model, architecture = load_source_model(best)
     assert architecture == TINY
     held_out = torch.utils.data.Subset(Discs(6), split_held_out(6, SETTINGS.seed)[1])
-    disc, cup = evaluate(model, held_out, CPU)
+    disc, cup = evaluate(model, held_out, CPU).values()
     assert (disc + cup) / 2 == max(scores)
     assert len(load(best)["history"]) == 1 + scores.index(max(scores))
 
@@ -275,9 +188,9 @@ def test_training_learns(tmp_path):
     settings = TrainingSettings(epochs=15, seed=0, batch_size=2, learning_rate=0.2)
     architecture = replace(TINY, width=4)
     best = train_source(Discs(10), architecture, settings, tmp_path, CPU, progress=False)
-    disc, cup = evaluate(load_source_model(best)[0], Discs(10), CPU)
-    assert disc > 90
-    assert cup > 80
+    scores = evaluate(load_source_model(best)[0], Discs(10), CPU)
+    assert scores["disc"] > 90
+    assert scores["cup"] > 80
 
 
 def test_half_precision_trains_and_resumes(tmp_path):
@@ -325,14 +238,14 @@ def test_an_extended_training_takes_the_longer_schedule_and_is_resumed_bit_for_b
 ):
     longer = replace(SETTINGS, epochs=4)
     rates = []
-    run_epoch = TrainingState.run_epoch
+    run_epoch = training.run_epoch
 
-    def recorded(state, augmented, epoch):
-        loss = run_epoch(state, augmented, epoch)
+    def recorded(state, epoch):
+        losses = run_epoch(state, epoch)
         rates.append(state.optimizer.param_groups[0]["lr"])
-        return loss
+        return losses
 
-    monkeypatch.setattr(TrainingState, "run_epoch", recorded)
+    monkeypatch.setattr(training, "run_epoch", recorded)
     for name in ("whole", "parts"):
         fit(tmp_path / name, replace(SETTINGS, epochs=2))
     fit(tmp_path / "whole", longer, resume=True)
@@ -502,35 +415,3 @@ def test_unusable_checkpoints_are_refused_and_run_no_code(tmp_path, capsys):
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(CheckpointError, match="not a readable checkpoint"):
         load_source_model(path)
-
-
-def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
-    path = tmp_path / "m.pt"
-    save_atomically({"value": 1}, path)
-
-    def fail(content, file):
-        file.write(b"half of it")
-        raise OSError("the disk is full")
-
-    monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(OSError, match="disk is full"):
-        save_atomically({"value": 2}, path)
-    monkeypatch.undo()
-    assert load(path) == {"value": 1}
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_checkpoint_is_replaced_not_overwritten(tmp_path):
-    path, old = tmp_path / "m.pt", tmp_path / "old.pt"
-    save_atomically({"value": 1}, path)
-    old.hardlink_to(path)
-    save_atomically({"value": 2}, path)
-    assert load(path) == {"value": 2}
-    assert load(old) == {"value": 1}
-
-
-def test_devices():
-    assert choose_device("cpu") == CPU
-    assert choose_device("auto").type in ("cpu", "cuda")
-    with pytest.raises(ValueError, match="'abacus' is not available; pass auto, cpu or cuda"):
-        choose_device("abacus")

@@ -6,13 +6,13 @@ import sys
 import pytest
 import torch
 
+from examples.common.adaptation import adapt_online
+from examples.common.datasets import Sample
 from examples.common.progress import Progress
-from examples.fundus.adaptation import adapt_online
 from examples.fundus.network import ResUNet34
-from examples.fundus.sample import Sample
+from examples.fundus.sample import DICE
 from examples.fundus.source_model import Architecture
-from examples.fundus.training import train_source
-from examples.fundus.training_state import TrainingSettings
+from examples.fundus.training import TrainingSettings, train_source
 from gradkit import tta
 
 
@@ -105,7 +105,7 @@ def test_training_and_adaptation_write_lines(capsys, tmp_path):
     samples = [Sample(name, torch.rand(3, 64, 64), torch.ones(2, 64, 64)) for name in "ab"]
     cpu = torch.device("cpu")
     train_source(samples, Architecture(2, 64, "here"), settings, tmp_path, cpu)
-    adapt_online(tta.NoAdapt(ResUNet34(2)), samples, cpu, description="there, none")
+    adapt_online(tta.NoAdapt(ResUNet34(2)), samples, cpu, DICE, description="there, none")
     first, second, nothing = capsys.readouterr().err.split("\n")
     assert first.startswith("train here: epoch 1 of 1, loss=")
     assert second.startswith("there, none: image 2 of 2, ")

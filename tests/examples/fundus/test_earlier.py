@@ -5,13 +5,14 @@ from dataclasses import asdict
 import pytest
 import torch
 
+from examples.common import training as common_training
+from examples.common.adaptation import Stream
 from examples.common.checkpoint import load, save_atomically
-from examples.fundus import commands, comparison, training
+from examples.fundus import commands, comparison
 from examples.fundus.__main__ import main
-from examples.fundus.adaptation import Stream
 from examples.fundus.network import ResUNet34
 from examples.fundus.source_model import Architecture, save_source_model
-from examples.fundus.training_state import EpochReport, TrainingSettings
+from examples.fundus.training import TrainingSettings
 
 TINY = ["--size", "64", "--width", "2", "--train-images", "4"]
 COMMANDS = {"train": [*TINY], "compare": [*TINY, "--target-images", "1"]}
@@ -47,7 +48,7 @@ def leave(out, done, epochs, source="centre_a", finished=None):
     weights = ResUNet34(2).state_dict()
     details = {
         "settings": asdict(TrainingSettings(epochs)),
-        "history": [asdict(EpochReport(n + 1, 1.0, 50.0, 50.0)) for n in range(done)],
+        "history": [{"epoch": n + 1, "loss": 1.0, "disc": 50.0, "cup": 50.0} for n in range(done)],
     }
     (out / "training").mkdir(parents=True)
     for name in ("last.pt", "best.pt"):
@@ -197,7 +198,7 @@ def test_extending_really_trains_on(tmp_path, monkeypatch):
     assert run(*words, "--epochs", 2, "--resume") == 0
     last = load(tmp_path / "training" / "last.pt")
     assert (len(last["history"]), last["settings"]["epochs"]) == (2, 2)
-    monkeypatch.setattr(training.TrainingState, "run_epoch", None)  # no further epoch
+    monkeypatch.setattr(common_training, "run_epoch", None)  # no further epoch
     assert run(*words, "--resume") == 0
 
 
@@ -256,7 +257,7 @@ def test_replaced_results_are_said(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(commands, "adapt_online", lambda *arguments: Stream())
     monkeypatch.setattr(commands, "save_masks", lambda *arguments: None)
     monkeypatch.setattr(commands, "markdown_table", lambda *arguments: "table")
-    monkeypatch.setattr(commands, "write_json", lambda results, path: path.write_text("new"))
+    monkeypatch.setattr(commands, "write_json", lambda results, path, *rest: path.write_text("new"))
     out = tmp_path / "out"
     words = ["adapt", "--checkpoint", model, "--target-images", 1, "--out", out]
     assert run(*words) == 0

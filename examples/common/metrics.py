@@ -1,0 +1,87 @@
+"""Scores of segmentations: Dice in percent, in any number of spatial dimensions."""
+
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+EPSILON = 1e-6  # so that an empty prediction of an empty structure scores 100
+
+Scorer: TypeAlias = Callable[[Tensor, Tensor], dict[str, float]]
+"""Scores of one case by name, from its prediction and its target [structures, *space]."""
+
+
+def segment(logits: Float[Tensor, "*shape"], threshold: float = 0.5) -> Bool[Tensor, "*shape"]:
+    """The structure is where its probability, the sigmoid of the logit, reaches `threshold`.
+
+    Example:
+        >>> segment(torch.tensor([-1.0, 0.0, 1.0])).tolist()
+        [False, True, True]
+    """
+    return logits.sigmoid() >= threshold
+
+
+def dice(
+    prediction: Bool[Tensor, "*shape"], target: Float[Tensor, "*shape"], dimensions: int
+) -> Float[Tensor, "*batch"]:
+    """Dice (%) = 100·(2|P∩G| + 1e-6) / (|P| + |G| + 1e-6), over the last dimensions.
+
+    Computed in float64, where counts of pixels are exact.
+
+    Args:
+        prediction: of one structure in each of the leading dimensions.
+        target: 0 or 1, of the same shape.
+        dimensions: number of spatial dimensions, which come last: 2 for images, 3 for volumes.
+
+    Raises:
+        ValueError: the shapes differ (they are not broadcast), or have fewer dimensions.
+
+    Example:
+        >>> dice(torch.tensor([[True, False]]), torch.tensor([[1.0, 1.0]]), dimensions=2).item()
+        66.66667777777407
+    """
+    if prediction.shape != target.shape:
+        raise ValueError(
+            f"the prediction has shape {list(prediction.shape)} and the target "
+            f"{list(target.shape)}; give both the same shape"
+        )
+    if not 1 <= dimensions <= prediction.ndim:
+        raise ValueError(
+            f"dimensions is {dimensions}; choose from 1 to {prediction.ndim}, as many as the "
+            "prediction has"
+        )
+    space = tuple(range(-dimensions, 0))
+    predicted, actual = prediction.double(), target.double()
+    intersection = (predicted * actual).sum(dim=space)
+    size = predicted.sum(dim=space) + actual.sum(dim=space)
+    return 100 * (2 * intersection + EPSILON) / (size + EPSILON)
+
+
+def dice_of(structures: Sequence[str]) -> Scorer:
+    """The Dice (%) of each of these structures, which are the channels of prediction and target.
+
+    Example:
+        >>> score = dice_of(["vessel", "aneurysm"])
+        >>> score(torch.ones(2, 4, 4, 4, dtype=torch.bool), torch.ones(2, 4, 4, 4))
+        {'vessel': 100.0, 'aneurysm': 100.0}
+    """
+
+    def score(
+        prediction: Bool[Tensor, "structures ..."], target: Float[Tensor, "structures ..."]
+    ) -> dict[str, float]:
+        values = dice(prediction, target, prediction.ndim - 1).tolist()
+        return dict(zip(structures, values, strict=True))
+
+    return score
+
+
+def mean(values: Sequence[float]) -> float:
+    """The arithmetic mean, in float64.
+
+    Example:
+        >>> mean([1.0, 2.0])
+        1.5
+    """
+    return torch.tensor(values, dtype=torch.float64).mean().item()

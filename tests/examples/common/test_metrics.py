@@ -1,0 +1,70 @@
+"""Dice equals an independent reference in two and three dimensions."""
+
+import pytest
+import torch
+from monai.metrics import compute_dice
+
+from examples.common.metrics import dice, dice_of, segment
+
+
+def test_dice_in_closed_form():
+    target = torch.zeros(1, 4, 4, 4)
+    target[0, :3, :2] = 1  # half of the image; the last channel is empty
+    prediction = torch.zeros(1, 4, 4, 4, dtype=torch.bool)
+    prediction[0, 0, :2] = True  # all of it
+    prediction[0, 1, 1:3] = True  # half of it, and as much outside
+    expected = [100.0, 100 * (8 + 1e-6) / (16 + 1e-6), 100 * 1e-6 / (8 + 1e-6), 100.0]
+    torch.testing.assert_close(
+        dice(prediction, target, 2)[0],
+        torch.tensor(expected, dtype=torch.float64),
+        rtol=1e-12,
+        atol=0,
+    )
+
+
+def test_dice_does_not_broadcast():
+    with pytest.raises(ValueError, match="same shape"):
+        dice(torch.ones(2, 4, 4, dtype=torch.bool), torch.ones(1, 4, 4), 2)
+
+
+def test_a_probability_of_one_half_is_foreground():
+    assert segment(torch.tensor([0.0, -1e-3])).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("space", [(9, 7), (9, 7, 5)])
+def test_dice_equals_monais(space):
+    generator = torch.Generator().manual_seed(0)
+    prediction, target = (torch.rand(6, 3, *space, generator=generator) > 0.6 for _ in range(2))
+    found = dice(prediction, target.float(), len(space))
+    assert found.shape == (6, 3)
+    torch.testing.assert_close(found.float(), 100 * compute_dice(prediction, target))
+
+
+@pytest.mark.parametrize("space", [(5, 4), (5, 4, 3), (5, 4, 3, 2)])
+def test_dice_counts_common_places(space):
+    generator = torch.Generator().manual_seed(1)
+    prediction, target = (torch.rand(space, generator=generator) > 0.5 for _ in range(2))
+    p, g = (set(map(tuple, mask.nonzero().tolist())) for mask in (prediction, target))
+    expected = 100 * 2 * len(p & g) / (len(p) + len(g))
+    assert dice(prediction, target.float(), len(space)).item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("dimensions", [0, 3])
+def test_dice_needs_as_many_dimensions(dimensions):
+    mask = torch.ones(4, 4, dtype=torch.bool)
+    with pytest.raises(ValueError, match=f"dimensions is {dimensions}; choose from 1 to 2"):
+        dice(mask, mask.float(), dimensions)
+
+
+@pytest.mark.parametrize("space", [(4, 4), (4, 4, 4)])
+def test_dice_by_name_is_in_the_order_of_the_channels(space):
+    target = torch.zeros(2, *space)
+    target[0, :2] = 1
+    prediction = torch.zeros(2, *space, dtype=torch.bool)
+    prediction[0, 1:3] = True
+    score = dice_of(["vessel", "aneurysm"])(prediction, target)
+    assert list(score) == ["vessel", "aneurysm"]
+    assert score["vessel"] == pytest.approx(50, rel=1e-6)
+    assert score["aneurysm"] == 100  # empty, and empty it is predicted
+    with pytest.raises(ValueError, match="zip"):
+        dice_of(["vessel"])(prediction, target)
