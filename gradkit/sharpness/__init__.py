@@ -1,4 +1,4 @@
-"""Sharpness-aware minimization and its relatives."""
+"""Sharpness-aware minimization."""
 
 from gradkit.sharpness.sam import SAM
 

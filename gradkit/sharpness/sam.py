@@ -23,14 +23,18 @@ class SAM(Transform):
         ε = ρ·d / (‖d‖ + 1e-12)        one norm over the whole flat vector
         step on ∇L(θ + ε)
 
-    Around other transforms d is their direction, and so is the gradient at θ + ε: after PCGrad,
-    both are surgically combined. BatchNorm statistics are those of the first pass.
+    Around other transforms, both d and the gradient at θ + ε are their directions: after PCGrad,
+    both are combined by PCGrad. BatchNorm statistics are those of the first evaluation.
 
-    Cost: two gradients of each objective. Memory: one flat vector (a copy of the weights; in
-    the engine "functional" θ + ε). State: none.
+    Cost: two gradients of each objective. Memory: one flat vector (a copy of the weights; with the
+    engine "functional", θ + ε). State: none.
 
     Args:
         rho: The ascent radius ρ ≥ 0. 0.05 is the authors' default for image classification.
+
+    Raises:
+        TypeError: If `rho` is not a number.
+        ValueError: If it is negative or not finite.
 
     Examples:
         >>> import torch, gradkit as gk
@@ -51,8 +55,8 @@ class SAM(Transform):
 
     def around(self, inner: Oracle, context: Context) -> Oracle:
         def oracle(at: Point | None = None, only: Container[str] | None = None) -> Gradients:
-            # No name holds on to the first evaluation or to the point of the second, so that their
-            # memory is free as soon as it is no longer needed.
+            # No variable keeps the first evaluation or the displaced point, so that their memory is
+            # freed as soon as it is no longer needed.
             return inner(self._ascent(inner(at, only), at, context), only)
 
         return oracle
