@@ -28,19 +28,26 @@ def GraTa(  # noqa: N802 # the method's name
         g_a = ∇L_auxiliary(θ)
         g   = ∇L_pseudo(θ − look_ahead·g_a)
         η   = β·f(cos(g, g_a))
-        θ   ← base step on g with learning rate η, β being the base's own
+        θ   ← base step on g with learning rate η        β the base's own learning rate
 
     The paper writes the step as plain gradient descent; its code uses Adam with β = 1e-4, whose
-    moments persist from image to image. `gradkit.tta.GraTa` is the whole method on images.
+    moments are kept from image to image. `gradkit.tta.GraTa` is the whole method on images.
 
     Cost: one gradient of each objective.
 
     Args:
         base: The optimizer to wrap.
         model: See `wrap`.
-        look_ahead: The length of the look-ahead step, in units of the gradient.
+        look_ahead: The step size of the look-ahead step.
         activation: f; see `CosineLR`.
         **options: Further arguments of `wrap`.
+
+    Returns:
+        The optimizer; see `GradientOptimizer`.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If an argument has no valid value; see `wrap`.
 
     Examples:
         >>> import torch, gradkit as gk

@@ -1,7 +1,7 @@
-"""The optimizer contract, as a check for transforms of one's own.
+"""The optimizer contract, as a check for user-defined transforms.
 
-`check_optimizer_contract` runs a wrapped optimizer through what torch code expects of an
-optimizer, and through failures at every point of a step.
+`check_optimizer_contract` tests what torch code expects of an optimizer, and failures at every
+point of a step.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ def check_optimizer_contract(
 ) -> None:
     """Check that an optimizer keeps the optimizer contract.
 
-    It is tried on a small network with BatchNorm and dropout, with one objective for each name.
-    torch's random number generator is left as it was.
+    It is tested on a small network with BatchNorm and dropout, with one objective for each name.
+    The state of torch's random number generator is restored.
 
     Args:
-        make_optimizer: Makes the optimizer for a module; called often, and must make equal
-            optimizers for equal modules.
+        make_optimizer: Makes the optimizer for a module. It is called several times, and must make
+            equal optimizers for equal modules.
         objectives: The names of the objectives that its transforms need.
 
     Raises:
@@ -57,9 +57,9 @@ def check_optimizer_contract(
 
 
 def bits(value: Any) -> Any:
-    """A value in which tensors are dtype, shape and bytes, so that `==` means equal bits.
+    """A copy in which tensors are replaced by dtype, shape and bytes, so that `==` compares bits.
 
-    Looks into mappings, lists and tuples; everything else stays as it is.
+    Mappings, lists and tuples are converted recursively; other values are not changed.
 
     Examples:
         >>> import torch, gradkit as gk
@@ -114,7 +114,7 @@ class _Problem:
         return [teacher for teacher in found if isinstance(teacher, nn.Module)]
 
     def snapshot(self) -> dict[str, Any]:
-        """Everything that a failed step must leave as it was, in comparable form."""
+        """Everything that a failed step must not change, in comparable form."""
         optimizer = self.optimizer
         return {
             "weights and buffers": bits(self.model.state_dict()),
@@ -214,7 +214,7 @@ def _check_determinism(make: MakeOptimizer, names: tuple[str, ...]) -> None:
 
 
 def _check_failures(make: MakeOptimizer, names: tuple[str, ...]) -> None:
-    """Raise at every evaluation in turn; then go on as if nothing had been."""
+    """Raise at every evaluation in turn; check that the next step is not affected."""
     for error in (KeyError("from a closure"), KeyboardInterrupt()):
         untouched, disturbed = _Problem(make, names), _Problem(make, names)
         untouched.run(1)
@@ -229,7 +229,7 @@ def _check_failures(make: MakeOptimizer, names: tuple[str, ...]) -> None:
             _require_equal(before, disturbed.snapshot(), when)
             position += 1
         _require(position >= len(names), "fewer evaluations than objectives")
-        # The attempt that went through was a step; the undisturbed one takes it too.
+        # The last attempt was a complete step, so the undisturbed optimizer takes one, too.
         torch.set_rng_state(_rng(before))
         untouched.run(1)
         _require_equal(
@@ -283,7 +283,7 @@ def _check_nonfinite(make: MakeOptimizer, names: tuple[str, ...]) -> None:
                 record is not None and not record.applied,
                 "last_step does not say that the step was skipped",
             )
-            del before["random numbers"]  # they go on, as after any forward pass
+            del before["random numbers"]  # generators advance, as after any forward pass
         _require_equal(before, after, f"after a NaN loss with nonfinite={mode!r}")
 
 
@@ -324,7 +324,7 @@ def _check_saving(make: MakeOptimizer, names: tuple[str, ...]) -> None:
         file.seek(0)
         loaded = torch.load(file, weights_only=True)
         resumed = _Problem(make, names)
-        resumed.run(1)  # its own state must give way
+        resumed.run(1)  # loading must replace its own state
         resumed.model.load_state_dict(loaded["model"])
         for teacher, values in zip(resumed.teachers(), loaded["teachers"], strict=True):
             teacher.load_state_dict(values)
@@ -410,7 +410,7 @@ def _check_without_closure(make: MakeOptimizer, names: tuple[str, ...]) -> None:
 
 @contextmanager
 def _zero_learning_rates(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """As distributed checkpoints do to make the optimizer's state."""
+    """Set learning rates to 0, as distributed checkpoints do to initialise the state."""
     old = [group["lr"] for group in optimizer.param_groups]
     for group, rate in zip(optimizer.param_groups, old, strict=True):
         group["lr"] = torch.tensor(0.0) if isinstance(rate, Tensor) else 0.0

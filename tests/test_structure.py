@@ -1,4 +1,4 @@
-"""The package's structure: which way imports run, and what it needs."""
+"""The package's structure: which way imports run, what it needs, and where its tests are."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 import gradkit
 
 PACKAGE = Path(gradkit.__file__).parent
+TESTS = Path(__file__).parent
 EXAMPLES = PACKAGE.parent / "examples"
 
 # The rooms of the drawing in docs/concepts.md: what each may import besides itself.
@@ -103,3 +104,16 @@ def test_it_needs_only_its_dependencies() -> None:
 def test_every_public_name_is_documented() -> None:
     for name in gradkit.__all__:
         assert getattr(gradkit, name).__doc__, name
+
+
+def test_every_module_has_tests_that_its_name_leads_to() -> None:
+    """A test file of its name, or a row in the README of the tests."""
+    _, table = (TESTS / "README.md").read_text().split("| module | tested in |\n")
+    rows = re.findall(r"^\| `(\S+)` \| (.+) \|$", table, re.MULTILINE)
+    elsewhere = {Path(module): re.findall(r"`(\S+)`", where) for module, where in rows}
+    for module, names in elsewhere.items():
+        assert names, module
+        assert all((TESTS / name).exists() for name in names), module
+    modules = {path.relative_to(PACKAGE) for path in FILES if path.name != "__init__.py"}
+    own = {path for path in modules if (TESTS / path.with_name(f"test_{path.name}")).exists()}
+    assert elsewhere.keys() == modules - own

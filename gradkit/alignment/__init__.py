@@ -1,4 +1,4 @@
-"""Learning rates and look-ahead points from the agreement of two gradients."""
+"""Gradient alignment: learning rates from cosines, and look-ahead gradients."""
 
 from gradkit.alignment.cosine_lr import CosineLR
 from gradkit.alignment.look_ahead import LookAhead

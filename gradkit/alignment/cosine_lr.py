@@ -25,7 +25,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "softplus": F.softplus,
     "constant": torch.ones_like,
 }
-"""What may be made of a cosine c: ¼(c+1)², ½(c+1), 1/(1+exp(-c)), max(0, c), ln(1+e^c), 1."""
+"""Functions of a cosine c: ¼(c+1)², ½(c+1), 1/(1+exp(-c)), max(0, c), ln(1+e^c), 1."""
 
 
 @dataclass(eq=False)
@@ -44,11 +44,16 @@ class CosineLR(Transform):
     Cost: none beyond the gradients of both. State: none.
 
     Args:
-        a: The one objective.
-        b: The other.
+        a: An objective.
+        b: Another objective.
         activation: f: "quadratic" ¼(c+1)², "linear" ½(c+1), "sigmoid", "relu", "softplus"
             ln(1+e^c), "constant" 1 (the paper's Table 4 and a control), or a callable from
             cosine [] to factor [].
+
+    Raises:
+        ValueError: If `activation` is not one of these names and not a callable; in `step`, if the
+            step lacks one of the objectives, or if the callable returns more than one number.
+        TypeError: In `step`, if the callable returns something else than a number.
 
     Examples:
         >>> import torch, gradkit as gk

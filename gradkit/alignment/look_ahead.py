@@ -1,4 +1,4 @@
-"""Look-ahead gradients: one objective's gradient where another's would lead."""
+"""Look-ahead gradients: one objective's gradient after a step along another's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gradkit.core.transform import Transform
 
 @dataclass(eq=False)
 class LookAhead(Transform):
-    """Take one objective's gradient one gradient step ahead along another (GraTa, AAAI 2025).
+    """Compute one objective's gradient after a step along another's (GraTa, AAAI 2025).
 
     From [Gradient Alignment Improves Test-Time Adaptation for Medical Image
     Segmentation](https://arxiv.org/abs/2408.07343), Algorithm 1, lines 1–3:
@@ -24,20 +24,25 @@ class LookAhead(Transform):
         θ'  = θ − s·g_a
         g   = ∇L_pseudo(θ')
 
-    To first order g is the gradient of L_pseudo − s·⟨∇L_pseudo, ∇L_auxiliary⟩, less the half of
-    the product rule that holds the auxiliary Hessian: it seeks weights where the two gradients
-    agree. The step s is no learning rate; the paper and its code take 1.
+    To first order g is the gradient of L_pseudo − s·⟨∇L_pseudo, ∇L_auxiliary⟩ without the term with
+    the auxiliary Hessian: it favours weights where the two gradients agree. The step size s is not
+    the learning rate; the paper and its code use 1.
 
-    Objectives other than the two are evaluated at θ and keep their weights. The auxiliary row is
-    an observer (weight 0).
+    Other objectives are evaluated at θ and keep their weights. The auxiliary row is an observer, of
+    weight 0.
 
     Cost: one gradient of each objective. Memory: one flat vector for the point and one more set
     of rows. State: none.
 
     Args:
-        along: The objective whose gradient is stepped along.
-        update: The objective whose gradient is taken there.
-        step_size: s, the step's length in units of the gradient.
+        along: The objective along whose gradient the step is made.
+        update: The objective whose gradient is computed after it.
+        step_size: s, the step size.
+
+    Raises:
+        TypeError: If `step_size` is not a number.
+        ValueError: If it is not finite, or if both objectives are the same; in `step`, if the step
+            lacks one of them.
 
     Examples:
         >>> import torch, gradkit as gk
@@ -72,7 +77,7 @@ class LookAhead(Transform):
                 return here
             row = here.row(self.along)
             there = inner(context.displaced(at, row, -self.step_size), (self.update,))
-            # Transforms inside may have asked for further rows at either point.
+            # Inner transforms may have added further rows at either point.
             return context.join({**dict.fromkeys(here.names, here), self.update: there}, there)
 
         return oracle

@@ -1,4 +1,4 @@
-"""Sharpness-aware minimization and its relatives."""
+"""Sharpness-aware minimization."""
 
 from gradkit.sharpness.aesam import AESAM
 from gradkit.sharpness.asam import ASAM

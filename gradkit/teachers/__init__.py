@@ -1,4 +1,4 @@
-"""Mean teachers: modules that follow a student by an exponential moving average."""
+"""Mean teachers: modules that are exponential moving averages of a student."""
 
 from gradkit.teachers.ema import EMA
 from gradkit.teachers.following import follow

@@ -1,4 +1,4 @@
-"""How a teacher is made from its student, and checked against it."""
+"""Making a teacher from a student, and checking that it fits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gradkit.core.ranks import is_expanded, is_sharded
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """The module inside `DistributedDataParallel` and `torch.compile`; any other as it is.
+    """The module inside `DistributedDataParallel` and `torch.compile`; other modules unchanged.
 
     Examples:
         >>> import torch
@@ -34,7 +34,7 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    # Looked up, since importing it takes a second and nobody without it can hold one.
+    # Not imported, which takes a second; without the import there can be no compiled module.
     dynamo = sys.modules.get("torch._dynamo.eval_frame")
     return dynamo is not None and isinstance(module, dynamo.OptimizedModule)
 
@@ -42,16 +42,16 @@ def _is_compiled(module: nn.Module) -> bool:
 def copied(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """A frozen copy of a module, without gradients.
 
-    Results of a computation that a module keeps as an attribute are copied without their graph:
-    the weight of `torch.nn.utils.prune` and of the older `weight_norm` and `spectral_norm`, which
-    a hook computes anew in each forward pass.
+    Computed tensors that a module keeps as attributes are copied without their graph: the weight of
+    `torch.nn.utils.prune` and of the older `weight_norm` and `spectral_norm`, which a hook computes
+    in each forward pass.
 
     Args:
-        module: What to copy.
-        memo: What to take in place of copies, by the id of the original; see `copy.deepcopy`.
+        module: The module to copy.
+        memo: Objects to use instead of copies, by the id of the original; see `copy.deepcopy`.
 
     Raises:
-        ValueError: If it cannot be copied; a teacher must be passed then.
+        ValueError: If it cannot be copied; a teacher must then be passed.
     """
     memo = {} if memo is None else memo
     given = set(map(id, memo.values()))
@@ -78,7 +78,7 @@ def copied(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
 
 
 def _share_memory_alike(module: nn.Module, made: nn.Module) -> None:
-    """Let a copy's buffers lie in its weights where the original's do; copies of each do not."""
+    """Make a copy's buffers views of its weights, where they are in the original."""
     weights = {
         _storage(each): (name, each) for name, each in module.named_parameters() if _storage(each)
     }
@@ -98,14 +98,14 @@ def _share_memory_alike(module: nn.Module, made: nn.Module) -> None:
 
 
 def _storage(tensor: Tensor) -> int | None:
-    """The address of the memory that a plain tensor's numbers lie in."""
+    """The address of a plain tensor's storage; None if it has none."""
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
         return None
     return tensor.untyped_storage().data_ptr() or None
 
 
 def _results(values: list[Any]) -> Iterator[Tensor]:
-    """The tensors with a graph among these values, and in lists, tuples and dicts among them."""
+    """The tensors with a graph among these values, including those in lists, tuples and dicts."""
     for value in values:
         if isinstance(value, Tensor):
             if not value.is_leaf:
@@ -117,17 +117,18 @@ def _results(values: list[Any]) -> Iterator[Tensor]:
 
 
 def is_writable(tensor: Tensor) -> bool:
-    """Whether a tensor can be written to in place, element by element."""
+    """Whether the elements of a tensor can be written in place."""
     dense = tensor.layout == torch.strided and not tensor.is_quantized
     return dense and not tensor.is_inference() and not is_expanded(tensor)
 
 
 def make_teacher(student: nn.Module, teacher: nn.Module | None) -> nn.Module:
-    """A copy of the student, or the teacher that was passed, once it is known to fit.
+    """A copy of the student, or the teacher that was passed, after a check that it fits.
 
     Raises:
-        TypeError: If one of them is no module.
-        ValueError: If there is nothing to follow yet, or if the teacher does not fit.
+        TypeError: If student or teacher is not a module.
+        ValueError: If the student is not initialised yet or cannot be copied, or if the teacher
+            does not fit.
     """
     for name, module in (("student", student), ("teacher", teacher)):
         if not isinstance(module, nn.Module) and (name == "student" or module is not None):
@@ -163,7 +164,7 @@ def make_teacher(student: nn.Module, teacher: nn.Module | None) -> nn.Module:
 
 
 def _outline(module: nn.Module) -> dict[str, str]:
-    """Each parameter's shape, and the names of the buffers that are saved, in words."""
+    """A description of each parameter and of each buffer that is saved, by name."""
     parameters = module.named_parameters(remove_duplicate=False)
     return {
         **{name: f"shape {tuple(each.shape)}" for name, each in parameters},
@@ -172,7 +173,7 @@ def _outline(module: nn.Module) -> dict[str, str]:
 
 
 def saved_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The buffers that a state dict holds, by name."""
+    """The buffers that are saved in a state dict, by name."""
     for path, each in module.named_modules(remove_duplicate=False):
         for key, buffer in each._buffers.items():
             if buffer is not None and key not in each._non_persistent_buffers_set:
@@ -180,5 +181,5 @@ def saved_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def joined(path: str, key: str) -> str:
-    """A tensor's name, from its module's and its own."""
+    """A tensor's qualified name, from its module's path and its own key."""
     return f"{path}.{key}" if path else key

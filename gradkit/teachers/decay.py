@@ -1,4 +1,4 @@
-"""Decays: how much of itself a teacher keeps in a step."""
+"""Decays of exponential moving averages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gradkit.core.context import Context
 
 
 def warmed_up(decay: float, t: int) -> float:
-    """The decay of step t = 1, 2, … of a mean that starts with all weights alike."""
+    """The decay of step t = 1, 2, … of an average that starts as a plain mean."""
     return min(1 - 1 / (t + 1), decay)
 
 
@@ -29,8 +29,8 @@ def check_decay(name: str, value: float) -> None:
     """Check that an argument is a decay.
 
     Raises:
-        TypeError: If it is no number.
-        ValueError: If it does not lie between 0 and 1.
+        TypeError: If it is not a number.
+        ValueError: If it is not between 0 and 1.
     """
     if value != value:
         raise ValueError(f"{name} is {value}; a decay lies between 0 and 1")

@@ -1,4 +1,4 @@
-"""EMA: the plain mean teacher."""
+"""A mean teacher with a constant decay."""
 
 from __future__ import annotations
 
@@ -20,43 +20,43 @@ class EMA(MeanTeacher):
         α_t = min(1 − 1/(t+1), decay) with warm-up, else decay        t = 1, 2, …
         teacher ← α_t·teacher + (1 − α_t)·θ
 
-    Tensors are matched by name. Integer and boolean weights are copied, not averaged, and so are
-    buffers, which take the student's present shape and dtype; a weight that both share because it
-    is frozen stays. Parameters, buffers and submodules that the student gets later are copied, and
-    buffers that it loses are dropped. What cannot follow (a parameter that has changed its shape,
-    or is gone) is refused before the student moves.
+    Tensors are matched by name. Buffers, and integer and boolean weights, are copied and not
+    averaged; buffers take the student's present shape and dtype. A frozen weight that teacher and
+    student share is not changed. Parameters, buffers and submodules that the student gets later are
+    copied, and buffers that it loses are dropped. If the teacher cannot follow (a parameter has
+    changed its shape, or was removed), the step raises before the student moves.
 
     Weights in half precision are averaged in float32 and then rounded, since at a decay of 0.999
-    most changes are smaller than what bfloat16 can show. The average is kept beside the teacher
-    and saved with the optimizer. Numbers that somebody else writes to the teacher count.
+    most changes are below the resolution of bfloat16. The float32 average is kept beside the
+    teacher and saved with the optimizer. If other code writes to the teacher, the average continues
+    from these values.
 
-    What a state dict holds is either the teacher itself, to be saved as a module beside the
-    optimizer: `{"teacher": ema.teacher.state_dict(), "optimizer": optimizer.state_dict()}`; or,
-    with `in_state=True`, nothing beside: the optimizer's state then has the teacher's parameters
-    and the buffers that its own state dict would have, in `torch.distributed.checkpoint`, too.
-    Without either, loading warns that the teacher is not the saved one (not
-    where it is sharded).
+    There are two ways to save a teacher. Either save it as a module beside the optimizer:
+    `{"teacher": ema.teacher.state_dict(), "optimizer": optimizer.state_dict()}`. Or pass
+    `in_state=True`: the optimizer's state then includes the teacher's parameters and saved buffers,
+    also in `torch.distributed.checkpoint`. Otherwise loading warns that the teacher is not the
+    saved one (except for a sharded teacher).
 
-    Unlike `torch.optim.swa_utils.AveragedModel`, whose first update is a copy and which matches
-    tensors by their order and averages integers, the teacher is averaged from the first step on;
-    the average itself is the same.
+    `torch.optim.swa_utils.AveragedModel` copies the weights in its first update, matches tensors by
+    their order and averages integers. Here the teacher is averaged from the first step on; the
+    average itself is the same.
 
     Cost: one pass over the weights. Memory: the teacher, and 4 bytes for each trained weight in
     half precision; `in_state` adds none. State: t.
 
     Args:
         student: The module that is trained.
-        teacher: The module that follows it; None makes a frozen copy of the student. It may have
-            another floating dtype. Wrappers of the student's
-            (`DistributedDataParallel`, `torch.compile`) are left out of the copy.
+        teacher: The module that follows it; None makes a frozen copy of the student, without
+            wrappers (`DistributedDataParallel`, `torch.compile`). A teacher may have another
+            floating-point dtype.
         decay: α, between 0 (a copy) and 1 (no change).
-        warmup: Whether to start as a plain mean of the weights seen.
-        in_state: Whether the optimizer's state dict holds the teacher, too.
+        warmup: Whether to start as a plain mean of the student's weights.
+        in_state: Whether the optimizer's state dict includes the teacher.
 
     Raises:
         TypeError: If an argument is of the wrong type.
-        ValueError: If the decay does not lie between 0 and 1, if the student cannot be copied, or
-            if the teacher does not fit; in `step`, if it fits no longer.
+        ValueError: If the decay is not between 0 and 1, if the student cannot be copied, or if the
+            teacher does not fit; in `step`, if it no longer fits.
 
     Examples:
         >>> import torch, gradkit as gk

@@ -1,4 +1,4 @@
-"""How a teacher's tensors follow its student's."""
+"""The update of a teacher's tensors from its student's."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from gradkit.core.ranks import is_sharded, local, reshard
 from gradkit.teachers.copying import copied, is_writable, joined, unwrapped
 
 Share = Float[Tensor, ""] | float
-"""1 - decay: what the teacher takes of the student."""
+"""1 - decay: the student's share in the new average."""
 
 
 def follow(teacher: nn.Module, student: nn.Module, decay: Share) -> None:
     """Move the teacher's weights to decay·teacher + (1 − decay)·student, and copy the rest.
 
-    Tensors are matched by name; see `EMA` for what becomes of each kind. A decay of 1 leaves the
-    teacher as it is. Weights in half precision are averaged in float32 and rounded each time; only
-    a `Following` remembers what rounding has cut off.
+    Tensors are matched by name; see `EMA` for how each kind follows. A decay of 1 does not change
+    the teacher. Weights in half precision are averaged in float32 and rounded each time; only `EMA`
+    and `GatedEMA` keep the float32 average from step to step.
 
     Raises:
-        ValueError: If the teacher cannot follow; nothing has been changed then.
+        ValueError: If the teacher cannot follow; nothing is changed then.
 
     Examples:
         >>> import torch
@@ -41,7 +41,13 @@ def follow(teacher: nn.Module, student: nn.Module, decay: Share) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """A parameter of the teacher's, by its name there, and the student's that it follows."""
+    """A parameter of the teacher, and the student's parameter that it follows.
+
+    Attributes:
+        name: The name in the teacher.
+        own: The teacher's parameter.
+        its: The student's parameter.
+    """
 
     name: str
     own: Tensor
@@ -50,16 +56,16 @@ class Pair:
 
 @dataclass(eq=False)
 class Plan:
-    """What a step will do to a teacher, found and checked before the student moves.
+    """The update of a teacher, planned and checked before the student moves.
 
     Attributes:
-        teacher: The module inside wrappers.
-        student: The module inside wrappers.
-        here: The teacher's modules, by every path they have.
-        there: The student's.
-        pairs: The parameters, each of the teacher's once.
+        teacher: The teacher without wrappers.
+        student: The student without wrappers.
+        here: The teacher's modules by path; a module may have several paths.
+        there: The student's modules by path.
+        pairs: The pairs of parameters; each of the teacher's parameters occurs once.
         modules: Copies of the student's modules that the teacher lacks, by path.
-        parameters: The same for parameters of modules that it has.
+        parameters: Copies of the student's parameters that modules of the teacher lack, by name.
     """
 
     teacher: nn.Module
@@ -71,25 +77,33 @@ class Plan:
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
 
     def device_of(self, its: Tensor) -> torch.device:
-        """Where the teacher keeps what lies on a device of the student's."""
+        """The teacher's device for a tensor of the student's."""
         moved = (pair.own.device for pair in self.pairs if pair.its.device == its.device)
         return next(moved, its.device)
 
 
 class Following:
-    """What a teacher needs to remember of how it follows.
+    """The state of a teacher's updates.
+
+    Args:
+        teacher: The teacher.
+        student: The student.
+        remembers: Whether to keep float32 averages from step to step.
 
     Attributes:
-        shadows: For weights of less than 32 bits, by the teacher's name, the average in float32;
-            the weight is this, rounded. At a decay of 0.999 most changes are smaller than what
-            the weight itself can show.
+        shadows: The float32 averages of weights of less than 32 bits, by the teacher's names; the
+            weight is the rounded average. At a decay of 0.999 most changes are below the resolution
+            of the weight itself.
+
+    Raises:
+        ValueError: If the teacher cannot follow the student.
     """
 
     def __init__(self, teacher: nn.Module, student: nn.Module, *, remembers: bool = True) -> None:
         teacher, student = unwrapped(teacher), unwrapped(student)
         self.remembers = remembers
         self.shadows: dict[str, Tensor] = {}
-        # What only one of them had from the start is left alone.
+        # Buffers that only one of them had from the start are not changed.
         mine, theirs = set(dict(_buffers(teacher))), set(dict(_buffers(student)))
         self._apart = mine ^ theirs
         self._known: dict[str, tuple[tuple[Any, ...] | None, bool]] = {}
@@ -99,18 +113,18 @@ class Following:
         }
         if remembers:
             for pair in self.plan(teacher, student).pairs:
-                # A copy of a frozen weight has nothing to remember.
+                # A copy of a frozen weight needs no average.
                 if is_short(pair.own) and not _equal(pair):
                     self.shadow(pair)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_known": {}}  # it knows objects by where they are
+        return {**self.__dict__, "_known": {}}  # it is keyed by memory addresses
 
     def plan(self, teacher: nn.Module, student: nn.Module) -> Plan:
-        """Find what follows what.
+        """Match the teacher's tensors with the student's.
 
         Raises:
-            ValueError: If some of it cannot follow.
+            ValueError: If a tensor cannot follow.
         """
         teacher, student = unwrapped(teacher), unwrapped(student)
         reshard(student)
@@ -138,7 +152,7 @@ class Following:
         return plan
 
     def _is_shared(self, pair: Pair) -> bool:
-        """Whether teacher and student share a weight on purpose, once it is known to fit."""
+        """Whether teacher and student share a weight on purpose; also checks that the pair fits."""
         facts = _facts(pair)
         known = self._known.get(pair.name)
         if known is None or facts is None or known[0] != facts:
@@ -149,7 +163,7 @@ class Following:
         return known[1]
 
     def _adopt(self, plan: Plan, missing: Sequence[str], theirs: dict[str, nn.Parameter]) -> None:
-        """Copy what the student got after the teacher was made."""
+        """Copy the modules and parameters that the student got after the teacher was made."""
         there, modules = plan.here, plan.there
         new = [path for path in modules if path not in there and path not in self._paths]
         new += [path for path in (name.rpartition(".")[0] for name in missing) if path not in there]
@@ -181,9 +195,9 @@ class Following:
 
     @torch.no_grad()
     def move(self, plan: Plan, share: Share) -> None:
-        """Move the teacher as far as `share` of the way to the student, who has moved already.
+        """Move the teacher by `share` of the way to the student, which has already been updated.
 
-        All that takes memory comes before the first change.
+        All memory is allocated before the first change.
         """
         reshard(plan.student)
         reshard(plan.teacher)
@@ -210,7 +224,7 @@ class Following:
                 exchange.run()
 
     def _added(self, plan: Plan) -> bool:
-        """Bring copies of what the student has got to its weights after the step."""
+        """Update the copies of new parameters to the student's weights after the step."""
         if not (plan.modules or plan.parameters):
             return False
         theirs = _parameters(plan.there)
@@ -234,15 +248,15 @@ class Following:
         else:
             kept = self.remembers and (pair.its.requires_grad or pair.name in self.shadows)
             shadow = self.shadow(pair) if kept else own.float()
-            # Somebody may have written to the weight: it counts, as far as it goes.
-            there = own.float() if own.dtype.itemsize < 2 else own  # shorter ones have no ==
+            # Where other code has written to the weight, continue from its values.
+            there = own.float() if own.dtype.itemsize < 2 else own  # 8-bit floats have no ==
             shadow.copy_(
                 torch.where(shadow.to(own.dtype).to(there.dtype) == there, shadow, there)
             )  # in place, since the optimizer's state shows it
             writes.average(shadow, its.to(own.device, torch.float32), rounded=own)
 
     def shadow(self, pair: Pair) -> Tensor:
-        """The average in float32 of a weight in half precision, this rank's part of it."""
+        """The float32 average of a weight in half precision; this rank's part of it."""
         own = local(pair.own).detach()
         shadow = self.shadows.get(pair.name)
         if shadow is None or shadow.shape != own.shape:
@@ -253,7 +267,7 @@ class Following:
     def _prepare_buffers(
         self, plan: Plan, writes: _Writes, dtypes: dict[str, torch.dtype]
     ) -> list[_Exchange]:
-        """Note what to write to buffers, and the student's dtypes; returns what is exchanged."""
+        """Add writes of buffers and the student's dtypes; returns the buffers to replace."""
         exchanges: list[_Exchange] = []
         there = dict(plan.here)
         for root, module in plan.modules.items():
@@ -282,7 +296,7 @@ class Following:
                     # The teacher may have been made with another dtype on purpose.
                     dtype = own.dtype if torch.can_cast(its.dtype, own.dtype) else its.dtype
                 if own is not None and _fits(own, its, dtype):
-                    # One that shows a weight in another form follows with it.
+                    # A buffer that is a view of a weight follows with the weight.
                     if weights is None:
                         spans = (_span(local(pair.own)) for pair in plan.pairs)
                         weights = sorted(span for span in spans if span is not None)
@@ -300,7 +314,7 @@ class Following:
 
 @dataclass(frozen=True, eq=False)
 class _Exchange:
-    """A buffer that is to be another tensor, or None, or not there at all."""
+    """A buffer that is replaced by another tensor or None, or removed."""
 
     module: nn.Module
     key: str
@@ -318,7 +332,7 @@ class _Exchange:
 
 
 class _Writes:
-    """Changes that are all prepared before the first is made."""
+    """Changes of a teacher, which are all prepared before the first is made."""
 
     def __init__(self, share: Share) -> None:
         self._share = share
@@ -328,17 +342,17 @@ class _Writes:
 
     @property
     def take_place(self) -> bool:
-        """Whether the teacher moves at all; this asks the device."""
+        """Whether the teacher moves at all; this synchronises with the device."""
         return bool(self._share > 0)
 
     def average(self, own: Tensor, its: Tensor, rounded: Tensor | None = None) -> None:
-        """Take a share of `its`; `rounded` becomes the result in its own dtype."""
+        """Average with `its`; `rounded` is set to the result in its own dtype."""
         self._averages.append((own, its))
         if rounded is not None:
             self._rounded.append((rounded, own))
 
     def put(self, own: Tensor, its: Tensor) -> None:
-        """Take `its` as it is, unless the teacher holds."""
+        """Copy `its`, unless the share is 0."""
         if isinstance(self._share, Tensor):
             its = its.to(own.device, own.dtype)
             its = torch.where(self._share.to(own.device) > 0, its, own)
@@ -360,12 +374,12 @@ class _Writes:
 
 
 def is_short(tensor: Tensor) -> bool:
-    """Whether a tensor's numbers are too short to be averaged in: of less than 32 bits."""
+    """Whether a floating-point tensor has less than 32 bits per element."""
     return tensor.is_floating_point() and tensor.dtype.itemsize < 4
 
 
 def paired(teacher: nn.Module, student: nn.Module) -> Iterator[Pair]:
-    """The teacher's parameters and those of the same name of the student's, without a check."""
+    """The pairs of parameters with the same names, without a check."""
     theirs = dict(unwrapped(student).named_parameters(remove_duplicate=False))
     for name, own in unwrapped(teacher).named_parameters():
         if name in theirs:
@@ -386,7 +400,7 @@ def _parameters(modules: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
 
 
 def _facts(pair: Pair) -> tuple[Any, ...] | None:
-    """What a check of a pair has looked at; None where it must be made anew."""
+    """The properties that a check of a pair depends on; None if it must always be repeated."""
     own, its = pair.own, pair.its
     if type(own) is not nn.Parameter or type(its) is not nn.Parameter:
         return None
@@ -399,7 +413,11 @@ def _facts(pair: Pair) -> tuple[Any, ...] | None:
 
 
 def _is_shared(pair: Pair) -> bool:
-    """Whether teacher and student share a weight on purpose: one that is frozen."""
+    """Whether teacher and student share a weight on purpose, which must be frozen.
+
+    Raises:
+        ValueError: If they share a weight that is trained.
+    """
     span = _span(local(pair.own))
     if pair.own is not pair.its and (span is None or span != _span(local(pair.its))):
         return False
@@ -455,7 +473,7 @@ def _equal(pair: Pair) -> bool:
 
 
 def _span(tensor: Tensor) -> tuple[int, int] | None:
-    """The addresses where a tensor's memory begins and ends; None if it has none of its own."""
+    """The addresses where a tensor's memory starts and ends; None if it has no plain memory."""
     if tensor.layout != torch.strided or tensor.is_meta or not tensor.numel():
         return None
     try:
@@ -467,7 +485,7 @@ def _span(tensor: Tensor) -> tuple[int, int] | None:
 
 
 def _overlap(tensor: Tensor, spans: Sequence[tuple[int, int]]) -> bool:
-    """Whether a tensor lies in one of these spans of memory, which are in order."""
+    """Whether a tensor overlaps one of these spans of memory, which are sorted."""
     span = _span(tensor)
     if span is None:
         return False
@@ -476,7 +494,7 @@ def _overlap(tensor: Tensor, spans: Sequence[tuple[int, int]]) -> bool:
 
 
 def _fits(own: Tensor, its: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a buffer can take another's values where it is."""
+    """Whether another buffer's values can be copied to a buffer in place."""
     return (
         own.shape == its.shape
         and own.dtype == dtype
@@ -488,7 +506,7 @@ def _fits(own: Tensor, its: Tensor, dtype: torch.dtype) -> bool:
 
 
 def _buffers(module: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
-    """All buffers, those that are None too, by every name they have."""
+    """All buffers by name, including None; a buffer may have several names."""
     for path, each in module.named_modules(remove_duplicate=False):
         for key, buffer in each._buffers.items():
             yield joined(path, key), buffer

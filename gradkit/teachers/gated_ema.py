@@ -1,4 +1,4 @@
-"""GatedEMA: a mean teacher gated by the angle of two gradients."""
+"""A mean teacher whose decay depends on the angle between two gradients."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ class GatedEMA(MeanTeacher):
         teacher ← α_t·teacher + (1 − α_t)·θ_{t+1}      the student after its step
 
     A zero gradient has cosine 0 and counts as conflict. The measure, both decays and the warm-up
-    are those of the authors' code. Their text updates only when aligned, by the angle of the raw
-    gradients (`measure="cosine", decay_conflict=None`); the test in their Algorithm 1 is the
-    reverse (`invert=True`), against text and code, and taken to be a slip.
+    are those of the authors' code. Their text updates only when gradients are aligned, by the angle
+    of the raw gradients (`measure="cosine", decay_conflict=None`). The test in their Algorithm 1 is
+    reversed (`invert=True`), which contradicts text and code and is assumed to be a mistake.
 
-    Both gradients take part in the update as they are. How weights and buffers follow, and how
-    the teacher is saved, is said in `EMA`. A teacher that holds keeps its buffers, too.
+    The gradients themselves are not changed. `EMA` describes how weights and buffers follow, and
+    how the teacher is saved. A step that does not move the teacher does not change its buffers.
 
-    Cost: none beyond the gradients of both and one pass over the weights. Memory and state: those
-    of `EMA`.
+    Cost: none beyond both gradients and one pass over the weights. Memory and state: those of
+    `EMA`.
 
     Args:
         student: The module that is trained.
@@ -49,16 +49,16 @@ class GatedEMA(MeanTeacher):
         between: The two objectives whose gradients are compared.
         measure: "sign_cosine", the cosine of the elementwise signs, or "cosine".
         decay_aligned: α when aligned.
-        decay_conflict: α in conflict; None leaves the teacher as it is.
+        decay_conflict: α in conflict; None does not move the teacher.
         threshold: The cosine above which gradients count as aligned.
         invert: Whether to exchange the two cases.
-        warmup: Whether to start as a plain mean of the weights seen.
-        in_state: Whether the optimizer's state dict holds the teacher, too.
+        warmup: Whether to start as a plain mean of the student's weights.
+        in_state: Whether the optimizer's state dict includes the teacher.
 
     Raises:
         TypeError: If an argument is of the wrong type.
         ValueError: If an argument has no valid value, if the student cannot be copied, or if the
-            teacher does not fit; in `step`, if it fits no longer.
+            teacher does not fit; in `step`, if it no longer fits.
 
     Examples:
         >>> import torch, gradkit as gk
@@ -116,7 +116,7 @@ class GatedEMA(MeanTeacher):
             aligned = warmed_up(aligned, self._t)
             conflict = None if conflict is None else warmed_up(conflict, self._t)
         conflict = 1.0 if conflict is None else conflict
-        # 1 − α is computed before it is a tensor of few digits.
+        # 1 − α is computed in double precision, before it becomes a tensor.
         is_aligned = context.gate > 0
         share = torch.where(is_aligned, like(1 - aligned, context), like(1 - conflict, context))
         self._move(share)

@@ -1,4 +1,4 @@
-"""What mean teachers have in common: how they move, and how they are saved."""
+"""The base class for mean teachers: updates, saving and loading."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _SAMPLES = 8
 
 
 class MeanTeacher(Transform):
-    """A module that follows another one after each applied step; see `EMA`.
+    """Base class for teachers, which follow a student after each applied step; see `EMA`.
 
-    A subclass is a dataclass with the fields below, calls `_begin` when they are checked, and
-    `_move` from `after_step`.
+    A subclass is a dataclass with the fields below. It calls `_begin` after it has checked them,
+    and `_move` from `after_step`.
 
     Attributes:
         student: The module that is trained.
         teacher: The module that follows it.
-        in_state: Whether the optimizer's state dict holds the teacher, too.
+        in_state: Whether the optimizer's state dict includes the teacher.
     """
 
     student: nn.Module
@@ -44,11 +44,15 @@ class MeanTeacher(Transform):
         self.state["t"] = 0
 
     def before_step(self, context: Context) -> None:
-        """Check that the teacher can follow."""
+        """Check that the teacher can follow the student.
+
+        Raises:
+            ValueError: If it cannot.
+        """
         self._plan = self._following.plan(self.teacher, self.student)
 
     def after_load(self) -> None:
-        """Warn if the teacher is not the one that was saved."""
+        """Warn if the teacher is not the saved one."""
         saved, self._saved_mark = self._saved_mark, None
         if saved is not None and saved != self.mark():
             warnings.warn(
@@ -76,7 +80,7 @@ class MeanTeacher(Transform):
     # What is saved with the optimizer.
 
     def tensors(self) -> dict[str, tuple[Tensor | None, Tensor]]:
-        """The teacher, with `in_state`, and the averages of weights in half precision."""
+        """The float32 averages of weights in half precision, and the teacher if `in_state`."""
         found: dict[str, tuple[Tensor | None, Tensor]] = {}
         shadows = self._following.shadows
         if not (self.in_state or shadows):
@@ -94,7 +98,11 @@ class MeanTeacher(Transform):
         return found
 
     def check_tensors(self, saved: Mapping[str, Tensor]) -> None:
-        """Check that saved tensors are of a teacher like this one."""
+        """Check that saved tensors fit this teacher.
+
+        Raises:
+            ValueError: If they do not.
+        """
         teacher = unwrapped(self.teacher)
         reshard(teacher)
         own = dict(teacher.named_parameters())
@@ -129,7 +137,7 @@ class MeanTeacher(Transform):
 
     @torch.no_grad()
     def load_tensors(self, saved: Mapping[str, Tensor], mark: str | None) -> None:
-        """Take over a saved teacher, or else note which one it was."""
+        """Load a saved teacher, or else keep its fingerprint for `after_load`."""
         teacher = unwrapped(self.teacher)
         self._plan = None
         own, shadows = dict(teacher.named_parameters()), self._following.shadows
@@ -152,7 +160,7 @@ class MeanTeacher(Transform):
 
     @torch.no_grad()
     def mark(self) -> str | None:
-        """A few numbers of the teacher's weights, hashed; None where they are sharded."""
+        """A hash of a few elements of the teacher's weights; None if they are sharded."""
         parameters = [*unwrapped(self.teacher).parameters()]
         if any(is_sharded(each) or each.is_meta for each in parameters):
             return None

@@ -1,4 +1,4 @@
-"""A model that adapts to each batch of test images before it predicts."""
+"""Models that adapt to each batch of test images before they predict."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
 class Adapter:
     """Test-time adaptation as a product of independent choices.
 
-    Called on a batch of images, it takes one step of its optimizer on its objectives, then
-    forwards the same images again with the updated weights and returns those logits. Everything
+    Called on a batch of images, an adapter takes one optimizer step on its objectives, then
+    forwards the same images again with the updated weights and returns these logits. Everything
     happens on a copy: the model passed in is never changed. The copy is in evaluation mode;
     BatchNorm layers take mean and variance from `statistics`, and only `parameters` are trained.
 
@@ -38,15 +38,16 @@ class Adapter:
         model: The source model, from images [N, C, H, W] to logits.
         statistics: Where BatchNorm layers take mean and variance: "source" (running statistics),
             "test" (the current images), `Mixed(share)` or another `Statistics`.
-        objectives: Functions `(model, images) -> loss` by name; none adapts the statistics only.
-            Those with a state (a generator) are copied, so that adapters share nothing. One that
-            has a method `check_images(images)` may refuse images by it before anything runs.
+        objectives: Functions `(model, images) -> loss` by name; without any, only the statistics
+            adapt. Objectives with a state (a generator) are copied, so that adapters share nothing.
+            An objective may have a method `check_images(images)`, which can raise before anything
+            runs.
         transforms: gradkit's transforms between the objectives' gradients and the optimizer, or a
-            function that makes them for the model's copy (a teacher needs it).
+            function that makes them for the model's copy (needed for a teacher).
         optimizer: Makes the base optimizer from the list of trained parameters, for example
             `lambda parameters: torch.optim.Adam(parameters, lr=1e-4)`.
-        episodic: Whether to start anew for each batch: from the source model, and with the same
-            random numbers.
+        episodic: Whether to reset before each batch: to the source model and the initial state of
+            random number generators.
         parameters: Chooses the trained parameters of the model's copy; by default the scales and
             shifts of all normalisation layers.
         **options: Further arguments of `gradkit.wrap`, `nonfinite="skip"` for example.
@@ -57,9 +58,10 @@ class Adapter:
 
     Raises:
         RuntimeError: If there are objectives, but `torch.inference_mode()` is on.
-        TypeError: If objectives are no mapping of functions.
-        ValueError: If there are objectives but no optimizer or nothing to train, if parameters or
-            a teacher's student are not the copy's, or if the statistics do not fit the model.
+        TypeError: If objectives are not a mapping.
+        ValueError: If there are objectives but no optimizer or nothing to train, if there is an
+            optimizer or a transform but no objective, if parameters or a teacher's student are not
+            the copy's, or if the statistics do not fit the model.
 
     Examples:
         >>> import torch, gradkit as gk
@@ -157,12 +159,12 @@ class Adapter:
     def __call__(self, images: Tensor) -> Tensor:
         """Adapt to a batch of images, then predict: logits, detached.
 
-        Images may be of a subclass of tensors (MONAI's MetaTensor): the model sees plain ones.
+        Images may be of a tensor subclass (MONAI's MetaTensor); the model gets plain tensors.
 
-        If an objective raises, the adapter is left as it was.
+        If an objective raises, the adapter does not change.
 
         Raises:
-            RuntimeError: If there is something to adapt, but `torch.inference_mode()` is on.
+            RuntimeError: If there are objectives, but `torch.inference_mode()` is on.
             ValueError: If an objective cannot work with these images.
         """
         images = _plain(images)
@@ -182,7 +184,7 @@ class Adapter:
         return _plain(logits)
 
     def _adapt(self, images: Tensor, optimizer: GradientOptimizer) -> None:
-        # The optimizer undoes its own step; what it does not know of is put back here.
+        # The optimizer undoes its own step; everything else is restored here.
         before = self.state_dict() if self.episodic else self._beside_optimizer()
         last = optimizer.last_step
         try:
@@ -196,7 +198,7 @@ class Adapter:
                 }
             )
         except BaseException:
-            # An interrupt that was held back comes after a step that was applied.
+            # A delayed interrupt comes after a step that was applied.
             if optimizer.last_step is start:
                 self._load(before)
                 optimizer.last_step = last
@@ -204,20 +206,21 @@ class Adapter:
 
     @property
     def last_step(self) -> StepRecord | None:
-        """What happened in the last adaptation step; None if there was none."""
+        """The record of the last adaptation step; None if there was none."""
         return None if self.optimizer is None else self.optimizer.last_step
 
     def reset(self) -> None:
-        """Go back to the start, bit for bit: weights, optimizer, objectives, statistics."""
+        """Restore the initial state exactly: weights, optimizer, objectives, statistics."""
         self.statistics.reset()
         self._load(self._start)
         if self.optimizer is not None:
             self.optimizer.last_step = None
 
     def state_dict(self) -> dict[str, Any]:
-        """All that adaptation changes, copied: trained parameters, buffers, what the rest keeps.
+        """A copy of everything that adaptation changes.
 
-        It belongs to an adapter of the same source model, which it does not contain.
+        These are the trained parameters, the buffers, and the state of the optimizer, teachers,
+        objectives and statistics. The other weights of the source model are not included.
         """
         state = {
             "model": dict(self._changing()),
@@ -238,7 +241,7 @@ class Adapter:
         )
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue where `state_dict` was taken.
+        """Load what `state_dict` returned.
 
         Raises:
             ValueError: If the state is of an adapter of other parameters, objectives, statistics
@@ -267,7 +270,7 @@ class Adapter:
         self._load(state_dict)
 
     def _load(self, state: Mapping[str, Any]) -> None:
-        """Load those parts that `state` has."""
+        """Load the parts that are in `state`."""
         state = copy.deepcopy(dict(state))
         for teacher, values in zip(self._teachers(), state.get("teachers", ()), strict=False):
             teacher.load_state_dict(values)
@@ -306,7 +309,11 @@ class Adapter:
 
 
 def _own(objectives: Mapping[str, Objective]) -> dict[str, Objective]:
-    """The objectives, those with a state copied."""
+    """The objectives; those with a state are copied.
+
+    Raises:
+        TypeError: If they are not a mapping.
+    """
     if not isinstance(objectives, Mapping):
         raise TypeError(
             f"objectives is a {type(objectives).__name__}; pass a mapping from names to functions "
@@ -319,7 +326,7 @@ def _own(objectives: Mapping[str, Objective]) -> dict[str, Objective]:
 
 
 def _plain(value: Tensor) -> Tensor:
-    """The tensor without what a subclass adds; one that wraps other tensors stays as it is."""
+    """The tensor without its subclass; subclasses that wrap other tensors are kept."""
     kind = type(value)
     if kind is Tensor or not isinstance(value, Tensor) or hasattr(kind, "__tensor_flatten__"):
         return value
@@ -340,7 +347,7 @@ def _norm_affine(model: nn.Module) -> list[nn.Parameter]:
 
 
 def _outline(part: Mapping[str, Any]) -> dict[str, str]:
-    """What each entry of a state is, in words."""
+    """A description of each entry of a state."""
     return {
         name: f"of shape {tuple(value.shape)}"
         if isinstance(value, Tensor)
@@ -351,10 +358,10 @@ def _outline(part: Mapping[str, Any]) -> dict[str, str]:
 
 @runtime_checkable
 class Stateful(Protocol):
-    """An objective that remembers something, a random number generator for example."""
+    """An objective with a state, such as a random number generator."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What it remembers."""
+        """The state."""
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Remember that."""
+        """Load what `state_dict` returned."""

@@ -1,8 +1,9 @@
 """Strong augmentation of images: brightness, contrast, gamma, noise and blur.
 
-Everything runs in batch, on the device of the image, and leaves its input alone. Random numbers
-come from a `torch.Generator`, which may live on the CPU or on a device: its numbers are drawn
-where it lives and moved to the image, so a CPU generator gives the same augmentation everywhere.
+All functions are batched, run on the device of the image, and do not change their input. Random
+numbers come from a `torch.Generator`, which may be on the CPU or on another device. Numbers are
+drawn there and copied to the image's device, so a CPU generator gives the same augmentation on
+every device.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _OVERSHOOT = 0.1  # of bicubic interpolation at an edge from 0 to 1
 
 
 def minmax(image: Float[Tensor, "batch channels *spatial"]) -> Float[Tensor, ...]:
-    """Each image stretched to [0, 1], jointly over its channels; a constant one becomes zeros.
+    """Each image scaled to [0, 1], jointly over its channels; a constant image becomes zeros.
 
     Examples:
         >>> minmax(torch.tensor([[[[2.0, 4.0]], [[6.0, 4.0]]]])).flatten().tolist()
@@ -59,11 +60,11 @@ def adjust_contrast(image: Images, factor: PerChannel) -> Images:
 
 
 def adjust_gamma(image: Images, exponent: PerChannel, invert: bool = False) -> Images:
-    """Each channel raised to its exponent within its own range, whose ends stay where they are.
+    """Each channel raised to its exponent within its own range; minimum and maximum are kept.
 
-    With `invert`, the negated image is: x ↦ max − (max − min)·((max − x)/(max − min))^γ, so that
-    γ > 1 brightens. Mean and standard deviation change (batchgenerators calls restoring them
-    `retain_stats`; GraTa's description does not ask for it).
+    With `invert`, this is applied to the negated image:
+    x ↦ max − (max − min)·((max − x)/(max − min))^γ, so that γ > 1 brightens. Mean and standard
+    deviation change. (batchgenerators can restore them, with `retain_stats`; GraTa does not.)
 
     Examples:
         >>> image, exponent = torch.tensor([[[[0.0, 0.5, 1.0]]]]), torch.tensor([[2.0]])
@@ -80,7 +81,7 @@ def adjust_gamma(image: Images, exponent: PerChannel, invert: bool = False) -> I
 
 
 def add_noise(image: Images, sigma: PerSample, generator: torch.Generator) -> Images:
-    """White Gaussian noise added, of standard deviation `sigma` for all channels of an image.
+    """The image plus Gaussian noise of standard deviation `sigma`, for all channels of an image.
 
     Examples:
         >>> noisy = add_noise(torch.zeros(1, 1, 64, 64), torch.tensor([0.1]), torch.Generator())
@@ -96,18 +97,18 @@ def add_noise(image: Images, sigma: PerSample, generator: torch.Generator) -> Im
 def gaussian_blur(image: Images, sigma: PerChannel, radius: int | None = None) -> Images:
     """Each channel convolved with a Gaussian of its own standard deviation, in pixels.
 
-    The kernel is cut off at 4 σ (radius ⌊4σ + ½⌋) and the image continued by reflection about its
-    edges (d c b a | a b c d | d c b a), however small it is: `scipy.ndimage.gaussian_filter`'s
-    defaults, which batchgenerators uses. σ = 0 leaves a channel exactly as it is.
+    The kernel is truncated at 4 σ (radius ⌊4σ + ½⌋). The image is extended by reflection about its
+    edges (d c b a | a b c d | d c b a), however small it is. These are the defaults of
+    `scipy.ndimage.gaussian_filter`, which batchgenerators uses. σ = 0 does not change a channel.
 
-    The sum over taps is written out rather than left to a convolution, which would run in reduced
-    precision under autocast and, on GPUs, in TF32.
+    The sum over taps is written explicitly, since a convolution would run in reduced precision
+    under autocast and, on GPUs, in TF32.
 
     Args:
         image: [N, C, H, W].
         sigma: [N, C], at least 0.
-        radius: The largest kernel radius; a larger σ is cut off there. By default that of the
-            largest σ, which the host must then wait for.
+        radius: The largest kernel radius; a larger σ is truncated there. By default the radius of
+            the largest σ, which synchronises with the device.
 
     Examples:
         >>> gaussian_blur(torch.eye(3)[None, None], torch.tensor([[0.5]]))[0, 0, 1]
@@ -134,14 +135,15 @@ def gaussian_blur(image: Images, sigma: PerChannel, radius: int | None = None) -
 class StrongAugmentation:
     """GraTa's strong augmentation of images in [0, 1] (https://arxiv.org/abs/2408.07343).
 
-    In this order: brightness, contrast, gamma of the negated image, noise, blur. Each happens to
-    an image with its own probability, independently of the other images; its strength is drawn for
-    each channel (for noise: each image). Half of the contrast and gamma strengths weaken
-    (range's low end to 1), half strengthen (1 to its high end). A blurred image has each of its
-    channels blurred with `blur_channel_probability`. The result is not clipped to [0, 1].
+    The operations, in this order, are brightness, contrast, gamma of the negated image, noise and
+    blur. Each is applied to an image with its own probability, independently of other images. Its
+    strength is drawn for each channel (for noise, for each image). For contrast and gamma, half of
+    the strengths are between the low end of the range and 1, half between 1 and the high end. In a
+    blurred image, each channel is blurred with `blur_channel_probability`. The result is not
+    clipped to [0, 1].
 
-    The paper applies all five always; these probabilities are the released code's. How many random
-    numbers are drawn depends only on the image's shape.
+    The paper always applies all five; these probabilities are those of the released code. The
+    number of random numbers drawn depends only on the image's shape.
 
     Args:
         brightness_probability: Chance of `adjust_brightness` for an image.
@@ -153,7 +155,7 @@ class StrongAugmentation:
         noise_probability: Chance of `add_noise`.
         noise_range: Its standard deviation.
         blur_probability: Chance of `gaussian_blur`.
-        blur_channel_probability: Chance that a channel of an image to be blurred is.
+        blur_channel_probability: Chance that a channel of a blurred image is blurred.
         blur_range: Its standard deviation, in pixels.
 
     Raises:
@@ -193,10 +195,13 @@ class StrongAugmentation:
                 raise ValueError(f"{field.name} must contain 1, but is {value}.")
 
     def check_images(self, image: Tensor) -> None:
-        """Raise ValueError unless these are floating-point images [N, C, H, W] in [0, 1].
+        """Check that these are floating-point images [N, C, H, W] in [0, 1].
 
-        Interpolation may overshoot the range by a tenth. Images that are not finite pass: what
-        becomes of them is for the step to decide (`nonfinite=`).
+        Values may exceed the range by a tenth, as after interpolation. Images that are not finite
+        are accepted; the step handles them (`nonfinite=`).
+
+        Raises:
+            ValueError: If they are not.
 
         Examples:
             >>> StrongAugmentation().check_images(torch.eye(4)[None, None])
@@ -253,7 +258,7 @@ class StrongAugmentation:
 
 @dataclass(frozen=True)
 class _Draw:
-    """Random numbers drawn where `generator` lives and delivered as `like` is kept."""
+    """Random numbers drawn on the generator's device, in the dtype and on the device of `like`."""
 
     generator: torch.Generator
     like: Tensor
@@ -268,7 +273,7 @@ class _Draw:
         return (low + (high - low) * self._unit(shape)).to(self.like)
 
     def around_one(self, shape: torch.Size, bounds: Range) -> Tensor:
-        """With equal chances uniform between the low bound and 1, or 1 and the high bound."""
+        """With equal chances, uniform between the low bound and 1 or between 1 and the high one."""
         low, high = bounds
         weaker = self.chosen(shape, 0.5)
         return torch.where(
@@ -276,13 +281,13 @@ class _Draw:
         )
 
     def _unit(self, shape: torch.Size) -> Tensor:
-        # always float32, so that a seed means the same whatever the precision of the image
+        # Always float32, so that a seed gives the same numbers for images of any precision.
         device = self.generator.device
         return torch.rand(shape, generator=self.generator, device=device, dtype=torch.float32)
 
 
 def _replace(image: Tensor, happens: Tensor, changed: Tensor) -> Tensor:
-    """`changed` for the samples to which it `happens` [N], `image` bit for bit for the others."""
+    """`changed` for the samples where `happens` [N] is true, `image` for the others."""
     return torch.where(happens[:, None, None, None], changed, image)
 
 
@@ -291,6 +296,6 @@ def _kernel_radius(sigma: float) -> int:
 
 
 def _reflected(size: int, radius: int, device: torch.device) -> Tensor:
-    """Indices that continue 0 … size − 1 by `radius` on both sides, mirrored about the edges."""
+    """Indices that extend 0 … size − 1 by `radius` on both sides, reflected about the edges."""
     index = torch.arange(-radius, size + radius, device=device) % (2 * size)
     return torch.where(index < size, index, 2 * size - 1 - index)

@@ -48,36 +48,40 @@ def GraTa(  # noqa: N802 # the method's name
         φ   ← Adam step on g with learning rate η
         predict x
 
-    Defaults are those of the authors' code. Unlike it, the strong augmentation leaves the image
-    as it was, so that the prediction is of the image itself; the learning rate is scaled in every
-    parameter group; and a cosine with a zero gradient is 0.
+    Defaults are those of the authors' code, with three differences. The strong augmentation does
+    not change the image in place, so that the prediction is for the image itself. The learning rate
+    is scaled in every parameter group. A cosine with a zero gradient is 0.
 
-    Published for segmentation, where it takes dense logits [N, C, ...] for independent sigmoids:
-    the one-sided `gradkit.tta.entropy` and binary cross-entropy. A classifier's [N, C] are taken
-    for a softmax: `gradkit.tta.softmax_entropy`, and q the mean of softmaxes. `probabilities`
-    chooses, "sigmoid" for a classifier of several labels, "softmax" for pixels of exactly one
-    class; a single logit [N, 1] is a sigmoid.
+    The method was published for segmentation, where dense logits [N, C, ...] are independent
+    sigmoids, with the one-sided `gradkit.tta.entropy` and binary cross-entropy. For a classifier's
+    logits [N, C] the default is a softmax, with `gradkit.tta.softmax_entropy` and q the mean of
+    softmaxes. Choose otherwise with `probabilities`: "sigmoid" for a classifier with several
+    labels, "softmax" for pixels of exactly one class. A single logit [N, 1] is a sigmoid.
 
-    Cost: 9 forward passes and 2 backward passes a batch. State: φ, Adam's moments and the
+    Cost: 9 forward passes and 2 backward passes per batch. State: φ, Adam's moments and the
     augmentation's generator.
 
     Args:
         model: The source model; see `Adapter`.
         lr: β, Adam's learning rate before scaling.
         statistics: Where mean and variance come from; see `Adapter`.
-        look_ahead: The length of the look-ahead step, in units of the gradient.
+        look_ahead: The step size of the look-ahead step.
         activation: f; see `gradkit.CosineLR`.
-        generator: The strong augmentation's random numbers; by default its own with seed 0.
+        generator: The strong augmentation's generator; by default a new one with seed 0.
         pseudo: Replaces the consistency objective, a function `(model, images) -> loss`.
-        auxiliary: Replaces the entropy, along which is looked ahead.
-        optimizer: Makes another base optimizer than Adam with `lr`.
-        episodic: Whether to start anew for each batch.
-        probabilities: What the logits stand for in the built-in objectives; see above.
+        auxiliary: Replaces the entropy, along whose gradient the look-ahead step is made.
+        optimizer: Makes a base optimizer other than Adam with `lr`.
+        episodic: Whether to reset before each batch.
+        probabilities: The meaning of the logits in the built-in objectives; see above.
         **options: Further arguments of `Adapter`.
 
+    Returns:
+        The adapter.
+
     Raises:
-        ValueError: If both `pseudo` and `generator` are given, or `probabilities` with both
-            objectives.
+        RuntimeError: If `torch.inference_mode()` is on.
+        ValueError: If both `pseudo` and `generator` are given, if `probabilities` is given with
+            both objectives, or if an argument has no valid value.
 
     Examples:
         >>> import torch, gradkit as gk

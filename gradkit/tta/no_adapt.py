@@ -11,9 +11,19 @@ from gradkit.tta.statistics import Statistics
 def NoAdapt(  # noqa: N802 # the method's name
     model: nn.Module, statistics: str | Statistics = "source"
 ) -> Adapter:
-    """The source model as it is, in evaluation mode.
+    """The unchanged source model, in evaluation mode.
 
-    Cost: 1 forward pass a batch.
+    Cost: 1 forward pass per batch.
+
+    Args:
+        model: The source model; see `Adapter`.
+        statistics: Where mean and variance come from; see `Adapter`.
+
+    Returns:
+        The adapter.
+
+    Raises:
+        ValueError: If the statistics do not fit the model.
 
     Examples:
         >>> import torch, gradkit as gk

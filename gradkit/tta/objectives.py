@@ -1,10 +1,10 @@
-"""Losses that need no label: what a model is adapted by on a test image.
+"""Losses without labels, by which a model adapts to test images.
 
-An objective is called as `objective(model, image)`, where `model(image)` gives logits [N, C] or
-[N, C, ...], and returns a scalar to be minimised. Which probabilities the logits stand for depends
-on the task: a softmax where exactly one class is right, independent sigmoids where several may be
-(the optic cup lies within the disc). What is right for one is wrong for the other: a shift of all
-logits of an image changes every sigmoid and no softmax.
+An objective is called as `objective(model, image)`, where `model(image)` returns logits [N, C] or
+[N, C, ...], and returns a scalar to minimise. The meaning of the logits depends on the task: a
+softmax if exactly one class is right, independent sigmoids if several may be (the optic cup lies
+within the disc). The two are not interchangeable: a shift of all logits of an image changes every
+sigmoid and no softmax.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ Probabilities = Literal["auto", "sigmoid", "softmax"]
 def one_sided_entropy(logits: Logits, eps: float = 1e-6) -> Scalar:
     """−Σ_c p·log(p + ε), averaged over images and pixels, with p = sigmoid(logits).
 
-    The term of class c alone, without that of its complement. It peaks at p = 1/e, so minimising
-    it pushes every pixel above 0.368 towards the foreground.
+    Only the term of class c, without that of its complement. Its maximum is at p = 1/e, so
+    minimising it pushes every pixel above 0.368 towards the foreground.
 
     Examples:
         >>> one_sided_entropy(torch.zeros(1, 2, 4, 4)).item() / 2  # ½·log 2
@@ -44,14 +44,16 @@ def one_sided_entropy(logits: Logits, eps: float = 1e-6) -> Scalar:
 
 
 def two_sided_entropy(logits: Logits) -> Scalar:
-    """−Σ_c [p·log p + (1 − p)·log(1 − p)], averaged over images and pixels; exact at any logit.
+    """−Σ_c [p·log p + (1 − p)·log(1 − p)], averaged over images and pixels.
+
+    It is accurate for any logit.
 
     Examples:
         >>> two_sided_entropy(torch.zeros(1, 2, 4, 4)).item() / 2  # log 2
         0.693...
     """
     z = _at_least_float32(logits)
-    # 1 − p is sigmoid(−z): every product below keeps its relative precision at large |z|.
+    # 1 − p is sigmoid(−z): every product below keeps its relative precision for large |z|.
     terms = torch.sigmoid(z) * F.logsigmoid(z) + torch.sigmoid(-z) * F.logsigmoid(-z)
     return -terms.sum(dim=1).mean()
 
@@ -59,8 +61,8 @@ def two_sided_entropy(logits: Logits) -> Scalar:
 def categorical_entropy(logits: Logits) -> Scalar:
     """−Σ_c p_c·log p_c with p = softmax(logits) over the classes, averaged over the rest.
 
-    Every term of the sum is positive, so that nothing cancels: exact at any logit, also where a
-    class is ruled out by a logit of −∞.
+    All terms of the sum are positive, so that there is no cancellation: it is accurate for any
+    logit, also if a class is excluded by a logit of −∞.
 
     Raises:
         ValueError: If there is a single class, whose softmax is always 1.
@@ -71,14 +73,18 @@ def categorical_entropy(logits: Logits) -> Scalar:
     """
     # With m the largest logit's class and d = z − z_m: H = log Σ e^d − Σ d·e^d / Σ e^d.
     below, weights, log_total = _below_the_largest(_at_least_float32(logits))
-    # A d of −∞ has no part in it, but 0·∞ would be NaN.
+    # A d of −∞ contributes 0, but 0·∞ would be NaN.
     finite = below.clamp_min(torch.finfo(below.dtype).min)
     mean_below = (weights * finite).sum(dim=1) * torch.exp(-log_total.squeeze(1))
     return (log_total.squeeze(1) - mean_below).mean()
 
 
 def _below_the_largest(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """D = z − max z; e^d, 0 for the largest itself; log Σ e^d, kept as an axis."""
+    """D = z − max z; e^d, with 0 for the largest; log Σ e^d, with the class axis kept.
+
+    Raises:
+        ValueError: If there is a single class.
+    """
     if z.shape[1] == 1:
         raise ValueError(
             f"logits of shape {list(z.shape)} have a single class, whose softmax is always 1: take "
@@ -91,9 +97,12 @@ def _below_the_largest(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def log_softmax(logits: Logits) -> Logits:
-    """Logarithms of softmax probabilities over classes, the largest with all its digits, too.
+    """Logarithms of softmax probabilities over classes, accurate also for the largest.
 
-    `torch.log_softmax` gives 0 where the largest differs from 1 by less than 1e-7.
+    `torch.log_softmax` returns 0 if the largest probability differs from 1 by less than 1e-7.
+
+    Raises:
+        ValueError: If there is a single class.
 
     Examples:
         >>> log_softmax(torch.tensor([[0.0, -20.0]]))
@@ -104,13 +113,14 @@ def log_softmax(logits: Logits) -> Logits:
 
 
 def resolve_probabilities(probabilities: Probabilities, logits: Logits) -> str:
-    """What "auto" stands for: "softmax" for classifiers of more than one class, else "sigmoid".
+    """Resolve "auto": "softmax" for classifiers of more than one class, else "sigmoid".
 
-    A classifier has one position an image: logits [N, C], or [N, C, 1, 1]. Dense logits [N, C, ...]
-    are sigmoids, as in the segmentation of discs and cups that GraTa was published with.
+    A classifier has one position per image: logits [N, C], or [N, C, 1, 1]. Dense logits
+    [N, C, ...] are sigmoids, as in the segmentation of discs and cups for which GraTa was
+    published.
 
     Raises:
-        ValueError: If it is none of the three.
+        ValueError: If it is not "auto", "sigmoid" or "softmax".
 
     Examples:
         >>> resolve_probabilities("auto", torch.zeros(8, 5))
@@ -127,7 +137,11 @@ def resolve_probabilities(probabilities: Probabilities, logits: Logits) -> str:
 
 
 def check_probabilities(probabilities: str) -> None:
-    """Raise ValueError unless it is "auto", "sigmoid" or "softmax"."""
+    """Check the argument `probabilities`.
+
+    Raises:
+        ValueError: If it is not "auto", "sigmoid" or "softmax".
+    """
     if probabilities not in ("auto", "sigmoid", "softmax"):
         raise ValueError(
             f'probabilities must be "auto", "sigmoid" or "softmax", but are {probabilities!r}.'
@@ -135,16 +149,16 @@ def check_probabilities(probabilities: str) -> None:
 
 
 def is_classifier(logits: Logits) -> bool:
-    """Whether there is one prediction an image, not one a pixel."""
+    """Whether there is one prediction per image, not one per pixel."""
     return math.prod(logits.shape[2:]) == 1
 
 
 def entropy(model: Model, image: Image) -> Scalar:
-    """Entropy of the prediction, as GraTa's fundus experiments (and their TENT) compute it.
+    """Entropy of the prediction, as in GraTa's fundus experiments (and their TENT).
 
     GraTa (https://arxiv.org/abs/2408.07343), after TENT (https://arxiv.org/abs/2006.10726). This is
-    the one-sided entropy of its released code: it peaks at p = 1/e, not ½, so that pixels above
-    0.368 are pushed towards the foreground. `binary_entropy` is the symmetric one.
+    the one-sided entropy of GraTa's released code. Its maximum is at p = 1/e, not ½, so that pixels
+    above 0.368 are pushed towards the foreground. `binary_entropy` is symmetric.
 
     Raises:
         ValueError: If the model does not return logits [N, C, ...].
@@ -170,10 +184,10 @@ def binary_entropy(model: Model, image: Image) -> Scalar:
 
 
 def softmax_entropy(model: Model, image: Image) -> Scalar:
-    """Entropy of the prediction over classes of which exactly one is right, as TENT has it.
+    """Entropy of the prediction over classes of which exactly one is right, as in TENT.
 
     TENT (https://arxiv.org/abs/2006.10726): −Σ_c p_c·log p_c with p = softmax(logits), averaged
-    over images, and over positions where there are any. A shift of all logits changes nothing.
+    over images, and over positions if there are several. A shift of all logits changes nothing.
 
     Raises:
         ValueError: If the model does not return logits [N, C, ...] with C > 1.
@@ -186,7 +200,7 @@ def softmax_entropy(model: Model, image: Image) -> Scalar:
 
 
 def prediction_entropy(model: Model, image: Image, probabilities: Probabilities = "auto") -> Scalar:
-    """The entropy that fits the logits: what TENT and GraTa take by default.
+    """The entropy that fits the logits: the default of TENT and GraTa.
 
     - softmax, by default for logits [N, C] with C > 1: `softmax_entropy`;
     - sigmoid, for dense logits [N, C, ...]: `entropy`, one-sided, as published;
@@ -214,12 +228,13 @@ def mean_prediction(
     views: Sequence[View] = WEAK_VIEWS,
     probabilities: Probabilities = "sigmoid",
 ) -> Logits:
-    """Probabilities like the logits, averaged over views that are each predicted and mapped back.
+    """Probabilities, averaged over views of the image; each prediction is mapped back.
 
-    One forward pass a view, without gradients. Views may differ in shape (a quarter turn of an
-    image that is not square). Logits that have the image's axes, [N, C, h, w] at any resolution or
-    as many axes as the image, are mapped back by the view's inverse. Others, [N, C] or [N, C, T],
-    belong to the whole image, and are averaged as they are.
+    The result has the shape of the logits. There is one forward pass per view, without gradients.
+    Views may differ in shape (a quarter turn of an image that is not square). Logits that have the
+    image's axes, [N, C, h, w] at any resolution or as many axes as the image, are mapped back by
+    the view's inverse. Other logits, [N, C] or [N, C, T], belong to the whole image, and are
+    averaged without a mapping.
 
     Args:
         model: From images to logits.
@@ -228,8 +243,9 @@ def mean_prediction(
         probabilities: See `resolve_probabilities`.
 
     Raises:
-        ValueError: If there is no view, one does not fit the image, the model does not return
-            logits [N, C, ...], or they are pixels in one axis, which a view cannot be undone on.
+        ValueError: If there is no view, if a view does not fit the image, if the model does not
+            return logits [N, C, ...], or if pixels lie in one axis, on which views cannot be
+            undone.
 
     Examples:
         >>> image = torch.tensor([[[[0.0, 9.0]]]])
@@ -240,8 +256,8 @@ def mean_prediction(
         raise ValueError("at least one view is needed to average predictions.")
     check_views(views, image)
     device = image.device.type
-    # Autocast may cache weights that it casts here, without gradients, and then silently cut the
-    # gradient of the next forward pass (pytorch/pytorch#158232): let it cache nothing.
+    # Autocast may cache weights that it casts here without gradients, and then silently drop the
+    # gradient of the next forward pass (pytorch/pytorch#158232), so its cache is disabled.
     autocast = torch.autocast(
         device,
         dtype=torch.get_autocast_dtype(device),
@@ -265,7 +281,11 @@ def _predicted(logits: Tensor, probabilities: Probabilities) -> Tensor:
 
 
 def _has_axes_of(image: Tensor, logits: Tensor) -> bool:
-    """Whether the last two axes of logits [N, C, ...] are the image's."""
+    """Whether the last two axes of logits [N, C, ...] are the image's.
+
+    Raises:
+        ValueError: If all pixels lie in one axis.
+    """
     if logits.dim() == 3 and image.dim() > 3 and math.prod(image.shape[-2:]) in logits.shape[1:]:
         raise ValueError(
             f"the model returned logits of shape {list(logits.shape)} for images of shape "
@@ -276,7 +296,7 @@ def _has_axes_of(image: Tensor, logits: Tensor) -> bool:
 
 
 class Consistency:
-    """Agreement of a strongly augmented image's prediction with the mean over weak views.
+    """Consistency of a strongly augmented image's prediction with the mean over weak views.
 
     GraTa's pseudo objective (https://arxiv.org/abs/2408.07343):
 
@@ -284,22 +304,23 @@ class Consistency:
         loss = BCE(sigmoid(model(minmax(strong(x)))), q)               mean over everything
 
     With softmax probabilities, for classes of which exactly one is right, the loss is
-    −Σ_c q_c·log softmax(...)_c, averaged over the rest, q the mean of softmaxes. Predictions
-    without the image's axes, a classifier's, are not mapped back; see `mean_prediction`.
+    −Σ_c q_c·log softmax(...)_c, averaged over the other axes, with q the mean of softmaxes.
+    Predictions without the image's axes, such as a classifier's, are not mapped back; see
+    `mean_prediction`.
 
-    Costs one forward pass a view and one with gradients. Every call, one at displaced weights in
-    the same step too, draws a new augmentation from
-    `generator`, which is the only state; restore it by `load_state_dict` to see the same again.
+    Cost: one forward pass per view and one with gradients. Every call draws a new augmentation from
+    `generator`, also at displaced weights in the same step. The generator is the only state; use
+    `load_state_dict` to repeat the same numbers.
 
     Args:
         views: Weak views with their inverses.
         augmentation: `(image, generator) -> image`, of the same shape.
-        generator: Where random numbers come from; by default one of its own, seeded with 0.
+        generator: The generator of random numbers; by default a new one with seed 0.
         probabilities: "sigmoid", "softmax", or "auto" for the one that fits the logits (see
             `resolve_probabilities`).
 
     Raises:
-        ValueError: If `probabilities` are none of the three.
+        ValueError: If `probabilities` has no valid value.
 
     Examples:
         >>> consistency = Consistency(generator=torch.Generator().manual_seed(1))
@@ -326,10 +347,10 @@ class Consistency:
         """The loss on a batch of images [N, channels, *spatial] in [0, 1].
 
         Raises:
-            ValueError: If the image is not one that the augmentation or a view accepts, there is no
-                view, or the model does not return logits [N, C, ...].
+            ValueError: If the augmentation or a view refuses the image, if there is no view, or if
+                the model does not return logits [N, C, ...].
         """
-        strong = minmax(self.augmentation(image, self.generator))  # first, since it may refuse
+        strong = minmax(self.augmentation(image, self.generator))  # first, since it may raise
         target = mean_prediction(model, image, self.views, self.probabilities)
         logits = _at_least_float32(_logits(model, strong))
         if resolve_probabilities(self.probabilities, logits) == "sigmoid":
@@ -339,7 +360,11 @@ class Consistency:
         return -(target * log_p).sum(dim=1).mean()
 
     def check_images(self, image: Tensor) -> None:
-        """Raise ValueError if the images are not such as this objective works with."""
+        """Check that this objective can work with these images.
+
+        Raises:
+            ValueError: If it cannot.
+        """
         check_views(self.views, image)
         check = getattr(self.augmentation, "check_images", None)
         if check is not None:
@@ -350,10 +375,10 @@ class Consistency:
         return {"generator": self.generator.get_state()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue the random numbers where `state_dict` was taken.
+        """Load the generator's state that `state_dict` returned.
 
         Raises:
-            ValueError: If there is no generator state in it.
+            ValueError: If the entries are not those of `state_dict`.
         """
         if set(state_dict) != {"generator"}:
             raise ValueError(
@@ -364,7 +389,11 @@ class Consistency:
 
 
 def _logits(model: Model, image: Tensor) -> Tensor:
-    """The model's output, if it is what an objective can use."""
+    """The model's logits.
+
+    Raises:
+        ValueError: If the output is not of shape [N, C, ...].
+    """
     logits = model(image)
     if not isinstance(logits, Tensor) or logits.dim() < 2 or len(logits) != len(image):
         tensor = isinstance(logits, Tensor)

@@ -1,9 +1,9 @@
-"""Taking over the normalisation inside a layer's own forward.
+"""Interception of the normalisation inside a layer's own forward.
 
-Many layers extend BatchNorm by a `forward` of their own: an activation after it, a cast round it, a
-further argument. That forward has to stay; only the call in it that normalises is to be answered
-otherwise. A `TorchFunctionMode` finds it, so that it does not matter whether the layer writes
-`super().forward(x)`, `F.batch_norm(...)` or `torch.batch_norm(...)`.
+Many layers extend BatchNorm by their own `forward`: an activation after it, a cast around it, a
+further argument. That forward must still run; only the call in it that normalises is replaced. A
+`TorchFunctionMode` finds this call, whether the layer writes `super().forward(x)`,
+`F.batch_norm(...)` or `torch.batch_norm(...)`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 
-# What may be done with running statistics on their way to the call that normalises.
+# Operations that are allowed on running statistics before the call that normalises.
 _CONVERSIONS = frozenset(
     {"to", "type", "type_as", "float", "double", "half", "bfloat16", "detach", "clone"}
     | {"contiguous", "requires_grad_"}
@@ -32,13 +32,13 @@ class NormalisationCall:
     """The arguments of one call that normalises.
 
     Attributes:
-        x: What is normalised, [batch, channels, ...].
-        mean: The running mean given, [channels], or None.
-        var: The running variance given, [channels], or None.
+        x: The input, [batch, channels, ...].
+        mean: The running mean, [channels], or None.
+        var: The running variance, [channels], or None.
         weight: The scale, [channels], or None.
         bias: The shift, [channels], or None.
         eps: ε.
-        by_image: Whether each image is normalised by itself (instance normalisation).
+        by_image: Whether each image is normalised separately (instance normalisation).
     """
 
     x: Tensor
@@ -98,23 +98,24 @@ _NORMALISING: dict[Any, Callable[..., NormalisationCall]] = {
 
 
 class NormalisationInterceptor(TorchFunctionMode):
-    """While it is entered, `normalise` answers the calls by which `layer` normalises.
+    """A context in which `normalise` replaces the calls that normalise in `layer`.
 
-    A call is the layer's if it is given one of the layer's own tensors, or none at all; those of
-    other layers inside it pass. Running statistics that the layer reads in any other way are
-    refused: what it computes from them would silently stay the source's.
+    A call belongs to the layer if one of its arguments is a tensor of the layer, or if it has no
+    tensor arguments besides the input. Calls of other layers inside it are not changed. Other uses
+    of the layer's running statistics raise, since their results would silently depend on the
+    source's statistics.
 
     Args:
         layer: The layer whose forward runs.
-        normalise: From the call to what it returns, of the shape of its `x`.
-        refusal: What the error says.
+        normalise: The function from a call to its result, of the shape of its `x`.
+        refusal: The error message.
 
     Attributes:
-        calls: How many calls have been answered.
+        calls: The number of calls that have been replaced.
 
     Raises:
-        ValueError: On leaving, if there was no such call; or where the layer computes something
-            else from its running statistics, or writes them.
+        ValueError: At the end of the context, if there was no such call; or when the layer computes
+            something else from its running statistics, or writes to them.
 
     Examples:
         >>> layer = nn.BatchNorm1d(2).eval()
@@ -146,7 +147,7 @@ class NormalisationInterceptor(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Answer a call of the layer's; let others pass."""
+        """Replace a call of the layer; run all other calls."""
         kwargs = kwargs or {}
         read_call = _NORMALISING.get(func)
         if read_call is not None:
@@ -168,7 +169,7 @@ class NormalisationInterceptor(TorchFunctionMode):
         return result  # a shape or a dtype, for example
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
-        """Leave; without an error, check that the layer has normalised."""
+        """End the context; without an error, check that the layer has normalised."""
         super().__exit__(kind, error, traceback)  # type: ignore[no-untyped-call]  # torch's
         if kind is None and not self.calls:
             raise ValueError(self._refusal)
@@ -176,14 +177,14 @@ class NormalisationInterceptor(TorchFunctionMode):
 
 @dataclass(frozen=True)
 class Adaptation:
-    """What an `AdaptedForward` keeps, apart from the layer's own attributes.
+    """The attributes of an `AdaptedForward`, apart from the layer's own.
 
     Attributes:
         name: The layer's qualified name in the model.
         statistics: Where mean and variance come from.
-        predecessor_type: The class the layer was of.
+        predecessor_type: The original class of the layer.
         forward: A forward that was set on the layer itself, or None.
-        answer: From layer, adaptation and call to what the call returns.
+        answer: The function from layer, adaptation and call to the call's result.
     """
 
     name: str
@@ -194,22 +195,22 @@ class Adaptation:
 
 
 class AdaptedForward:
-    """What an adapted layer of any class has: its own forward, with other statistics.
+    """Base class for adapted layers of any class, which keep their own forward.
 
-    The layer's class becomes a subclass of this one and of its own. Its forward runs, as in
-    evaluation mode, and the calls in it that normalise are answered by the statistics.
+    The layer's class becomes a subclass of this class and of its original one. Its forward runs as
+    in evaluation mode, and the calls in it that normalise use the statistics.
     """
 
     _adaptation: Adaptation
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the layer's own forward returns.
+        """Run the layer's own forward with the statistics.
 
         Raises:
             ValueError: If the normalisation in it cannot be found.
         """
         run = self._forward_adapted
-        if torch.compiler.is_compiling():  # compiled code does not know of the mode
+        if torch.compiler.is_compiling():  # compiled code ignores the mode
             run = torch.compiler.disable(run)  # type: ignore[no-untyped-call]  # torch's
         return run(*args, **kwargs)
 
@@ -229,12 +230,12 @@ class AdaptedForward:
             return own(*args, **kwargs)
 
     def extra_repr(self) -> str:
-        """The layer's own line, with the statistics."""
+        """The layer's own text, with the statistics."""
         here: Any = self._adaptation
         return f"{here.predecessor_type.extra_repr(self)}, statistics={here.statistics}"
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """As usual; but the class is made when needed, and cannot be found by its name."""
+        """As usual, except that the class is generated and cannot be found by its name."""
         reduced = super().__reduce_ex__(protocol)
         assert isinstance(reduced, tuple)
         return _blank, (self._adaptation.predecessor_type,), *reduced[2:]
@@ -259,7 +260,7 @@ def _blank(kind: Any) -> Any:
 
 @contextmanager
 def _in_evaluation_mode(layer: nn.Module) -> Iterator[None]:
-    """The layer itself, not its children, as in evaluation mode."""
+    """A context in which the layer, but not its children, is in evaluation mode."""
     training, layer.training = layer.training, False
     try:
         yield

@@ -13,10 +13,20 @@ def PTBN(  # noqa: N802 # the method's name
 ) -> Adapter:
     """Prediction-time batch normalisation ([Nado et al., 2020](https://arxiv.org/abs/2006.10963)).
 
-    Mean and variance come from the images at hand; no weight changes and nothing is remembered.
-    Every method that trains on top of test statistics has to beat this one.
+    Mean and variance come from the present images; no weight changes, and there is no state. This
+    is the baseline for every method that also trains with test statistics.
 
-    Cost: 1 forward pass a batch.
+    Cost: 1 forward pass per batch.
+
+    Args:
+        model: The source model; see `Adapter`.
+        statistics: Where mean and variance come from; see `Adapter`.
+
+    Returns:
+        The adapter.
+
+    Raises:
+        ValueError: If the statistics do not fit the model.
 
     Examples:
         >>> import torch, gradkit as gk

@@ -1,9 +1,9 @@
-"""Where BatchNorm takes mean and variance from when a trained model meets a new domain.
+"""Sources of BatchNorm's mean and variance for a trained model on a new domain.
 
 A BatchNorm layer computes y = γ·(x − μ)/√(v + ε) + β per channel. After training, μ and v are the
-source domain's running statistics; on data of another domain they are wrong, and where to take
-them from instead is one of the choices that test-time adaptation consists of. Here that choice is
-an object, a `Statistics`, and `install_statistics` makes every BatchNorm of a model ask it.
+source domain's running statistics. On data of another domain they are wrong, and test-time
+adaptation has to choose other ones. Here that choice is an object, a `Statistics`, and
+`install_statistics` makes every BatchNorm of a model use it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PerChannel = Float[Tensor, " channels"]
 def batch_moments(x: Activations) -> tuple[PerChannel, PerChannel]:
     """Mean and biased variance of each channel over the batch and all positions.
 
-    Half-precision activations are reduced in float32, as BatchNorm does. Gradients flow.
+    Half-precision activations are reduced in float32, as in BatchNorm. Differentiable.
 
     Examples:
         >>> mean, var = batch_moments(torch.tensor([[[1.0, 3.0]], [[5.0, 7.0]]]))
@@ -50,9 +50,10 @@ def normalise_with(
 ) -> Activations:
     """γ·(x − μ)/√(v + ε) + β, differentiable in every argument, μ and v included.
 
-    BatchNorm's own kernel treats given statistics as constants, so this is for statistics that
-    depend on the input. The layer is folded into one scale and one shift a channel and so passes
-    over `x` once. Computed in the widest dtype of the arguments; the result has that of `x`.
+    BatchNorm's own kernel treats given statistics as constants, so use this for statistics that
+    depend on the input. The layer is reduced to one scale and one shift per channel, which takes
+    one pass over `x`. The result is computed in the widest dtype of the arguments and returned in
+    that of `x`.
 
     Examples:
         >>> x = torch.tensor([[[1.0, 3.0]]])
@@ -70,7 +71,7 @@ def normalise_with(
 
 
 def source_moments(layer: AdaptedBatchNorm) -> tuple[PerChannel, PerChannel]:
-    """The running mean and variance that the layer brought from training.
+    """The layer's running mean and variance from training.
 
     Raises:
         ValueError: If the layer was built with `track_running_stats=False` and has none.
@@ -87,22 +88,21 @@ def source_moments(layer: AdaptedBatchNorm) -> tuple[PerChannel, PerChannel]:
 
 
 class Statistics:
-    """A source of mean and variance for BatchNorm layers; subclass it to bring another.
+    """Base class for sources of mean and variance for BatchNorm layers.
 
-    One object serves every layer of a model, which identifies itself by `layer.name` (its
-    qualified name in the model) where statistics are kept per layer. It is asked in every forward
-    pass: those of augmented images and at displaced weights too. A stateless choice defines
-    `moments` only. `normalise` is there to be overridden where a fused kernel, or another
-    gradient, is wanted. A stateful choice also defines `reset`, `state_dict` and
-    `load_state_dict`, with tensors and plain values only so that `torch.load(...,
-    weights_only=True)` reads them.
+    One object serves all layers of a model. A subclass that keeps statistics per layer uses
+    `layer.name`, the qualified name in the model, as a key. The object is called in every forward
+    pass, including those of augmented images and at displaced weights. A stateless subclass defines
+    `moments` only. Override `normalise` to use a fused kernel or another gradient. A stateful
+    subclass also defines `reset`, `state_dict` and `load_state_dict`, with tensors and plain values
+    only, so that `torch.load(..., weights_only=True)` can read them.
 
     Attributes:
-        uses_source: Whether running statistics are needed, so that a layer without any is
-            refused when the statistics are installed rather than at the first image.
+        uses_source: Whether running statistics are needed. A layer without any is then refused when
+            the statistics are installed, not at the first image.
 
     Examples:
-        The median instead of the mean, as MedBN has it (https://arxiv.org/abs/2403.19326):
+        The median instead of the mean, as in MedBN (https://arxiv.org/abs/2403.19326):
 
         >>> class Median(Statistics):
         ...     def moments(self, layer, x):
@@ -117,23 +117,27 @@ class Statistics:
     uses_source: ClassVar[bool] = False
 
     def moments(self, layer: AdaptedBatchNorm, x: Activations) -> tuple[PerChannel, PerChannel]:
-        """Mean and variance with which `layer` is to normalise `x`, each [channels]."""
+        """The mean and variance with which `layer` normalises `x`, each [channels].
+
+        Raises:
+            NotImplementedError: If a subclass does not define this method.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define moments(layer, x)")
 
     def normalise(self, layer: AdaptedBatchNorm, x: Activations) -> Activations:
-        """The layer's output: `x` normalised by `moments`, then γ and β."""
+        """The layer's output: `x` normalised by `moments`, then scaled by γ and shifted by β."""
         mean, var = self.moments(layer, x)
         return normalise_with(x, mean, var, layer.weight, layer.bias, layer.eps)
 
     def reset(self) -> None:
-        """Forget everything seen; nothing to forget unless a subclass keeps state."""
+        """Clear the state; does nothing unless a subclass keeps state."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs to go on; empty unless a subclass keeps state."""
+        """The state; empty unless a subclass keeps state."""
         return {}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore `state_dict()`.
+        """Load what `state_dict` returned.
 
         Raises:
             ValueError: If there are entries, but these statistics keep no state.
@@ -147,7 +151,7 @@ class Statistics:
 
 @dataclass(frozen=True)
 class SourceStatistics(Statistics):
-    """The running statistics, as in evaluation mode: bit for bit, and at the same cost.
+    """The running statistics, with the same results and cost as in evaluation mode.
 
     Examples:
         >>> bn = nn.BatchNorm1d(2).eval()
@@ -157,7 +161,7 @@ class SourceStatistics(Statistics):
     """
 
     def moments(self, layer: AdaptedBatchNorm, x: Activations) -> tuple[PerChannel, PerChannel]:
-        """The layer's running mean and variance, whatever `x` is."""
+        """The layer's running mean and variance, independent of `x`."""
         return source_moments(layer)
 
     def normalise(self, layer: AdaptedBatchNorm, x: Activations) -> Activations:
@@ -174,11 +178,11 @@ class SourceStatistics(Statistics):
 
 @dataclass(frozen=True)
 class BatchStatistics(Statistics):
-    """The current batch's mean and biased variance, running statistics neither read nor written.
+    """The current batch's mean and biased variance; running statistics are not used.
 
-    What TENT (https://arxiv.org/abs/2006.10726) and prediction-time BatchNorm
-    (https://arxiv.org/abs/2006.10963) do. Runs on BatchNorm's training kernel and costs the same.
-    Under data parallelism the statistics are each process's own.
+    As in TENT (https://arxiv.org/abs/2006.10726) and prediction-time BatchNorm
+    (https://arxiv.org/abs/2006.10963). Uses BatchNorm's training kernel, at the same cost. Under
+    data parallelism each process has its own statistics.
 
     Examples:
         >>> layer = install_statistics(nn.BatchNorm1d(1), BatchStatistics())
@@ -194,7 +198,7 @@ class BatchStatistics(Statistics):
         """BatchNorm's training kernel.
 
         Raises:
-            ValueError: If a channel has fewer than two values, so that its variance means nothing.
+            ValueError: If a channel has fewer than two values, so that its variance is meaningless.
         """
         if x.numel() < 2 * x.shape[1]:
             raise ValueError(
@@ -213,12 +217,11 @@ class Mixed(Statistics):
 
     "Dynamically Instance-Guided Adaptation" (CVPR 2023,
     https://doi.org/10.1109/CVPR52729.2023.02307): μ = a·μs + (1 − a)·μt and
-    v = a·vs + (1 − a)·vt with the biased vt of the current batch.
-    Gradients flow through μt and vt, as they do through `"test"` statistics. A single value a
-    channel is allowed (vt = 0).
+    v = a·vs + (1 − a)·vt with the biased vt of the current batch. Gradients flow through μt and vt,
+    as with `"test"` statistics. A single value per channel is allowed (vt = 0).
 
     Args:
-        share: a, the source's share, in [0, 1]. 0.8 is DIGA's.
+        share: a, the source's share, in [0, 1]. 0.8 is DIGA's value.
 
     Raises:
         ValueError: If `share` is outside [0, 1].
@@ -246,20 +249,20 @@ class Mixed(Statistics):
 
 
 class AdaptedBatchNorm(_BatchNorm):
-    """A BatchNorm that asks `statistics` for its mean and variance; see `install_statistics`.
+    """A BatchNorm whose mean and variance come from `statistics`; see `install_statistics`.
 
-    It is the layer that was there, of another class: parameters, buffers, hooks and state-dict
-    names stay, and whoever holds the layer holds the adapted one. It behaves alike in training and
-    in evaluation mode and never writes the running statistics itself.
+    It is the original layer object with another class: parameters, buffers, hooks and state-dict
+    names are kept, and references to the layer stay valid. It behaves in the same way in training
+    and evaluation mode, and never writes the running statistics itself.
 
-    Layers of other classes become an `AdaptedForward`; statistics see an `AdaptedBatchNorm` of the
-    same name, buffers and settings in their place.
+    Layers of other classes become an `AdaptedForward`; for them, statistics get an
+    `AdaptedBatchNorm` with the same name, buffers and settings.
 
     Attributes:
-        name: Qualified name in the model, "" where the layer is the whole model. A layer used at
-            several places has its first name.
+        name: The qualified name in the model, "" if the layer is the whole model. A layer that is
+            used at several places has its first name.
         statistics: Where mean and variance come from.
-        predecessor_type: The class it was.
+        predecessor_type: The original class.
     """
 
     name: str
@@ -272,7 +275,7 @@ class AdaptedBatchNorm(_BatchNorm):
         return self.statistics.normalise(self, x)
 
     def extra_repr(self) -> str:
-        """BatchNorm's own line, with the statistics."""
+        """BatchNorm's own text, with the statistics."""
         line = super().extra_repr()  # type: ignore[no-untyped-call]  # torch's
         return f"{line}, statistics={self.statistics}"
 
@@ -281,7 +284,7 @@ _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def _answer(layer: nn.Module, adaptation: Adaptation, call: NormalisationCall) -> Tensor:
-    """What a call that normalises returns with the adaptation's statistics."""
+    """The result of a call that normalises, with the adaptation's statistics."""
     called = AdaptedBatchNorm.__new__(AdaptedBatchNorm)
     vars(called).update(
         vars(layer),
@@ -298,10 +301,10 @@ def _answer(layer: nn.Module, adaptation: Adaptation, call: NormalisationCall) -
 
 
 def resolve_statistics(statistics: str | Statistics) -> Statistics:
-    """The `Statistics` that is meant by "source", by "test", or by a `Statistics` itself.
+    """The `Statistics` for "source", "test", or a `Statistics` itself.
 
     Raises:
-        ValueError: If it is none of these.
+        ValueError: If the argument is none of these.
 
     Examples:
         >>> resolve_statistics("test"), resolve_statistics(Mixed(0.5))
@@ -322,29 +325,32 @@ def resolve_statistics(statistics: str | Statistics) -> Statistics:
 def install_statistics(model: nn.Module, statistics: str | Statistics) -> nn.Module:
     """Make every BatchNorm in `model` take mean and variance from `statistics`, in place.
 
-    Each BatchNorm (1d, 2d, 3d and synchronised) becomes an `AdaptedBatchNorm`; parameters,
-    buffers, their names, hooks and the tying of layers stay. Installing again replaces the
-    statistics.
+    Each BatchNorm (1d, 2d, 3d and synchronised) becomes an `AdaptedBatchNorm`. Parameters, buffers,
+    their names, hooks and the tying of layers are kept. Installing again replaces the statistics.
 
-    Subclasses keep their own forward, be it an activation, a cast or a further argument: it runs
-    as in evaluation mode, and the calls of `F.batch_norm` in it (`super().forward` makes one) are
-    answered by `statistics`. So do parametrised layers, and InstanceNorm with running statistics,
-    where each image is a batch of its own. With the source's statistics nothing has to be
-    exchanged, and all of these are left as they are.
+    Subclasses keep their own forward, with an activation, a cast or a further argument. It runs as
+    in evaluation mode, and `statistics` replace the calls of `F.batch_norm` in it, such as that of
+    `super().forward`. The same holds for parametrised layers, and for InstanceNorm with running
+    statistics, where each image is treated as a batch. With the source's statistics nothing is
+    replaced, and all of these layers are not changed.
 
-    Other layers, dropout and InstanceNorm without running statistics included, still follow
+    Other layers, including dropout and InstanceNorm without running statistics, still follow
     `model.training`.
+
+    Args:
+        model: The model, which is changed in place.
+        statistics: "source", "test" or a `Statistics`.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: If statistics other than the source's are to be installed and the model has no
-            BatchNorm, or a layer whose running statistics cannot be exchanged (a scripted
-            BatchNorm, a frozen one that is no `torch.nn` layer); if a layer has no running
-            statistics but they are needed; if one has not yet seen its first batch (lazy). The
-            model is then unchanged. A subclass whose forward does not call `F.batch_norm`, or
-            computes more from its running statistics, raises when it is first called.
+        ValueError: If the statistics are not the source's and the model has no BatchNorm, or a
+            layer whose running statistics cannot be replaced (a scripted BatchNorm, a frozen one
+            that is not a `torch.nn` layer); if a layer has no running statistics but they are
+            needed; or if a lazy layer is not yet initialised. The model is then unchanged. A
+            subclass whose forward does not call `F.batch_norm`, or computes something else from its
+            running statistics, raises when it is first called.
 
     Examples:
         >>> model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
@@ -384,7 +390,11 @@ def install_statistics(model: nn.Module, statistics: str | Statistics) -> nn.Mod
 
 
 def _check_exchangeable(model: nn.Module, statistics: Statistics) -> None:
-    """Raise ValueError if a layer that is not torch.nn's normalises by running statistics."""
+    """Check that no layer outside torch.nn normalises by running statistics.
+
+    Raises:
+        ValueError: If one does.
+    """
     for name, layer in model.named_modules():
         if isinstance(layer, _NormBase):
             continue
@@ -406,7 +416,11 @@ def _check_exchangeable(model: nn.Module, statistics: Statistics) -> None:
 
 
 def _check_adaptable(layer: _NormBase, name: str, statistics: Statistics) -> None:
-    """Raise ValueError if `layer` cannot be adapted."""
+    """Check that `layer` can be adapted.
+
+    Raises:
+        ValueError: If it cannot.
+    """
     if any(is_lazy(p) for p in layer.parameters(recurse=False)):
         raise ValueError(
             f"BatchNorm layer {name!r} is lazy and not yet initialised: run the model on one batch "
@@ -417,9 +431,10 @@ def _check_adaptable(layer: _NormBase, name: str, statistics: Statistics) -> Non
 
 
 def _adapt(layer: _NormBase, name: str, statistics: Statistics, *, exchange: bool) -> None:
-    """Make `layer` take mean and variance from `statistics`, or leave it as it was."""
-    # The layer itself changes, since forward may reach it by a list or attribute that torch does
-    # not know of. Not by attribute: statistics that are a module too would become its child.
+    """Make `layer` take mean and variance from `statistics`, or restore its original class."""
+    # The layer object itself is changed, since forward may use it by a list or attribute that torch
+    # does not track. `vars` instead of setattr, since statistics that are a module would become a
+    # child of the layer.
     attributes = vars(layer)
     if isinstance(layer, AdaptedBatchNorm):
         _become(layer, layer.predecessor_type)
@@ -454,9 +469,9 @@ def _no_source(name: str) -> str:
 def norm_affine_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Scales and shifts (weight, bias) of all normalisation layers, by their names in the model.
 
-    Batch, instance, layer, group and RMS normalisation count, where affine, and their subclasses;
-    of a parametrised scale or shift, its originals. A parameter that is used at several places
-    counts once, under the name `model.named_parameters()` gives it. Empty if there are none.
+    These are affine batch, instance, layer, group and RMS normalisation, and their subclasses. For
+    a parametrised scale or shift, they are its originals. A parameter that is used at several
+    places appears once, under its name in `model.named_parameters()`.
 
     Examples:
         >>> model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.GroupNorm(1, 2))

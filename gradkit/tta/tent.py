@@ -27,28 +27,34 @@ def TENT(  # noqa: N802 # the method's name
 
         φ ← φ − Adam(∇_φ H(p(x; φ)))        φ the scales and shifts of normalisation layers
 
-    H is an entropy that fits the logits. A classifier's [N, C] are taken for a softmax over
-    classes, as in the paper (`gradkit.tta.softmax_entropy`). Where several labels may be right,
-    pass `probabilities="sigmoid"` (`gradkit.tta.binary_entropy`), which is what a single logit
-    [N, 1] gets by itself. Dense logits [N, C, ...] are taken for independent sigmoids, with the
-    one-sided entropy (`gradkit.tta.entropy`): so the authors of GraTa used TENT for optic disc and
-    cup, which are nested. Where each pixel has exactly one class, pass `probabilities="softmax"`.
-    The learning rate, Adam and test statistics are theirs, too.
+    H is an entropy that fits the logits. For a classifier's logits [N, C] the default is a softmax
+    over classes, as in the paper (`gradkit.tta.softmax_entropy`). If several labels may be right,
+    pass `probabilities="sigmoid"` (`gradkit.tta.binary_entropy`), which is the default for a single
+    logit [N, 1]. For dense logits [N, C, ...] the default is independent sigmoids, with the
+    one-sided entropy (`gradkit.tta.entropy`). The authors of GraTa used TENT in this way for optic
+    disc and cup, which are nested. If each pixel has exactly one class, pass
+    `probabilities="softmax"`. The learning rate, Adam and test statistics are also those of GraTa's
+    authors.
 
-    Cost: 2 forward passes and 1 backward pass a batch. State: φ and Adam's moments.
+    Cost: 2 forward passes and 1 backward pass per batch. State: φ and Adam's moments.
 
     Args:
         model: The source model; see `Adapter`.
         lr: Adam's learning rate.
         statistics: Where mean and variance come from; see `Adapter`.
-        objective: What is minimised instead, a function `(model, images) -> loss`.
-        optimizer: Makes another base optimizer than Adam with `lr`.
-        episodic: Whether to start anew for each batch.
-        probabilities: What the logits stand for, "sigmoid", "softmax" or "auto"; see above.
+        objective: Replaces the entropy, a function `(model, images) -> loss`.
+        optimizer: Makes a base optimizer other than Adam with `lr`.
+        episodic: Whether to reset before each batch.
+        probabilities: The meaning of the logits, "sigmoid", "softmax" or "auto"; see above.
         **options: Further arguments of `Adapter`.
 
+    Returns:
+        The adapter.
+
     Raises:
-        ValueError: If both `objective` and `probabilities` are given.
+        RuntimeError: If `torch.inference_mode()` is on.
+        ValueError: If both `objective` and `probabilities` are given, or if an argument has no
+            valid value.
 
     Examples:
         >>> import torch, gradkit as gk
@@ -57,8 +63,8 @@ def TENT(  # noqa: N802 # the method's name
         >>> adapter(torch.rand(1, 3, 8, 8)).shape, adapter.last_step.names
         (torch.Size([1, 2, 8, 8]), ('loss',))
 
-        A vision transformer has LayerNorm, so that there are no statistics to take from the images,
-        but scales and shifts to train:
+        A vision transformer has LayerNorm, which needs no statistics of the images, but has scales
+        and shifts to train:
 
         >>> class ViT(torch.nn.Module):
         ...     def __init__(self):

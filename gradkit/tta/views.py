@@ -1,7 +1,7 @@
-"""Weak views: flips and quarter turns of an image, each with the way back.
+"""Weak views: flips and quarter turns of an image, each with its inverse.
 
-A prediction made on a view is mapped back by the view's inverse, so that predictions of several
-views can be compared or averaged pixel by pixel.
+A prediction on a view is mapped back by the view's inverse, so that predictions on several views
+can be compared or averaged per pixel.
 """
 
 from __future__ import annotations
@@ -65,10 +65,15 @@ def rotate(image: Image, quarter_turns: int) -> Shaped[Tensor, "*leading rows co
 
 @dataclass(frozen=True)
 class View:
-    """A change of an image [..., H, W] that can be undone on anything aligned with it.
+    """An invertible transformation of an image [..., H, W] and of anything aligned with it.
 
-    `forward` and `inverse` must be functions of a module (or `functools.partial` of one) where the
-    view is to be pickled.
+    To be picklable, `forward` and `inverse` must be module-level functions or `functools.partial`
+    of such functions.
+
+    Attributes:
+        name: The name, for messages.
+        forward: The transformation.
+        inverse: Its inverse.
 
     Examples:
         >>> mirror = View("mirror", flip_horizontal, flip_horizontal)
@@ -93,11 +98,13 @@ WEAK_VIEWS: tuple[View, ...] = (
 
 
 def check_views(views: Sequence[View], image: Tensor) -> None:
-    """Raise ValueError if flips or turns would mistake an image's channels for rows.
+    """Check that the built-in views can be applied to these images.
 
-    The views above act on the last two axes, so that images need two spatial ones:
-    [N, channels, H, W] or [N, channels, D, H, W]. Sequences [N, channels, L] need views of their
-    own.
+    They act on the last two axes, so images need two spatial axes: [N, channels, H, W] or
+    [N, channels, D, H, W]. Sequences [N, channels, L] need other views.
+
+    Raises:
+        ValueError: If a view would transform the channel axis.
 
     Examples:
         >>> check_views(WEAK_VIEWS, torch.zeros(1, 3, 8, 8))

@@ -1,4 +1,4 @@
-"""Loss weighting: weights of objectives that follow from their losses alone."""
+"""Loss weighting: weights of objectives computed from their losses only."""
 
 from gradkit.weighting.dwa import DWA
 from gradkit.weighting.famo import FAMO

@@ -1,4 +1,4 @@
-"""Adam on the few numbers that a weighting learns, one for each objective."""
+"""Adam for the numbers that a weighting learns, one for each objective."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _EPS = 1e-8
 
 
 def adam_memory(count: int) -> dict[str, Tensor]:
-    """What `adam` remembers of `count` numbers before their first step."""
+    """The initial memory of `adam` for `count` numbers."""
     return {key: torch.zeros(count, dtype=torch.float64) for key in ("first", "second", "updates")}
 
 
@@ -24,20 +24,20 @@ def adam(
     lr: float,
     decay: float = 0.0,
 ) -> tuple[Float[Tensor, " K"], dict[str, Tensor]]:
-    """One step of Adam ([Kingma & Ba, ICLR 2015](https://arxiv.org/abs/1412.6980)), as torch's.
+    """One step of Adam ([Kingma & Ba, ICLR 2015](https://arxiv.org/abs/1412.6980)), as in torch.
 
-    The number of steps is counted for each number by itself, so that ones that are not learnt in
-    every step start as the others have.
+    Steps are counted for each number separately, so that numbers that appear later start in the
+    same way as the others.
 
     Args:
-        numbers: What is learnt.
-        gradient: Its gradient.
-        memory: Both moments and the number of steps taken, as `adam_memory` begins them.
+        numbers: The learned numbers.
+        gradient: Their gradient.
+        memory: Both moments and the number of steps taken; see `adam_memory`.
         lr: The learning rate.
-        decay: What of the numbers is added to the gradient (L2, not decoupled).
+        decay: The weight decay (L2, not decoupled).
 
     Returns:
-        The numbers after the step, and what is to be remembered.
+        The numbers after the step, and the new memory.
 
     Examples:
         >>> number = torch.tensor([1.0], dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Weights by how fast losses fall."""
+"""Weights by the rate at which losses fall."""
 
 from __future__ import annotations
 
@@ -21,20 +21,24 @@ class DWA(LossWeighting):
         w(t) = K·softmax(r(t) / T)
         step on ∇ Σ wᵢLᵢ
 
-    L̄(t) is the mean loss of epoch t. What is an epoch is for you to say: `steps_per_epoch` is the
-    number of batches for the paper's method, and 1 compares single steps, which are noisy. The
-    steps counted are those in which an objective takes part.
+    L̄(t) is the mean loss of epoch t. For the paper's method, set `steps_per_epoch` to the number
+    of batches of an epoch; 1 compares single steps, which are noisy. Only steps in which an
+    objective takes part are counted for it.
 
     Losses multiplied by s multiply the direction by s; weights depend on ratios only. Losses must
-    be positive: the ratio has no meaning otherwise. Where the loss before was exactly 0, where the
-    authors' code divides by 0, it counts as 1, as of a loss that has not moved.
+    be positive, since the ratio has no meaning otherwise. If the loss L̄ᵢ(t−2) is exactly 0, the
+    ratio is 1, as for a constant loss; the authors' code divides by 0 there.
 
-    Cost: none beyond the gradients. State: of each objective the last two epochs' mean losses, the
-    sum of the present one's, and the numbers of steps and epochs.
+    Cost: none beyond the gradients. State: for each objective the last two epochs' mean losses, the
+    sum of the present epoch's losses, and the numbers of steps and epochs.
 
     Args:
         temperature: T; a large one makes the weights equal.
-        steps_per_epoch: How many steps losses are averaged over.
+        steps_per_epoch: The number of steps over which losses are averaged.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If an argument is outside its range.
 
     Examples:
         >>> import torch, gradkit as gk
@@ -55,7 +59,7 @@ class DWA(LossWeighting):
         check_count("steps_per_epoch", self.steps_per_epoch, 1)
 
     def init(self, count: int) -> dict[str, Tensor]:
-        """Mean losses of two epochs, the sum so far, and the numbers of steps and epochs."""
+        """The mean losses of two epochs, the present sum, and the numbers of steps and epochs."""
         keys = ("last", "before_last", "total", "steps", "epochs")
         return {key: torch.zeros(count, dtype=torch.float64) for key in keys}
 
@@ -63,7 +67,7 @@ class DWA(LossWeighting):
         losses = needed(inputs.first_losses, self)
         known = (memory["epochs"] >= 2) & (memory["before_last"] != 0)
         ratios = torch.where(known, memory["last"] / memory["before_last"], 1.0)
-        ratios = ratios.clamp(max=torch.finfo(ratios.dtype).max)  # after a loss of 1e-310, say
+        ratios = ratios.clamp(max=torch.finfo(ratios.dtype).max)  # for example after 1e-310
         weights = len(losses) * (ratios / self.temperature).softmax(0)
         total, steps = memory["total"] + losses, memory["steps"] + 1
         ends = steps >= self.steps_per_epoch

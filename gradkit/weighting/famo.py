@@ -1,4 +1,4 @@
-"""Weights that let all losses fall at one rate."""
+"""Weights that make all losses fall at the same rate."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gradkit.surgery.memory import Remembered, Weighed
 from gradkit.weighting.adam import adam, adam_memory
 from gradkit.weighting.loss_weighting import LossWeighting
 
-# Added to losses less their lowest, as in the authors' code: a loss of 0 has a logarithm then.
+# Added to each loss minus its minimum, as in the authors' code, so that 0 has a logarithm.
 _EPS = 1e-8
 
 
@@ -31,27 +31,31 @@ class FAMO(LossWeighting):
         δᵢ = ln Dᵢ(θ_t) − ln Dᵢ(θ_{t+1})
         ξ ← Adam(ξ, (∂z/∂ξ)ᵀδ, weight decay γ)
 
-    An objective that falls less than the others gains weight. The weights add up to 1.
+    An objective that falls less than the others gains weight. The weights sum to 1.
 
-    The authors' code evaluates all losses on the same batch again after each step, at the cost of
-    a forward pass. Here Dᵢ(θ_{t+1}) is taken from the next step, whose ξ it is needed for, at no
-    cost; batches then differ, and their noise enters δ. With the same batch in every step the two
-    are equal. An objective that has taken no part for some steps is judged by its fall since the
-    last in which it has; a new one leaves ξ alone in its first step. The authors also clip
-    gradients: `max_norm=1.0` in `wrap`.
+    The authors' code evaluates all losses on the same batch again after each step, at the cost of a
+    forward pass. Here Dᵢ(θ_{t+1}) comes from the next step, which is the first to use the new ξ, at
+    no cost. The two batches then differ, and their noise enters δ; with the same batch in every
+    step the two methods are equal. For an objective that has missed some steps, δ is its fall since
+    the last step in which it took part. A new objective does not change ξ in its first step. The
+    authors also clip gradients: `max_norm=1.0` in `wrap`.
 
-    Losses multiplied by s multiply the direction by s, as long as the 1e-8 does not count; the
-    scale of a single loss changes the direction's length only. Losses below `min_losses` give NaN.
+    Losses multiplied by s multiply the direction by s, while the 1e-8 is negligible; the scale of a
+    single loss changes only the direction's norm. Losses below `min_losses` give NaN.
 
-    Cost: none beyond the gradients. State: ξ, Adam's moments and count, and ln D of the last step,
-    of each objective.
+    Cost: none beyond the gradients. State: for each objective ξ, Adam's moments and step count, and
+    ln D of the last step.
 
     Args:
         lr: The learning rate of ξ.
-        decay: γ, Adam's weight decay of ξ. The paper's 1e-3; the released code has other defaults
-            in other places.
+        decay: γ, Adam's weight decay of ξ. The default is the paper's; the released code has
+            several different defaults.
         min_losses: The lowest values losses can have: a number, a list with one for each
             objective, or a mapping from their names.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If an argument is outside its range.
 
     Examples:
         >>> import torch, gradkit as gk
@@ -79,7 +83,7 @@ class FAMO(LossWeighting):
             check_preference("min_losses", self.min_losses)
 
     def init(self, count: int) -> dict[str, Tensor]:
-        """ξ, Adam's memory of it, ln D of the last step, and whether there was one."""
+        """ξ, Adam's memory, ln D of the last step, and whether there was a last step."""
         zeros = {key: torch.zeros(count, dtype=torch.float64) for key in ("xi", "logs", "seen")}
         return {**zeros, **adam_memory(count)}
 
@@ -92,7 +96,7 @@ class FAMO(LossWeighting):
         new_xi, remembered = adam(xi, gradient, memory, self.lr, self.decay)
         remembered["xi"] = new_xi
         learnt = {key: torch.where(known, new, memory[key]) for key, new in remembered.items()}
-        # zᵢ/Dᵢ, divided by their sum, by logarithms: no loss is too small or too large.
+        # zᵢ/Dᵢ, normalised, computed from logarithms: it neither overflows nor underflows.
         weights = (learnt["xi"] - self._logs(inputs.needed_losses(self), inputs)).softmax(0)
         return weights, {**learnt, "logs": logs, "seen": torch.ones_like(logs)}
 

@@ -19,12 +19,12 @@ class GLS(LossWeighting):
         step on ∇ (∏ Lᵢ)^{1/K}
         wᵢ = (∏ Lⱼ)^{1/K} / (K·Lᵢ)
 
-    The scale of a single loss changes the length of the direction only. The product is taken of
-    logarithms, so that it neither overflows nor vanishes.
+    The scale of a single loss changes only the norm of the direction. The product is computed from
+    logarithms, so that it neither overflows nor underflows.
 
     Losses multiplied by s multiply the direction by s. With one objective w = 1. With several,
-    losses must be positive: at 0 the geometric mean has no gradient, and a loss of 0 or less gives
-    NaN, which no step applies unless `nonfinite="ignore"`.
+    losses must be positive: at 0 the geometric mean has no gradient. A loss of 0 or less gives NaN,
+    which no step applies unless `nonfinite="ignore"`.
 
     Cost: none beyond the gradients. State: none.
 

@@ -1,4 +1,4 @@
-"""What the weightings of objectives by their losses have in common."""
+"""The base class for weightings of objectives by their losses."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from gradkit.surgery.weighing import Weighting
 
 
 class LossWeighting(Weighting):
-    """Weights objectives by a function of their losses, and of what it remembers of them by name.
+    """Base class for weightings by the objectives' losses and memory.
 
-    Usable in two ways: in `wrap`, and alone on losses, `weighting(losses) -> weights [K]`.
+    A weighting can be used in `wrap`, and alone on losses, `weighting(losses) -> weights [K]`.
 
-    In `wrap` it multiplies the objectives' weights by its own. It sees the raw losses Lᵢ of the
-    objectives of nonzero weight, and no observers. It can come after rules of surgery and before
-    them, but not after a transform that sets the update.
+    In `wrap` it multiplies the objectives' weights by its own. It works on the unweighted losses Lᵢ
+    of the objectives of nonzero weight, without observers. It can come before or after rules of
+    surgery, but not after a transform that sets the update.
 
-    A step learns from each objective's first loss in it (`inputs.first_losses`), which is that at
-    the step's own weights: further ones, at displaced weights (SAM around this), change nothing
-    that is remembered. The weights there are computed from the losses there, where they depend on
-    them, and from the same random numbers and the same memory. In an optimizer only applied steps
-    change what is remembered, and it is saved with the optimizer's state. Alone, each call does;
-    `reset` forgets.
+    In a step the memory is updated by each objective's first loss (`inputs.first_losses`), which is
+    at the step's own weights. Further losses, at displaced weights (SAM around this), do not change
+    the memory. The weights at displaced points are computed from the losses there, from the same
+    random numbers and from the same memory. In an optimizer only applied steps change the memory,
+    which is saved with the optimizer's state. When the weighting is called alone, each call changes
+    it, and `reset` clears it.
 
-    Where nothing in the chain looks at single gradients, and one closure returns all losses, the
+    If no transform in the chain reads single gradients, and one closure returns all losses, the
     weighted sum is back-propagated in one pass (`wrap(rows=)`).
 
     A closure that calls backward itself must return its loss. Where several ranks train together,
-    losses are the ranks' means.
+    losses are averaged over them.
     """
 
     needs_rows = False
@@ -40,10 +40,14 @@ class LossWeighting(Weighting):
 
     @torch.no_grad()
     def __call__(self, losses: Float[Tensor, " K"]) -> Float[Tensor, " K"]:
-        """The weights for losses, as constants: nothing is differentiated.
+        """The weights for these losses, detached.
 
         Args:
             losses: The objectives' losses.
+
+        Raises:
+            TypeError: If the losses are not a tensor of floating-point numbers.
+            ValueError: If they are not a vector of at least one loss.
         """
         losses = checked_losses(losses)
         wide = losses.to(accumulator(losses.device))
@@ -56,11 +60,11 @@ class LossWeighting(Weighting):
 
 
 def check_count(name: str, value: object, least: int) -> None:
-    """Check a number of steps given by a user.
+    """Check an argument that is a number of steps.
 
     Raises:
-        TypeError: If it is no whole number.
-        ValueError: If it is too small.
+        TypeError: If it is not an integer.
+        ValueError: If it is less than `least`.
     """
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} is {value!r}; pass a whole number of steps")

@@ -19,13 +19,13 @@ from gradkit.weighting.loss_weighting import LossWeighting
 class RLW(LossWeighting):
     """Random loss weighting ([Lin et al., TMLR 2022](https://arxiv.org/abs/2111.10603)).
 
-        w̃ ~ N(0, I)                     drawn anew in each step
+        w̃ ~ N(0, I)                     drawn in each step
         w = softmax(w̃)
         step on ∇ Σ wᵢLᵢ
 
-    The weights add up to 1, as in the paper and in the authors' code (LibMTL), so that on average
-    each objective has 1/K. The losses themselves play no part. The same as a rule of surgery
-    without looking at any gradient: a baseline that others should surpass.
+    The weights sum to 1, as in the paper and in the authors' code (LibMTL), so that their mean is
+    1/K. They do not depend on the losses. This is `RandomWeights` without the objectives' own
+    gradients: a baseline that other methods should surpass.
 
     Losses multiplied by s multiply the direction by s. Cost: none beyond the gradients. State: the
     generator.
@@ -33,6 +33,10 @@ class RLW(LossWeighting):
     Args:
         generator: A CPU generator for the draws; by default a new one with seed 0, the same in
             every process.
+
+    Raises:
+        TypeError: If `generator` is not a generator.
+        ValueError: If it is not on the CPU.
 
     Examples:
         >>> import torch, gradkit as gk

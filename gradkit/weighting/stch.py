@@ -13,7 +13,7 @@ from gradkit.surgery.inputs import RuleInputs, needed, too_low
 from gradkit.surgery.memory import Remembered, Weighed
 from gradkit.weighting.loss_weighting import LossWeighting, check_count
 
-# Added within logarithms, as in the authors' code: a loss of 0 has one then.
+# Added inside logarithms, as in the authors' code, so that a loss of 0 has one.
 _EPS = 1e-20
 
 
@@ -21,8 +21,8 @@ _EPS = 1e-20
 class STCH(LossWeighting):
     """Smooth Tchebycheff scalarization ([Lin et al., ICML 2024](https://arxiv.org/abs/2402.19078)).
 
-    In the form of the authors' code for training networks, which LibMTL has taken over. With n
-    steps an epoch, during warm-up (4 epochs) and one epoch more
+    In the form of the authors' code for training networks, which LibMTL uses, too. With n steps per
+    epoch, during warm-up (4 epochs) and one more epoch
 
         step on ∇ Σ ln Lᵢ
         nadirᵢ = mean Lᵢ of the last of these epochs
@@ -31,24 +31,28 @@ class STCH(LossWeighting):
 
         step on ∇ μK·ln Σ exp(xᵢ/μ),        so that wᵢ = K·softmax(x/μ)ᵢ / Lᵢ
 
-    a smooth form of K·max xᵢ, which it tends to as μ tends to 0; a large μ goes on as the warm-up.
-    The paper weights xᵢ by a preference too, which the code leaves equal.
+    a smooth form of K·max xᵢ, to which it tends for μ → 0; for large μ it continues the warm-up.
+    The paper also weights xᵢ by a preference, which is equal for all in the code.
 
-    A step does not know of epochs: n steps an epoch mean `warmup_steps=4 * n, nadir_steps=n` for
-    the authors' schedule. The default is that for n = 100; it is no recommendation of theirs. Steps
-    are counted for each objective by itself: one that comes later has its own warm-up, as a further
-    summand ln Lᵢ, while K counts the others only.
+    Epochs are not known to a step: for the authors' schedule with n steps per epoch, set
+    `warmup_steps=4 * n, nadir_steps=n`. The default is this schedule for n = 100, which the authors
+    do not recommend specifically. Steps are counted for each objective separately: one that appears
+    later has its own warm-up, as a further summand ln Lᵢ, while K counts the others only.
 
-    Losses multiplied by s, in every step, leave the direction as it is, and so does a single one of
-    them. Losses must not be negative, nor a nadir be 0: either gives NaN.
+    The direction does not change if all losses, or a single one, are multiplied by s in every step.
+    Negative losses and a nadir of 0 give NaN.
 
-    Cost: none beyond the gradients. State: of each objective the number of steps and the sum of the
-    losses that the nadir is the mean of.
+    Cost: none beyond the gradients. State: for each objective the number of steps, and the number
+    and sum of the losses in the nadir.
 
     Args:
         mu: μ > 0, how smooth the maximum is.
-        warmup_steps: The steps of the warm-up.
-        nadir_steps: The further steps whose mean losses are the nadir, at least 1.
+        warmup_steps: The number of steps of the warm-up.
+        nadir_steps: The number of steps after it whose mean losses are the nadir, at least 1.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If an argument is outside its range.
 
     Examples:
         >>> import torch, gradkit as gk
@@ -71,7 +75,7 @@ class STCH(LossWeighting):
         check_count("nadir_steps", self.nadir_steps, 1)
 
     def init(self, count: int) -> dict[str, Tensor]:
-        """Steps, and how many losses the nadir is the mean of, with their sum."""
+        """The number of steps, and the number and sum of the losses in the nadir."""
         keys = ("steps", "counted", "total")
         return {key: torch.zeros(count, dtype=torch.float64) for key in keys}
 

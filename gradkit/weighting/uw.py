@@ -18,7 +18,7 @@ from gradkit.weighting.loss_weighting import LossWeighting
 class UW(LossWeighting):
     """Uncertainty weighting ([Kendall et al., CVPR 2018](https://arxiv.org/abs/1705.07115)).
 
-    Each objective's log-variance s = ln σ² is learnt beside the weights θ, both by the gradient of
+    Each objective's log-variance s = ln σ² is learned together with the weights θ, by gradients of
 
         Σ Lᵢ / (2·exp(sᵢ)) + sᵢ/2
 
@@ -26,20 +26,24 @@ class UW(LossWeighting):
         step on ∇ Σ wᵢLᵢ
         sᵢ ← Adam(sᵢ, ½ − ½·Lᵢ·exp(−sᵢ))        both from the same sᵢ
 
-    s tends to ln L, where w·L = ½ for every objective. The form, with ½ for classification losses
-    too, and the first s are LibMTL's. The paper has one optimizer learn θ and s; here s has an Adam
-    of its own (betas 0.9 and 0.999), whatever the base optimizer and its learning rate. The default
-    `lr` is that of the released comparison code of Nash-MTL, whose Adam has a group for s. With it
-    s falls by 1 in 40 steps and more slowly rises: for a loss of 10 it settles in some 500 steps,
-    for one of 300 in some 3000, since Adam's second moment long remembers the first gradients.
-    Start with a higher `initial` for such losses.
+    s tends to ln L, where w·L = ½ for every objective. The form, with ½ also for classification
+    losses, and the initial s are LibMTL's. In the paper one optimizer learns θ and s. Here s has
+    its own Adam (betas 0.9 and 0.999), independent of the base optimizer and its learning rate. The
+    default `lr` is that of the released comparison code of Nash-MTL, whose Adam has a group for s.
+    With it, s falls by 1 in 40 steps and rises more slowly: for a loss of 10 it converges in about
+    500 steps, for one of 300 in about 3000, since Adam's second moment decays slowly after the
+    large first gradients. Start with a higher `initial` for such losses.
 
-    Not homogeneous. Cost: none beyond the gradients. State: s, Adam's moments and count, of each
-    objective.
+    Not homogeneous. Cost: none beyond the gradients. State: for each objective s, and Adam's
+    moments and step count.
 
     Args:
         lr: The learning rate of s.
-        initial: s at first: by default w = 0.82.
+        initial: The initial s; the default gives w = 0.82.
+
+    Raises:
+        TypeError: If an argument is not a number.
+        ValueError: If an argument is outside its range.
 
     Examples:
         >>> import torch, gradkit as gk
@@ -61,7 +65,7 @@ class UW(LossWeighting):
             raise ValueError(f"lr is {self.lr}; the learning rate of s must be at least 0")
 
     def init(self, count: int) -> dict[str, Tensor]:
-        """The log-variances, and Adam's memory of them."""
+        """The log-variances, and Adam's memory."""
         s = torch.full((count,), self.initial, dtype=torch.float64)
         return {"s": s, **adam_memory(count)}
 
