@@ -20,8 +20,8 @@ class SAM(Ascent):
         ε = ρ·d / (‖d‖ + 1e-12)        one norm over the whole flat vector
         step on ∇L(θ + ε)
 
-    Around other transforms d is their direction, and so is the gradient at θ + ε: after PCGrad,
-    both are surgically combined. BatchNorm statistics are those of the first pass.
+    Around other transforms, both d and the gradient at θ + ε are their directions: after PCGrad,
+    both are combined by PCGrad. BatchNorm statistics are those of the first evaluation.
 
     Cost: two gradients of each objective; one more for each further ascent step. Memory: one flat
     vector (a copy of the weights; in the engine "functional" θ + ε); with `only`, `adaptive` or
