@@ -25,8 +25,8 @@ class AESAM(Ascent):
     The authors' code has not been seen: rule and defaults are from the paper's text. μ and σ start
     at the first gradient's square and 0.
 
-    The host reads ‖g‖² in every step. Cost: one gradient of each objective, or two. Memory: one
-    flat vector. State: μ, σ² and the number of steps.
+    The host reads ‖g‖² in every step. Cost: one gradient of each objective, or two. Memory: two
+    flat vectors, state included. State: μ, σ² and the number of steps.
 
     Args:
         rho: The ascent radius ρ ≥ 0.

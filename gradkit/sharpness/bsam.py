@@ -32,8 +32,8 @@ class BSAM(Transform):
     weight decay, which the rule has by itself. The authors draw eight perturbations for each batch,
     of which this takes one, and take N as four times the number of images, for augmentation.
 
-    Cost: two gradients of each objective. Memory: six flat vectors. State: m and s, two flat
-    vectors; the generator.
+    Cost: two gradients of each objective. Memory: eleven flat vectors, state included. State: m and
+    s, two flat vectors; the generator.
 
     Args:
         num_data: N, the number of training examples.

@@ -27,7 +27,7 @@ class DISAM(Ascent):
     Domains whose loss is above the mean have less say in the ascent, which otherwise follows those
     that have converged least. The variance is the population's.
 
-    Cost: two gradients of each domain. Memory: two flat vectors. State: none.
+    Cost: two gradients of each domain. Memory: K + 4 flat vectors. State: none.
 
     Args:
         rho: The ascent radius ρ ≥ 0.

@@ -28,7 +28,8 @@ class FriendlySAM(Ascent):
 
     m follows the full batch's gradient, so that the ascent goes along the batch's own noise.
 
-    Cost: two gradients of each objective. Memory: three flat vectors. State: m, one flat vector.
+    Cost: two gradients of each objective. Memory: five flat vectors, state included. State: m, one
+    flat vector.
 
     Args:
         rho: The ascent radius ρ ≥ 0. 0.05 is the authors' class; their scripts take 0.1 and 0.2.

@@ -27,8 +27,8 @@ class LookSAM(Ascent):
     g_v, the part of SAM's gradient that is orthogonal to g, changes slowly, and is used again.
     There is no code of the authors'; k = 10 and α = 0.7 are other libraries'.
 
-    Cost: 1 + 1/k gradients of each objective. Memory: three flat vectors. State: g_v, one flat
-    vector; the number of steps.
+    Cost: 1 + 1/k gradients of each objective. Memory: five flat vectors, state included. State:
+    g_v, one flat vector; the number of steps.
 
     Args:
         rho: The ascent radius ρ ≥ 0.

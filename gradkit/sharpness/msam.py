@@ -24,8 +24,7 @@ class MSAM(Ascent):
     and evaluating the model takes a move back; here they are restored. The first step, which has no
     momentum yet, is plain.
 
-    Cost: one gradient of each objective. Memory: one flat vector, or two where parameters are not
-    all float32. State: none but the base's.
+    Cost: one gradient of each objective. Memory: one flat vector. State: none but the base's.
 
     Args:
         rho: ρ ≥ 0; the authors take 0.3 with SGD, 1 with AdamW, 3 on CIFAR and 10 for a ViT.

@@ -24,8 +24,8 @@ class SAM(Ascent):
     both are combined by PCGrad. BatchNorm statistics are those of the first evaluation.
 
     Cost: two gradients of each objective; one more for each further ascent step. Memory: one flat
-    vector (a copy of the weights; in the engine "functional" θ + ε); with `only`, `adaptive` or
-    radii by group two more. State: none.
+    vector (a copy of the weights; in the engine "functional" θ + ε); with `only` or radii by group
+    one more, with `adaptive` four. State: none.
 
     Args:
         rho: The ascent radius ρ ≥ 0. 0.05 is the authors' default for image classification.

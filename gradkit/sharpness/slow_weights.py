@@ -22,8 +22,8 @@ class SlowWeights(Transform):
     φ starts as the weights before the first step. (`gk.LookAhead` is another method.) The base's
     momentum stays as it is, as in the authors' default.
 
-    Cost: none beyond the gradients. Memory: two flat vectors. State: φ, one flat vector; the number
-    of steps.
+    Cost: none beyond the gradients. Memory: two flat vectors, state included. State: φ, one flat
+    vector; the number of steps.
 
     Args:
         k: Every how many steps the slow weights move.

@@ -27,7 +27,8 @@ class VaSSO(Ascent):
     The ascent goes along a running mean of gradients, whose variance is smaller than a batch's. The
     authors add 1e-7 to ‖d‖.
 
-    Cost: two gradients of each objective. Memory: two flat vectors. State: d, one flat vector.
+    Cost: two gradients of each objective. Memory: four flat vectors, state included. State: d, one
+    flat vector.
 
     Args:
         rho: The ascent radius ρ ≥ 0; the authors take 0.05 to 0.2.
