@@ -240,7 +240,7 @@ class Ranks:
             if model is None:
                 raise ValueError(
                     "the parameters are sharded, and without model= gathered copies of displaced "
-                    "weights could not be let go of; pass the sharded module as model="
+                    "weights could not be freed; pass the sharded module as model="
                 )
             if choice != "auto":
                 raise ValueError(

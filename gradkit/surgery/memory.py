@@ -82,8 +82,8 @@ class Memory:
         if state.get("objectives") and differs:
             raise ValueError(
                 f"what {who!r} remembers was learnt with scope={learnt or 'global'!r}, and its "
-                f"scope is {now or 'global'!r} now; give it the scope it was saved with, or let it "
-                "begin anew with reset()"
+                f"scope is {now or 'global'!r} now; give it the scope it was saved with, or clear "
+                "its memory with reset()"
             )
         # Blocks of parameters that are frozen at present come last.
         absent = [block for block in stored or () if block not in (blocks or ())]
