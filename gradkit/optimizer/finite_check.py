@@ -67,15 +67,16 @@ def check_finite(
     """
     scale = gradients.lr_scale if gradients.scales_lr else None
     # A learning rate on the host, even in a tensor, is scaled by a float.
-    device = gradients.weights.device
+    own_weights = gradients.weights
+    device = own_weights.device
     rates = [group.get("lr") for group in base.param_groups]
     float_lr = scale is not None and any(
         not isinstance(rate, Tensor) or rate.device != device for rate in rates
     )
     if nonfinite == "ignore":
         return FiniteCheck(None, float(scale) if scale is not None and float_lr else scale, None)
-    wide = accumulator(gradients.weights.device)
-    parts = [gradients.weights]
+    wide = accumulator(device)
+    parts = [own_weights]
     if scale is not None:
         parts.append(scale[None])
     if gradients.has_update:

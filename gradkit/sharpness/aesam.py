@@ -14,7 +14,7 @@ from gradkit.core.oracle import Oracle
 from gradkit.sharpness.ascent import Ascent, check_period
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class AESAM(Ascent):
     """Adaptive policy for SAM ([Jiang et al., ICLR 2023](https://arxiv.org/abs/2210.05492)).
 

@@ -13,7 +13,7 @@ from gradkit.core.oracle import Oracle
 from gradkit.sharpness.ascent import Ascent
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class ASAM(Ascent):
     """Adaptive SAM ([Kwon et al., ICML 2021](https://arxiv.org/abs/2102.11600)).
 

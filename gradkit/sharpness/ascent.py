@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, fields
 from typing import Literal
 
 import torch
@@ -23,9 +23,10 @@ Only = Literal["norm"] | Callable[[str, nn.Parameter], bool]
 name and parameter says so."""
 
 _TINY = 1e-12
+_OPTIONS = ("only", "adaptive", "eta", "steps")
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Ascent(Transform):
     """Base class of methods that displace the weights uphill.
 
@@ -74,6 +75,15 @@ class Ascent(Transform):
         if self.adaptive not in (True, False, "all"):
             raise ValueError(f"adaptive is {self.adaptive!r}; pass True, False or 'all'")
         check_period("steps", self.steps)
+
+    def __repr__(self) -> str:
+        """The arguments, without the options of every ascent where they are the defaults."""
+        shown = [
+            f"{each.name}={getattr(self, each.name)!r}"
+            for each in fields(self)
+            if each.name not in _OPTIONS or getattr(self, each.name) != each.default
+        ]
+        return f"{type(self).__name__}({', '.join(shown)})"
 
     def climbed(
         self,

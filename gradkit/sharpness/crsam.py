@@ -13,7 +13,7 @@ from gradkit.core.oracle import Oracle
 from gradkit.sharpness.ascent import Ascent, check_one_step
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class CRSAM(Ascent):
     """Curvature regularised SAM ([Wu et al., AAAI 2024](https://arxiv.org/abs/2312.13555)).
 

@@ -15,7 +15,7 @@ from gradkit.core.oracle import Oracle
 from gradkit.sharpness.ascent import Ascent, check_one_step
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class DISAM(Ascent):
     """Domain-inspired SAM ([Zhang et al., ICLR 2024](https://arxiv.org/abs/2405.18861)).
 

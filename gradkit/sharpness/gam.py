@@ -13,7 +13,7 @@ from gradkit.core.oracle import Oracle
 from gradkit.sharpness.ascent import Ascent, check_one_step, projected_out
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class GAM(Ascent):
     """Gradient norm aware minimization ([Zhang et al., CVPR 2023](https://arxiv.org/abs/2303.03108)).
 

@@ -13,7 +13,7 @@ from gradkit.core.oracle import Oracle
 from gradkit.sharpness.ascent import Ascent, projected_out
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class GSAM(Ascent):
     """Surrogate gap guided SAM ([Zhuang et al., ICLR 2022](https://arxiv.org/abs/2203.08065)).
 

@@ -17,7 +17,7 @@ from gradkit.core.oracle import Oracle
 from gradkit.sharpness.ascent import Ascent, check_period, projected_out
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class LookSAM(Ascent):
     """SAM whose second gradient is taken every k-th step ([Liu et al., CVPR 2022](https://arxiv.org/abs/2203.02714)).
 

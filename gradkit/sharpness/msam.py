@@ -12,7 +12,7 @@ from gradkit.core.oracle import Oracle
 from gradkit.sharpness.ascent import Ascent, check_one_step
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class MSAM(Ascent):
     """Momentum-SAM ([Becker et al., 2024](https://arxiv.org/abs/2401.12033)).
 

@@ -13,7 +13,7 @@ from gradkit.core.oracle import Oracle
 from gradkit.sharpness.ascent import Ascent
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class SAGM(Ascent):
     """Sharpness-aware gradient matching ([Wang et al., CVPR 2023](https://arxiv.org/abs/2303.10353)).
 

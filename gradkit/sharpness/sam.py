@@ -12,7 +12,7 @@ from gradkit.core.oracle import Oracle
 from gradkit.sharpness.ascent import Ascent
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class SAM(Ascent):
     """Sharpness-aware minimization ([Foret et al., ICLR 2021](https://arxiv.org/abs/2010.01412)).
 

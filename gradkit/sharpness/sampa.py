@@ -17,7 +17,7 @@ from gradkit.core.oracle import Oracle
 from gradkit.sharpness.ascent import Ascent, check_one_step
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class SAMPa(Ascent):
     """Parallelised SAM ([Xie et al., NeurIPS 2024](https://arxiv.org/abs/2410.10683)).
 

@@ -17,7 +17,7 @@ from gradkit.core.oracle import Oracle
 from gradkit.sharpness.ascent import Ascent, check_one_step
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class VaSSO(Ascent):
     """Variance-suppressed SAM ([Li & Giannakis, NeurIPS 2023](https://arxiv.org/abs/2309.15639)).
 

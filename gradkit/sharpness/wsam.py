@@ -15,7 +15,7 @@ from gradkit.core.oracle import Oracle
 from gradkit.sharpness.ascent import Ascent
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class WSAM(Ascent):
     """Weighted SAM ([Yue et al., KDD 2023](https://arxiv.org/abs/2305.15817)).
 

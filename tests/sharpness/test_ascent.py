@@ -226,3 +226,8 @@ def test_bsam_takes_plain_sgd_only(base):
     with pytest.raises(ValueError, match=r"use torch\.optim\.SGD\(lr=\.\.\.\) alone"):
         optimizer.step(lambda: loss(model))
     assert torch.equal(flat(model.parameters()), before)
+
+
+def test_options_are_shown_where_they_are_not_the_defaults():
+    assert repr(gk.SAM(rho=0.1)) == "SAM(rho=0.1)"
+    assert repr(gk.GSAM(adaptive="all")) == "GSAM(rho=0.05, adaptive='all', alpha=0.4)"
