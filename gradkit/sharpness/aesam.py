@@ -6,12 +6,12 @@ from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any
 
-from gradkit.core.arguments import check_number
+from gradkit.core.arguments import check_count, check_number
 from gradkit.core.context import Context
 from gradkit.core.displacement import Point
 from gradkit.core.gradients import Gradients
 from gradkit.core.oracle import Oracle
-from gradkit.sharpness.ascent import Ascent, check_period
+from gradkit.sharpness.ascent import Ascent
 
 
 @dataclass(eq=False, repr=False)
@@ -57,12 +57,11 @@ class AESAM(Ascent):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("lambda_1", "lambda_2", "delta"):
-            check_number(name, getattr(self, name))
-        if not 0 <= self.delta < 1:
-            raise ValueError(f"delta is {self.delta}; it must be at least 0 and less than 1")
+        check_number("lambda_1", self.lambda_1)
+        check_number("lambda_2", self.lambda_2)
+        check_number("delta", self.delta, least=0, below=1)
         if self.total_steps is not None:
-            check_period("total_steps", self.total_steps)
+            check_count("total_steps", self.total_steps)
         self.state.update(steps=0, mean=0.0, variance=0.0)
 
     def around(self, inner: Oracle, context: Context) -> Oracle:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gradkit.core.arguments import check_number
+from gradkit.core.arguments import check_count, check_number
 from gradkit.core.context import Context
 from gradkit.core.displacement import Displacement, Point
 from gradkit.core.gradients import Gradients
@@ -64,9 +64,7 @@ class Ascent(Transform):
         if not isinstance(self.rho, str) and not self.rho >= 0:
             raise ValueError(f"rho is {self.rho}; the ascent radius must be at least 0")
         check_number("rho", self.rho)
-        check_number("eta", self.eta)
-        if self.eta < 0:
-            raise ValueError(f"eta is {self.eta}; it must be at least 0")
+        check_number("eta", self.eta, least=0)
         if self.only is not None and self.only != "norm" and not callable(self.only):
             raise ValueError(
                 f"only is {self.only!r}; pass 'norm', or a function of a parameter's name and the "
@@ -74,7 +72,7 @@ class Ascent(Transform):
             )
         if self.adaptive not in (True, False, "all"):
             raise ValueError(f"adaptive is {self.adaptive!r}; pass True, False or 'all'")
-        check_period("steps", self.steps)
+        check_count("steps", self.steps)
 
     def __repr__(self) -> str:
         """The arguments, without the options of every ascent where they are the defaults."""
@@ -215,13 +213,3 @@ def check_one_step(method: Ascent) -> None:
     """
     if method.steps != 1:
         raise ValueError(f"steps is {method.steps}; the ascent of {type(method).__name__} has one")
-
-
-def check_period(name: str, value: object) -> None:
-    """Check a number of steps.
-
-    Raises:
-        ValueError: If it is no whole number of at least 1.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} is {value!r}; pass a whole number of at least 1")

@@ -8,14 +8,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from gradkit.core.arguments import check_number, own_generator
+from gradkit.core.arguments import check_count, check_number, own_generator
 from gradkit.core.context import Context
 from gradkit.core.displacement import Point
 from gradkit.core.flat import Layout
 from gradkit.core.gradients import Gradients
 from gradkit.core.oracle import Oracle
 from gradkit.core.transform import Transform
-from gradkit.sharpness.ascent import check_period
 
 
 @dataclass(eq=False)
@@ -67,15 +66,11 @@ class BSAM(Transform):
     sets_update = True
 
     def __post_init__(self) -> None:
-        check_period("num_data", self.num_data)
-        for name in ("rho", "beta_1", "beta_2", "damping"):
-            check_number(name, getattr(self, name))
-        if self.rho < 0:
-            raise ValueError(f"rho is {self.rho}; the radius must be at least 0")
-        for name in ("beta_1", "beta_2"):
-            if not 0 <= getattr(self, name) < 1:
-                value = getattr(self, name)
-                raise ValueError(f"{name} is {value}; it must be at least 0 and less than 1")
+        check_count("num_data", self.num_data)
+        check_number("rho", self.rho, least=0)
+        check_number("beta_1", self.beta_1, least=0, below=1)
+        check_number("beta_2", self.beta_2, least=0, below=1)
+        check_number("damping", self.damping)
         if self.delta is not None:
             check_number("delta", self.delta)
         self.generator = own_generator(self.generator)

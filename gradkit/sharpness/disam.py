@@ -51,9 +51,7 @@ class DISAM(Ascent):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number("lmbda", self.lmbda)
-        if self.lmbda < 0:
-            raise ValueError(f"lmbda is {self.lmbda}; it must be at least 0")
+        check_number("lmbda", self.lmbda, least=0)
         check_one_step(self)
 
     def around(self, inner: Oracle, context: Context) -> Oracle:

@@ -56,9 +56,7 @@ class FriendlySAM(Ascent):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number("sigma", self.sigma)
-        check_number("lmbda", self.lmbda)
-        if not 0 <= self.lmbda < 1:
-            raise ValueError(f"lmbda is {self.lmbda}; it must be at least 0 and less than 1")
+        check_number("lmbda", self.lmbda, least=0, below=1)
         check_one_step(self)
 
     def initial_vectors(self, layout: Layout) -> dict[str, Tensor]:

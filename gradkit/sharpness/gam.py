@@ -59,10 +59,9 @@ class GAM(Ascent):
         super().__post_init__()
         if self.rho == 0:
             raise ValueError("rho is 0; the gradient's norm is maximised within a positive radius")
-        for name in ("rho_inner", "alpha", "beta", "gamma"):
+        check_number("rho_inner", self.rho_inner, least=0)
+        for name in ("alpha", "beta", "gamma"):
             check_number(name, getattr(self, name))
-        if self.rho_inner < 0:
-            raise ValueError(f"rho_inner is {self.rho_inner}; it must be at least 0")
         check_one_step(self)
 
     def around(self, inner: Oracle, context: Context) -> Oracle:

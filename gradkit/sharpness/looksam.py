@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradkit.core.arguments import check_number
+from gradkit.core.arguments import check_count, check_number
 from gradkit.core.context import Context
 from gradkit.core.displacement import Point
 from gradkit.core.flat import Layout
 from gradkit.core.gradients import Gradients
 from gradkit.core.oracle import Oracle
-from gradkit.sharpness.ascent import Ascent, check_period, projected_out
+from gradkit.sharpness.ascent import Ascent, projected_out
 
 
 @dataclass(eq=False, repr=False)
@@ -56,7 +56,7 @@ class LookSAM(Ascent):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_period("k", self.k)
+        check_count("k", self.k)
         check_number("alpha", self.alpha)
         self.state["steps"] = 0
 

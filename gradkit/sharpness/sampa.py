@@ -54,9 +54,7 @@ class SAMPa(Ascent):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number("lmbda", self.lmbda)
-        if not 0 <= self.lmbda <= 1:
-            raise ValueError(f"lmbda is {self.lmbda}; it must be between 0 and 1")
+        check_number("lmbda", self.lmbda, least=0, most=1)
         check_one_step(self)
         self.state["seen"] = False
 

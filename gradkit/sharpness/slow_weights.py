@@ -6,11 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from gradkit.core.arguments import check_number
+from gradkit.core.arguments import check_count, check_number
 from gradkit.core.context import Context
 from gradkit.core.flat import Layout
 from gradkit.core.transform import Transform
-from gradkit.sharpness.ascent import check_period
 
 
 @dataclass(eq=False)
@@ -45,10 +44,8 @@ class SlowWeights(Transform):
     needs_rows = False
 
     def __post_init__(self) -> None:
-        check_period("k", self.k)
-        check_number("alpha", self.alpha)
-        if not 0 < self.alpha <= 1:
-            raise ValueError(f"alpha is {self.alpha}; it must be more than 0 and at most 1")
+        check_count("k", self.k)
+        check_number("alpha", self.alpha, above=0, most=1)
         self.state["steps"] = 0
 
     def initial_vectors(self, layout: Layout) -> dict[str, Tensor]:

@@ -50,9 +50,7 @@ class VaSSO(Ascent):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number("theta", self.theta)
-        if not 0 < self.theta <= 1:
-            raise ValueError(f"theta is {self.theta}; it must be more than 0 and at most 1")
+        check_number("theta", self.theta, above=0, most=1)
         check_one_step(self)
 
     def initial_vectors(self, layout: Layout) -> dict[str, Tensor]:

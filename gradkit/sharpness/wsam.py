@@ -54,9 +54,7 @@ class WSAM(Ascent):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number("gamma", self.gamma)
-        if not 0 <= self.gamma < 1:
-            raise ValueError(f"gamma is {self.gamma}; it must be at least 0 and less than 1")
+        check_number("gamma", self.gamma, least=0, below=1)
         self._difference: Tensor | None = None
 
     def around(self, inner: Oracle, context: Context) -> Oracle:

@@ -45,9 +45,7 @@ class ANDMask(ElementwiseRule):
     tau: float = 0.8
 
     def __post_init__(self) -> None:
-        check_number("tau", self.tau)
-        if not 0 <= self.tau <= 1:
-            raise ValueError(f"tau is {self.tau}; it must be between 0 and 1")
+        check_number("tau", self.tau, least=0, most=1)
 
     def merge(
         self, rows: Float[Tensor, "K n"], noise: Float[Tensor, " n"] | None, prepared: Any
@@ -101,14 +99,12 @@ class SANDMask(ElementwiseRule):
     degree = None
 
     def __post_init__(self) -> None:
-        check_number("tau", self.tau)
-        check_number("k", self.k)
+        check_number("tau", self.tau, least=0, most=1)
+        check_number("k", self.k, above=0)
         if not 0 <= self.tau < 1:
             raise ValueError(
                 f"tau is {self.tau}; it must be at least 0 and less than 1, where nothing is left"
             )
-        if self.k <= 0:
-            raise ValueError(f"k is {self.k}; it must be positive")
 
     def merge(
         self, rows: Float[Tensor, "K n"], noise: Float[Tensor, " n"] | None, prepared: Any

@@ -64,9 +64,7 @@ class CAGrad(GramRule):
 
     def __post_init__(self) -> None:
         check_scope(self.scope)
-        check_number("c", self.c)
-        if self.c < 0:
-            raise ValueError(f"c is {self.c}; it must be at least 0")
+        check_number("c", self.c, least=0)
         if self.rescale not in ("none", "square", "linear"):
             raise ValueError(f"rescale is {self.rescale!r}; choose one of none, square, linear")
 

@@ -57,9 +57,7 @@ class CRMOGM(GramRule):
                 f"rule is a {type(self.rule).__name__}; pass a rule by Gram matrix, such as "
                 "gk.MGDA()"
             )
-        check_number("alpha", self.alpha)
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"alpha is {self.alpha}; it lies between 0 and 1")
+        check_number("alpha", self.alpha, least=0, most=1)
         self.scope = self.rule.scope
         self.generator = self.rule.generator
         self.needs_symmetry = self.rule.needs_symmetry

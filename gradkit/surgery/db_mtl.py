@@ -74,15 +74,9 @@ class DBMTL(VectorRule):
     needs_losses = True
 
     def __post_init__(self) -> None:
-        check_number("beta", self.beta)
-        check_number("sigma", self.sigma)
-        check_number("eps", self.eps)
-        if not 0 <= self.beta < 1:
-            raise ValueError(f"beta is {self.beta}; it must be at least 0 and less than 1")
-        if self.sigma < 0:
-            raise ValueError(f"sigma is {self.sigma}; it must be at least 0")
-        if self.eps < 0:
-            raise ValueError(f"eps is {self.eps}; it must be at least 0")
+        check_number("beta", self.beta, least=0, below=1)
+        check_number("sigma", self.sigma, least=0)
+        check_number("eps", self.eps, least=0)
 
     def init(self, count: int) -> dict[str, Tensor]:
         return {"steps": torch.zeros(count, dtype=torch.float64)}

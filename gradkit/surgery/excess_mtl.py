@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from gradkit.core.arguments import check_number
+from gradkit.core.arguments import check_count, check_number
 from gradkit.core.gradients import Gradients
 from gradkit.core.gram import accumulator, at_least_single, block_spans, block_width
 from gradkit.surgery.inputs import RuleInputs
@@ -73,13 +73,8 @@ class ExcessMTL(VectorRule):
     remembers = "squares"
 
     def __post_init__(self) -> None:
-        check_number("robust_step_size", self.robust_step_size)
-        if self.robust_step_size <= 0:
-            raise ValueError(f"robust_step_size is {self.robust_step_size}; it must be positive")
-        if isinstance(self.n_warmup_steps, bool) or not isinstance(self.n_warmup_steps, int):
-            raise TypeError(f"n_warmup_steps is {self.n_warmup_steps!r}; pass a whole number")
-        if self.n_warmup_steps < 0:
-            raise ValueError(f"n_warmup_steps is {self.n_warmup_steps}; it must be at least 0")
+        check_number("robust_step_size", self.robust_step_size, above=0)
+        check_count("n_warmup_steps", self.n_warmup_steps, 0)
 
     def init(self, count: int) -> dict[str, Tensor]:
         zeros = torch.zeros(count, dtype=torch.float64)

@@ -48,9 +48,7 @@ class FairGrad(GramRule):
 
     def __post_init__(self) -> None:
         check_scope(self.scope)
-        check_number("alpha", self.alpha)
-        if self.alpha <= 0:
-            raise ValueError(f"alpha is {self.alpha}; it must be positive")
+        check_number("alpha", self.alpha, above=0)
         self.degree = (1 - self.alpha) / (1 + self.alpha)
 
     def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:

@@ -81,9 +81,7 @@ class Fish(Transform):
     needs_several = True
 
     def __post_init__(self) -> None:
-        check_number("inner_lr", self.inner_lr)
-        if self.inner_lr < 0:
-            raise ValueError(f"inner_lr is {self.inner_lr}; a domain's step must be at least 0")
+        check_number("inner_lr", self.inner_lr, least=0)
         self.generator = own_generator(self.generator)
 
     def around(self, inner: Oracle, context: Context) -> Oracle:

@@ -73,12 +73,8 @@ class GradNorm(GramRule):
 
     def __post_init__(self) -> None:
         check_scope(self.scope)
-        check_number("alpha", self.alpha)
-        check_number("lr", self.lr)
-        if self.alpha < 0:
-            raise ValueError(f"alpha is {self.alpha}; it must be at least 0")
-        if self.lr < 0:
-            raise ValueError(f"lr is {self.lr}; it must be at least 0")
+        check_number("alpha", self.alpha, least=0)
+        check_number("lr", self.lr, least=0)
 
     def init(self, count: int) -> dict[str, Tensor]:
         zeros = torch.zeros(count, dtype=torch.float64)

@@ -77,9 +77,7 @@ class GradVac(GramRule):
 
     def __post_init__(self) -> None:
         check_scope(self.scope)
-        check_number("beta", self.beta)
-        if not 0 <= self.beta <= 1:
-            raise ValueError(f"beta is {self.beta}; the share of the new cosine is between 0 and 1")
+        check_number("beta", self.beta, least=0, most=1)
         self.generator = own_generator(self.generator)
 
     def draw(self, count: int) -> Int[Tensor, "K K"] | None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from gradkit.core.arguments import check_count
 from gradkit.core.flat import Scope
 from gradkit.surgery.inputs import RuleInputs
 from gradkit.surgery.memory import Remembered, Weighed
@@ -58,12 +59,8 @@ class Krum(GramRule):
 
     def __post_init__(self) -> None:
         check_scope(self.scope)
-        for name, least in (("n_byzantine", 0), ("n_selected", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} is {value!r}; pass a whole number")
-            if value < least:
-                raise ValueError(f"{name} is {value}; it must be at least {least}")
+        check_count("n_byzantine", self.n_byzantine, 0)
+        check_count("n_selected", self.n_selected)
 
     def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:
         gram = inputs.gram

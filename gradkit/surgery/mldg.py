@@ -78,9 +78,7 @@ class MLDG(Transform):
     needs_several = True
 
     def __post_init__(self) -> None:
-        check_number("alpha", self.alpha)
-        if self.alpha < 0:
-            raise ValueError(f"alpha is {self.alpha}; the inner step must be at least 0")
+        check_number("alpha", self.alpha, least=0)
         check_number("beta", self.beta)
         if self.test is not None and not isinstance(self.test, str):
             raise TypeError(f"test is {self.test!r}; pass the name of an objective, or None")

@@ -54,12 +54,8 @@ class MoDo(GramRule):
 
     def __post_init__(self) -> None:
         check_scope(self.scope)
-        check_number("gamma", self.gamma)
-        check_number("rho", self.rho)
-        if self.gamma <= 0:
-            raise ValueError(f"gamma is {self.gamma}; the step must be positive")
-        if self.rho < 0:
-            raise ValueError(f"rho is {self.rho}; it must be at least 0")
+        check_number("gamma", self.gamma, above=0)
+        check_number("rho", self.rho, least=0)
 
     def init(self, count: int) -> dict[str, Tensor]:
         return {"weights": torch.full((count,), 1 / count)}

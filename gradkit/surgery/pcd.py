@@ -81,12 +81,8 @@ class PCD(GramRule):
         for tau in taus:
             if not 0 <= tau <= 1:
                 raise ValueError(f"tau is {tau}; it lies between 0 and 1")
-        check_number("beta", self.beta)
-        check_number("eps", self.eps)
-        if not 0 <= self.beta < 1:
-            raise ValueError(f"beta is {self.beta}; it must be at least 0 and below 1")
-        if self.eps < 0:
-            raise ValueError(f"eps is {self.eps}; it must be at least 0")
+        check_number("beta", self.beta, least=0, below=1)
+        check_number("eps", self.eps, least=0)
 
     def init(self, count: int) -> dict[str, Tensor]:
         return {"squares": torch.zeros(count), "steps": torch.zeros(count)}

@@ -51,9 +51,7 @@ class SDMGrad(GramRule):
 
     def __post_init__(self) -> None:
         check_scope(self.scope)
-        check_number("lambda_", self.lambda_)
-        if self.lambda_ < 0:
-            raise ValueError(f"lambda_ is {self.lambda_}; it must be at least 0")
+        check_number("lambda_", self.lambda_, least=0)
         check_preference("preference", self.preference, positive=True)
 
     def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:

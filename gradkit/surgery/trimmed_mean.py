@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gradkit.core.arguments import check_count
 from gradkit.surgery.elementwise import ElementwiseRule
 
 
@@ -42,10 +43,7 @@ class TrimmedMean(ElementwiseRule):
     trim: int = 1
 
     def __post_init__(self) -> None:
-        if isinstance(self.trim, bool) or not isinstance(self.trim, int):
-            raise TypeError(f"trim is {self.trim!r}; pass a whole number")
-        if self.trim < 0:
-            raise ValueError(f"trim is {self.trim}; it must be at least 0")
+        check_count("trim", self.trim, 0)
 
     def merge(
         self, rows: Float[Tensor, "K n"], noise: Float[Tensor, " n"] | None, prepared: Any

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradkit.core.arguments import check_number
+from gradkit.core.arguments import check_count, check_number
 from gradkit.surgery.inputs import RuleInputs, needed
 from gradkit.surgery.memory import Remembered, Weighed
-from gradkit.weighting.loss_weighting import LossWeighting, check_count
+from gradkit.weighting.loss_weighting import LossWeighting
 
 
 @dataclass(eq=False)

@@ -71,12 +71,8 @@ class FAMO(LossWeighting):
     min_losses: float | Preference = 0.0
 
     def __post_init__(self) -> None:
-        check_number("lr", self.lr)
-        check_number("decay", self.decay)
-        if self.lr < 0:
-            raise ValueError(f"lr is {self.lr}; the learning rate of xi must be at least 0")
-        if self.decay < 0:
-            raise ValueError(f"decay is {self.decay}; a weight decay must be at least 0")
+        check_number("lr", self.lr, least=0)
+        check_number("decay", self.decay, least=0)
         if isinstance(self.min_losses, (int, float)):
             check_number("min_losses", self.min_losses)
         else:

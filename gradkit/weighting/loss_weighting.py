@@ -57,16 +57,3 @@ class LossWeighting(Weighting):
         self, losses: Float[Tensor, " K"], weights: Float[Tensor, " K"]
     ) -> Float[Tensor, " K"]:
         return losses.to(weights)
-
-
-def check_count(name: str, value: object, least: int) -> None:
-    """Check an argument that is a number of steps.
-
-    Raises:
-        TypeError: If it is not an integer.
-        ValueError: If it is less than `least`.
-    """
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} is {value!r}; pass a whole number of steps")
-    if value < least:
-        raise ValueError(f"{name} is {value}; it must be at least {least}")

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradkit.core.arguments import check_number
+from gradkit.core.arguments import check_count, check_number
 from gradkit.surgery.inputs import RuleInputs, needed, too_low
 from gradkit.surgery.memory import Remembered, Weighed
-from gradkit.weighting.loss_weighting import LossWeighting, check_count
+from gradkit.weighting.loss_weighting import LossWeighting
 
 # Added inside logarithms, as in the authors' code, so that a loss of 0 has one.
 _EPS = 1e-20

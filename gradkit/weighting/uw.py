@@ -59,10 +59,8 @@ class UW(LossWeighting):
     initial: float = -0.5
 
     def __post_init__(self) -> None:
-        check_number("lr", self.lr)
+        check_number("lr", self.lr, least=0)
         check_number("initial", self.initial)
-        if self.lr < 0:
-            raise ValueError(f"lr is {self.lr}; the learning rate of s must be at least 0")
 
     def init(self, count: int) -> dict[str, Tensor]:
         """The log-variances, and Adam's memory."""

@@ -148,16 +148,16 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
     "eta": (lambda: gk.SAM(eta=-0.1), "eta is -0.1; it must be at least 0"),
     "only": (lambda: gk.SAM(only="biases"), "only is 'biases'; pass 'norm', or a function"),
     "adaptive": (lambda: gk.SAM(adaptive="some"), "adaptive is 'some'; pass True, False"),
-    "steps": (lambda: gk.SAM(steps=0), "steps is 0; pass a whole number of at least 1"),
+    "steps": (lambda: gk.SAM(steps=0), "steps is 0; it must be at least 1"),
     "one step": (lambda: gk.MSAM(steps=2), "the ascent of MSAM has one"),
-    "k": (lambda: gk.LookSAM(k=0), "k is 0; pass a whole number"),
+    "k": (lambda: gk.LookSAM(k=0), "k is 0; it must be at least 1"),
     "lmbda": (lambda: gk.FriendlySAM(lmbda=1.0), "lmbda is 1.0; it must be"),
-    "theta": (lambda: gk.VaSSO(theta=0.0), "theta is 0.0; it must be more than 0"),
+    "theta": (lambda: gk.VaSSO(theta=0.0), "theta is 0.0; it must be positive and at most 1"),
     "gamma": (lambda: gk.WSAM(gamma=1.0), "gamma is 1.0; it must be at least 0 and less"),
     "GAM": (lambda: gk.GAM(rho=0.0), "rho is 0; the gradient's norm is maximised"),
     "delta": (lambda: gk.AESAM(delta=1.0), "delta is 1.0; it must be"),
-    "num_data": (lambda: gk.BSAM(0), "num_data is 0; pass a whole number"),
-    "alpha": (lambda: gk.SlowWeights(alpha=1.5), "alpha is 1.5; it must be more than 0"),
+    "num_data": (lambda: gk.BSAM(0), "num_data is 0; it must be at least 1"),
+    "alpha": (lambda: gk.SlowWeights(alpha=1.5), "alpha is 1.5; it must be positive"),
 }
 
 

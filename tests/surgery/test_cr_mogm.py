@@ -46,7 +46,7 @@ def test_cr_mogm_passes_on_what_the_rule_inside_needs():
     with as_users_run_it():
         with pytest.raises(TypeError, match="rule is a str; pass a rule by"):
             gk.CRMOGM("mgda")
-        with pytest.raises(ValueError, match="alpha is 2; it lies between 0 and 1"):
+        with pytest.raises(ValueError, match="alpha is 2; it must be between 0 and 1"):
             gk.CRMOGM(alpha=2)
 
 

@@ -221,7 +221,7 @@ def test_gradvac_resumes(scope):
 def test_arguments_are_checked():
     with as_users_run_it():
         for beta in (-0.1, 1.5):
-            with pytest.raises(ValueError, match=f"beta is {beta}; the share"):
+            with pytest.raises(ValueError, match=f"beta is {beta}; it must be between"):
                 gk.GradVac(beta=beta)
         with pytest.raises(TypeError, match="beta is '1'"):
             gk.GradVac(beta="1")

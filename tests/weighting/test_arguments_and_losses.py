@@ -13,13 +13,13 @@ import gradkit as gk
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: gk.UW(lr=-1.0), "lr is -1.0; the learning rate of s must be at least 0"),
+        (lambda: gk.UW(lr=-1.0), "lr is -1.0; it must be at least 0"),
         (lambda: gk.UW(initial=math.nan), "initial is nan; it must be a finite number"),
         (lambda: gk.DWA(temperature=0.0), "temperature is 0.0; it must be positive"),
         (lambda: gk.DWA(steps_per_epoch=0), "steps_per_epoch is 0; it must be at least 1"),
-        (lambda: gk.DWA(steps_per_epoch=1.5), "steps_per_epoch is 1.5; pass a whole number of st"),
-        (lambda: gk.FAMO(lr=-0.1), "lr is -0.1; the learning rate of xi must be at least 0"),
-        (lambda: gk.FAMO(decay=-1.0), "decay is -1.0; a weight decay must be at least 0"),
+        (lambda: gk.DWA(steps_per_epoch=1.5), "steps_per_epoch is 1.5; pass a whole number"),
+        (lambda: gk.FAMO(lr=-0.1), "lr is -0.1; it must be at least 0"),
+        (lambda: gk.FAMO(decay=-1.0), "decay is -1.0; it must be at least 0"),
         (lambda: gk.FAMO(min_losses=math.inf), "min_losses is inf; it must be a finite number"),
         (lambda: gk.FAMO(min_losses=["x"]), "min_losses holds 'x'; pass numbers"),
         (lambda: gk.STCH(mu=-1.0), "mu is -1.0; it must be positive"),
