@@ -166,7 +166,8 @@ DRAWS_ON_DEVICE = {"BSAM"}
 
 
 def is_method(kind: object) -> bool:
-    return inspect.isclass(kind) and issubclass(kind, gk.Transform) and kind is not gk.Transform
+    is_transform = inspect.isclass(kind) and issubclass(kind, gk.Transform)
+    return is_transform and kind is not gk.Transform and not inspect.isabstract(kind)
 
 
 METHODS = [name for name in sorted(gk.__all__) if is_method(getattr(gk, name))]
