@@ -15,8 +15,6 @@ from gradkit.core.flat import Layout
 from gradkit.core.gram import at_least_single
 from gradkit.core.storage import Parts
 
-_HALF = (torch.float16, torch.bfloat16)
-
 
 @dataclass(frozen=True, eq=False)
 class Displacement:
@@ -24,7 +22,8 @@ class Displacement:
 
     Adding it to the weights takes one pass over memory for each term. Wherever the library takes a
     displacement, a flat vector [P] does as well; `context.displaced` makes a displacement of
-    either. Adding a flat vector gives another displacement.
+    either. Sums with flat vectors and products with numbers are displacements; torch's functions
+    take it as the flat vector that it stands for.
 
     Attributes:
         terms: Vectors, flat [P] or one tensor per parameter, and the factor of each.
@@ -89,12 +88,8 @@ class Displacement:
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """In torch's functions, and in arithmetic with a tensor before it, it is a flat vector."""
-        given = [each.flat() if isinstance(each, cls) else each for each in args]
-        named = {
-            name: each.flat() if isinstance(each, cls) else each
-            for name, each in (kwargs or {}).items()
-        }
-        return function(*given, **named)
+        named = {name: _flattened(value) for name, value in (kwargs or {}).items()}
+        return function(*_flattened(args), **named)
 
     def flat(self, out: Float[Tensor, " P"] | None = None) -> Float[Tensor, " P"]:
         """The displacement as a flat vector.
@@ -148,7 +143,7 @@ class Displacement:
             if not there:
                 if value is not weight:
                     value.copy_(weight)
-            elif len(kinds) == 1 and value.dtype not in _HALF:
+            elif len(kinds) == 1 and value.dtype == at_least_single(value.dtype):
                 for number, (part, factor) in enumerate(there):
                     factor.add(weight if number == 0 else value, part, value)
             else:  # in half precision each factor and each product would be rounded before the sum
@@ -161,6 +156,13 @@ class Displacement:
 
 Point = Union[Float[Tensor, " P"], Displacement]  # noqa: UP007 # a class of jaxtyping's has no "|"
 """The point at which an oracle evaluates: a displacement of the weights, lazy or as a vector."""
+
+
+def _flattened(value: Any) -> Any:
+    """An argument in which displacements are flat vectors, those in sequences, too."""
+    if type(value) in (tuple, list):
+        return type(value)(map(_flattened, value))
+    return value.flat() if isinstance(value, Displacement) else value
 
 
 class _Factor:

@@ -129,6 +129,10 @@ class Layout:
         """P, the length of the flat vector."""
         return self.offsets[-1]
 
+    def zeros(self) -> Shaped[Tensor, " P"]:
+        """A new flat vector of zeros."""
+        return torch.zeros(self.numel, dtype=self.dtype, device=self.device)
+
     def fits(self, param_groups: Sequence[Mapping[str, Any]]) -> bool:
         """Whether these groups still have this layout; faster than making a new layout."""
         if self.shards is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import cached_property
 
@@ -17,7 +18,7 @@ Parts = Sequence[Tensor | None]
 """A flat vector as one tensor per parameter; None where it is 0."""
 
 
-class Storage:
+class Storage(ABC):
     """Gradients of K objectives, and their inner products, each computed once.
 
     Attributes:
@@ -29,9 +30,9 @@ class Storage:
         self._products: dict[tuple[Scope, bool], Tensor] = {}
 
     @property
+    @abstractmethod
     def rows(self) -> Float[Tensor, "K P"]:
         """The gradients, one a row."""
-        raise NotImplementedError
 
     @property
     def parts(self) -> Parts | None:

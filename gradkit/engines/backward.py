@@ -83,12 +83,12 @@ def handing_on(loss: Tensor, leaves: Sequence[Tensor], receivers: Receivers) -> 
 
         return hook
 
-    handles = [loss.register_hook(begin)]  # type: ignore[no-untyped-call]  # torch's
+    handles = [loss.register_hook(begin)]  # type: ignore[no-untyped-call]  # untyped in torch
     try:
         for t, receive in receivers.items():
             if leaves[t].requires_grad:
                 add = leaves[t].register_post_accumulate_grad_hook
-                handles.append(add(hook_for(receive)))  # type: ignore[no-untyped-call]  # torch's
+                handles.append(add(hook_for(receive)))  # type: ignore[no-untyped-call]  # untyped in torch
         yield
     finally:
         release()

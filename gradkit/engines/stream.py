@@ -41,7 +41,7 @@ def streamed_gram(losses: Float[Tensor, " K"], leaves: Sequence[Tensor]) -> Floa
 
     def let_go(grad: Tensor) -> Tensor:
         # A hook must return a gradient of the same shape; an expanded one takes no memory.
-        left: Tensor = _Collect.apply(grad, add)  # type: ignore[no-untyped-call]  # torch's
+        left: Tensor = _Collect.apply(grad, add)  # type: ignore[no-untyped-call]  # untyped in torch
         return left.expand_as(grad)
 
     def pull(cotangent: Float[Tensor, " K"]) -> Float[Tensor, " K"]:
@@ -50,7 +50,7 @@ def streamed_gram(losses: Float[Tensor, " K"], leaves: Sequence[Tensor]) -> Floa
 
     identity = torch.eye(count, dtype=losses.dtype, device=losses.device)
     hooks = [
-        leaf.register_hook(let_go)  # type: ignore[no-untyped-call]  # torch's
+        leaf.register_hook(let_go)  # type: ignore[no-untyped-call]  # untyped in torch
         for leaf in leaves
     ]
     try:

@@ -528,6 +528,7 @@ class GradientOptimizer(Optimizer):
             self._applied,
             self.options.max_norm,
             self.options.nonfinite,
+            self.options.on_empty,
             state,
         )
         return zlib.crc32(repr(facts).encode())

@@ -73,7 +73,11 @@ class AESAM(Ascent):
             if climbs is None:  # decided once for the whole step
                 climbs = self._climbs(float(first.direction_norm()) ** 2, state)
                 context.propose(self, **state)
-            return self.climbed(inner, at, only, context, first) if climbs else first
+            if not climbs:
+                return first
+            g = first.direction()
+            del first  # and its rows, before the second evaluation
+            return self.climbed(inner, at, only, context, g)
 
         return oracle
 

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
 from dataclasses import dataclass
 from typing import Literal
 
-from gradkit.core.context import Context
-from gradkit.core.displacement import Point
-from gradkit.core.gradients import Gradients
-from gradkit.core.oracle import Oracle
 from gradkit.sharpness.ascent import Ascent
 
 
@@ -48,9 +43,3 @@ class ASAM(Ascent):
 
     rho: float = 0.5
     adaptive: bool | Literal["all"] = True
-
-    def around(self, inner: Oracle, context: Context) -> Oracle:
-        def oracle(at: Point | None = None, only: Container[str] | None = None) -> Gradients:
-            return self.climbed(inner, at, only, context)
-
-        return oracle

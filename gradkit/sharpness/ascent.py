@@ -83,45 +83,51 @@ class Ascent(Transform):
         ]
         return f"{type(self).__name__}({', '.join(shown)})"
 
+    def around(self, inner: Oracle, context: Context) -> Oracle:
+        """SAM's step: the gradients at the end of the ascent."""
+
+        def oracle(at: Point | None = None, only: Container[str] | None = None) -> Gradients:
+            return self.climbed(inner, at, only, context)
+
+        return oracle
+
     def climbed(
         self,
         inner: Oracle,
         at: Point | None,
         only: Container[str] | None,
         context: Context,
-        first: Gradients | None = None,
+        first: Float[Tensor, " P"] | None = None,
     ) -> Gradients:
         """The gradients at the end of the ascent.
 
-        Where `first` is not given, no name holds on to earlier evaluations or points, so that their
-        memory is free as soon as it is no longer needed.
+        No name holds on to earlier evaluations or points, so that their memory is free as soon as
+        it is no longer needed; a caller that needs the first direction keeps that alone.
 
         Args:
             inner: The oracle.
             at: Where the ascent starts.
             only: The objectives to back-propagate.
             context: The step's context.
-            first: The gradients there, if they have been evaluated.
+            first: The direction there, if the gradients have been evaluated.
         """
         if first is None and self.steps == 1:
             return inner(self.above(inner(at, only), at, context), only)
-        point: Point = self.above(inner(at, only) if first is None else first, at, context)
+        if first is None:
+            first = inner(at, only).direction()
+        point: Point = context.point(at) + self.rise_along(first, at, context)
         for _ in range(self.steps - 1):
             point = self.above(inner(point, only), point, context)
         return inner(point, only)
 
     def above(self, gradients: Gradients, at: Point | None, context: Context) -> Displacement:
         """The end of one step of the ascent along the direction of gradients."""
-        return context.point(at) + self.rise(gradients, at, context)
-
-    def rise(self, gradients: Gradients, at: Point | None, context: Context) -> Displacement:
-        """One step of the ascent along the direction of gradients."""
         parts = gradients.parts
         direction = gradients.direction() if parts is None else parts
         if not self._is_plain(context):
-            return self.rise_along(direction, at, context)
+            return context.point(at) + self.rise_along(direction, at, context)
         norm = gradients.direction_norm(direction if isinstance(direction, Tensor) else None)
-        return context.displaced(None, direction, self.rho / self.steps / (norm + _TINY))
+        return context.displaced(at, direction, self.rho / self.steps / (norm + _TINY))
 
     def rise_along(
         self, vector: Float[Tensor, " P"] | Parts, at: Point | None, context: Context
@@ -195,14 +201,11 @@ def _is_norm(module: nn.Module | None) -> bool:
 
 def projected_out(
     vector: Float[Tensor, " P"], on: Float[Tensor, " P"], context: Context
-) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """The factor of `on` in the projection of a vector on it (0 if that is 0), and its square.
-
-    `vector - factor * on` is orthogonal to `on`.
-    """
+) -> Float[Tensor, ""]:
+    """The factor with which `vector - factor * on` is orthogonal to `on`; 0 if `on` is 0."""
     square = context.dot(on, on)
     product = context.dot(vector, on)
-    return torch.where(square > 0, product / square, torch.zeros_like(square)), square
+    return torch.where(square > 0, product / square, torch.zeros_like(square))
 
 
 def check_one_step(method: Ascent) -> None:

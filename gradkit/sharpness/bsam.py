@@ -39,7 +39,7 @@ class BSAM(Transform):
         rho: ρ ≥ 0, the radius in units of g/s.
         beta_1: β₁ in [0, 1).
         beta_2: β₂ in [0, 1).
-        damping: What is added to s beside the prior's precision.
+        damping: ≥ 0, what is added to s beside the prior's precision.
         delta: δ ≥ 0, the prior's precision; None is 40/N.
         generator: A CPU generator for the noise; by default one of its own with seed 0, the same
             in every process.
@@ -70,14 +70,13 @@ class BSAM(Transform):
         check_number("rho", self.rho, least=0)
         check_number("beta_1", self.beta_1, least=0, below=1)
         check_number("beta_2", self.beta_2, least=0, below=1)
-        check_number("damping", self.damping)
+        check_number("damping", self.damping, least=0)
         if self.delta is not None:
-            check_number("delta", self.delta)
+            check_number("delta", self.delta, least=0)
         self.generator = own_generator(self.generator)
 
     def initial_vectors(self, layout: Layout) -> dict[str, Tensor]:
-        zeros = torch.zeros(layout.numel, dtype=layout.dtype, device=layout.device)
-        return {"momentum": zeros, "scale": zeros + 1}
+        return {"momentum": layout.zeros(), "scale": layout.zeros() + 1}
 
     def around(self, inner: Oracle, context: Context) -> Oracle:
         self._check_base(context)
@@ -85,16 +84,13 @@ class BSAM(Transform):
         noise = context.noise(self.generator)
         m, s = self.vectors["momentum"], self.vectors["scale"]
         delta = 40 / self.num_data if self.delta is None else self.delta
-        learnt = False
 
         def oracle(at: Point | None = None, only: Container[str] | None = None) -> Gradients:
-            nonlocal learnt
             g = inner(context.displaced(at, noise / (self.num_data * s).sqrt()), only).direction()
             above = inner(context.displaced(at, g / s, self.rho), only)
             g_s = context.sum_of((above.direction(), 1.0), (context.weights(at), delta))
             new = torch.lerp(m, g_s, 1 - self.beta_1)
-            if not learnt:  # later evaluations are at displaced weights
-                learnt = True
+            if not context.proposed(self):  # later evaluations are at displaced weights
                 target = s.sqrt() * g.abs() + (self.damping + delta)
                 context.propose(self, momentum=new, scale=torch.lerp(s, target, 1 - self.beta_2))
             return above.with_update(new / s)

@@ -22,7 +22,7 @@ class CRSAM(Ascent):
 
     The second term is that of the normalised Hessian trace, by finite differences.
 
-    Cost: three gradients of each objective. Memory: six flat vectors. State: none.
+    Cost: three gradients of each objective. Memory: five flat vectors. State: none.
 
     Args:
         rho: The ascent radius ρ ≥ 0.
@@ -56,9 +56,8 @@ class CRSAM(Ascent):
 
     def around(self, inner: Oracle, context: Context) -> Oracle:
         def oracle(at: Point | None = None, only: Container[str] | None = None) -> Gradients:
-            first = inner(at, only)
-            g = first.direction()
-            rise, here = self.rise(first, at, context), context.point(at)
+            g = inner(at, only).direction()
+            rise, here = self.rise_along(g, at, context), context.point(at)
             above = inner(here + rise, only)
             up, down = above.direction(), inner(here - rise, only).direction()
             return above.with_update(

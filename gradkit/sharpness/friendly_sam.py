@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Container
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from gradkit.core.arguments import check_number
@@ -60,16 +59,13 @@ class FriendlySAM(Ascent):
         check_one_step(self)
 
     def initial_vectors(self, layout: Layout) -> dict[str, Tensor]:
-        return {"mean": torch.zeros(layout.numel, dtype=layout.dtype, device=layout.device)}
+        return {"mean": layout.zeros()}
 
     def around(self, inner: Oracle, context: Context) -> Oracle:
-        learnt = False
 
         def oracle(at: Point | None = None, only: Container[str] | None = None) -> Gradients:
-            nonlocal learnt
             g, mean = inner(at, only).direction(), self.vectors["mean"]
-            if not learnt:  # later evaluations are at displaced weights
-                learnt = True
+            if not context.proposed(self):  # later evaluations are at displaced weights
                 context.propose(self, mean=context.sum_of((mean, self.lmbda), (g, 1 - self.lmbda)))
             d = context.sum_of((g, 1.0), (mean, -self.sigma))
             return inner(context.point(at) + self.rise_along(d, at, context), only)

@@ -27,7 +27,7 @@ class GAM(Ascent):
     for a ResNet on CIFAR-100; others are ρ = 0.2, ρ' = 0.03, β = 0.1, α = 0.1, γ = 0.05 for
     CIFAR-10, and ρ = 0.2, ρ' = 0.04, β = 0.3, α = 0.5, γ = 0.05 for a PyramidNet.
 
-    Cost: four gradients of each objective. Memory: ten flat vectors. State: none.
+    Cost: four gradients of each objective. Memory: eight flat vectors. State: none.
 
     Args:
         rho: ρ ≥ 0, how far the gradient's norm is maximised.
@@ -67,17 +67,15 @@ class GAM(Ascent):
     def around(self, inner: Oracle, context: Context) -> Oracle:
         def oracle(at: Point | None = None, only: Container[str] | None = None) -> Gradients:
             here, share = context.point(at), self.rho_inner / self.rho
-            first = inner(at, only)
-            g0 = first.direction()
-            g1 = inner(here + self.rise(first, at, context) * share, only).direction()
+            g0 = inner(at, only).direction()
+            g1 = inner(here + self.rise_along(g0, at, context) * share, only).direction()
             h = context.sum_of((g1, 1.0), (g0, -1.0))
             there = here + self.rise_along(h, at, context)
-            second = inner(there, only)
-            g2 = second.direction()
-            last = inner(there + self.rise(second, there, context) * share, only)
+            g2 = inner(there, only).direction()
+            last = inner(there + self.rise_along(g2, there, context) * share, only)
             a = context.sum_of((g1, self.alpha), (last.direction(), 1 - self.alpha))
             m = context.sum_of((g0, 1.0), (g2, 1 - self.beta))
-            factor, _ = projected_out(m, a, context)
+            factor = projected_out(m, a, context)
             return last.with_update(context.sum_of((a, 1 + self.gamma * factor), (m, -self.gamma)))
 
         return oracle

@@ -24,7 +24,7 @@ class GSAM(Ascent):
     losses without raising L(θ + ε). The authors let ρ follow the learning rate; here a schedule may
     write the entry "rho" of the base optimizer's groups.
 
-    Cost: two gradients of each objective. Memory: four flat vectors. State: none.
+    Cost: two gradients of each objective. Memory: three flat vectors. State: none.
 
     Args:
         rho: The ascent radius ρ ≥ 0.
@@ -52,11 +52,10 @@ class GSAM(Ascent):
 
     def around(self, inner: Oracle, context: Context) -> Oracle:
         def oracle(at: Point | None = None, only: Container[str] | None = None) -> Gradients:
-            first = inner(at, only)
-            g = first.direction()
-            above = self.climbed(inner, at, only, context, first)
+            g = inner(at, only).direction()
+            above = self.climbed(inner, at, only, context, g)
             g_s = above.direction()
-            share, _ = projected_out(g, g_s, context)
+            share = projected_out(g, g_s, context)
             return above.with_update(
                 context.sum_of((g_s, 1 + self.alpha * share), (g, -self.alpha))
             )

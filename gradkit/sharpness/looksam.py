@@ -27,7 +27,7 @@ class LookSAM(Ascent):
     g_v, the part of SAM's gradient that is orthogonal to g, changes slowly, and is used again.
     There is no code of the authors'; k = 10 and α = 0.7 are other libraries'.
 
-    Cost: 1 + 1/k gradients of each objective. Memory: five flat vectors, state included. State:
+    Cost: 1 + 1/k gradients of each objective. Memory: four flat vectors, state included. State:
     g_v, one flat vector; the number of steps.
 
     Args:
@@ -61,15 +61,13 @@ class LookSAM(Ascent):
         self.state["steps"] = 0
 
     def initial_vectors(self, layout: Layout) -> dict[str, Tensor]:
-        return {"orthogonal": torch.zeros(layout.numel, dtype=layout.dtype, device=layout.device)}
+        return {"orthogonal": layout.zeros()}
 
     def around(self, inner: Oracle, context: Context) -> Oracle:
         steps: int = self.state["steps"]
         context.propose(self, steps=steps + 1)
-        learnt = False
 
         def oracle(at: Point | None = None, only: Container[str] | None = None) -> Gradients:
-            nonlocal learnt
             first = inner(at, only)
             g = first.direction()
             if steps % self.k:
@@ -77,10 +75,11 @@ class LookSAM(Ascent):
                 size = context.norm(v)
                 factor = torch.where(size > 0, self.alpha * context.norm(g) / size, 0 * size)
                 return first.with_update(context.sum_of((g, 1.0), (v, factor)))
-            above = self.climbed(inner, at, only, context, first)
-            if not learnt:  # later evaluations are at displaced weights
-                learnt = True
-                share, _ = projected_out(above.direction(), g, context)
+            del first  # and its rows, before the second evaluation
+            above = self.climbed(inner, at, only, context, g)
+            # Later evaluations are at displaced weights.
+            if "orthogonal" not in context.proposed(self):
+                share = projected_out(above.direction(), g, context)
                 v = context.sum_of((above.direction(), 1.0), (g, -share))
                 context.propose(self, orthogonal=v)
             return above.with_update(above.direction())

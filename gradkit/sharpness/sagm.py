@@ -10,7 +10,7 @@ from gradkit.core.context import Context
 from gradkit.core.displacement import Point
 from gradkit.core.gradients import Gradients
 from gradkit.core.oracle import Oracle
-from gradkit.sharpness.ascent import Ascent
+from gradkit.sharpness.ascent import Ascent, check_one_step
 
 
 @dataclass(eq=False, repr=False)
@@ -23,7 +23,7 @@ class SAGM(Ascent):
 
     The term −α·g asks the gradients at θ and at θ + ρ·g/‖g‖ to agree, to first order.
 
-    Cost: two gradients of each objective. Memory: four flat vectors. State: none.
+    Cost: two gradients of each objective. Memory: three flat vectors. State: none.
 
     Args:
         rho: The ascent radius ρ ≥ 0.
@@ -32,7 +32,6 @@ class SAGM(Ascent):
         only: Which parameters are displaced; see `Ascent`.
         adaptive: Whether the ascent is scaled by the weights; see `Ascent`.
         eta: η ≥ 0, with `adaptive`.
-        steps: How many ascent steps of length ρ/steps.
 
     Examples:
         >>> import torch, gradkit as gk
@@ -49,13 +48,13 @@ class SAGM(Ascent):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number("alpha", self.alpha)
+        check_one_step(self)
 
     def around(self, inner: Oracle, context: Context) -> Oracle:
         def oracle(at: Point | None = None, only: Container[str] | None = None) -> Gradients:
-            first = inner(at, only)
-            g = first.direction()
-            back = context.displaced(at, g, -self.alpha)
-            above = self.climbed(inner, back, only, context, first)
+            g = inner(at, only).direction()
+            point = context.displaced(at, g, -self.alpha) + self.rise_along(g, at, context)
+            above = inner(point, only)
             return above.with_update(context.sum_of((g, 0.5), (above.direction(), 0.5)))
 
         return oracle

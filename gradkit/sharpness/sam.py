@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
 from dataclasses import dataclass
 
-from gradkit.core.context import Context
-from gradkit.core.displacement import Point
-from gradkit.core.gradients import Gradients
-from gradkit.core.oracle import Oracle
 from gradkit.sharpness.ascent import Ascent
 
 
@@ -42,9 +37,3 @@ class SAM(Ascent):
         >>> w.data  # w - 0.1 * (w + 0.5 * w / 5)
         tensor([2.6700, 3.5600])
     """
-
-    def around(self, inner: Oracle, context: Context) -> Oracle:
-        def oracle(at: Point | None = None, only: Container[str] | None = None) -> Gradients:
-            return self.climbed(inner, at, only, context)
-
-        return oracle

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Container
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from gradkit.core.arguments import check_number
@@ -59,14 +58,12 @@ class SAMPa(Ascent):
         self.state["seen"] = False
 
     def initial_vectors(self, layout: Layout) -> dict[str, Tensor]:
-        return {"gradient": torch.zeros(layout.numel, dtype=layout.dtype, device=layout.device)}
+        return {"gradient": layout.zeros()}
 
     def around(self, inner: Oracle, context: Context) -> Oracle:
         rates = context.group_values("lr", 0.0)
-        learnt = False
 
         def oracle(at: Point | None = None, only: Container[str] | None = None) -> Gradients:
-            nonlocal learnt
             known = self.state["seen"]
             before = self.vectors["gradient"] if known else inner(at, only).direction()
             parts = [
@@ -75,8 +72,7 @@ class SAMPa(Ascent):
             rise = self.rise_along(before, at, context)
             behind = inner(context.displaced(at, parts, -1.0), only)
             g_y = behind.direction()
-            if not learnt:  # later evaluations are at displaced weights
-                learnt = True
+            if not context.proposed(self):  # later evaluations are at displaced weights
                 context.propose(self, gradient=g_y, seen=True)
             ahead = inner(context.point(at) + rise, only)
             mixed = context.sum_of((ahead.direction(), 1 - self.lmbda), (g_y, self.lmbda))

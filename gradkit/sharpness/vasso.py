@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Container
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from gradkit.core.arguments import check_number
@@ -54,17 +53,14 @@ class VaSSO(Ascent):
         check_one_step(self)
 
     def initial_vectors(self, layout: Layout) -> dict[str, Tensor]:
-        return {"mean": torch.zeros(layout.numel, dtype=layout.dtype, device=layout.device)}
+        return {"mean": layout.zeros()}
 
     def around(self, inner: Oracle, context: Context) -> Oracle:
-        learnt = False
 
         def oracle(at: Point | None = None, only: Container[str] | None = None) -> Gradients:
-            nonlocal learnt
             g = inner(at, only).direction()
             d = context.sum_of((self.vectors["mean"], 1 - self.theta), (g, self.theta))
-            if not learnt:  # later evaluations are at displaced weights
-                learnt = True
+            if not context.proposed(self):  # later evaluations are at displaced weights
                 context.propose(self, mean=d)
             return inner(context.point(at) + self.rise_along(d, at, context), only)
 

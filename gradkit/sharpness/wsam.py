@@ -62,9 +62,8 @@ class WSAM(Ascent):
         self._difference = None
 
         def oracle(at: Point | None = None, only: Container[str] | None = None) -> Gradients:
-            first = inner(at, only)
-            g = first.direction()
-            above = self.climbed(inner, at, only, context, first)
+            g = inner(at, only).direction()
+            above = self.climbed(inner, at, only, context, g)
             g_s = above.direction()
             if not self.decouple:
                 return above.with_update(context.sum_of((g, 1 - a), (g_s, a)))

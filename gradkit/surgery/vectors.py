@@ -95,10 +95,7 @@ class VectorRule(Remembering, Rule):
 
     def initial_vectors(self, layout: Layout) -> dict[str, Tensor]:
         names = self.state["objectives"] or []
-        return {
-            self._key(name): torch.zeros(layout.numel, dtype=layout.dtype, device=layout.device)
-            for name in names
-        }
+        return {self._key(name): layout.zeros() for name in names}
 
     def _key(self, name: str) -> str:
         return f"{self.remembers}.{name}"

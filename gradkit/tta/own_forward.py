@@ -170,7 +170,7 @@ class NormalisationInterceptor(TorchFunctionMode):
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
         """End the context; without an error, check that the layer has normalised."""
-        super().__exit__(kind, error, traceback)  # type: ignore[no-untyped-call]  # torch's
+        super().__exit__(kind, error, traceback)  # type: ignore[no-untyped-call]  # untyped in torch
         if kind is None and not self.calls:
             raise ValueError(self._refusal)
 
@@ -211,7 +211,7 @@ class AdaptedForward:
         """
         run = self._forward_adapted
         if torch.compiler.is_compiling():  # compiled code ignores the mode
-            run = torch.compiler.disable(run)  # type: ignore[no-untyped-call]  # torch's
+            run = torch.compiler.disable(run)  # type: ignore[no-untyped-call]  # untyped in torch
         return run(*args, **kwargs)
 
     def _forward_adapted(self, *args: Any, **kwargs: Any) -> Any:

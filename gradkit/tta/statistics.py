@@ -271,12 +271,12 @@ class AdaptedBatchNorm(_BatchNorm):
 
     def forward(self, x: Activations) -> Activations:
         """Normalise [batch, channels, ...] by the chosen statistics."""
-        self.predecessor_type._check_input_dim(self, x)  # type: ignore[no-untyped-call]  # torch's
+        self.predecessor_type._check_input_dim(self, x)  # type: ignore[no-untyped-call]  # untyped in torch
         return self.statistics.normalise(self, x)
 
     def extra_repr(self) -> str:
         """BatchNorm's own text, with the statistics."""
-        line = super().extra_repr()  # type: ignore[no-untyped-call]  # torch's
+        line = super().extra_repr()  # type: ignore[no-untyped-call]  # untyped in torch
         return f"{line}, statistics={self.statistics}"
 
 

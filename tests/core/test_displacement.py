@@ -43,6 +43,8 @@ def test_arithmetic_is_that_of_flat_vectors():
         (c - point, c - at),
         (torch.lerp(point, c, 0.25), torch.lerp(at, c, 0.25)),
         (torch.add(input=c, other=point), c + at),
+        (torch.stack([point, c]), torch.stack([at, c])),
+        (torch.cat((c, point)), torch.cat((c, at))),
     ):
         assert isinstance(found, torch.Tensor)
         torch.testing.assert_close(found, expected)

@@ -362,6 +362,8 @@ def optimising_different_things(what: str) -> str:
         lr = torch.tensor(0.1 * (1 + rank))
     if what == "max_norm":
         options["max_norm"] = 1.0 + rank
+    if what == "on_empty":
+        options["on_empty"] = ("raise", "skip")[rank]
     base = torch.optim.SGD(parameters, lr=lr)
     optimizer = gk.wrap(base, gk.PCGrad(), model=model, **options)
     x = share(batches()[0])
@@ -452,7 +454,7 @@ FURTHER = {
     "hook fails": hook_fails,
     **{
         f"different {what}": lambda what=what: optimising_different_things(what)
-        for what in ("order", "frozen", "tensor lr", "max_norm")
+        for what in ("order", "frozen", "tensor lr", "max_norm", "on_empty")
     },
     **{form: lambda form=form: gradients_from_before(form) for form in ("no closure", "reporting")},
     "second optimizer": second_optimizer,

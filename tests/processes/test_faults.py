@@ -181,7 +181,7 @@ def test_a_hook_that_raises_on_one_rank_is_told_to_the_others() -> None:
     assert first.startswith("RankError: rank 1 failed with OSError: no such file")
 
 
-@pytest.mark.parametrize("what", ["order", "frozen", "tensor lr", "max_norm"])
+@pytest.mark.parametrize("what", ["order", "frozen", "tensor lr", "max_norm", "on_empty"])
 def test_ranks_that_optimise_different_things_raise(what: str) -> None:
     for results in further():
         assert results[f"different {what}"].startswith("RankError: the ranks differ in their")

@@ -124,6 +124,18 @@ def test_a_schedule_writes_the_groups_and_is_saved():
     assert optimizer.state_dict()["param_groups"][0]["rho"] == 0.0
 
 
+def test_sagm_scales_by_the_weights_themselves():
+    """Not by those that its step back has led to."""
+    weight = nn.Parameter(torch.tensor([1.0, 2.0], dtype=torch.float64))
+    optimizer = gk.wrap(
+        torch.optim.SGD([weight], lr=1.0), gk.SAGM(rho=0.5, alpha=0.1, adaptive="all", eta=0.0)
+    )
+    w = weight.detach().clone()
+    optimizer.step(lambda: weight.square().sum() / 2)
+    there = w - 0.1 * w + 0.5 * w**3 / w.square().norm()
+    torch.testing.assert_close(weight.grad, (w + there) / 2)
+
+
 def test_in_a_chain_the_ascent_starts_at_the_point():
     """SAM around ASAM scales by the weights where the outer ascent has led."""
     weight = nn.Parameter(torch.tensor([[1.0, 2.0]], dtype=torch.float64))
@@ -157,6 +169,8 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
     "GAM": (lambda: gk.GAM(rho=0.0), "rho is 0; the gradient's norm is maximised"),
     "delta": (lambda: gk.AESAM(delta=1.0), "delta is 1.0; it must be"),
     "num_data": (lambda: gk.BSAM(0), "num_data is 0; it must be at least 1"),
+    "damping": (lambda: gk.BSAM(9, damping=-0.1), "damping is -0.1; it must be at least 0"),
+    "prior": (lambda: gk.BSAM(9, delta=-1.0), "delta is -1.0; it must be at least 0"),
     "alpha": (lambda: gk.SlowWeights(alpha=1.5), "alpha is 1.5; it must be positive"),
 }
 

@@ -333,3 +333,15 @@ def test_disam_equals_its_reference() -> None:
         g = ((1 - 0.6 * (values - values.mean())) / 2) @ rows
         w = w - LR * jacobian(hand, w + 0.1 * unit(g), x, y).mean(0)
     torch.testing.assert_close(flat(model.parameters()), w, rtol=1e-10, atol=1e-12)
+
+
+def test_disam_keeps_the_optimizer_contract() -> None:
+    with as_users_run_it():
+        gk.testing.check_optimizer_contract(
+            lambda model: gk.wrap(
+                torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM),
+                gk.DISAM(rho=0.1),
+                model=model,
+            ),
+            ("a", "b"),
+        )
