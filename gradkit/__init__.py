@@ -9,6 +9,7 @@ from gradkit.core.oracle import Oracle
 from gradkit.core.ranks import RankError
 from gradkit.core.transform import Reweighing, Transform
 from gradkit.engines.objectives import NoGradientError
+from gradkit.every import Every
 from gradkit.optimizer import GradientOptimizer, NonFiniteError, StepRecord, wrap
 from gradkit.recipes import GraTa
 from gradkit.sharpness import (
@@ -110,6 +111,7 @@ __all__ = [
     "CosineLR",
     "Displacement",
     "DualProj",
+    "Every",
     "ExcessMTL",
     "FairGrad",
     "Fish",

@@ -19,7 +19,7 @@ from benchmarks.speed.passes import (
 from benchmarks.speed.peers import pcgrad_peers, sam_peers
 from benchmarks.speed.problem import Problem
 from gradkit.engines import EngineName
-from gradkit.optimizer.wrapping import RowsChoice
+from gradkit.optimizer.options import RowsChoice
 from gradkit.teachers import follow
 
 ENGINES: tuple[EngineName, ...] = ("functional", "inplace")

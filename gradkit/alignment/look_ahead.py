@@ -67,6 +67,14 @@ class LookAhead(Transform):
                 "looking ahead along an objective's own gradient is SAM with rho < 0"
             )
 
+    def left_out(self, inner: Oracle, context: Context) -> Oracle:
+        def oracle(at: Point | None = None, only: Container[str] | None = None) -> Gradients:
+            context.require(self, self.along)
+            here = inner(at, only)
+            return here.observe(self.along) if self.along in here.names else here
+
+        return oracle
+
     def around(self, inner: Oracle, context: Context) -> Oracle:
         def oracle(at: Point | None = None, only: Container[str] | None = None) -> Gradients:
             context.require(self, self.along, self.update)

@@ -49,6 +49,7 @@ class Context:
             minimisation. If all parameters are in such groups, the losses are negated, too.
         parameter_names: Each parameter's name in the model or the base optimizer, or else its
             position.
+        committed: Whether the base optimizer has stepped, and what was proposed is the state.
         owners: The module that holds each parameter; None where `wrap` was given no `model=`.
     """
 
@@ -67,7 +68,7 @@ class Context:
     owners: tuple[nn.Module | None, ...] = ()
     _proposals: dict[int, dict[str, Any]] = field(default_factory=dict, repr=False)
     _vectors: dict[int, dict[str, Tensor]] = field(default_factory=dict, repr=False)
-    _committed: bool = field(default=False, repr=False)
+    committed: bool = field(default=False, repr=False)
 
     @property
     def ascends_everywhere(self) -> bool:
@@ -224,7 +225,7 @@ class Context:
                     f"{tuple(value.shape)}; it has shape {tuple(kept.shape)}"
                 )
         self._proposals.setdefault(id(transform), {}).update(state)
-        if self._committed:
+        if self.committed:
             self._commit(transform)
 
     def propose_vectors(self, transform: Transform, **vectors: Float[Tensor, " P"]) -> None:
@@ -235,7 +236,7 @@ class Context:
         make the vectors from these names.
         """
         self._vectors.setdefault(id(transform), {}).update(vectors)
-        if self._committed:
+        if self.committed:
             self._commit(transform)
 
     def proposed(self, transform: Transform) -> dict[str, Any]:
@@ -243,10 +244,11 @@ class Context:
         return dict(self._proposals.get(id(transform), {}))
 
     def commit(self, transforms: Sequence[Transform]) -> None:
-        """Make what was proposed for transforms their state."""
-        self._committed = True
+        """Make what was proposed for transforms, and for those inside them, their state."""
+        self.committed = True
         for transform in transforms:
             self._commit(transform)
+            self.commit(transform.inside)
 
     def _commit(self, transform: Transform) -> None:
         for name, value in self._proposals.pop(id(transform), {}).items():

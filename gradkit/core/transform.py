@@ -80,6 +80,19 @@ class Transform:
     together, in one pass.
     """
 
+    replaces_step: bool = False
+    """Whether the result is a step of its own, for which a plain gradient is no substitute."""
+
+    @property
+    def saved_name(self) -> str:
+        """The name under which the state is saved; state of another name is refused."""
+        return type(self).__name__
+
+    @property
+    def inside(self) -> tuple[Transform, ...]:
+        """The transforms that this one holds, and that propose state of their own."""
+        return ()
+
     def belong_to(self, optimizer: object) -> None:
         """Register the optimizer that keeps this transform's state.
 
@@ -121,6 +134,10 @@ class Transform:
 
     def around(self, inner: Oracle, context: Context) -> Oracle:
         """The oracle that this transform makes of `inner`, for one step."""
+        return inner
+
+    def left_out(self, inner: Oracle, context: Context) -> Oracle:
+        """The oracle of a step that `Every` makes without this transform; `inner` by default."""
         return inner
 
     def objection(self, losses: Mapping[str, float]) -> str | None:
@@ -217,6 +234,9 @@ class Reweighing(Transform, ABC):
         >>> weight.item()
         0.5
     """
+
+    never_zero: bool = False
+    """Whether no weight is ever made 0, so that all objectives are back-propagated."""
 
     @property
     def reweighs(self) -> bool:

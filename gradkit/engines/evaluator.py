@@ -69,6 +69,7 @@ class Evaluator:
         settings: int,
         loss_scale: LossScale | None,
         weighers: Sequence[Weigh] = (),
+        never_zero: bool = True,
         accumulated: Sequence[int] = (),
         beside: Sequence[Tensor] = (),
     ) -> None:
@@ -83,6 +84,7 @@ class Evaluator:
         self._settings = settings
         self._loss_scale = loss_scale
         self._weighers = weighers
+        self._never_zero = never_zero
         self._streams = context.streams if weighers or context.streams == "must" else "no"
         self._accumulation = AccumulationCheck(context.layout, accumulated)
         self._beside = beside
@@ -268,9 +270,9 @@ class Evaluator:
             chosen.append(loss)
         together = stacked(chosen, rows.device)
         weighed = self._weigh(self._pending(wanted, together, leaves))
-        if self._streams == "must":
+        if self._streams == "must" or not self._never_zero:
             active = list(weighed.active)
-        else:  # weights from losses are never 0, so that no copy from the device is needed
+        else:  # without a copy from the device
             active = [k for k, name in enumerate(wanted) if name not in weighed.observers]
         if active:
             # Only of the active ones: parameters that no other graph reaches must get no gradient.

@@ -560,7 +560,7 @@ class GradientOptimizer(Optimizer):
                 layout,
                 self._pool,
                 self.base,
-                streams=self.options.streams,
+                streams=self.options.streams(self.transforms),
                 by_tensor=self._by_tensor,
                 ascended=self._ascended(layout),
                 parameter_names=self._names,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -10,10 +11,12 @@ from torch.amp import GradScaler
 
 from gradkit.core.context import Streams
 from gradkit.core.ranks import ProcessGroupChoice
+from gradkit.core.transform import Transform, leading_reweighings
 from gradkit.engines.choice import ENGINES, EngineName
 from gradkit.optimizer.finite_check import NONFINITE, Nonfinite
 
 OnEmpty = Literal["raise", "skip"]
+RowsChoice = Literal["auto", "keep", "stream"]
 
 
 @dataclass
@@ -32,7 +35,7 @@ class StepOptions:
     replay_rng: bool = False
     scaler: GradScaler | None = None
     process_group: ProcessGroupChoice = "auto"
-    streams: Streams = "no"
+    rows: RowsChoice = "auto"
     on_empty: OnEmpty = "raise"
 
     def __post_init__(self) -> None:
@@ -42,6 +45,7 @@ class StepOptions:
         _check_choice("engine", self.engine, ENGINES)
         _check_choice("nonfinite", self.nonfinite, NONFINITE)
         _check_choice("on_empty", self.on_empty, get_args(OnEmpty))
+        _check_choice("rows", self.rows, get_args(RowsChoice))
         if self.max_norm is not None and not isinstance(self.max_norm, (int, float)):
             raise TypeError(f"max_norm is {self.max_norm!r}; pass a positive number, or None")
         if self.max_norm is not None and not self.max_norm > 0:
@@ -56,6 +60,25 @@ class StepOptions:
                 f"process_group is {self.process_group!r}; pass 'auto', None or a ProcessGroup, "
                 "such as torch.distributed.group.WORLD"
             )
+
+    def streams(self, transforms: Sequence[Transform]) -> Streams:
+        """Whether the next step back-propagates the weighted sum of the losses in one pass.
+
+        Raises:
+            ValueError: If it has to, and a transform needs single gradients.
+        """
+        weighers = leading_reweighings(transforms)
+        around = transforms[len(weighers) :]
+        looking = [transform for transform in around if transform.needs_rows]
+        if self.rows == "stream":
+            if looking:
+                raise ValueError(
+                    f"rows='stream' keeps no objective's own gradient, and {looking[0]!r} looks at "
+                    "them; pass rows='keep'"
+                )
+            return "must"
+        alone = bool(weighers) and not any(weigher.needs_rows for weigher in weighers)
+        return "may" if self.rows == "auto" and alone and not looking else "no"
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -116,7 +116,7 @@ def encode(transforms: Sequence[Transform], *, marks: bool = False) -> str:
     """
     chain = [
         {
-            "name": type(transform).__name__,
+            "name": transform.saved_name,
             "state": {name: _packed(value) for name, value in transform.state.items()},
             "generator": (
                 None if transform.generator is None else _packed(transform.generator.get_state())
@@ -146,7 +146,7 @@ def check(text: str, transforms: Sequence[Transform]) -> None:
             f"the saved state has format {saved.get('version')!r}, and this version of gradkit "
             f"reads format {_VERSION}; load it with the version that wrote it"
         )
-    here = [type(transform).__name__ for transform in transforms]
+    here = [transform.saved_name for transform in transforms]
     there = [entry["name"] for entry in saved["transforms"]]
     if here != there:
         raise ValueError(
@@ -154,7 +154,7 @@ def check(text: str, transforms: Sequence[Transform]) -> None:
             f"optimizer has ({', '.join(here) or 'none'}); wrap the same ones in the same order"
         )
     for transform, entry in zip(transforms, saved["transforms"], strict=True):
-        name = type(transform).__name__
+        name = transform.saved_name
         try:
             values = {key: _unpacked(value) for key, value in entry["state"].items()}
             if transform.generator is not None and entry["generator"] is not None:

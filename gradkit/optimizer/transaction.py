@@ -90,18 +90,26 @@ class Transaction:
         link_stepped(transforms, self.context.layout, self._base)
         self.applied = True
 
-    def evaluator(self, objectives: Objectives, weighers: Sequence[Weigh] = ()) -> Evaluator:
+    def evaluator(
+        self,
+        objectives: Objectives,
+        weighers: Sequence[Weigh] = (),
+        *,
+        never_zero: bool = True,
+    ) -> Evaluator:
         """The innermost oracle over these objectives.
 
         Args:
             objectives: The objectives.
             weighers: The functions that reweight their gradients first.
+            never_zero: Whether none of them makes a weight 0.
         """
         return self._make_evaluator(
             objectives,
             self._session,
             self.context,
             weighers=weighers,
+            never_zero=never_zero,
             accumulated=self.fields.accumulated,
             beside=self.fields.unplaced,
         )
@@ -117,7 +125,8 @@ class Transaction:
             return self._evaluate_stored(LOSS, None, transforms)
         leading = leading_reweighings(transforms)
         weighers = [transform.weigher(self.context) for transform in leading]
-        source = self.source = self.evaluator(objectives, weighers)
+        never_zero = all(transform.never_zero for transform in leading)
+        source = self.source = self.evaluator(objectives, weighers, never_zero=never_zero)
         try:
             oracle = self._chain(source.evaluate, transforms[len(leading) :])
             return self._checked(oracle(), transforms)

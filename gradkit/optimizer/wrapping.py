@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Iterator, Sequence
 
 from torch import nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from gradkit.core.context import Streams
 from gradkit.core.ranks import ProcessGroupChoice
-from gradkit.core.transform import Transform, leading_reweighings
+from gradkit.core.transform import Transform
 from gradkit.engines.choice import EngineName
 from gradkit.optimizer.bases import check_base
 from gradkit.optimizer.finite_check import Nonfinite
 from gradkit.optimizer.gradient_optimizer import GradientOptimizer
-from gradkit.optimizer.options import OnEmpty, StepOptions
-
-RowsChoice = Literal["auto", "keep", "stream"]
-ROWS: tuple[RowsChoice, ...] = ("auto", "keep", "stream")
+from gradkit.optimizer.options import OnEmpty, RowsChoice, StepOptions
 
 
 def wrap(
@@ -109,8 +104,6 @@ def wrap(
             "base is a gradkit optimizer already; pass all transforms to one wrap() instead"
         )
     check_base(base)
-    if rows not in ROWS:
-        raise ValueError(f"rows is {rows!r}; choose one of {', '.join(ROWS)}")
     _check_chain(transforms)
     _check_students(base, transforms)
     options = StepOptions(
@@ -121,9 +114,10 @@ def wrap(
         replay_rng=replay_rng,
         scaler=scaler,
         process_group=process_group,
-        streams=_streams(rows, transforms),
+        rows=rows,
         on_empty=on_empty,
     )
+    options.streams(transforms)
     return GradientOptimizer(base, transforms, options)
 
 
@@ -143,7 +137,7 @@ def _check_chain(transforms: Sequence[Transform]) -> None:
                 f"a transform is a {type(transform).__name__}; pass gradkit transforms"
                 f"{own if callable(transform) else ''}, and the model as model="
             )
-        if any(transform is other for other in transforms[:position]):
+        if any(transform is other for other in _all(transforms[:position])):
             raise ValueError(
                 f"{transform!r} is passed twice; make two objects, since each keeps its own state"
             )
@@ -162,6 +156,13 @@ def _check_chain(transforms: Sequence[Transform]) -> None:
             last = transform
 
 
+def _all(transforms: Sequence[Transform]) -> Iterator[Transform]:
+    """The transforms and those inside them."""
+    for transform in transforms:
+        yield transform
+        yield from _all(transform.inside)
+
+
 def _check_students(base: Optimizer, transforms: Sequence[Transform]) -> None:
     """Check that this optimizer trains the students of all teachers."""
     trained = {id(parameter) for group in base.param_groups for parameter in group["params"]}
@@ -173,19 +174,3 @@ def _check_students(base: Optimizer, transforms: Sequence[Transform]) -> None:
                 "optimizer steps, so that there would be nothing to follow; pass "
                 f"{type(transform).__name__} the module that is trained"
             )
-
-
-def _streams(rows: RowsChoice, transforms: Sequence[Transform]) -> Streams:
-    """Whether the weighted sum of the losses is back-propagated in one pass."""
-    weighers = leading_reweighings(transforms)
-    around = transforms[len(weighers) :]
-    looking = [transform for transform in around if transform.needs_rows]
-    if rows == "stream":
-        if looking:
-            raise ValueError(
-                f"rows='stream' keeps no objective's own gradient, and {looking[0]!r} looks at "
-                "them; pass rows='keep'"
-            )
-        return "must"
-    alone = bool(weighers) and not any(weigher.needs_rows for weigher in weighers)
-    return "may" if rows == "auto" and alone and not looking else "no"

@@ -63,6 +63,7 @@ class BSAM(Transform):
     generator: torch.Generator | None = field(default=None, repr=False)
 
     needs_rows = False
+    replaces_step = True
     sets_update = True
 
     def __post_init__(self) -> None:

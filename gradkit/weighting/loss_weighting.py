@@ -35,6 +35,7 @@ class LossWeighting(Weighting):
     """
 
     needs_rows = False
+    never_zero = True
     needs_gram = False
     needs_losses = True
 

@@ -103,6 +103,11 @@ def plain(w: Tensor, grad: Grad, memory: Memory) -> Tensor:
     return grad(w)
 
 
+def every(k: int, reference: Callable[[Tensor, Grad, Memory], Tensor]) -> Any:
+    """The reference in every k-th step, a plain gradient in between."""
+    return lambda w, grad, memory: (plain if memory.step % k else reference)(w, grad, memory)
+
+
 def wsam_coupled(w: Tensor, grad: Grad, memory: Memory) -> Tensor:
     g = grad(w)
     a = 0.6 / 0.4
@@ -174,6 +179,10 @@ METHODS = {
     "SAMPa": Method(lambda: gk.SAMPa(rho=0.1, lmbda=0.3), sampa, (3, 2, 2)),
     "AESAM": Method(lambda: gk.AESAM(rho=0.1, delta=0.8, total_steps=6), aesam, ()),
     "BSAM": Method(lambda: gk.BSAM(100, rho=0.05, beta_2=0.99, generator=seeded(3)), bsam, (2,)),
+    "Every, SAM": Method(lambda: gk.Every(3, gk.SAM(rho=0.1)), every(3, sam), (2, 1, 1)),
+    "Every, FriendlySAM": Method(
+        lambda: gk.Every(2, gk.FriendlySAM(rho=0.1, sigma=0.7)), every(2, friendly), (2, 1)
+    ),
     "SlowWeights": Method(lambda: gk.SlowWeights(k=3, alpha=0.4), plain, (1,)),
 }
 
