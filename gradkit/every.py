@@ -158,6 +158,10 @@ class _Every(_Inside):
         self.state[self._key] = 0
 
     @property
+    def per_rank(self) -> bool:
+        return self._is_due() and self.transform.per_rank
+
+    @property
     def inside(self) -> tuple[Transform, ...]:
         return (self.transform,)
 

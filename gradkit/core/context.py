@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -257,6 +257,31 @@ class Context:
         for name, vector in self._vectors.pop(id(transform), {}).items():
             known = name in transform.vectors
             transform.vectors[name] = vector if known else vector.clone()
+
+    def average_proposals(
+        self, mean: Callable[[Tensor], Tensor], before: Mapping[tuple[int, str], object]
+    ) -> None:
+        """Replace proposed tensors by their means over the ranks.
+
+        Args:
+            mean: The mean of a tensor over the ranks.
+            before: What `proposals` returned before; unchanged proposals are left alone.
+        """
+        for held in (self._proposals, self._vectors):
+            for key, proposed in held.items():
+                for name, value in proposed.items():
+                    new = value is not before.get((key, name))
+                    if new and isinstance(value, Tensor) and value.is_floating_point():
+                        proposed[name] = mean(value)
+
+    def proposals(self) -> dict[tuple[int, str], object]:
+        """All that has been proposed in this step so far."""
+        return {
+            (key, name): value
+            for held in (self._proposals, self._vectors)
+            for key, proposed in held.items()
+            for name, value in proposed.items()
+        }
 
     def require_losses(self, who: Transform, names: Sequence[str]) -> None:
         """Check that the losses of these objectives are known.

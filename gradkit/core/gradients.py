@@ -157,6 +157,30 @@ class Gradients:
         """A copy whose `lr_scale` is multiplied by this factor."""
         return self.replace(lr_scale=self.lr_scale * factor)
 
+    def averaged(self, mean: Callable[[Tensor], Tensor]) -> Gradients:
+        """A copy with means over the ranks: of rows, direction, weights and `lr_scale`.
+
+        Args:
+            mean: The mean of a tensor over the ranks, as a new tensor.
+        """
+        storage: Storage
+        if isinstance(self.storage, Summed):
+            storage = self.storage
+            if self._total is not None:
+                total = Dense(mean(self._total.rows), self.layout)
+                storage = self.storage.with_total(total, len(self.names))
+            update = None if self._update is None else mean(self._update)
+        else:
+            storage = Dense(mean(self.rows), self.layout)
+            plain = self._update is None and self._weights is None
+            update = None if plain else mean(self.direction())
+        return self.replace(
+            rows=storage,
+            update=update,
+            weights=None if self._weights is None else mean(self._weights),
+            lr_scale=None if self._lr_scale is None else mean(self._lr_scale),
+        )
+
     def observe(self, *names: str) -> Gradients:
         """A copy in which the named objectives are observers, of weight 0.
 

@@ -80,6 +80,14 @@ class Transform:
     together, in one pass.
     """
 
+    @property
+    def per_rank(self) -> bool:
+        """Whether each rank evaluates this transform on gradients of its own.
+
+        The result, and the tensors that are proposed on the way, are then averaged over the ranks.
+        """
+        return False
+
     replaces_step: bool = False
     """Whether the result is a step of its own, for which a plain gradient is no substitute."""
 

@@ -54,6 +54,7 @@ class Evaluator:
         first_losses: Each objective's loss at its first evaluation.
         without_loss: The objectives whose closure called backward and returned no loss.
         measured: The losses and inner products of every evaluation.
+        is_local: Whether gradients are this rank's own at present; see `locally`.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class Evaluator:
         self._check = GraphCheck((), 0)
         self.found_gradient = False
         self._is_displaced = False
+        self.is_local = False
         self._outside: dict[str | None, Any] = {}
         if self._closures is not None:
             context.names = tuple(self._closures)
@@ -142,14 +144,32 @@ class Evaluator:
         gradients = rows.gradients()
         if weighed is not None:
             losses = stacked([rows.loss(name) for name in weighed.names], rows.device)
-            if self._measure:
-                self.measured.append(_measured_together(gradients, weighed.names, losses))
-            return self._together(weighed, losses, gradients)
+            together = self._together(weighed, losses, gradients)
+            self.note(together)
+            return together
         if self._context.by_tensor and len(gradients.names) > 1:
             gradients.gram("tensor")  # the global matrix is then their sum, without another pass
-        if self._measure:
-            self.measured.append(gradients.without_rows())
+        self.note(gradients)
         return self._weigh(gradients)
+
+    @contextmanager
+    def locally(self) -> Iterator[None]:
+        """A context in which gradients are this rank's own; losses are those of all ranks."""
+        self.is_local = True
+        try:
+            yield
+        finally:
+            self.is_local = False
+
+    def note(self, gradients: Gradients) -> None:
+        """Note gradients, which will be checked for values that are not finite."""
+        if self._measure:
+            known = gradients.storage
+            self.measured.append(
+                _measured_together(gradients, known)
+                if isinstance(known, Summed)
+                else gradients.without_rows()
+            )
 
     def _weigh(self, gradients: Gradients) -> Gradients:
         for weigh in self._weighers:
@@ -174,6 +194,7 @@ class Evaluator:
             self._settings,
             None if scale is None else scale.inverse(device),
             self._context.ascended,
+            averages=self._ranks.averages and not self.is_local,
         )
         for name in rows.measured:
             self.first_losses.setdefault(name, rows.loss(name))
@@ -481,15 +502,15 @@ class Evaluator:
             raise RuntimeError(computed_outside(name))
 
 
-def _measured_together(
-    total: Gradients, names: tuple[str, ...], losses: Float[Tensor, " K"]
-) -> Gradients:
+def _measured_together(gradients: Gradients, known: Summed) -> Gradients:
     """The objectives' losses, and the norm of the gradient of their weighted sum."""
-    square = total.gram()[0]
+    names, losses = gradients.names, gradients.losses
+    total = known.total or Dense(gradients.direction()[None], known.layout)
+    square = total.gram("global", signs=False)[0, :1]
     squares = torch.cat([square.new_zeros(len(names)), square])
     empty = losses.new_empty(len(names) + 1, 0)
     return Gradients(
-        (*names, *total.names),
+        (*names, f"weighted sum of {', '.join(names)}"),
         torch.cat([losses, losses.new_zeros(1)]),
         Dense(empty, gram=squares.diag()),
     )

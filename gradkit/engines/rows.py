@@ -190,6 +190,8 @@ class Rows:
         settings: int,
         unscale: Float[Tensor, ""] | None,
         ascended: Sequence[int],
+        *,
+        averages: bool,
     ) -> None:
         """Undo the loss scale, average over the ranks, and negate gradients that are maximised.
 
@@ -198,11 +200,12 @@ class Rows:
             settings: A number that must be the same on all ranks.
             unscale: The factor of the gradients; None for 1.
             ascended: The parameters whose gradients are negated.
+            averages: Whether gradients are averaged over the ranks; losses always are.
 
         Raises:
             RankError: If a rank has failed, or if the ranks differ where they must not.
         """
-        if self._parts is None or unscale is not None or ranks.averages:
+        if self._parts is None or unscale is not None or averages:
             for name, views in zip(self._names, self._flat()[1], strict=True):
                 unreached = [
                     view for view, flag in zip(views, self._reached[name], strict=True) if not flag
@@ -211,8 +214,8 @@ class Rows:
                     torch._foreach_zero_(unreached)
         factor: Tensor | float | None = unscale
         if ranks.together:
-            self._average(ranks, settings)
-            if ranks.averages:
+            self._average(ranks, settings, averages)
+            if averages:
                 share = 1 / ranks.size
                 factor = share if unscale is None else unscale * share
         if factor is not None:
@@ -224,7 +227,7 @@ class Rows:
             vectors = [self._parts] if self._parts is not None else self._flat()[1]
             torch._foreach_neg_([part for parts in vectors for part in _chosen(parts, ascended)])
 
-    def _average(self, ranks: Ranks, settings: int) -> None:
+    def _average(self, ranks: Ranks, settings: int, averages: bool) -> None:
         device = self._layout.device
         flags = bytes(flag for name in self._names for flag in self._reached[name])
         alike = ranks.agree("evaluation", device, names=self._names, settings=settings, flags=flags)
@@ -238,7 +241,7 @@ class Rows:
             own = self._losses[name]
             if own is not None:
                 self._losses[name] = loss.to(own.dtype)
-        if ranks.averages:
+        if averages:
             ranks.add_up(self._flat()[0])
 
     def gradients(self) -> Gradients:

@@ -46,7 +46,8 @@ class StoredGradients:
         rows.add(name, grads)
         ranks.check_clear(1)
         reduced = ranks.replicas or not ranks.averages  # DDP has already averaged them
-        rows.finish(Ranks() if reduced else ranks, 0, None, context.ascended)
+        averages = not reduced
+        rows.finish(Ranks() if reduced else ranks, 0, None, context.ascended, averages=averages)
         self._gradients = rows.gradients()
         self.first_losses = {name: rows.loss(name)}
         context.without_loss |= rows.without_loss()

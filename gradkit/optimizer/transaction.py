@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gradkit.core.combine import scaled
 from gradkit.core.context import Context
+from gradkit.core.displacement import Point
 from gradkit.core.gradients import Gradients
 from gradkit.core.gram import norm
 from gradkit.core.oracle import Oracle
@@ -170,7 +171,38 @@ class Transaction:
                     f"{type(transform).__name__}.around returned a {type(oracle).__name__}; "
                     "return the oracle"
                 )
+            if transform.per_rank and self.ranks.together:
+                oracle = self._per_rank(oracle, transform)
         return oracle
+
+    def _per_rank(self, oracle: Oracle, transform: Transform) -> Oracle:
+        """The mean over the ranks of what each one makes of its own gradients.
+
+        Raises:
+            ValueError: If gradients are reduced as they are computed, since parameters are sharded.
+        """
+        if self.context.layout.shards is not None:
+            raise ValueError(
+                f"{transform!r} works on each rank's own gradient, which is never whole where "
+                "parameters are sharded; pass sync_perturbation=True"
+            )
+        source, context = self.source, self.context
+
+        def mean(value: Tensor) -> Tensor:
+            return self.ranks.add_up(value.clone()).div_(self.ranks.size)
+
+        def averaged(at: Point | None = None, only: Container[str] | None = None) -> Gradients:
+            if not isinstance(source, Evaluator) or source.is_local:
+                return oracle(at, only)
+            before = context.proposals()
+            with source.locally():
+                found = oracle(at, only)
+            context.average_proposals(mean, before)
+            found = found.averaged(mean)
+            source.note(found)
+            return found
+
+        return averaged
 
     def direction(self, gradients: Gradients, max_norm: float | None) -> Parts:
         """The direction of the step, clipped, one tensor per parameter."""

@@ -11,7 +11,7 @@ from gradkit.core.context import Context
 from gradkit.core.displacement import Point
 from gradkit.core.gradients import Gradients
 from gradkit.core.oracle import Oracle
-from gradkit.sharpness.ascent import Ascent
+from gradkit.sharpness.ascent import Ascent, check_synchronised
 
 
 @dataclass(eq=False, repr=False)
@@ -57,6 +57,7 @@ class AESAM(Ascent):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_synchronised(self, "all ranks climb in the same steps")
         check_number("lambda_1", self.lambda_1)
         check_number("lambda_2", self.lambda_2)
         check_number("delta", self.delta, least=0, below=1)

@@ -28,6 +28,7 @@ class ASAM(Ascent):
         adaptive: True for weights, "all" for biases, too.
         eta: η ≥ 0; the authors' class has 0.01, their example 0.
         steps: How many ascent steps of length ρ/steps.
+        sync_perturbation: Whether all ranks displace their weights alike; see `Ascent`.
 
     Examples:
         >>> import torch, gradkit as gk

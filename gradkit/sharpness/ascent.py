@@ -23,7 +23,7 @@ Only = Literal["norm"] | Callable[[str, nn.Parameter], bool]
 name and parameter says so."""
 
 _TINY = 1e-12
-_OPTIONS = ("only", "adaptive", "eta", "steps")
+_OPTIONS = ("only", "adaptive", "eta", "steps", "sync_perturbation")
 
 
 @dataclass(eq=False, repr=False)
@@ -49,6 +49,12 @@ class Ascent(Transform):
         eta: η ≥ 0, which keeps weights near 0 moving; with `adaptive`.
         steps: How many steps of length ρ/steps the ascent takes, each along the gradient where the
             last one has led.
+        sync_perturbation: Whether ranks that train together displace their weights alike. With
+            False each rank does all of the method on gradients of its own batch (m-sharpness, as in
+            the authors' code of SAM, GSAM, SAGM, GAM and WSAM), and the directions are averaged:
+            one exchange of a flat vector for each objective, instead of one per evaluation. State
+            that is kept is averaged, too. It has no effect on one process, and is refused for
+            sharded parameters.
     """
 
     rho: float = 0.05
@@ -57,6 +63,7 @@ class Ascent(Transform):
     adaptive: bool | Literal["all"] = False
     eta: float = 0.01
     steps: int = 1
+    sync_perturbation: bool = True
 
     needs_rows = False
 
@@ -73,6 +80,10 @@ class Ascent(Transform):
         if self.adaptive not in (True, False, "all"):
             raise ValueError(f"adaptive is {self.adaptive!r}; pass True, False or 'all'")
         check_count("steps", self.steps)
+
+    @property
+    def per_rank(self) -> bool:
+        return not self.sync_perturbation
 
     def __repr__(self) -> str:
         """The arguments, without the options of every ascent where they are the defaults."""
@@ -216,3 +227,15 @@ def check_one_step(method: Ascent) -> None:
     """
     if method.steps != 1:
         raise ValueError(f"steps is {method.steps}; the ascent of {type(method).__name__} has one")
+
+
+def check_synchronised(method: Ascent, why: str) -> None:
+    """Check that a method that ranks must take alike was not asked to perturb per rank.
+
+    Raises:
+        ValueError: If it was.
+    """
+    if not method.sync_perturbation:
+        raise ValueError(
+            f"sync_perturbation is False, but {why}; leave it True for {type(method).__name__}"
+        )

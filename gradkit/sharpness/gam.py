@@ -38,6 +38,7 @@ class GAM(Ascent):
         only: Which parameters are displaced; see `Ascent`.
         adaptive: Whether the ascent is scaled by the weights; see `Ascent`.
         eta: η ≥ 0, with `adaptive`.
+        sync_perturbation: Whether all ranks displace their weights alike; see `Ascent`.
 
     Examples:
         >>> import torch, gradkit as gk

@@ -38,6 +38,7 @@ class LookSAM(Ascent):
         adaptive: Whether the ascent is scaled by the weights; see `Ascent`.
         eta: η ≥ 0, with `adaptive`.
         steps: How many ascent steps of length ρ/steps.
+        sync_perturbation: Whether all ranks displace their weights alike; see `Ascent`.
 
     Examples:
         >>> import torch, gradkit as gk

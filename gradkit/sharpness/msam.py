@@ -9,7 +9,7 @@ from gradkit.core.context import Context
 from gradkit.core.displacement import Point
 from gradkit.core.gradients import Gradients
 from gradkit.core.oracle import Oracle
-from gradkit.sharpness.ascent import Ascent, check_one_step
+from gradkit.sharpness.ascent import Ascent, check_one_step, check_synchronised
 
 
 @dataclass(eq=False, repr=False)
@@ -48,6 +48,7 @@ class MSAM(Ascent):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_one_step(self)
+        check_synchronised(self, "the momentum is that of all ranks")
 
     def around(self, inner: Oracle, context: Context) -> Oracle:
         momentum = context.base_state("momentum_buffer")

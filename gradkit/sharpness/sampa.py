@@ -37,6 +37,7 @@ class SAMPa(Ascent):
         only: Which parameters are displaced; see `Ascent`.
         adaptive: Whether the ascent is scaled by the weights; see `Ascent`.
         eta: η ≥ 0, with `adaptive`.
+        sync_perturbation: Whether all ranks displace their weights alike; see `Ascent`.
 
     Examples:
         >>> import torch, gradkit as gk

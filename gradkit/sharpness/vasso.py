@@ -35,6 +35,7 @@ class VaSSO(Ascent):
         only: Which parameters are displaced; see `Ascent`.
         adaptive: Whether the ascent is scaled by the weights; see `Ascent`.
         eta: η ≥ 0, with `adaptive`.
+        sync_perturbation: Whether all ranks displace their weights alike; see `Ascent`.
 
     Examples:
         >>> import torch, gradkit as gk

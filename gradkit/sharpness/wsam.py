@@ -12,7 +12,7 @@ from gradkit.core.context import Context
 from gradkit.core.displacement import Point
 from gradkit.core.gradients import Gradients
 from gradkit.core.oracle import Oracle
-from gradkit.sharpness.ascent import Ascent
+from gradkit.sharpness.ascent import Ascent, check_synchronised
 
 
 @dataclass(eq=False, repr=False)
@@ -38,6 +38,7 @@ class WSAM(Ascent):
         adaptive: Whether the ascent is scaled by the weights; see `Ascent`.
         eta: η ≥ 0, with `adaptive`.
         steps: How many ascent steps of length ρ/steps.
+        sync_perturbation: Whether all ranks displace their weights alike; see `Ascent`.
 
     Examples:
         >>> import torch, gradkit as gk
@@ -56,6 +57,8 @@ class WSAM(Ascent):
         super().__post_init__()
         check_number("gamma", self.gamma, least=0, below=1)
         self._difference: Tensor | None = None
+        if self.decouple:
+            check_synchronised(self, "what decouple=True adds must be alike on all ranks")
 
     def around(self, inner: Oracle, context: Context) -> Oracle:
         a = self.gamma / (1 - self.gamma)

@@ -245,3 +245,30 @@ def test_bsam_takes_plain_sgd_only(base):
 def test_options_are_shown_where_they_are_not_the_defaults():
     assert repr(gk.SAM(rho=0.1)) == "SAM(rho=0.1)"
     assert repr(gk.GSAM(adaptive="all")) == "GSAM(rho=0.05, adaptive='all', alpha=0.4)"
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (gk.AESAM, "all ranks climb in the same steps"),
+        (gk.MSAM, "the momentum is that of all ranks"),
+        (gk.WSAM, "what decouple=True adds must be alike on all ranks"),
+    ],
+    ids=["AESAM", "MSAM", "WSAM"],
+)
+def test_methods_that_ranks_take_alike_do_not_perturb_per_rank(make: Any, why: str) -> None:
+    with pytest.raises(ValueError, match=f"sync_perturbation is False, but {why}"):
+        make(sync_perturbation=False)
+    assert gk.WSAM(decouple=False, sync_perturbation=False).per_rank
+    assert repr(gk.SAM(sync_perturbation=False)) == "SAM(rho=0.05, sync_perturbation=False)"
+
+
+def test_on_one_process_it_makes_no_difference_who_perturbs() -> None:
+    ends = []
+    for together in (True, False):
+        w = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+        base = torch.optim.SGD([w], lr=0.1)
+        optimizer = gk.wrap(base, gk.SAM(rho=0.5, sync_perturbation=together))
+        optimizer.step(lambda: w.pow(4).sum())
+        ends.append(w.detach().clone())
+    assert torch.equal(*ends)
