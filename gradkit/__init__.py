@@ -1,6 +1,6 @@
 """gradkit: gradients bent before they are applied, round any torch optimizer."""
 
-from gradkit import testing, tta, weighting
+from gradkit import sharpness, testing, tta, weighting
 from gradkit.alignment import CosineLR, LookAhead
 from gradkit.core.context import Context
 from gradkit.core.displacement import Displacement
@@ -18,6 +18,7 @@ from gradkit.sharpness import (
     BSAM,
     CRSAM,
     DISAM,
+    ESAM,
     GAM,
     GSAM,
     MSAM,
@@ -29,6 +30,7 @@ from gradkit.sharpness import (
     SAMPa,
     SlowWeights,
     VaSSO,
+    mesa,
 )
 from gradkit.surgery import (
     CRMOGM,
@@ -82,6 +84,7 @@ __all__ = [
     "DISAM",
     "DWA",
     "EMA",
+    "ESAM",
     "FAMO",
     "GAM",
     "GLS",
@@ -147,6 +150,8 @@ __all__ = [
     "TrimmedMean",
     "UPGrad",
     "VaSSO",
+    "mesa",
+    "sharpness",
     "testing",
     "tta",
     "weighting",

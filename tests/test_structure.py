@@ -34,7 +34,7 @@ CORE = [
     {"flat", "gram"},
     {"combine", "noise", "storage"},
     {"displacement", "gradients"},
-    {"joining", "oracle"},
+    {"joining", "oracle", "samples"},
     {"context", "transform"},
 ]
 

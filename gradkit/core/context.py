@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,6 +18,7 @@ from gradkit.core.gram import inner_products
 from gradkit.core.joining import join
 from gradkit.core.noise import noise_by_parameter
 from gradkit.core.ranks import local
+from gradkit.core.samples import SampleLosses
 from gradkit.core.storage import Parts
 
 if TYPE_CHECKING:
@@ -50,6 +52,7 @@ class Context:
         parameter_names: Each parameter's name in the model or the base optimizer, or else its
             position.
         committed: Whether the base optimizer has stepped, and what was proposed is the state.
+        samples: What is made of per-sample losses; None where objectives return one number.
         owners: The module that holds each parameter; None where `wrap` was given no `model=`.
     """
 
@@ -66,6 +69,7 @@ class Context:
     ascended: tuple[int, ...] = ()
     parameter_names: tuple[str | int, ...] = ()
     owners: tuple[nn.Module | None, ...] = ()
+    samples: SampleLosses | None = None
     _proposals: dict[int, dict[str, Any]] = field(default_factory=dict, repr=False)
     _vectors: dict[int, dict[str, Tensor]] = field(default_factory=dict, repr=False)
     committed: bool = field(default=False, repr=False)
@@ -202,6 +206,19 @@ class Context:
         held = [self.base.state.get(each) or {} for each in self.layout.parameters]
         found = [state.get(key) for state in held]
         return [local(each) if isinstance(each, Tensor) else None for each in found]
+
+    @contextmanager
+    def sampling(self, samples: SampleLosses) -> Iterator[None]:
+        """A context, around calls of an oracle, in which objectives may return per-sample losses.
+
+        Args:
+            samples: What is made of them; it is asked once for each objective and micro-batch.
+        """
+        outer, self.samples = self.samples, samples
+        try:
+            yield
+        finally:
+            self.samples = outer
 
     # State that is kept from step to step.
 

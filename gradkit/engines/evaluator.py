@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ from gradkit.core.gradients import Gradients
 from gradkit.core.interrupts import Interrupts
 from gradkit.core.random import RandomState
 from gradkit.core.ranks import Ranks
+from gradkit.core.samples import takes_samples
 from gradkit.core.storage import Dense, Summed
 from gradkit.core.transform import Weigh
 from gradkit.engines.accumulation_check import AccumulationCheck
@@ -26,6 +27,7 @@ from gradkit.engines.objectives import (
     GraphCheck,
     NoGradientError,
     Objectives,
+    as_plain,
     checked_loss,
     computed_outside,
     micro_batches,
@@ -41,6 +43,9 @@ _NOT_JOINT = (
 _OWN_BACKWARD = (
     "the closure called backward and returned several losses, whose gradients can then no longer "
     "be told apart; return the losses only"
+)
+_OWN_SAMPLES = (
+    "the closure called backward, so that no samples can be chosen; return the losses [N] only"
 )
 
 
@@ -208,7 +213,10 @@ class Evaluator:
         names = tuple(name for name in self._closures if only is None or name in only)
         rows = Rows(names, leaves, self._context)
         for name in names:
-            with self._running(name, leaves), micro_batches(self._closures[name]()) as items:
+            with (
+                self._running(name, leaves),
+                micro_batches(self._call(self._closures[name], name)) as items,
+            ):
                 empty = True
                 for item in items:
                     empty = False
@@ -234,7 +242,7 @@ class Evaluator:
         rows: Rows | None = None
         weighed: Gradients | None = None
         with self._running(None, leaves):
-            returned = self._joint()
+            returned = self._call(self._joint, LOSS)
             streams = self._streams != "no"
             if streams and isinstance(returned, Generator):
                 if self._streams == "must":
@@ -277,7 +285,7 @@ class Evaluator:
         """Weight the losses, then back-propagate their weighted sum."""
         total = f"weighted sum of {', '.join(wanted)}"
         rows = Rows((total,), leaves, self._context, losses=tuple(losses))
-        checked = {name: checked_loss(loss, name) for name, loss in losses.items()}
+        checked = {name: self._checked(loss, name) for name, loss in losses.items()}
         for name, loss in checked.items():
             rows.add_loss(name, loss)
         self._accumulation.check(leaves, wanted[0], several=True)
@@ -357,6 +365,34 @@ class Evaluator:
             self._outside[key] = check.outside
         self._evaluated.add(key)
 
+    def _call(self, closure: Callable[..., Any], name: str) -> Any:
+        """What a closure returns; on the chosen samples only, if it takes `samples`.
+
+        Raises:
+            TypeError: If the closure takes `samples` and returns no tensor.
+        """
+        samples = self._context.samples
+        if samples is None or not samples.chooses or not takes_samples(closure):
+            return closure()
+        with torch.no_grad():
+            every: object = closure()
+        torch.clear_autocast_cache()  # weights that were cast without a graph
+        if not isinstance(every, Tensor):
+            raise TypeError(
+                f"the closure of objective {name!r} takes samples= and returned a "
+                f"{type(every).__name__}; return one loss per sample [N], or leave the argument out"
+            )
+        return closure(
+            samples=samples.chosen(name, as_plain(every).to(self._context.layout.device))
+        )
+
+    def _checked(self, loss: object, name: str) -> Tensor | None:
+        """An objective's loss as one number; per-sample losses where a transform asks for them."""
+        samples = self._context.samples
+        if samples is not None and isinstance(loss, Tensor) and loss.is_floating_point():
+            loss = samples.scalar(name, as_plain(loss))
+        return checked_loss(loss, name)
+
     @contextmanager
     def _drawing(self, key: str | None) -> Iterator[None]:
         """A context that replays the draws of a first evaluation if that was asked for."""
@@ -405,7 +441,7 @@ class Evaluator:
         rows: Rows,
         leaves: Sequence[Tensor],
     ) -> None:
-        checked = {name: checked_loss(loss, name) for name, loss in losses.items()}
+        checked = {name: self._checked(loss, name) for name, loss in losses.items()}
         for name, loss in checked.items():
             rows.add_loss(name, loss)
         self._accumulation.check(leaves, next(iter(checked)), several=len(checked) > 1)
@@ -413,6 +449,8 @@ class Evaluator:
         if own is not None:
             if len(checked) > 1:
                 raise RuntimeError(_OWN_BACKWARD)
+            if self._context.samples is not None and self._context.samples.chooses:
+                raise RuntimeError(_OWN_SAMPLES)
             ((name, loss),) = checked.items()
             if loss is not None:
                 self._look_into(loss, key, name, differentiated=True)

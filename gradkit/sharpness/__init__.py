@@ -6,11 +6,14 @@ from gradkit.sharpness.ascent import Ascent
 from gradkit.sharpness.bsam import BSAM
 from gradkit.sharpness.crsam import CRSAM
 from gradkit.sharpness.disam import DISAM
+from gradkit.sharpness.esam import ESAM
 from gradkit.sharpness.friendly_sam import FriendlySAM
 from gradkit.sharpness.gam import GAM
 from gradkit.sharpness.gsam import GSAM
 from gradkit.sharpness.looksam import LookSAM
+from gradkit.sharpness.mesa import mesa
 from gradkit.sharpness.msam import MSAM
+from gradkit.sharpness.rho import RhoByLR
 from gradkit.sharpness.sagm import SAGM
 from gradkit.sharpness.sam import SAM
 from gradkit.sharpness.sampa import SAMPa
@@ -24,6 +27,7 @@ __all__ = [
     "BSAM",
     "CRSAM",
     "DISAM",
+    "ESAM",
     "GAM",
     "GSAM",
     "MSAM",
@@ -33,7 +37,9 @@ __all__ = [
     "Ascent",
     "FriendlySAM",
     "LookSAM",
+    "RhoByLR",
     "SAMPa",
     "SlowWeights",
     "VaSSO",
+    "mesa",
 ]

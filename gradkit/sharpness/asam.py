@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from gradkit.sharpness.ascent import Ascent
+from gradkit.sharpness.ascent import Ascent, Radius
 
 
 @dataclass(eq=False, repr=False)
@@ -42,5 +42,5 @@ class ASAM(Ascent):
         tensor([[2.6265, 3.4257]])
     """
 
-    rho: float = 0.5
+    rho: Radius = 0.5
     adaptive: bool | Literal["all"] = True

@@ -22,6 +22,9 @@ Only = Literal["norm"] | Callable[[str, nn.Parameter], bool]
 """Which parameters are displaced: those of normalisation layers, or those for which a function of
 name and parameter says so."""
 
+Radius = float | Callable[[float | Float[Tensor, ""]], float]
+"""An ascent radius, or a function of a group's learning rate."""
+
 _TINY = 1e-12
 _OPTIONS = ("only", "adaptive", "eta", "steps", "sync_perturbation")
 
@@ -38,7 +41,8 @@ class Ascent(Transform):
     write "lr"; they are saved with the optimizer.
 
     Args:
-        rho: The ascent radius ρ ≥ 0, for groups without an entry "rho".
+        rho: The ascent radius ρ ≥ 0, for groups without an entry "rho"; or a function of the
+            group's learning rate that returns it, such as `gk.sharpness.RhoByLR`.
         only: Which parameters are displaced; all of them step. "norm" are those of normalisation
             layers ([Mueller et al., NeurIPS 2023](https://arxiv.org/abs/2306.04226)), which takes
             `model=` in `wrap`; a function gets the parameter's name and the parameter.
@@ -57,7 +61,7 @@ class Ascent(Transform):
             sharded parameters.
     """
 
-    rho: float = 0.05
+    rho: Radius = 0.05
     _: KW_ONLY
     only: Only | None = None
     adaptive: bool | Literal["all"] = False
@@ -68,9 +72,10 @@ class Ascent(Transform):
     needs_rows = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.rho, str) and not self.rho >= 0:
-            raise ValueError(f"rho is {self.rho}; the ascent radius must be at least 0")
-        check_number("rho", self.rho)
+        if not callable(self.rho):
+            if isinstance(self.rho, (int, float)) and not self.rho >= 0:
+                raise ValueError(f"rho is {self.rho}; the ascent radius must be at least 0")
+            check_number("rho", self.rho)
         check_number("eta", self.eta, least=0)
         if self.only is not None and self.only != "norm" and not callable(self.only):
             raise ValueError(
@@ -135,22 +140,25 @@ class Ascent(Transform):
         """The end of one step of the ascent along the direction of gradients."""
         parts = gradients.parts
         direction = gradients.direction() if parts is None else parts
-        if not self._is_plain(context):
+        radius = self._plain_radius(context)
+        if radius is None:
             return context.point(at) + self.rise_along(direction, at, context)
         norm = gradients.direction_norm(direction if isinstance(direction, Tensor) else None)
-        return context.displaced(at, direction, self.rho / self.steps / (norm + _TINY))
+        return context.displaced(at, direction, radius / self.steps / (norm + _TINY))
 
     def rise_along(
         self, vector: Float[Tensor, " P"] | Parts, at: Point | None, context: Context
     ) -> Displacement:
         """One step of the ascent along a vector, which starts at `at`."""
-        if self._is_plain(context):
-            factor = self.rho / self.steps / (context.norm(vector) + _TINY)
+        radius = self._plain_radius(context)
+        if radius is not None:
+            factor = radius / self.steps / (context.norm(vector) + _TINY)
             return context.displaced(None, vector, factor)
         layout = context.layout
         parts = layout.views(vector) if isinstance(vector, Tensor) else vector
         weights = layout.views(context.weights(at)) if self.adaptive else None
-        radii = context.group_values("rho", self.rho)
+        found = self._radii(context)
+        radii = [found[group] for group in layout.groups]
         chosen = self._chosen(context)
         scaled: list[Tensor | None] = []
         moved: list[Tensor | None] = []
@@ -177,10 +185,31 @@ class Ascent(Transform):
             return "weight" in name.rpartition(".")[2]
         return context.layout.parameters[t].dim() > 1
 
-    def _is_plain(self, context: Context) -> bool:
-        """Whether ε is a multiple of the direction."""
-        scheduled = any("rho" in group for group in context.base.param_groups)
-        return self.only is None and not self.adaptive and not scheduled
+    def _radii(self, context: Context) -> list[float]:
+        """The radius of each parameter group.
+
+        Raises:
+            ValueError: If one is negative or no number.
+        """
+        found: list[float] = []
+        for number, group in enumerate(context.base.param_groups):
+            radius = group.get("rho", self.rho)
+            if callable(radius):
+                radius = radius(group.get("lr", 0.0))
+            if radius is not self.rho and not radius >= 0:
+                raise ValueError(
+                    f"the ascent radius rho of parameter group {number} is {radius}; it must be at "
+                    "least 0"
+                )
+            found.append(radius)
+        return found
+
+    def _plain_radius(self, context: Context) -> float | None:
+        """The radius, if ε is a multiple of the direction; else None."""
+        if self.only is not None or self.adaptive:
+            return None
+        first, *others = self._radii(context)
+        return None if any(radius != first for radius in others) else first
 
     def _chosen(self, context: Context) -> list[bool]:
         names, parameters = context.parameter_names, context.layout.parameters

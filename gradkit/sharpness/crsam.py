@@ -10,7 +10,7 @@ from gradkit.core.context import Context
 from gradkit.core.displacement import Point
 from gradkit.core.gradients import Gradients
 from gradkit.core.oracle import Oracle
-from gradkit.sharpness.ascent import Ascent, check_one_step
+from gradkit.sharpness.ascent import Ascent, Radius, check_one_step
 
 
 @dataclass(eq=False, repr=False)
@@ -44,7 +44,7 @@ class CRSAM(Ascent):
         tensor([6.3000])
     """
 
-    rho: float = 0.1
+    rho: Radius = 0.1
     gamma: float = 0.1
     beta: float = 0.01
     sets_update = True

@@ -10,7 +10,7 @@ from gradkit.core.context import Context
 from gradkit.core.displacement import Point
 from gradkit.core.gradients import Gradients
 from gradkit.core.oracle import Oracle
-from gradkit.sharpness.ascent import Ascent, check_one_step, projected_out
+from gradkit.sharpness.ascent import Ascent, Radius, check_one_step, projected_out
 
 
 @dataclass(eq=False, repr=False)
@@ -49,7 +49,7 @@ class GAM(Ascent):
         tensor([3.4200, 4.5600])
     """
 
-    rho: float = 0.2
+    rho: Radius = 0.2
     rho_inner: float = 0.02
     alpha: float = 0.6
     beta: float = 0.5
@@ -58,6 +58,10 @@ class GAM(Ascent):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if callable(self.rho):
+            raise TypeError(
+                f"rho is {self.rho!r}; GAM has two radii in a fixed proportion, so pass a number"
+            )
         if self.rho == 0:
             raise ValueError("rho is 0; the gradient's norm is maximised within a positive radius")
         check_number("rho_inner", self.rho_inner, least=0)
@@ -67,6 +71,7 @@ class GAM(Ascent):
 
     def around(self, inner: Oracle, context: Context) -> Oracle:
         def oracle(at: Point | None = None, only: Container[str] | None = None) -> Gradients:
+            assert not callable(self.rho)  # __post_init__
             here, share = context.point(at), self.rho_inner / self.rho
             g0 = inner(at, only).direction()
             g1 = inner(here + self.rise_along(g0, at, context) * share, only).direction()

@@ -9,7 +9,7 @@ from gradkit.core.context import Context
 from gradkit.core.displacement import Point
 from gradkit.core.gradients import Gradients
 from gradkit.core.oracle import Oracle
-from gradkit.sharpness.ascent import Ascent, check_one_step, check_synchronised
+from gradkit.sharpness.ascent import Ascent, Radius, check_one_step, check_synchronised
 
 
 @dataclass(eq=False, repr=False)
@@ -43,7 +43,7 @@ class MSAM(Ascent):
         tensor([2.7000, 3.6000])
     """
 
-    rho: float = 0.3
+    rho: Radius = 0.3
 
     def __post_init__(self) -> None:
         super().__post_init__()

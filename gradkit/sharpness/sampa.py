@@ -13,7 +13,7 @@ from gradkit.core.displacement import Point
 from gradkit.core.flat import Layout
 from gradkit.core.gradients import Gradients
 from gradkit.core.oracle import Oracle
-from gradkit.sharpness.ascent import Ascent, check_one_step
+from gradkit.sharpness.ascent import Ascent, Radius, check_one_step
 
 
 @dataclass(eq=False, repr=False)
@@ -48,7 +48,7 @@ class SAMPa(Ascent):
         tensor([3.1800, 4.2400])
     """
 
-    rho: float = 0.1
+    rho: Radius = 0.1
     lmbda: float = 0.2
     sets_update = True
 

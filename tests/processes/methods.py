@@ -29,6 +29,7 @@ ASCENTS: dict[str, Entry] = {
         "SAMPa": gk.SAMPa,
         "AESAM": gk.AESAM,
         "SAM of some": functools.partial(gk.SAM, only=lambda name, parameter: "heads" in name),
+        "ESAM": functools.partial(gk.ESAM, gamma=1.0),
         "SlowWeights": functools.partial(gk.SlowWeights, k=2),
     }.items()
 }

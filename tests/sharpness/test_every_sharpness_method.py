@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -120,6 +120,14 @@ def wsam(w: Tensor, grad: Grad, memory: Memory) -> Tensor:
     return g
 
 
+def esam(w: Tensor, grad: Grad, memory: Memory) -> Tensor:
+    generator = memory.held.setdefault("generator", seeded(5))  # type: ignore[arg-type] # kept there
+    parameters = [*network().parameters()]
+    drawn = torch.rand(len(parameters), generator=generator) < 0.5
+    mask = flat(torch.full_like(p, float(d)) for p, d in zip(parameters, drawn, strict=True))
+    return grad(w + 0.1 / 0.5 * unit(mask * grad(w)))
+
+
 def sampa(w: Tensor, grad: Grad, memory: Memory) -> Tensor:
     before = memory.held.get("g_y")
     before = grad(w) if before is None else before
@@ -183,6 +191,7 @@ METHODS = {
     "Every, FriendlySAM": Method(
         lambda: gk.Every(2, gk.FriendlySAM(rho=0.1, sigma=0.7)), every(2, friendly), (2, 1)
     ),
+    "ESAM": Method(lambda: gk.ESAM(rho=0.1, beta=0.5, gamma=1.0, generator=seeded(5)), esam, (2,)),
     "SlowWeights": Method(lambda: gk.SlowWeights(k=3, alpha=0.4), plain, (1,)),
 }
 
@@ -327,6 +336,49 @@ def test_maximising_is_minimising_the_negative(name: str) -> None:
             optimizer.step(lambda x=x, y=y, sign=sign: sign * (model(x) - y).square().mean())
         ends.append(flat(model.parameters()))
     torch.testing.assert_close(*ends, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_micro_batches_add_up(name: str) -> None:
+    ends = []
+    for split in (False, True):
+        model = network()
+        optimizer = wrapped(name, model)
+        for x, y in batches(4):
+
+            def parts(model: nn.Module = model, x: Tensor = x, y: Tensor = y) -> Iterator[Tensor]:
+                for part in (slice(0, 2), slice(2, 6)):
+                    yield (model(x[part]) - y[part]).square().mean() * len(x[part]) / len(x)
+
+            def whole(model: nn.Module = model, x: Tensor = x, y: Tensor = y) -> Tensor:
+                return (model(x) - y).square().mean()
+
+            optimizer.step(parts if split else whole)
+        ends.append(flat(model.parameters()))
+    torch.testing.assert_close(*ends, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_loss_scale_leaves_it_as_it_is(name: str) -> None:
+    """A power of two, so that nothing is rounded; and an overflow changes nothing at all."""
+    ends = []
+    for scaled in (False, True):
+        model = network().float()
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10) if scaled else None
+        base = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.0 if name == "BSAM" else 0.9)
+        optimizer = gk.wrap(base, METHODS[name].make(), model=model, scaler=scaler)
+        for number, (x, y) in enumerate(batches(3)):
+            loss = lambda x=x, y=y, model=model: (model(x.float()) - y.float()).square().mean()  # noqa: E731
+            if scaled and number == 1:
+                before = gk.testing.bits((model.state_dict(), optimizer.state_dict()))
+                optimizer.step(lambda loss=loss: loss() * 1e38)
+                assert not optimizer.last_step.applied
+                assert gk.testing.bits((model.state_dict(), optimizer.state_dict())) == before
+                assert scaler is not None
+                assert scaler.get_scale() == 2.0**9
+            optimizer.step(loss)
+        ends.append(flat(model.parameters()))
+    assert torch.equal(*ends)
 
 
 def test_disam_equals_its_reference() -> None:
