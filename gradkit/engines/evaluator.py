@@ -376,7 +376,7 @@ class Evaluator:
             return closure()
         with torch.no_grad():
             every: object = closure()
-        torch.clear_autocast_cache()  # weights that were cast without a graph
+        torch.clear_autocast_cache()  # older versions of torch keep casts that have no graph
         if not isinstance(every, Tensor):
             raise TypeError(
                 f"the closure of objective {name!r} takes samples= and returned a "

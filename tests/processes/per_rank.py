@@ -51,12 +51,13 @@ def overflow(kind: str) -> list[Any]:
     """Whether a step is applied where one rank alone meets a NaN, and the weights afterwards."""
     model = prepared(kind, network())
     base = torch.optim.SGD(model.parameters(), lr=LR)
-    transform = gk.SAM(rho=0.1, sync_perturbation=False)
-    optimizer = gk.wrap(base, transform, nonfinite="skip", **options_for(kind, model))
+    observed = gk.Constant({"source": 1.0, "target": 1.0, "third": 0.0})
+    transforms = (observed, gk.SAM(rho=0.1, sync_perturbation=False))
+    optimizer = gk.wrap(base, *transforms, nonfinite="skip", **options_for(kind, model))
     x = share(batches()[0])
     found: list[Any] = []
     for factor in (torch.nan if torch.distributed.get_rank() == 1 else 1.0, 1.0):
-        # The loss is finite, and so is the gradient at the displaced weights of the other rank.
+        # The loss is finite, and the direction, too: the objective has the weight 0.
         optimizer.step(lambda factor=factor: _with_gradient_times(losses(model, x), factor))
         found += [optimizer.last_step.applied, gathered(model.parameters())]
     return found
@@ -74,7 +75,7 @@ class _Times(torch.autograd.Function):
 
 
 def _with_gradient_times(found: dict[str, Tensor], factor: float) -> dict[str, Tensor]:
-    return {name: _Times.apply(loss, factor) for name, loss in found.items()}
+    return {**found, "third": _Times.apply(found["third"], factor)}
 
 
 def run(kind: str) -> dict[str, Any]:
