@@ -11,7 +11,7 @@ from gradkit.core.transform import Reweighing, Transform
 from gradkit.divergence import f_divergence
 from gradkit.engines.objectives import NoGradientError
 from gradkit.optimizer import GradientOptimizer, NonFiniteError, StepRecord, wrap
-from gradkit.recipes import GraTa
+from gradkit.recipes import DiM, GraTa
 from gradkit.sharpness import (
     AESAM,
     ASAM,
@@ -109,6 +109,7 @@ __all__ = [
     "Context",
     "CosineGate",
     "CosineLR",
+    "DiM",
     "Displacement",
     "DualProj",
     "ExcessMTL",
