@@ -1,6 +1,6 @@
 """gradkit: gradients bent before they are applied, round any torch optimizer."""
 
-from gradkit import sharpness, testing, tta, weighting
+from gradkit import divergence, sharpness, testing, tta, weighting
 from gradkit.alignment import CosineLR, LookAhead
 from gradkit.core.context import Context
 from gradkit.core.displacement import Displacement
@@ -8,10 +8,11 @@ from gradkit.core.gradients import Gradients
 from gradkit.core.oracle import Oracle
 from gradkit.core.ranks import RankError
 from gradkit.core.transform import Reweighing, Transform
+from gradkit.divergence import f_divergence
 from gradkit.engines.objectives import NoGradientError
 from gradkit.every import Every
 from gradkit.optimizer import GradientOptimizer, NonFiniteError, StepRecord, wrap
-from gradkit.recipes import GraTa
+from gradkit.recipes import DiM, GraTa
 from gradkit.sharpness import (
     AESAM,
     ASAM,
@@ -112,6 +113,7 @@ __all__ = [
     "Context",
     "CosineGate",
     "CosineLR",
+    "DiM",
     "Displacement",
     "DualProj",
     "Every",
@@ -150,6 +152,8 @@ __all__ = [
     "TrimmedMean",
     "UPGrad",
     "VaSSO",
+    "divergence",
+    "f_divergence",
     "mesa",
     "sharpness",
     "testing",

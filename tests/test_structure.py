@@ -21,10 +21,11 @@ ROOMS: dict[str, set[str]] = {
     "surgery": {"core"},
     "weighting": {"core", "surgery"},
     "sharpness": {"core"},
+    "divergence": {"core", "sharpness"},
     "teachers": {"core"},
     "every": {"core", "surgery"},
     "optimizer": {"core", "engines"},
-    "recipes": {"core", "alignment", "sharpness", "teachers", "optimizer"},
+    "recipes": {"core", "alignment", "sharpness", "divergence", "teachers", "optimizer"},
     "tta": {"core", "alignment", "sharpness", "teachers", "optimizer"},
     "testing": {"core", "optimizer"},
 }
