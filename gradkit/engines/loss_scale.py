@@ -56,9 +56,10 @@ class LossScale:
                 del states[owner]
         if found:
             raise RuntimeError(
-                "scaler.unscale_() was called on this optimizer, which unscales gradients itself, "
-                "so that they would be divided by the scale twice; leave the call out, and clip by "
-                "max_norm= of gk.wrap()"
+                "scaler.unscale_() was called on this optimizer, by itself or in scaler.step(), "
+                "but the optimizer unscales gradients itself, so that they would be divided by "
+                "the scale twice; call optimizer.step(closure) alone, and clip by max_norm= of "
+                "gk.wrap()"
             )
 
     def scaled(self, loss: Float[Tensor, "*K"]) -> Float[Tensor, "*K"]:

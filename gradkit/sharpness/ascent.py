@@ -127,6 +127,8 @@ class Ascent(Transform):
             context: The step's context.
             first: The direction there, if the gradients have been evaluated.
         """
+        if first is None and self._plain_radius(context) == 0:
+            return inner(at, only)
         if first is None and self.steps == 1:
             return inner(self.above(inner(at, only), at, context), only)
         if first is None:

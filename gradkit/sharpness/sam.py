@@ -18,7 +18,8 @@ class SAM(Ascent):
     Around other transforms, both d and the gradient at θ + ε are their directions: after PCGrad,
     both are combined by PCGrad. BatchNorm statistics are those of the first evaluation.
 
-    Cost: two gradients of each objective; one more for each further ascent step. Memory: one flat
+    Cost: two gradients of each objective; one more for each further ascent step; one in all where
+    the radius is 0 in every group, so that a schedule can let it begin later. Memory: one flat
     vector (a copy of the weights; in the engine "functional" θ + ε); with `only` or radii by group
     one more, with `adaptive` four. State: none.
 

@@ -263,6 +263,22 @@ def test_methods_that_ranks_take_alike_do_not_perturb_per_rank(make: Any, why: s
     assert repr(gk.SAM(sync_perturbation=False)) == "SAM(rho=0.05, sync_perturbation=False)"
 
 
+def test_a_radius_of_0_costs_one_evaluation() -> None:
+    model, calls = network(), 0
+
+    def counted() -> Tensor:
+        nonlocal calls
+        calls += 1
+        return loss(model)
+
+    base = torch.optim.SGD(model.parameters(), lr=0.01)
+    optimizer = gk.wrap(base, gk.SAM(rho=0.1), model=model)
+    for rho, expected in ((0.0, 1), (0.1, 2)):  # a schedule that begins later
+        optimizer.param_groups[0]["rho"], calls = rho, 0
+        optimizer.step(counted)
+        assert calls == expected
+
+
 def test_on_one_process_it_makes_no_difference_who_perturbs() -> None:
     ends = []
     for together in (True, False):
