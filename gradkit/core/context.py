@@ -50,6 +50,7 @@ class Context:
         parameter_names: Each parameter's name in the model or the base optimizer, or else its
             position.
         owners: The module that holds each parameter; None where `wrap` was given no `model=`.
+        model: The module that `wrap` was given as `model=`.
     """
 
     layout: Layout
@@ -65,6 +66,7 @@ class Context:
     ascended: tuple[int, ...] = ()
     parameter_names: tuple[str | int, ...] = ()
     owners: tuple[nn.Module | None, ...] = ()
+    model: nn.Module | None = None
     _proposals: dict[int, dict[str, Any]] = field(default_factory=dict, repr=False)
     _vectors: dict[int, dict[str, Tensor]] = field(default_factory=dict, repr=False)
     _committed: bool = field(default=False, repr=False)
