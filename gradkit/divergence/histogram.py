@@ -26,6 +26,9 @@ def log_histogram(
         multi_label: Whether the channels do not exclude each other, so that probabilities are
             sigmoids and not a softmax.
 
+    Raises:
+        ValueError: If there are no images or no positions.
+
     Examples:
         >>> logits = torch.tensor([[0.75, 0.25], [0.25, 0.75], [0.5, 0.5], [0.1, 0.9]]).log()
         >>> log_histogram(logits).exp()
@@ -34,6 +37,11 @@ def log_histogram(
     (logits,) = in_float32(logits)
     logs = F.logsigmoid(logits) if multi_label else F.log_softmax(logits, 1)
     logs = finite_logs(logs).transpose(0, 1).flatten(1)
+    if logs.shape[1] == 0:
+        raise ValueError(
+            f"logits of shape {tuple(logits.shape)} have no positions, and so no histogram; leave "
+            "the divergence out where a domain has no images"
+        )
     return torch.logsumexp(logs, 1) - math.log(logs.shape[1])
 
 
@@ -56,8 +64,9 @@ class HistogramDivergence(nn.Module):
     and `gk.DiM` (any chain with `DivergenceWeight` in it) tells the module when a step begins. The
     histograms move at the step's first evaluation, and all its evaluations start from those of the
     step before. Without that, every call in training mode counts as a new batch. Histograms are in
-    the module's own state dict. On several ranks D is that of each rank's part of the batch, and
-    histograms are the first rank's, as DDP has it with buffers. Use one module for one divergence.
+    the module's own state dict. Use one module for one divergence. On several ranks D is that of
+    each rank's part of the batch; `DistributedDataParallel` keeps the first rank's histograms, as
+    it does with all buffers.
 
     Args:
         channels: C, the number of classes.
@@ -71,7 +80,8 @@ class HistogramDivergence(nn.Module):
 
     Raises:
         TypeError: If an argument is of the wrong type.
-        ValueError: If an argument is outside its range; when called, if there are not C channels.
+        ValueError: If an argument is outside its range; when called, if there are not C
+            channels, or no images.
 
     Examples:
         >>> import torch, gradkit as gk

@@ -58,6 +58,7 @@ class DivergenceWeight(Reweighing):
     ramp: int | None = None
 
     needs_rows = False
+    never_zero = True
 
     def __post_init__(self) -> None:
         check_number("weight", self.weight, least=0)

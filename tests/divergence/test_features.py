@@ -70,5 +70,6 @@ def test_arguments():
         ):
             with pytest.raises(error, match=message):
                 GaussianDivergence(**arguments)
-        with pytest.raises(ValueError, match="source has 4 channels and target 3; pass features"):
-            GaussianDivergence()(torch.zeros(2, 4), torch.zeros(2, 3))
+        for target in ((2, 3), (4,), (0, 4), (2, 4, 0)):
+            with pytest.raises(ValueError, match=r"source has shape \(2, 4\) and target .*; pass"):
+                GaussianDivergence()(torch.zeros(2, 4), torch.zeros(target))

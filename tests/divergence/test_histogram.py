@@ -194,3 +194,5 @@ def test_arguments():
         for bad in (torch.zeros(2, 4), torch.zeros(3)):
             with pytest.raises(ValueError, match=rf"target has shape .*{bad.shape[-1]},?\); pass"):
                 HistogramDivergence(3)(torch.zeros(2, 3), bad)
+        with pytest.raises(ValueError, match=r"shape \(0, 3\) have no positions"):
+            HistogramDivergence(3)(torch.zeros(2, 3), torch.zeros(0, 3))
