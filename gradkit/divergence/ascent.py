@@ -33,8 +33,8 @@ class DivergenceAscent(Ascent):
                 ∇L_task(θ + ε) + λ·∇D(θ)                   apply_at clean
 
     λ is the weight that `DivergenceWeight`, before it in `wrap`, has given to the objective
-    "divergence". Objectives besides "task" and "divergence" count as the task. This is a
-    reconstruction, whose equations are not public; see `gk.DiM`.
+    "divergence". Objectives besides "task" and "divergence" count as the task. DiM's equations are
+    not public: this is a reconstruction; see `gk.DiM`.
 
     With one closure for all objectives each evaluation runs it once, and buffers, such as
     BatchNorm's statistics, and reported losses are those at θ. With a closure for each, an

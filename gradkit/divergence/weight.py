@@ -27,8 +27,8 @@ class DivergenceWeight(Reweighing):
 
     The ramp is that of the consistency term in [temporal ensembling (Laine and Aila, ICLR
     2017)](https://arxiv.org/abs/1610.02242), which semi-supervised segmentation, MiDSS included,
-    uses over the whole training. A `HistogramDivergence` in `model=` learns here when a step
-    begins.
+    uses over the whole training. That DiM has it is our reconstruction; see `gk.DiM`. A
+    `HistogramDivergence` in `model=` learns here when a step begins.
 
     Cost: none beyond the gradients. State: the number of steps.
 
