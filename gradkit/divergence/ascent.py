@@ -54,6 +54,8 @@ class DivergenceAscent(Ascent):
         adaptive: Whether the ascent is scaled by the weights; see `gradkit.sharpness.Ascent`.
         eta: η ≥ 0, with `adaptive`.
         steps: How many ascent steps of length ρ/steps.
+        sync_perturbation: Whether all ranks displace their weights alike; see
+            `gradkit.sharpness.Ascent`.
 
     Raises:
         TypeError: If a number is none.
@@ -85,6 +87,8 @@ class DivergenceAscent(Ascent):
 
         def oracle(at: Point | None = None, only: Container[str] | None = None) -> Gradients:
             context.require(self, TASK, DIVERGENCE)
+            if self._plain_radius(context) == 0:
+                return inner(at, only)
             wanted = self.apply_at == "clean" and (only is None or DIVERGENCE in only)
             beside = wanted and self.perturb_on == "task"
             first = inner(at, None if beside else along)
