@@ -15,10 +15,10 @@ Part = Literal["volume", "boundary", "both"]
 
 
 def pair_contrast(
-    student_source: Float[Tensor, "n *features"],
-    student_target: Float[Tensor, "n *features"],
-    teacher_source: Float[Tensor, "n *features"],
-    teacher_target: Float[Tensor, "n *features"],
+    student_source: Float[Tensor, "n ..."],
+    student_target: Float[Tensor, "n ..."],
+    teacher_source: Float[Tensor, "n ..."],
+    teacher_target: Float[Tensor, "n ..."],
     temperature: int | float = 1.0,
 ) -> Float[Tensor, ""]:
     """Contrast of a student's and a teacher's features of the same cases in two domains.
@@ -87,21 +87,21 @@ def pair_contrast(
 
 
 def high_pass(
-    z: Float[Tensor, "n c *spatial"],
+    z: Float[Tensor, "n c ..."],
     fraction: int | float = 0.5,
     *,
     symmetric: bool = True,
     inverse: Inverse = "real",
-) -> Float[Tensor, "n c *spatial"]:
+) -> Float[Tensor, "n c ..."]:
     """The features without their low spatial frequencies, which leaves boundaries.
 
     Eq. 3 of GS-EMA ([arXiv:2402.15239](https://arxiv.org/abs/2402.15239)):
 
         b = F⁻¹(F(z)·mask)      F over the spatial dimensions
 
-    The mask is 0 in a box around frequency 0 and 1 outside it. The box has w = max(1, ⌊fraction·N⌋)
-    frequencies along an axis of N points: those with |k| < w/2, or with `symmetric=False` those
-    from −⌊w/2⌋ to −⌊w/2⌋ + w − 1, of which an even w has one more below 0 than above. Frequency 0 is
+    The mask is 0 in a box around frequency 0 and 1 outside it. Along an axis of N points, with
+    w = max(1, ⌊fraction·N⌋), the box has the frequencies |k| < w/2; with `symmetric=False` it has
+    the w frequencies from −⌊w/2⌋ on, for an even w one more below 0 than above. Frequency 0 is
     always in it.
 
     The authors' code has the second box, of half the frequencies per axis at the size of its
@@ -111,8 +111,8 @@ def high_pass(
 
     Args:
         z: Features with at least one spatial dimension.
-        fraction: The part of each axis's frequencies that is removed; at least 0 (only the mean) and
-            less than 1.
+        fraction: The part of each axis's frequencies that is removed; at least 0 (only the mean),
+            and less than 1.
         symmetric: Whether the box is symmetric about frequency 0.
         inverse: What to take of the inverse transform: its "real" part or its "abs", the magnitude.
 
@@ -140,8 +140,8 @@ def high_pass(
     axes = tuple(range(2, z.dim()))
     if z.shape[2:].numel() == 1:
         raise ValueError(
-            f"z has shape {tuple(z.shape)}, one point per channel, whose only frequency is removed; "
-            "pass features from before the last pooling"
+            f"z has shape {tuple(z.shape)}, one point per channel, whose only frequency is "
+            "removed; pass features from before the last pooling"
         )
     with torch.autocast(z.device.type, enabled=False):
         spectrum = torch.fft.fftn(_wide(z), dim=axes)
@@ -149,14 +149,15 @@ def high_pass(
         for size in z.shape[2:]:
             low = low[..., None] & _low_frequencies(size, fraction, symmetric, z.device)
         rest = torch.fft.ifftn(spectrum.masked_fill(low, 0), dim=axes)
-        return rest.abs() if inverse == "abs" else rest.real
+        high: Tensor = rest.abs() if inverse == "abs" else rest.real
+        return high
 
 
 def boundary_aware_contrast(
-    student_source: Float[Tensor, "n c *spatial"],
-    student_target: Float[Tensor, "n c *spatial"],
-    teacher_source: Float[Tensor, "n c *spatial"],
-    teacher_target: Float[Tensor, "n c *spatial"],
+    student_source: Float[Tensor, "n c ..."],
+    student_target: Float[Tensor, "n c ..."],
+    teacher_source: Float[Tensor, "n c ..."],
+    teacher_target: Float[Tensor, "n c ..."],
     *,
     part: Part = "both",
     temperature: int | float = 1.0,
@@ -207,9 +208,13 @@ def boundary_aware_contrast(
     z = (student_source, student_target, teacher_source, teacher_target)
     if part == "volume":
         return pair_contrast(*z, temperature)
-    b = (high_pass(each, fraction, symmetric=symmetric, inverse=inverse) for each in z)
-    boundary = pair_contrast(*b, temperature)
-    return boundary if part == "boundary" else pair_contrast(*z, temperature) + boundary
+    s, t, s_bar, t_bar = (
+        high_pass(each, fraction, symmetric=symmetric, inverse=inverse) for each in z
+    )
+    boundary = pair_contrast(s, t, s_bar, t_bar, temperature)
+    if part == "boundary":
+        return boundary
+    return pair_contrast(*z, temperature) + boundary
 
 
 def _check_features(name: str, features: Tensor, dimensions: int) -> None:
