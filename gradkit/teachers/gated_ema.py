@@ -117,25 +117,28 @@ class GatedEMA(MeanTeacher):
         self._begin()
         self._spans(self._trained())
         self.state["aligned"] = 0.0
+        self._gate: Tensor | None = None  # this step's, from its first evaluation
 
     # In a step of an optimizer made by `wrap`.
 
     def around(self, inner: Oracle, context: Context) -> Oracle:
+        self._gate = None
+
         def oracle(at: Point | None = None, only: Container[str] | None = None) -> Gradients:
             context.require(self, *self.between)
-            if context.gate is not None:
+            if self._gate is not None:
                 return inner(at, only)
             gradients = inner(at, Selection(only, include=tuple(self.between)))
             context.require(self, *self.between)
             context.gate_cosine = self._cosine(gradients)
-            context.gate = self._opened(context.gate_cosine)
+            self._gate = context.gate = self._opened(context.gate_cosine)
             return gradients
 
         return oracle
 
     def after_step(self, context: Context) -> None:
-        assert context.gate is not None  # set by the first evaluation
-        context.decay = self._follow(context.gate)
+        assert self._gate is not None  # set by the first evaluation
+        context.decay = self._follow(self._gate)
         context.gate_rate = self.state["aligned"] / self.state["t"]
 
     def _cosine(self, gradients: Gradients) -> Float[Tensor, ""]:

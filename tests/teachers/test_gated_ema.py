@@ -518,3 +518,18 @@ def test_only_the_two_rows_are_compared():
         optimizer.step(named(model, rows, names))
         cosine = float(optimizer.last_step.gate_cosine)
         assert cosine == pytest.approx(expected, abs=1e-15)
+
+
+def test_two_gates_in_one_chain_are_two():
+    """Each teacher has the gate of its own measure; the record is the outer one's."""
+    for measures in (("sign_cosine", "cosine"), ("cosine", "sign_cosine")):
+        model = student(3)
+        teachers = [gk.GatedEMA(model, measure=measure, warmup=False) for measure in measures]
+        base = torch.optim.SGD(model.parameters(), lr=1.0)
+        optimizer = gk.wrap(base, *teachers, model=model)
+        optimizer.step(named(model, CONFLICT))
+        for measure, each in zip(measures, teachers, strict=True):
+            share = 0.1 if measure == "sign_cosine" else 0.001
+            expected = share * flat(model.parameters())
+            torch.testing.assert_close(flat(each.teacher.parameters()), expected)
+        assert float(optimizer.last_step.gate) == float(measures[1] == "sign_cosine")
