@@ -17,7 +17,7 @@ from gradkit.core.displacement import Point
 from gradkit.core.gradients import Gradients
 from gradkit.core.gram import block_grams, cosines
 from gradkit.core.oracle import Oracle, Selection
-from gradkit.core.ranks import Shards, local
+from gradkit.core.ranks import Shards, local, reshard
 from gradkit.core.storage import Parts
 from gradkit.teachers.copying import unwrapped
 from gradkit.teachers.decay import check_decay, warmed_up
@@ -222,6 +222,7 @@ class GatedEMA(MeanTeacher):
             return self._follow(gate)
 
     def _trained(self) -> list[nn.Parameter]:
+        reshard(self.student)
         return [each for each in unwrapped(self.student).parameters() if each.requires_grad]
 
     def _spans(self, parameters: Sequence[Tensor]) -> tuple[tuple[int, int], ...]:
@@ -231,6 +232,7 @@ class GatedEMA(MeanTeacher):
             offsets.append(offsets[-1] + local(parameter).numel())
         if self.only is None:
             return ((0, offsets[-1]),)
+        reshard(self.student)
         named = unwrapped(self.student).named_parameters()
         chosen = {id(parameter) for name, parameter in named if self.only(name, parameter)}
         spans: list[tuple[int, int]] = []

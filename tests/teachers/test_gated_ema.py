@@ -533,3 +533,26 @@ def test_two_gates_in_one_chain_are_two():
             expected = share * flat(model.parameters())
             torch.testing.assert_close(flat(each.teacher.parameters()), expected)
         assert float(optimizer.last_step.gate) == float(measures[1] == "sign_cosine")
+
+
+@pytest.mark.parametrize("measure", ["sign_cosine", "cosine"])
+def test_scaled_losses_have_the_same_gate_and_an_overflow_does_not_count(measure):
+    found = []
+    for scaled in (False, True):
+        model = Normed()
+        gated = gk.GatedEMA(model, measure=measure)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10) if scaled else None
+        base = torch.optim.SGD(model.parameters(), lr=0.05)
+        optimizer = gk.wrap(base, gated, model=model, scaler=scaler)
+        for t in range(1, 8):
+            if scaled and t == 4:
+                infinite = {name: loss * torch.inf for name, loss in two_losses(model, t).items()}
+                optimizer.step(lambda losses=infinite: losses)
+                assert not optimizer.last_step.applied
+            optimizer.step(lambda t=t: two_losses(model, t))
+        assert gated.state["t"] == 7
+        found.append(
+            [flat(gated.teacher.parameters()), gated.state["aligned"], optimizer.last_step.decay]
+        )
+    for plain, with_scaler in zip(*found, strict=True):
+        torch.testing.assert_close(with_scaler, plain, rtol=1e-12, atol=1e-15)
