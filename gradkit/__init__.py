@@ -1,6 +1,6 @@
 """gradkit: gradients bent before they are applied, round any torch optimizer."""
 
-from gradkit import divergence, sharpness, testing, tta, weighting
+from gradkit import divergence, losses, sharpness, testing, tta, weighting
 from gradkit.alignment import CosineLR, LookAhead
 from gradkit.core.context import Context
 from gradkit.core.displacement import Displacement
@@ -12,7 +12,7 @@ from gradkit.divergence import f_divergence
 from gradkit.engines.objectives import NoGradientError
 from gradkit.every import Every
 from gradkit.optimizer import GradientOptimizer, NonFiniteError, StepRecord, wrap
-from gradkit.recipes import DiM, GraTa
+from gradkit.recipes import GSEMA, DiM, GraTa
 from gradkit.sharpness import (
     AESAM,
     ASAM,
@@ -90,6 +90,7 @@ __all__ = [
     "GAM",
     "GLS",
     "GSAM",
+    "GSEMA",
     "IDGM",
     "IMTLG",
     "MGDA",
@@ -154,6 +155,7 @@ __all__ = [
     "VaSSO",
     "divergence",
     "f_divergence",
+    "losses",
     "mesa",
     "sharpness",
     "testing",

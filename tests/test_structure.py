@@ -24,6 +24,7 @@ ROOMS: dict[str, set[str]] = {
     "divergence": {"core", "sharpness"},
     "teachers": {"core"},
     "every": {"core", "surgery"},
+    "losses": {"core"},
     "optimizer": {"core", "engines"},
     "recipes": {"core", "alignment", "sharpness", "divergence", "teachers", "optimizer"},
     "tta": {"core", "alignment", "sharpness", "teachers", "optimizer"},
