@@ -10,9 +10,7 @@ import pytest
 from checked import begin_test, check_quickly
 from children import ROOT
 
-from gradkit.core import flat
-
-check_quickly()
+check_quickly()  # before anything imports the package, whose functions are decorated then
 
 # Programs and ranks that tests start import this copy of the package, wherever they run.
 os.environ["PYTHONPATH"] = os.pathsep.join(
@@ -28,6 +26,8 @@ def pytest_runtest_setup() -> None:
 @pytest.fixture(autouse=True, scope="session")
 def _a_few_numbers_are_many() -> Iterator[None]:
     """Tests' networks are small, and are to take the way of large parameters, too."""
+    from gradkit.core import flat
+
     before, flat.LARGE = flat.LARGE, 4
     yield
     flat.LARGE = before
