@@ -33,7 +33,7 @@ ASCENTS: dict[str, Entry] = {
     }.items()
 }
 METHODS = {**EXPORTED, **OWN, **ASCENTS}
-STEPS = 4
+STEPS = 3
 
 
 def cases() -> dict[str, tuple[str, dict[str, str]]]:
