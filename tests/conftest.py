@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -16,6 +17,11 @@ check_quickly()  # before anything imports the package, whose functions are deco
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
 )
+
+
+def pytest_collection_finish() -> None:
+    """What is there before the first test is not searched in each garbage collection."""
+    gc.freeze()
 
 
 def pytest_runtest_setup() -> None:
