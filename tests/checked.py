@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import threading
 import types
 import typing
 from collections.abc import Callable
@@ -24,27 +23,13 @@ from beartype.roar import BeartypeCallHintViolation
 CALLS = 50
 """How many calls of each function are checked in a test."""
 
-_MARKS = (type(None), bool, int, float, str)
 _ORIGINAL = jaxtyping.jaxtyped
-_PASSED = {
-    inspect.Parameter.POSITIONAL_ONLY: "{0}",
-    inspect.Parameter.POSITIONAL_OR_KEYWORD: "{0}",
-    inspect.Parameter.VAR_POSITIONAL: "*{0}",
-    inspect.Parameter.KEYWORD_ONLY: "{0}={0}",
-    inspect.Parameter.VAR_KEYWORD: "**{0}",
-}
 
+Checkers = tuple[Callable[..., Any], Callable[..., Any]]
+"""What checks a function's arguments, and what checks its result."""
 
-class _Running(threading.local):
-    """The functions that a checker is about to call, innermost last."""
-
-    def __init__(self) -> None:
-        self.functions: list[Callable[..., Any]] = []
-
-
-_RUNNING = _Running()
 _CALLS: dict[types.CodeType, int] = {}
-_CHECKERS: dict[tuple[Any, ...], tuple[types.CodeType, Callable[..., Any]]] = {}
+_CHECKERS: dict[tuple[types.CodeType, int], Checkers] = {}
 
 
 def check_quickly() -> None:
@@ -74,74 +59,68 @@ def jaxtyped(*, typechecker: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _in_first_calls(function: types.FunctionType, typechecker: Callable[..., Any]) -> Any:
+    import torch  # not by xdist's controlling process, which runs none of the package's functions
+
     code = function.__code__
-    checker: Callable[..., Any] | None = None
+    checkers: Checkers | None = None
 
     @functools.wraps(function)
     def call(*arguments: Any, **named: Any) -> Any:
         __tracebackhide__ = True
-        nonlocal checker
+        nonlocal checkers
+        if torch.compiler.is_compiling() or jaxtyping.config.jaxtyping_disable:
+            return function(*arguments, **named)
         calls = _CALLS.get(code, 0)
-        if calls >= CALLS or jaxtyping.config.jaxtyping_disable:
+        if calls >= CALLS:
             return function(*arguments, **named)
         _CALLS[code] = calls + 1
-        if checker is None:
-            checker = _checker(function, typechecker)
-        functions = _RUNNING.functions
-        depth = len(functions)
-        functions.append(function)
+        if checkers is None:
+            checkers = _checkers(function, typechecker)
+        check_arguments, check_result = checkers
         try:
             with _ORIGINAL("context"):
-                return checker(*arguments, **named)
+                # It is over before the function runs, which may count references.
+                check_arguments(*arguments, **named)
+                return check_result(function(*arguments, **named))
         except BeartypeCallHintViolation as error:
             raise jaxtyping.TypeCheckError(str(error)) from error
-        finally:
-            del functions[depth:]  # it is still there where the arguments' check has raised
 
     return call
 
 
-def _checker(function: types.FunctionType, typechecker: Callable[..., Any]) -> Callable[..., Any]:
-    key = _key(function)
-    if key is None:
-        return typechecker(_stand_in(function))
-    if key not in _CHECKERS:
-        _CHECKERS[key] = (function.__code__, typechecker(_stand_in(function)))
-    return _CHECKERS[key][1]
-
-
-def _key(function: types.FunctionType) -> tuple[Any, ...] | None:
-    """What a function shares with all others of its definition; None where one might differ."""
-    named = function.__kwdefaults__ or {}
-    defaults = (*(function.__defaults__ or ()), *named.values())
-    if not all(isinstance(value, _MARKS) for value in defaults):
-        return None
+def _checkers(function: types.FunctionType, typechecker: Callable[..., Any]) -> Checkers:
     if not all(isinstance(annotation, str) for annotation in function.__annotations__.values()):
-        return None
-    kinds = tuple((type(value), value) for value in defaults)
-    return (id(function.__code__), id(function.__globals__), *named, *kinds)
+        return _made(function, typechecker)  # two of one definition may differ
+    key = (function.__code__, id(function.__globals__))
+    if key not in _CHECKERS:
+        _CHECKERS[key] = _made(function, typechecker)
+    return _CHECKERS[key]
 
 
-def _stand_in(function: types.FunctionType) -> types.FunctionType:
-    """A function of the same signature that calls the one whose turn it is, and keeps none."""
-    parameters = inspect.signature(function).parameters.values()
-    bare = [
+def _made(function: types.FunctionType, typechecker: Callable[..., Any]) -> Checkers:
+    """Checked functions that do nothing: one of the same parameters, one of the same result.
+
+    All defaults are None, since only what is passed is checked.
+    """
+    parameters = [
         p.replace(annotation=p.empty, default=p.empty if p.default is p.empty else None)
-        for p in parameters
+        for p in inspect.signature(function).parameters.values()
     ]
-    signature = inspect.Signature(bare)
-    passed = ", ".join(_PASSED[p.kind].format(p.name) for p in parameters)
-    scope: dict[str, Any] = {"_running": _RUNNING}
-    exec(f"def stand_in{signature}: return _running.functions.pop()({passed})", scope)
-    made: types.FunctionType = scope["stand_in"]
-    functools.update_wrapper(made, function)
-    del made.__wrapped__  # type: ignore[attr-defined] # set by update_wrapper
-    made.__defaults__, made.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
-    made.__annotations__ = {
+    scope: dict[str, Any] = {}
+    exec(
+        f"def arguments{inspect.Signature(parameters)}: pass\ndef result(value): return value",
+        scope,
+    )
+    annotations = {
         name: _resolved(annotation, function.__globals__)
         for name, annotation in function.__annotations__.items()
     }
-    return made
+    returned = {name: annotations.pop(name) for name in ("return",) if name in annotations}
+    for each in (scope["arguments"], scope["result"]):
+        each.__module__, each.__name__ = function.__module__, function.__name__
+        each.__qualname__ = function.__qualname__
+    scope["arguments"].__annotations__, scope["result"].__annotations__ = annotations, returned
+    return typechecker(scope["arguments"]), typechecker(scope["result"])
 
 
 def _resolved(annotation: Any, names: dict[str, Any]) -> Any:
