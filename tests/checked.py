@@ -1,39 +1,35 @@
 """Type checks that leave time for the tests.
 
-`--jaxtyping-packages` decorates every function of the package when it is defined; one inside
-another function, at each call of that. What it makes depends on the signature alone, so that here
-one checker serves all functions of one definition. And each test checks a function's first calls
-only: in a training of a hundred steps the later ones show nothing new, and took most of the time.
+`--jaxtyping-packages` has jaxtyping check each function of the package, which takes ten times as
+long as beartype's own check. Here beartype checks each function in jaxtyping's context, where a
+dimension has one size. A checker is made at a function's first call, and serves all functions of
+one definition inside another function. And each test checks a function's first calls only: in a
+training of a hundred steps the later ones show nothing new.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
-import threading
 import types
+import typing
 from collections.abc import Callable
 from typing import Any
 
 import jaxtyping
+from beartype.roar import BeartypeCallHintViolation
 
 CALLS = 50
 """How many calls of each function are checked in a test."""
 
-_MARKS = (type(None), bool, int, float, str)
 _ORIGINAL = jaxtyping.jaxtyped
 
+Checkers = tuple[Callable[..., Any], Callable[..., Any]]
+"""What checks a function's arguments, and what checks its result."""
 
-class _Running(threading.local):
-    """The functions that a checker is about to call, innermost last."""
-
-    def __init__(self) -> None:
-        self.functions: list[Callable[..., Any]] = []
-
-
-_RUNNING = _Running()
 _CALLS: dict[types.CodeType, int] = {}
-_CHECKERS: dict[tuple[Any, ...], tuple[types.CodeType, Callable[..., Any]]] = {}
+_CHECKERS: dict[tuple[types.CodeType, int], Checkers] = {}
 
 
 def check_quickly() -> None:
@@ -47,75 +43,93 @@ def begin_test() -> None:
 
 
 def jaxtyped(*, typechecker: Callable[..., Any]) -> Callable[..., Any]:
-    """As `jaxtyping.jaxtyped`: the same checks, and the same errors, in the first calls."""
-    original = _ORIGINAL(typechecker=typechecker)
+    """As `jaxtyping.jaxtyped`: the same checks, and an error of the same type, in first calls."""
 
-    def decorate(function: Any) -> Any:
-        if not isinstance(function, types.FunctionType):
-            return original(function)
-        key = _key(function)
-        if key is None:
-            return _in_first_calls(function, original(function))
-        if key not in _CHECKERS:
-            _CHECKERS[key] = (function.__code__, original(_stand_in(function)))
-        _, checker = _CHECKERS[key]
-
-        def checked(*arguments: Any, **named: Any) -> Any:
-            __tracebackhide__ = True
-            functions = _RUNNING.functions
-            depth = len(functions)
-            functions.append(function)
-            try:
-                return checker(*arguments, **named)
-            finally:
-                del functions[depth:]  # it is still there where the arguments' check has raised
-
-        return _in_first_calls(function, checked)
+    def decorate(made: Any) -> Any:
+        if isinstance(made, types.FunctionType):
+            return _in_first_calls(made, typechecker)
+        if not isinstance(made, type):
+            return _ORIGINAL(typechecker=typechecker)(made)
+        init = vars(made).get("__init__")
+        if dataclasses.is_dataclass(made) and not hasattr(init, "__wrapped__"):
+            made.__init__ = decorate(init)  # type: ignore[misc] # which `dataclass` has written
+        return made
 
     return decorate
 
 
-def _in_first_calls(function: types.FunctionType, checked: Callable[..., Any]) -> Any:
+def _in_first_calls(function: types.FunctionType, typechecker: Callable[..., Any]) -> Any:
+    import torch  # not by xdist's controlling process, which runs none of the package's functions
+
     code = function.__code__
+    checkers: Checkers | None = None
 
     @functools.wraps(function)
     def call(*arguments: Any, **named: Any) -> Any:
         __tracebackhide__ = True
+        nonlocal checkers
+        if torch.compiler.is_compiling() or jaxtyping.config.jaxtyping_disable:
+            return function(*arguments, **named)
         calls = _CALLS.get(code, 0)
         if calls >= CALLS:
             return function(*arguments, **named)
         _CALLS[code] = calls + 1
-        return checked(*arguments, **named)
+        if checkers is None:
+            checkers = _checkers(function, typechecker)
+        check_arguments, check_result = checkers
+        try:
+            with _ORIGINAL("context"):
+                # It is over before the function runs, which may count references.
+                check_arguments(*arguments, **named)
+                return check_result(function(*arguments, **named))
+        except BeartypeCallHintViolation as error:
+            raise jaxtyping.TypeCheckError(str(error)) from error
 
     return call
 
 
-def _key(function: Any) -> tuple[Any, ...] | None:
-    """What a function shares with all others of its definition; None where one might differ."""
-    if not isinstance(function, types.FunctionType) or "<locals>" not in function.__qualname__:
-        return None
-    named = function.__kwdefaults__ or {}
-    defaults = (*(function.__defaults__ or ()), *named.values())
-    if not all(isinstance(value, _MARKS) for value in defaults):
-        return None
+def _checkers(function: types.FunctionType, typechecker: Callable[..., Any]) -> Checkers:
     if not all(isinstance(annotation, str) for annotation in function.__annotations__.values()):
-        return None
-    kinds = tuple((type(value), value) for value in defaults)
-    return (id(function.__code__), id(function.__globals__), *named, *kinds)
+        return _made(function, typechecker)  # two of one definition may differ
+    key = (function.__code__, id(function.__globals__))
+    if key not in _CHECKERS:
+        _CHECKERS[key] = _made(function, typechecker)
+    return _CHECKERS[key]
 
 
-def _stand_in(function: types.FunctionType) -> Callable[..., Any]:
-    """A function of the same signature that calls the one whose turn it is, and keeps none."""
+def _made(function: types.FunctionType, typechecker: Callable[..., Any]) -> Checkers:
+    """Checked functions that do nothing: one of the same parameters, one of the same result.
 
-    def call(*arguments: Any, **named: Any) -> Any:
-        __tracebackhide__ = True
-        return running.functions.pop()(*arguments, **named)
-
-    running = _RUNNING
-    made = types.FunctionType(
-        call.__code__, function.__globals__, function.__name__, None, call.__closure__
+    All defaults are None, since only what is passed is checked.
+    """
+    parameters = [
+        p.replace(annotation=p.empty, default=p.empty if p.default is p.empty else None)
+        for p in inspect.signature(function).parameters.values()
+    ]
+    scope: dict[str, Any] = {}
+    exec(
+        f"def arguments{inspect.Signature(parameters)}: pass\ndef result(value): return value",
+        scope,
     )
-    functools.update_wrapper(made, function)
-    del made.__wrapped__
-    made.__signature__ = inspect.signature(function)  # type: ignore[attr-defined] # any function's
-    return made
+    annotations = {
+        name: _resolved(annotation, function.__globals__)
+        for name, annotation in function.__annotations__.items()
+    }
+    returned = {name: annotations.pop(name) for name in ("return",) if name in annotations}
+    for each in (scope["arguments"], scope["result"]):
+        each.__module__, each.__name__ = function.__module__, function.__name__
+        each.__qualname__ = function.__qualname__
+    scope["arguments"].__annotations__, scope["result"].__annotations__ = annotations, returned
+    return typechecker(scope["arguments"]), typechecker(scope["result"])
+
+
+def _resolved(annotation: Any, names: dict[str, Any]) -> Any:
+    """The type that an annotation stands for; any, where it names what only type checkers know."""
+
+    def one() -> None: ...
+
+    one.__annotations__ = {"value": annotation}
+    try:
+        return typing.get_type_hints(one, names, include_extras=True)["value"]
+    except NameError:
+        return Any

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -10,14 +11,17 @@ import pytest
 from checked import begin_test, check_quickly
 from children import ROOT
 
-from gradkit.core import flat
-
-check_quickly()
+check_quickly()  # before anything imports the package, whose functions are decorated then
 
 # Programs and ranks that tests start import this copy of the package, wherever they run.
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
 )
+
+
+def pytest_collection_finish() -> None:
+    """What is there before the first test is not searched in each garbage collection."""
+    gc.freeze()
 
 
 def pytest_runtest_setup() -> None:
@@ -28,6 +32,8 @@ def pytest_runtest_setup() -> None:
 @pytest.fixture(autouse=True, scope="session")
 def _a_few_numbers_are_many() -> Iterator[None]:
     """Tests' networks are small, and are to take the way of large parameters, too."""
+    from gradkit.core import flat
+
     before, flat.LARGE = flat.LARGE, 4
     yield
     flat.LARGE = before

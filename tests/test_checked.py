@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
+from dataclasses import dataclass
 
 import jaxtyping
 import pytest
@@ -13,6 +14,8 @@ from beartype import beartype
 from checked import CALLS, begin_test, jaxtyped
 from jaxtyping import Float
 from torch import Tensor
+
+import gradkit as gk
 
 made = []  # what the type checker was applied to
 
@@ -39,9 +42,10 @@ X = torch.ones(3)
 
 def test_each_function_is_its_own_and_one_checker_serves_them_all() -> None:
     one, two = scaling(1.0), scaling(2.0)
+    assert float(one(X)[0]) == 1.0
     before = len(made)
     three = scaling(3.5)  # calls another inside
-    assert [float(each(X)[0]) for each in (one, two, three, one)] == [1.0, 2.0, 1.5, 1.0]
+    assert [float(each(X)[0]) for each in (two, three, one)] == [2.0, 1.5, 1.0]
     assert len(made) == before
     assert one.__name__ == "scale"
 
@@ -49,11 +53,11 @@ def test_each_function_is_its_own_and_one_checker_serves_them_all() -> None:
 @pytest.mark.parametrize("bad", [torch.ones(2, 2), torch.ones(3).long(), 1.0])
 def test_wrong_arguments_and_results_are_found_in_every_function(bad: object) -> None:
     for _ in range(2):
-        with pytest.raises(jaxtyping.TypeCheckError, match=r"the parameters of .*scale"):
+        with pytest.raises(jaxtyping.TypeCheckError, match=r"scale.. parameter"):
             scaling(1.0)(bad)
-        with pytest.raises(jaxtyping.TypeCheckError, match=r"the parameters of .*scale"):
+        with pytest.raises(jaxtyping.TypeCheckError, match=r"scale.. parameter"):
             scaling(1.0)(X, torch.ones(4))
-        with pytest.raises(jaxtyping.TypeCheckError, match=r"the return value of .*scale"):
+        with pytest.raises(jaxtyping.TypeCheckError, match=r"scale.. return"):
             scaling(-1.0)(X)
         assert float(scaling(2.0)(X)[0]) == 2.0  # what failed leaves nothing behind
 
@@ -100,6 +104,49 @@ def test_defaults_that_are_objects_are_not_shared() -> None:
         return add
 
     assert [float(adding(n * X)(X)[0]) for n in (1, 2)] == [2.0, 3.0]
+
+
+def test_every_kind_of_parameter_is_passed_on_and_checked() -> None:
+    @jaxtyped(typechecker=beartype)
+    def given(a: int, /, b: int = 2, *more: int, c: int, d: int = 4, **rest: int) -> list[int]:
+        return [a, b, *more, c, d, *rest.values()]
+
+    assert given(1, c=3) == [1, 2, 3, 4]
+    assert given(1, 5, 6, 7, c=3, d=8, e=9) == [1, 5, 6, 7, 3, 8, 9]
+    wrong = [((1, "2"), {}), ((1, 2, "3"), {}), ((1,), {"d": "4"}), ((1,), {"e": "5"})]
+    for number, (arguments, named) in enumerate(wrong, 2):
+        with pytest.raises(jaxtyping.TypeCheckError, match=rf"given.. parameter .*'{number}'"):
+            given(*arguments, c=3, **named)
+    with pytest.raises(TypeError, match=r"given.. missing 1 required .* 'c'"):
+        given(1)
+
+
+def test_dataclasses_are_checked_when_they_are_made() -> None:
+    @jaxtyped(typechecker=beartype)
+    @dataclass(frozen=True)
+    class Pair:
+        x: Float[Tensor, " n"]
+        y: Float[Tensor, " n"]
+
+    assert Pair(X, X).y is X
+    with pytest.raises(jaxtyping.TypeCheckError, match="parameter y"):
+        Pair(X, torch.ones(4))
+
+
+def test_a_type_that_only_type_checkers_know_is_any() -> None:
+    @jaxtyped(typechecker=beartype)
+    def give(x: Float[Tensor, " n"], y: Unknown) -> Unknown:  # type: ignore[name-defined] # noqa: F821
+        return y
+
+    assert give(X, 3) == 3
+    with pytest.raises(jaxtyping.TypeCheckError, match="parameter x"):
+        give(3, 3)
+
+
+def test_the_package_is_checked_so() -> None:
+    checked = jaxtyped(typechecker=beartype)(scaling)
+    assert gk.wrap.__code__ is checked.__code__
+    assert gk.PCGrad.__init__.__code__ is checked.__code__
 
 
 def test_the_first_calls_in_a_test_are_checked() -> None:

@@ -308,7 +308,7 @@ class Gradients:
         """Whether a transform has set `lr_scale`."""
         return self._lr_scale is not None
 
-    def gram(self, scope: Scope = "global", *, signs: bool = False) -> Float[Tensor, ...]:
+    def gram(self, scope: Scope = "global", *, signs: bool = False) -> Float[Tensor, "*scopes K K"]:
         """The rows' Gram matrix [K, K] in float64; by group or tensor [S, K, K].
 
         Args:

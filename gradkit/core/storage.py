@@ -49,7 +49,7 @@ class Storage(ABC):
         """How the flat vectors are sharded over ranks; None if they are not."""
         return None if self.layout is None else self.layout.shards
 
-    def gram(self, scope: Scope, *, signs: bool) -> Float[Tensor, ...]:
+    def gram(self, scope: Scope, *, signs: bool) -> Float[Tensor, "*scopes K K"]:
         """The Gram matrix [K, K], or [S, K, K] by group or tensor; computed once.
 
         Raises:

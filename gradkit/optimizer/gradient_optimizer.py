@@ -292,7 +292,7 @@ class GradientOptimizer(Optimizer):
         except BaseException as error:
             if not self._stepping:
                 with contextlib.suppress(ValueError):  # the hook's own error says more
-                    layout = self._layout()
+                    layout = self._present_layout()
                     ranks = Ranks.of(self.model, layout.shards, self.options.process_group)
                     ranks.report(error, layout.device)
             raise

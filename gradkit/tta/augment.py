@@ -23,7 +23,9 @@ Range = tuple[float, float]
 _OVERSHOOT = 0.1  # of bicubic interpolation at an edge from 0 to 1
 
 
-def minmax(image: Float[Tensor, "batch channels *spatial"]) -> Float[Tensor, ...]:
+def minmax(
+    image: Float[Tensor, "batch channels *spatial"],
+) -> Float[Tensor, "batch channels *spatial"]:
     """Each image scaled to [0, 1], jointly over its channels; a constant image becomes zeros.
 
     Examples:

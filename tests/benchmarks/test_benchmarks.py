@@ -6,6 +6,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 
 from benchmarks.__main__ import main
 from benchmarks.fundus import STRATEGIES, pooled_interval
-from benchmarks.speed import memory, overhead
+from benchmarks.speed import command, memory, overhead, timing
 from benchmarks.speed.comparison import FLOOR, Comparison, Step, Traffic
 from benchmarks.speed.goals import Goal, judge, verdict
 from benchmarks.speed.grata import grata
@@ -38,8 +39,10 @@ from examples.fundus.source_model import Architecture, save_source_model
 
 @pytest.fixture(autouse=True)
 def _measurements_end_soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is measured in a process of its own is small here."""
+    """What is measured is small here, and no figure need be exact."""
     monkeypatch.setattr(memory, "LIMIT", 120.0)
+    monkeypatch.setattr(timing, "WARM_UP", 0)
+    monkeypatch.setattr(command, "bandwidth", partial(timing.bandwidth, numbers=1 << 16))
 
 
 def test_fundus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -202,7 +205,6 @@ def test_ratios_are_taken_within_rounds() -> None:
 
 
 def test_order_rotates_and_peers_stop_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.speed.timing.WARM_UP", 0)
     calls: list[str] = []
 
     class Log(Clock):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from random import Random
 from typing import Any, Literal
 
 import torch
-from hypothesis import strategies as st
 from torch import Tensor
 
 import gradkit as gk
@@ -55,7 +56,7 @@ class Kind:
     differentiated: bool = False
     gradless: bool = False
     but: frozenset[str] = frozenset()
-    examples: int = 20
+    examples: int = 12
 
 
 FIELDS: dict[str, Sequence[Any]] = {
@@ -76,21 +77,45 @@ FIELDS: dict[str, Sequence[Any]] = {
 }
 
 
-def draw_case(draw: Callable[..., Any], kind: Kind) -> Case:
-    """A case in which this kind of fault can happen."""
-    shape = draw(st.sampled_from([shape for shape in SHAPES if kind.fits(shape)]))
-    places = shape.differentiated if kind.differentiated else shape.places
-    victim, visit = draw(st.sampled_from(places))
+def cases(kind: Kind) -> list[Case]:
+    """Random cases in which this kind of fault can happen, the same in each run.
+
+    As in a Latin hypercube, each value of each field comes up as often as any other, and so does
+    each chain and each form as far as they fit.
+    """
+    random = Random(kind.name)
     options = {**FIELDS, **kind.fixed}
     if kind.outcome == "nonfinite":
         options["nonfinite"] = ("raise", "skip")
-    if kind.gradless and len(shape.names) == 1:
-        options["grads"] = ("left", "cleared")
-    drawn = {name: draw(st.sampled_from(values)) for name, values in options.items()}
-    return Case(**{"shape": shape, "victim": victim, "visit": visit, **drawn})
+    shapes = _shapes(kind, random)
+    columns = {name: _column(values, kind.examples, random) for name, values in options.items()}
+    made = []
+    for shape, *values in zip(shapes, *columns.values(), strict=True):
+        drawn = dict(zip(columns, values, strict=True))
+        if kind.gradless and len(shape.names) == 1 and drawn["grads"] in ("some", "all"):
+            drawn["grads"] = random.choice(("left", "cleared"))
+        victim, visit = random.choice(shape.differentiated if kind.differentiated else shape.places)
+        made.append(Case(**{"shape": shape, "victim": victim, "visit": visit, **drawn}))
+    return made
 
 
-cases = st.composite(draw_case)
+def _column(values: Sequence[Any], count: int, random: Random) -> list[Any]:
+    whole, rest = divmod(count, len(values))
+    column = [*values * whole, *random.sample(values, rest)]
+    random.shuffle(column)
+    return column
+
+
+def _shapes(kind: Kind, random: Random) -> list[Shape]:
+    fitting = [shape for shape in SHAPES if kind.fits(shape)]
+    used: Counter[str] = Counter()
+    shapes = []
+    for _ in range(kind.examples):
+        random.shuffle(fitting)
+        shape = min(fitting, key=lambda shape: used[shape.chain] + used[shape.form])
+        used.update((shape.chain, shape.form))
+        shapes.append(shape)
+    return shapes
 
 
 def striking(world: World, act: Callable[[Tensor], object], moment: str = "after") -> object:

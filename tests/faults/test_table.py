@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from helpers import as_users_run_it
-from hypothesis import HealthCheck, Phase, given, seed, settings
 
-from faults.case import Case
-from faults.kind import Kind, cases
+from faults.case import CHAINS, EACH, JOINT, ONE, Case
+from faults.kind import FIELDS, Kind, cases
 from faults.snapshot import bits, require_equal, snapshot, values
 from faults.table import KINDS
 from faults.world import World
@@ -109,20 +107,19 @@ def _go_on(kind: Kind, world: World, after: dict[str, Any]) -> None:
 @pytest.mark.filterwarnings("ignore:step.. had nothing to step on:UserWarning")
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_a_fault(kind: Kind) -> None:
-    @seed(zlib.crc32(kind.name.encode()))
-    @settings(
-        max_examples=kind.examples,
-        deadline=None,
-        derandomize=True,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-        phases=(Phase.generate, Phase.shrink),
-    )
-    @given(cases(kind))
-    def check(case: Case) -> None:
+    for case in cases(kind):
+        print(case)  # of a failed test, pytest shows what was printed last
         examine(kind, case)
 
-    check()
+
+def test_cases_cover_every_value_of_every_field() -> None:
+    kind = Kind("of any kind", World.step, None)
+    found = cases(kind)
+    for name, options in FIELDS.items():
+        assert {getattr(case, name) for case in found} == {*options}
+    assert {case.shape.chain for case in found} == {*CHAINS}
+    assert {case.shape.form for case in found} == {*ONE, *EACH, *JOINT}
+    assert cases(kind) == found
 
 
 def test_the_table_names_each_kind_once() -> None:

@@ -215,3 +215,27 @@ def test_step_hooks_are_called_as_torch_calls_them() -> None:
     optimizer.step(lambda: weight.sum())
     assert weight.item() == -2.0
     assert seen == [True]
+
+
+class Remembering(gk.Transform):
+    """Keeps where the weights were before the first step."""
+
+    def initial_vectors(self, layout):
+        return {"start": torch.cat([p.detach().reshape(-1) for p in layout.parameters])}
+
+    def around(self, inner, context):
+        return inner
+
+
+def test_a_hook_that_fails_before_the_first_step_leaves_no_vector() -> None:
+    """Weights may still change before the first step, and vectors begin where they are then."""
+    model, remembering = nn.Linear(2, 1), Remembering()
+    optimizer = gk.wrap(SGD(model.parameters(), lr=0.1), remembering, model=model)
+    handle = optimizer.register_step_pre_hook(lambda *_: {"junk": 1})
+    with pytest.raises(RuntimeError, match="a step pre-hook returned"):
+        optimizer.step(lambda: model.weight.sum())
+    assert not remembering.vectors
+    handle.remove()
+    torch.nn.init.constant_(model.weight, 5.0)
+    optimizer.step(lambda: model.weight.sum())
+    assert remembering.vectors["start"][:2].tolist() == [5.0, 5.0]

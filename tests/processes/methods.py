@@ -44,7 +44,7 @@ ASCENTS["DivergenceWeight"] = Entry(
     names=("divergence", "task", "third"),
 )
 METHODS = {**EXPORTED, **OWN, **ASCENTS}
-STEPS = 4
+STEPS = 3
 
 
 def cases() -> dict[str, tuple[str, dict[str, str]]]:

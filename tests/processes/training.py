@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import gradkit as gk
 
-STEPS = 20
+STEPS = 6
 BATCH = 8
 KINDS = ("ddp", "fsdp", "group")
 
