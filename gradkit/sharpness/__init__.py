@@ -10,6 +10,7 @@ from gradkit.sharpness.friendly_sam import FriendlySAM
 from gradkit.sharpness.gam import GAM
 from gradkit.sharpness.gsam import GSAM
 from gradkit.sharpness.looksam import LookSAM
+from gradkit.sharpness.measure import SharpnessReport, report
 from gradkit.sharpness.msam import MSAM
 from gradkit.sharpness.sagm import SAGM
 from gradkit.sharpness.sam import SAM
@@ -34,6 +35,8 @@ __all__ = [
     "FriendlySAM",
     "LookSAM",
     "SAMPa",
+    "SharpnessReport",
     "SlowWeights",
     "VaSSO",
+    "report",
 ]
