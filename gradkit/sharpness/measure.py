@@ -29,7 +29,8 @@ class SharpnessReport:
         first_order: L(θ + ρ·∇L/‖∇L‖) − L(θ), the rise at the end of SAM's ascent; 0 where the
             gradient is 0.
         sharpness: The largest rise of the loss that was found within the radius, at least 0. This
-            is a lower bound of the maximum of L(θ + ε) − L(θ) over ‖ε‖ ≤ ρ.
+            is a lower bound of the maximum of L(θ + ε) − L(θ) over ‖ε‖ ≤ ρ; infinite where a loss
+            was not a number.
         eigenvalues: The largest eigenvalues of the Hessian, the largest first.
         eigenvalue_errors: For each eigenvalue the norm of its residual, or the rounding error where
             that is more; an eigenvalue of the Hessian is at most so far away.
@@ -37,7 +38,7 @@ class SharpnessReport:
         trace_error: The standard error of the trace.
         parameters: P, how many numbers the parameters measured have.
         mode: How products with the Hessian were computed: "forward" by forward-mode differentiation
-            of the gradient, "reverse" by differentiating it backwards.
+            of the gradient, as is tried first, or "reverse", by differentiating it backwards.
     """
 
     loss: float
@@ -193,7 +194,7 @@ def report(
         if not tried:
             drawn = torch.randn(gradient.numel(), generator=generator).to(gradient)
             tried = [drawn * (rho / float(norm(drawn)))]
-        rises = [loss.value(loss.displaced(each)) - here for each in tried]
+        rises = [_rise(loss.value(loss.displaced(each)), here) for each in tried]
         first_order = rises[0] if length > 0 else 0.0
         best = max(range(len(rises)), key=rises.__getitem__)
         sharpness = max(0.0, rises[best], *_climb(loss, here, tried[best], float(rho), steps))
@@ -222,14 +223,18 @@ def _climb(
     point = start
     for _ in range(steps):
         value, gradient = loss.gradient(loss.displaced(point))
-        yield value - here
+        yield _rise(value, here)
         length = float(norm(gradient))
         if length == 0 or not math.isfinite(length):
             return
         point = point + gradient * (rho / length)
         point = point * (rho / max(rho, float(norm(point))))
     if steps:
-        yield loss.value(loss.displaced(point)) - here
+        yield _rise(loss.value(loss.displaced(point)), here)
+
+
+def _rise(value: float, here: float) -> float:
+    return math.inf if math.isnan(value) else value - here
 
 
 def _listed(objective: Objective | Sequence[Objective]) -> list[Objective]:

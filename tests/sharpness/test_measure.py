@@ -178,6 +178,12 @@ def test_the_ascent_stays_in_the_ball_and_is_never_below_zero() -> None:
     assert found.eigenvalues == (0.0,)
 
 
+def test_a_loss_that_is_not_a_number_nearby_is_an_infinite_rise() -> None:
+    w = nn.ParameterList([torch.tensor([0.1], dtype=torch.float64)])
+    found = gk.sharpness.report(lambda: -w[0].sqrt().sum(), w, rho=0.2)
+    assert (found.sharpness, found.first_order) == (math.inf, math.inf)
+
+
 def test_with_neither_gradient_nor_eigenvector_a_random_direction_is_tried() -> None:
     model = Quadratic()
     found = gk.sharpness.report(model, model, rho=0.3, eigenvalues=0, steps=30)
