@@ -28,16 +28,17 @@ import gradkit as gk
 from benchmarks.alignment.jobs import run_jobs
 from benchmarks.alignment.strategies import one_line
 from benchmarks.sharpness.methods import FAILURES, METHODS, REFERENCE, build
+from benchmarks.sharpness.summary import steps_of_as_many_gradients
 
-STEPS = 500
+STEPS = 250
 BATCH = 50
 TRAINING, VALIDATION = 600, 400
 WRONG = 0.4
 WIDTH = 128
 MOMENTUM = 0.9
-LRS = (0.01, 0.02, 0.05, 0.1)
+LRS = (0.02, 0.05, 0.1, 0.2, 0.5)
 WEIGHT_DECAYS = (0.0, 1e-3, 5e-3)
-PLAIN_LRS = (0.05, 0.1, 0.2, 0.5)
+PLAIN_LRS = (0.02, 0.05, 0.1, 0.2)
 """For bases without momentum."""
 FACTORS = (0.5, 1.0, 2.0, 4.0)
 """The radii that are tried, as multiples of the default."""
@@ -278,10 +279,10 @@ def compare(
             if name in chosen and chosen[name]["rho"] != radii[name]:
                 jobs.append(("chosen", replace(job, rho=chosen[name]["rho"])))
     rows = _run(jobs, workers, "test")
-    lengths = {
-        round(steps * mean(row["gradients"] for row in rows if row["method"] == name))
-        for name in names
-    }
+    costs: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        costs.setdefault((row["method"], row["variant"]), []).append(row["gradients"])
+    lengths = {steps_of_as_many_gradients(steps, mean(own)) for own in costs.values()}
     reference = [job for _, job in jobs if job.method == REFERENCE]
     longer = [
         ("longer", replace(job, steps=length))

@@ -25,7 +25,9 @@ from benchmarks.sharpness.methods import FAILURES, METHODS, build
 SHARP, FLAT = (-2.0, 0.0), (2.0, 0.0)
 CURVATURES = (20.0, 0.5)
 STARTS = ((-2.4, 0.2), (-1.8, -0.3), (-2.1, 0.5), (-2.9, 0.9))
-LR, MOMENTUM, STEPS = 0.01, 0.9, 250
+LR, MOMENTUM, STEPS = 0.01, 0.9, 200
+NEAR = 2.0
+"""A path has arrived if it ends so near to f. Some stay between the wells, as SAM without noise."""
 
 
 def bowls(theta: Tensor) -> Tensor:
@@ -78,7 +80,7 @@ def run_landscape(
     """Descends from every start by every method.
 
     Returns:
-        A row for each method, with the number of ends in the flat bowl, and its paths.
+        A row for each method, with the number of ends near the flat minimum, and its paths.
     """
     jobs = [_Job(name, start, steps) for name in names for start in range(len(STARTS))]
     found = run_jobs(_run, jobs, workers, "landscape")
@@ -88,13 +90,13 @@ def run_landscape(
         own = [result for job, result in zip(jobs, found, strict=True) if job.method == name]
         paths[name] = [path for path, _ in own]
         ends = torch.stack([path[-1] for path in paths[name]])
-        sharp, flat = bowls(ends)
+        away = (ends - torch.tensor(FLAT)).norm(dim=-1)
         rows.append(
             {
                 "method": name,
-                "flat": int((flat < sharp).sum()),
+                "flat": int((away <= NEAR).sum()),
                 "starts": len(own),
-                "distance": (ends - torch.tensor(FLAT)).norm(dim=-1).mean().item(),
+                "distance": away.mean().item(),
                 "finals": ends.tolist(),
                 "error": next((error for _, error in own if error), None),
             }

@@ -60,7 +60,7 @@ def plot_landscape(rows: Sequence[Row], paths: Mapping[str, Sequence[Tensor]], p
         ],
         loc="outside upper center", ncols=3, frameon=False, fontsize=8,
     )  # fmt: skip
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=120)
 
 
 def plot_digits(default: Sequence[Row], chosen: Sequence[Row], path: Path) -> None:
@@ -117,4 +117,4 @@ def plot_digits(default: Sequence[Row], chosen: Sequence[Row], path: Path) -> No
         "chosen rho",
         fontsize=8,
     )
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=120)

@@ -12,6 +12,11 @@ MEASURES = ("fit", "loss", "sharpness", "eigenvalue", "trace", "gradients", "mil
 """What is averaged over seeds."""
 
 
+def steps_of_as_many_gradients(steps: int, gradients: float) -> int:
+    """The steps of plain training with as many gradients, which are rounded to a tenth a step."""
+    return round(steps * round(gradients, 1))
+
+
 def summarise(rows: Sequence[Row], steps: int) -> list[dict[str, Any]]:
     """For each method and variant the accuracy, and the differences to plain training, in pairs.
 
@@ -43,7 +48,7 @@ def summarise(rows: Sequence[Row], steps: int) -> list[dict[str, Any]]:
             line["difference"] = paired_interval(
                 values, [row["accuracy"] for row in plain[steps]]
             )._asdict()
-        same_cost = plain.get(round(steps * line["gradients"]))
+        same_cost = plain.get(steps_of_as_many_gradients(steps, line["gradients"]))
         if name != REFERENCE and same_cost:
             line["at equal gradients"] = paired_interval(
                 values, [row["accuracy"] for row in same_cost]

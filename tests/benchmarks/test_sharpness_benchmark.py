@@ -15,7 +15,7 @@ import gradkit as gk
 from benchmarks.__main__ import COMMANDS, main
 from benchmarks.sharpness import digits, landscape, methods
 from benchmarks.sharpness.report import report
-from benchmarks.sharpness.summary import summarise
+from benchmarks.sharpness.summary import steps_of_as_many_gradients, summarise
 from benchmarks.speed import sharpness as speed
 from benchmarks.speed.comparison import FLOOR
 from benchmarks.speed.goals import GOALS
@@ -41,15 +41,15 @@ def test_the_landscape_has_a_sharp_and_a_flat_minimum() -> None:
 
 
 def test_descents_on_the_landscape(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plain descent stays in the sharp well, SAM leaves it, and the noise is the same for both."""
+    """Plain descent stays in the sharp well, MSAM leaves it, and the noise is the same for both."""
     monkeypatch.setattr(landscape, "STARTS", landscape.STARTS[:2])
-    rows, paths = landscape.run_landscape([methods.REFERENCE, "SAM"], 60, workers=1)
+    rows, paths = landscape.run_landscape([methods.REFERENCE, "MSAM"], 60, workers=1)
     assert [(row["flat"], row["starts"], row["error"]) for row in rows] == [
         (0, 2, None),
         (2, 2, None),
     ]
-    assert {len(path) for path in paths["SAM"]} == {61}
-    again, _ = landscape.run_landscape(["SAM"], 60, workers=1)
+    assert {len(path) for path in paths["MSAM"]} == {61}
+    again, _ = landscape.run_landscape(["MSAM"], 60, workers=1)
     assert again == rows[1:]
 
 
@@ -136,6 +136,8 @@ def test_what_is_chosen_and_compared(monkeypatch: pytest.MonkeyPatch) -> None:
         summary["MSAM", "chosen"]["at equal gradients"] == summary["MSAM", "chosen"]["difference"]
     )
     assert "difference" not in summary["SGD", "default"]
+    # The auxiliary gradient of SAMPa's first step costs no comparison of its own.
+    assert [steps_of_as_many_gradients(250, each) for each in (2.004, 1.1, 1.48)] == [500, 275, 375]
 
 
 def test_an_interval_that_contains_zero_is_no_difference() -> None:
