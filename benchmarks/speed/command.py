@@ -16,14 +16,20 @@ from benchmarks.speed.comparison import Comparison
 from benchmarks.speed.goals import GOALS, judge, rule_goals, weight_goals
 from benchmarks.speed.grata import grata
 from benchmarks.speed.gsema import gs_ema
-from benchmarks.speed.memory import ENVIRONMENT, measure_memory, measure_memory_of_many
+from benchmarks.speed.memory import (
+    ENVIRONMENT,
+    measure_memory,
+    measure_memory_of_many,
+    measure_memory_of_sharpness,
+)
 from benchmarks.speed.methods import gated_ema, pcgrad, sam, weighting
 from benchmarks.speed.overhead import measure_overhead
 from benchmarks.speed.peers import PYTORCH_OPTIMIZER, TORCHJD
 from benchmarks.speed.plot import plot
-from benchmarks.speed.problem import Problem, classifier, parse_case, resunet, transformer
+from benchmarks.speed.problem import RESUNET, Problem, classifier, parse_case, resunet, transformer
 from benchmarks.speed.report import report
 from benchmarks.speed.rules import exported_rules, kind_of, measure_rules
+from benchmarks.speed.sharpness import measure_sharpness
 from benchmarks.speed.slope import plot_slopes
 from benchmarks.speed.stream import WEIGHTINGS, exported, measure_many
 from benchmarks.speed.timing import RATIO, Clock, Rounds, bandwidth, summarise, time_in_turn
@@ -38,7 +44,7 @@ from examples.common.usage import (
 from gradkit.surgery import PCGrad, Rule
 
 METHODS = ("pcgrad", "sam", "grata", "gs_ema", "gated_ema")
-PARTS = (*METHODS, "rules", "weights", "stream", "overhead", "memory")
+PARTS = (*METHODS, "sharpness", "rules", "weights", "stream", "overhead", "memory")
 NETWORKS = ("resunet", "transformer")
 
 
@@ -50,8 +56,8 @@ class Speed:
     """
 
     parts: str = ",".join(PARTS)
-    """What to measure, separated by commas: methods; every rule's step; weights by themselves; many
-    objectives and loss weighting; the engine's overhead; peak memory."""
+    """What to measure, separated by commas: methods; every sharpness-aware step; every rule's step;
+    weights by themselves; many objectives and loss weighting; the engine's overhead; memory."""
     networks: str = ",".join(NETWORKS)
     """On which networks; GraTa's step is measured on images only."""
     objectives: str = "2,4,8,16"
@@ -142,6 +148,12 @@ class Speed:
                 on_cuda["launches"] += [{**where, **r} for r in cuda.launches_beyond(comparison)]
         if device.type == "cuda":
             on_cuda["waits"] = cuda.host_waits(problems[0])
+        if "sharpness" in parts:
+            for problem in problems:
+                if problem.network.startswith(RESUNET):
+                    # Where a case is for goals only, methods without one are left out.
+                    most = 4 if problem.case in _cases(self.resunet_cases) else 2
+                    rows += measure_sharpness(problem, clock, rounds, self.seed, most_passes=most)
         if "rules" in parts:
             for problem, chosen, count in self._rule_steps(rules, rule_objectives, device):
                 rows += measure_rules(problem, chosen, count, clock, self.rule_rounds, self.seed)
@@ -164,6 +176,8 @@ class Speed:
                 self.threads,
                 with_gs_ema="gs_ema" in parts,
             )
+            if "sharpness" in parts:
+                rows += measure_memory_of_sharpness(self.memory_width, device, self.threads)
         goals = [*GOALS, *weight_goals(rules)]
         goals += [goal for count in rule_objectives for goal in rule_goals(rules, count)]
         record = {

@@ -10,6 +10,8 @@ from benchmarks.speed.methods import ENGINES, gradkit_name
 from benchmarks.speed.overhead import NETWORK, OVERHEAD
 from benchmarks.speed.problem import RESUNET
 from benchmarks.speed.rules import TO_FLOOR, TO_PCGRAD, kind_of
+from benchmarks.speed.sharpness import METHODS as SHARP
+from benchmarks.speed.sharpness import TO_PASSES, limits
 from benchmarks.speed.stream import WEIGHTINGS
 from benchmarks.speed.timing import RATIO
 from benchmarks.speed.weights import OURS, SOLVERS, WEIGHTS
@@ -68,6 +70,8 @@ GOALS = (
     Goal(OVERHEAD, NETWORK, None, "engine and PCGrad, K = 4", 0.5),
     *(Goal(MEMORY, None, None, f"PCGrad, K = {count}", count + 1.0) for count in (2, 4, 8, 16)),
     *(Goal(RATIO, RESUNET, None, f"{name}, K = 4", 1.1) for name in WEIGHTINGS),
+    *(Goal(TO_PASSES, RESUNET, case, name, limit) for name, case, limit in limits()),
+    *(Goal(MEMORY, None, None, name, method.memory) for name, method in SHARP.items()),
 )
 
 

@@ -13,7 +13,10 @@ import torch
 
 from benchmarks.speed.gsema import METHOD
 from benchmarks.speed.peak import CONTROL, comparison_of
+from benchmarks.speed.peers import PYTORCH_OPTIMIZER
 from benchmarks.speed.problem import CLASSIFIER, RESUNET, Problem, wide_mlp
+from benchmarks.speed.sharpness import METHODS as SHARP
+from benchmarks.speed.sharpness import VARIANT
 from benchmarks.speed.stream import MEMORY as MEMORY_OF_MANY
 from benchmarks.speed.stream import PLAIN, many_objectives
 
@@ -65,6 +68,32 @@ def measure_memory(
             "case": "2 rows",
             "method": request["method"],
             "variant": request["variant"],
+            **result,
+        }
+        for request, result in zip(requests, results, strict=True)
+    ]
+
+
+def measure_memory_of_sharpness(
+    width: int, device: torch.device, threads: int
+) -> list[dict[str, object]]:
+    """One row for each sharpness-aware method, and one for each peer."""
+    problem = wide_mlp(2, torch.device("cpu"))
+    requests: list[dict[str, Any]] = []
+    for name in SHARP:
+        comparison = comparison_of({"sharpness": name}, problem)
+        requests += [
+            {"sharpness": name, "variant": variant, "width": width, "device": str(device)}
+            for variant in (*comparison.ours, *comparison.peers)
+        ]
+    results = _measure_all(requests, device, threads)
+    return [
+        {
+            "measure": MEMORY,
+            "network": f"4 layers of {width}²",
+            "case": "2 rows",
+            "method": request["sharpness"],
+            "variant": VARIANT if request["variant"] in SHARP else PYTORCH_OPTIMIZER,
             **result,
         }
         for request, result in zip(requests, results, strict=True)

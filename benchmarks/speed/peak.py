@@ -27,6 +27,8 @@ from benchmarks.speed.problem import (
     resunet,
     wide_mlp,
 )
+from benchmarks.speed.sharpness import METHODS as SHARP
+from benchmarks.speed.sharpness import compare
 from benchmarks.speed.stream import many_objectives
 
 STEPS = 3
@@ -34,9 +36,11 @@ CONTROL = "control: plain training that also makes 3 P numbers"
 
 
 def comparison_of(request: Mapping[str, Any], problem: Problem) -> Comparison:
-    """The comparison that a request names: GS-EMA, K objectives, or SAM where there is no K."""
+    """The comparison that a request names, of a method, of K objectives, or of SAM."""
     if request.get("method") == METHOD:
         return gs_ema(problem)
+    if request.get("sharpness"):
+        return compare(problem, [request["sharpness"]])
     count = request["objectives"]
     if request.get("network"):
         return many_objectives(problem, count)
@@ -53,9 +57,9 @@ def problem_of(request: Mapping[str, Any], device: torch.device, *, tiny: bool =
     return wide_mlp(width, device)
 
 
-def plain(problem: Problem, extra: int = 0) -> Step:
+def plain(problem: Problem, extra: int = 0, momentum: float = 0.0) -> Step:
     """Plain training; with `extra` times P further numbers while the gradients are there."""
-    model, base = problem.pair()
+    model, base = problem.pair(momentum)
     numbers = extra * sum(parameter.numel() for parameter in model.parameters())
 
     def step() -> None:
@@ -103,7 +107,8 @@ def main(text: str) -> None:
     device = torch.device(request["device"])
     problem = problem_of(request, device)
     run(variant_of(request, problem_of(request, device, tiny=True)))
-    run(plain(problem))
+    method = SHARP.get(request.get("sharpness"))
+    run(plain(problem, momentum=0.0 if method is None else method.momentum))
     gc.collect()
     before = peak(device)
     run(variant_of(request, problem))

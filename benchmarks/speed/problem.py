@@ -38,10 +38,10 @@ class Problem:
         torch.manual_seed(0)
         return self.build().to(self.x.device)
 
-    def pair(self) -> tuple[nn.Module, torch.optim.Optimizer]:
+    def pair(self, momentum: float = 0.0) -> tuple[nn.Module, torch.optim.Optimizer]:
         """A network and its base optimizer."""
         model = self.model()
-        return model, torch.optim.SGD(model.parameters(), lr=1e-6)
+        return model, torch.optim.SGD(model.parameters(), lr=1e-6, momentum=momentum)
 
     def parameters(self) -> int:
         """P, the number of the network's parameters."""

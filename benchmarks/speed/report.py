@@ -3,13 +3,14 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.speed import rules, slope, stream, weights
+from benchmarks.speed import rules, sharpness, slope, stream, weights
 from benchmarks.speed.comparison import FLOOR
 from benchmarks.speed.goals import verdict
 from benchmarks.speed.memory import MEMORY, RESOLUTION
 from benchmarks.speed.methods import ENGINES, gradkit_name
 from benchmarks.speed.overhead import OVERHEAD
 from benchmarks.speed.rules import rules_table
+from benchmarks.speed.sharpness import sharpness_table
 from benchmarks.speed.slope import slope_table
 from benchmarks.speed.stream import stream_table
 from benchmarks.speed.tables import Row, interval, section, table
@@ -33,6 +34,7 @@ def report(record: Mapping[str, Any]) -> str:
     sections += section("Floors", _ABOUT_FLOORS, _floors(record["floors"], rows))
     slopes = slope_table(rows, record["floors"])
     sections += section("PCGrad against the number of objectives", slope.ABOUT, slopes)
+    sections += section("Sharpness-aware steps", sharpness.ABOUT, sharpness_table(rows))
     sections += section("Every rule's step", rules.ABOUT, rules_table(rows))
     sections += section("Rules by themselves", weights.ABOUT, weights_tables(rows))
     sections += section("Many objectives", stream.ABOUT, stream_table(rows))

@@ -11,6 +11,7 @@ from gradkit.sharpness.friendly_sam import FriendlySAM
 from gradkit.sharpness.gam import GAM
 from gradkit.sharpness.gsam import GSAM
 from gradkit.sharpness.looksam import LookSAM
+from gradkit.sharpness.measure import SharpnessReport, report
 from gradkit.sharpness.mesa import mesa
 from gradkit.sharpness.msam import MSAM
 from gradkit.sharpness.rho import RhoByLR
@@ -39,7 +40,9 @@ __all__ = [
     "LookSAM",
     "RhoByLR",
     "SAMPa",
+    "SharpnessReport",
     "SlowWeights",
     "VaSSO",
     "mesa",
+    "report",
 ]

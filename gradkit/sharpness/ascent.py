@@ -227,7 +227,7 @@ class Ascent(Transform):
                 f"{self!r} displaces the parameters of normalisation layers, which it finds in the "
                 "model; pass model= to gk.wrap()"
             )
-        found = [_is_norm(owner) for owner in context.owners]
+        found = [is_norm(owner) for owner in context.owners]
         if not any(found):
             raise ValueError(
                 f"{self!r} displaces the parameters of normalisation layers, and the optimizer has "
@@ -236,7 +236,8 @@ class Ascent(Transform):
         return found
 
 
-def _is_norm(module: nn.Module | None) -> bool:
+def is_norm(module: nn.Module | None) -> bool:
+    """Whether a module is a normalisation layer, by its class or by its class's name."""
     known = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
     return isinstance(module, known) or "Norm" in type(module).__name__
 

@@ -1,0 +1,303 @@
+"""Handwritten digits whose training labels are partly wrong.
+
+scikit-learn's small digits, 8×8 pixels: 600 to train, 400 for validation, 797 to test. Of the
+training labels 40% are replaced by another digit, drawn anew for each seed; those of validation and
+test digits are right. A perceptron with two hidden layers can learn the wrong labels by heart, as
+it does where the learning rate is large enough, and is then wrong on test digits.
+
+What is chosen on validation digits, by seeds that the test does not use: for plain training the
+learning rate and weight decay, which all methods then have; for each method with a radius that
+radius, among multiples of its default. A method whose base has neither momentum nor weight decay
+gets a learning rate of its own in the same way.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from statistics import mean
+from time import process_time
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor, nn
+
+import gradkit as gk
+from benchmarks.alignment.jobs import run_jobs
+from benchmarks.alignment.strategies import one_line
+from benchmarks.sharpness.methods import FAILURES, METHODS, REFERENCE, build
+from benchmarks.sharpness.summary import steps_of_as_many_gradients
+
+STEPS = 250
+BATCH = 50
+TRAINING, VALIDATION = 600, 400
+WRONG = 0.4
+WIDTH = 128
+MOMENTUM = 0.9
+LRS = (0.02, 0.05, 0.1, 0.2, 0.5)
+WEIGHT_DECAYS = (0.0, 1e-3, 5e-3)
+PLAIN_LRS = (0.02, 0.05, 0.1, 0.2)
+"""For bases without momentum."""
+FACTORS = (0.5, 1.0, 2.0, 4.0)
+"""The radii that are tried, as multiples of the default."""
+TUNING_SEED = 1000
+"""The first seed of the choices."""
+RADIUS = 0.1
+"""The radius at which the sharpness of every trained network is measured."""
+Part = Literal["train", "validation", "test"]
+
+
+class Examples(NamedTuple):
+    """Images [n, 64] in [0, 1] and classes [n]."""
+
+    images: Tensor
+    classes: Tensor
+
+
+@cache
+def examples(part: Part) -> Examples:
+    """The digits of a part with their right classes; each class has the same share of all parts."""
+    data = load_digits()
+    images = torch.from_numpy(data.images).float().flatten(1) / 16
+    classes = torch.from_numpy(data.target).long()
+    split = partial(train_test_split, random_state=0)
+    training, rest = split(
+        torch.arange(len(classes)).numpy(), train_size=TRAINING, stratify=data.target
+    )
+    validation, test = split(rest, train_size=VALIDATION, stratify=data.target[rest])
+    places = torch.from_numpy({"train": training, "validation": validation, "test": test}[part])
+    return Examples(images[places], classes[places])
+
+
+def with_wrong_labels(classes: Tensor, generator: torch.Generator) -> Tensor:
+    """The classes [n], of which `WRONG` of all, drawn at random, are replaced by another."""
+    places = torch.randperm(len(classes), generator=generator)[: round(WRONG * len(classes))]
+    shifts = torch.randint(1, 10, (len(places),), generator=generator)
+    changed = classes.clone()
+    changed[places] = (classes[places] + shifts) % 10
+    return changed
+
+
+def network() -> nn.Sequential:
+    """A perceptron with two hidden layers."""
+    return nn.Sequential(
+        nn.Linear(64, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, 10)
+    )
+
+
+def batches(number: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Places of examples without end, in a new order in each epoch."""
+    while True:
+        yield from torch.randperm(number, generator=generator).split(BATCH)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training.
+
+    Attributes:
+        method: `REFERENCE` or one of `METHODS`.
+        seed: For labels, first weights, batches and the method's random numbers.
+        lr: Of the first step; it falls to 0 along a half cosine.
+        weight_decay: Of the base optimizer, if it takes one.
+        steps: How many.
+        rho: The radius; None is the method's default.
+        part: Where to score.
+        measured: Whether to measure the sharpness at the end.
+    """
+
+    method: str
+    seed: int
+    lr: float
+    weight_decay: float
+    steps: int
+    rho: float | None = None
+    part: Part = "test"
+    measured: bool = True
+
+
+def train(job: Job) -> dict[str, Any]:
+    """Runs one training.
+
+    Returns:
+        The job, the accuracies in % on its part and on the (partly wrong) training labels, the
+        gradients of a step and its milliseconds of processor time on average, the sharpness report
+        over all training examples, and why it ended early if it did.
+    """
+    generator = torch.Generator().manual_seed(job.seed)
+    images, right = examples("train")
+    labels = with_wrong_labels(right, generator)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(job.seed)
+        model = network()
+    gradients, seconds, taken, error = 0, 0.0, 0, None
+
+    def objective(places: Tensor) -> Tensor:
+        nonlocal gradients
+        gradients += 1
+        return F.cross_entropy(model(images[places]), labels[places])
+
+    plain = job.method in METHODS and METHODS[job.method].plain
+    momentum, weight_decay = (0.0, 0.0) if plain else (MOMENTUM, job.weight_decay)
+    base = torch.optim.SGD(
+        model.parameters(), lr=job.lr, momentum=momentum, weight_decay=weight_decay
+    )
+    arguments = {} if job.rho is None else {"rho": job.rho}
+    chain = build(job.method, steps=job.steps, examples=len(labels), seed=job.seed, **arguments)
+    optimizer = gk.wrap(base, *chain, model=model)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, job.steps)
+    measures: dict[str, float] = {}
+    try:
+        for _, places in zip(range(job.steps), batches(len(labels), generator), strict=False):
+            began = process_time()
+            optimizer.step(partial(objective, places))
+            seconds += process_time() - began
+            taken += 1
+            schedule.step()
+        if job.measured:
+            measures = sharpness_of(model, images, labels)
+    except FAILURES as failure:
+        error = one_line(failure)
+    scored = examples(job.part)
+    return {
+        "method": job.method,
+        "seed": job.seed,
+        "rho": job.rho,
+        "lr": job.lr,
+        "steps": job.steps,
+        "accuracy": accuracy(model, scored.images, scored.classes),
+        "fit": accuracy(model, images, labels),
+        "gradients": gradients / max(taken, 1),
+        "milliseconds": 1000 * seconds / max(taken, 1),
+        **measures,
+        "error": error,
+    }
+
+
+def sharpness_of(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, float]:
+    """The loss on the training labels, how sharp it is, and the largest curvature and the trace."""
+    found = gk.sharpness.report(
+        lambda: F.cross_entropy(model(images), labels), model, rho=RADIUS, trace_samples=8
+    )
+    assert found.trace is not None
+    return {
+        "loss": found.loss,
+        "sharpness": found.sharpness,
+        "eigenvalue": found.eigenvalues[0],
+        "trace": found.trace,
+    }
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, images: Tensor, classes: Tensor) -> float:
+    """The percentage of right answers."""
+    return 100 * (model(images).argmax(-1) == classes).double().mean().item()
+
+
+Choice = Mapping[str, float | None]
+"""Arguments of a `Job`."""
+
+
+def choose(
+    candidates: Mapping[str, Sequence[Choice]],
+    common: Mapping[str, Choice],
+    seeds: int,
+    steps: int,
+    workers: int,
+) -> tuple[dict[str, Choice], list[dict[str, Any]]]:
+    """For each method the candidate with the best mean accuracy on validation digits.
+
+    Args:
+        candidates: What is tried for each method.
+        common: Each method's other arguments.
+        seeds: How many trainings of each candidate.
+        steps: Of each training.
+        workers: Processes at a time.
+
+    Returns:
+        The best candidates, and a row for each candidate.
+    """
+    tried = [(name, candidate) for name, own in candidates.items() for candidate in own]
+    jobs = [
+        Job(
+            name,
+            TUNING_SEED + seed,
+            steps=steps,
+            part="validation",
+            measured=False,
+            **{**common[name], **candidate},  # type: ignore[arg-type] # of the same names
+        )
+        for name, candidate in tried
+        for seed in range(seeds)
+    ]
+    found = run_jobs(train, jobs, workers, "validation")
+    rows: list[dict[str, Any]] = []
+    for number, (name, candidate) in enumerate(tried):
+        own = found[number * seeds : (number + 1) * seeds]
+        scores = [0.0 if row["error"] else row["accuracy"] for row in own]
+        rows.append({"method": name, **candidate, "validation": mean(scores)})
+    best: dict[str, Choice] = {}
+    for name, own_candidates in candidates.items():
+        scores = [row["validation"] for row in rows if row["method"] == name]
+        best[name] = own_candidates[scores.index(max(scores))]
+    return best, rows
+
+
+def compare(
+    names: Sequence[str], seeds: int, tuning_seeds: int, steps: int, workers: int
+) -> dict[str, Any]:
+    """Chooses learning rate and radii on validation digits, then trains and tests every method.
+
+    Returns:
+        The rows of the trainings, each with its variant: "default", "chosen" (the radius, where it
+        is not the default one) or, for plain training, "longer" with as many gradients as a method;
+        and what the choices were made from.
+    """
+    select = partial(choose, seeds=tuning_seeds, steps=steps, workers=workers)
+    plain = [name for name in names if name in METHODS and METHODS[name].plain]
+    grid: list[Choice] = [
+        {"lr": lr, "weight_decay": decay} for lr in LRS for decay in WEIGHT_DECAYS
+    ]
+    own_grid: list[Choice] = [{"lr": lr, "weight_decay": 0.0} for lr in PLAIN_LRS]
+    candidates = {REFERENCE: grid, **dict.fromkeys(plain, own_grid)}
+    settings, tried = select(candidates, {name: {} for name in candidates})
+    common = {name: settings.get(name, settings[REFERENCE]) for name in [REFERENCE, *names]}
+    radii = {name: METHODS[name].radius for name in names if name != REFERENCE}
+    tuned = {
+        name: [{"rho": factor * radius} for factor in FACTORS]
+        for name, radius in radii.items()
+        if radius is not None
+    }
+    chosen, tried_radii = select(tuned, common)
+    jobs: list[tuple[str, Job]] = []
+    for name in [REFERENCE, *(name for name in names if name != REFERENCE)]:
+        for seed in range(seeds):
+            job = Job(name, seed, steps=steps, **common[name])  # type: ignore[arg-type] # as above
+            jobs.append(("default", job))
+            if name in chosen and chosen[name]["rho"] != radii[name]:
+                jobs.append(("chosen", replace(job, rho=chosen[name]["rho"])))
+    rows = _run(jobs, workers, "test")
+    costs: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        costs.setdefault((row["method"], row["variant"]), []).append(row["gradients"])
+    lengths = {steps_of_as_many_gradients(steps, mean(own)) for own in costs.values()}
+    reference = [job for _, job in jobs if job.method == REFERENCE]
+    longer = [
+        ("longer", replace(job, steps=length))
+        for length in sorted(lengths)
+        if length > steps
+        for job in reference
+    ]
+    rows += _run(longer, workers, "longer")
+    return {
+        "rows": rows,
+        "setting": dict(common[REFERENCE]),
+        "tried": [*tried, *tried_radii],
+    }
+
+
+def _run(jobs: Sequence[tuple[str, Job]], workers: int, title: str) -> list[dict[str, Any]]:
+    found = run_jobs(train, [job for _, job in jobs], workers, title)
+    return [{"variant": kind, **row} for (kind, _), row in zip(jobs, found, strict=True)]
