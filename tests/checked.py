@@ -68,7 +68,7 @@ def _in_first_calls(function: types.FunctionType, typechecker: Callable[..., Any
     def call(*arguments: Any, **named: Any) -> Any:
         __tracebackhide__ = True
         nonlocal checkers
-        if torch.compiler.is_compiling() or jaxtyping.config.jaxtyping_disable:
+        if jaxtyping.config.jaxtyping_disable or torch.compiler.is_dynamo_compiling():
             return function(*arguments, **named)
         calls = _CALLS.get(code, 0)
         if calls >= CALLS:
