@@ -9,6 +9,8 @@ a network trained at one degrades at the others. It is a drawing, not a simulati
 import zlib
 
 import torch
+from jaxtyping import UInt8
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from examples.common.datasets import Sample
@@ -50,7 +52,7 @@ class SyntheticProstate(Dataset[Sample]):
             )
         self.site, self.split, self.length = site, split, length
         self.size, self.seed = size, seed
-        self._drawn: dict[int, Sample] = {}
+        self._drawn: dict[int, tuple[str, UInt8[Tensor, "1 S S"], UInt8[Tensor, "1 S S"]]] = {}
 
     def __len__(self) -> int:
         return self.length
@@ -59,9 +61,10 @@ class SyntheticProstate(Dataset[Sample]):
         index = range(self.length)[index]  # counts from the end where negative
         if index not in self._drawn:
             self._drawn[index] = self._draw(index)
-        return self._drawn[index]
+        name, pixels, mask = self._drawn[index]
+        return Sample(name, pixels.float() / 255, mask.float())
 
-    def _draw(self, index: int) -> Sample:
+    def _draw(self, index: int) -> tuple[str, Tensor, Tensor]:
         case, number = divmod(index, SLICES)
         case = 2 * case + (self.split == "test")  # odd cases are for testing
         site = SITES[self.site]
@@ -71,7 +74,8 @@ class SyntheticProstate(Dataset[Sample]):
         signal, mask = draw_slice(patient, site, height, generator, self.size)
         image = acquire(signal, patient, site, generator)
         name = f"{self.site}/{self.split}/image/{case:02d}_{number:02d}.png"
-        return Sample(name, image[None], mask[None])
+        # 256 levels of grey, as a picture on disk has.
+        return name, (image[None] * 255).round().byte(), mask[None].byte()
 
     def _generator(self, what: str) -> torch.Generator:
         seed = zlib.crc32(f"prostate/{self.site}/{self.seed}/{what}".encode())
