@@ -1,6 +1,6 @@
 """gradkit: gradients bent before they are applied, round any torch optimizer."""
 
-from gradkit import testing, tta, weighting
+from gradkit import divergence, testing, tta, weighting
 from gradkit.alignment import CosineLR, LookAhead
 from gradkit.core.context import Context
 from gradkit.core.displacement import Displacement
@@ -8,9 +8,10 @@ from gradkit.core.gradients import Gradients
 from gradkit.core.oracle import Oracle
 from gradkit.core.ranks import RankError
 from gradkit.core.transform import Reweighing, Transform
+from gradkit.divergence import f_divergence
 from gradkit.engines.objectives import NoGradientError
 from gradkit.optimizer import GradientOptimizer, NonFiniteError, StepRecord, wrap
-from gradkit.recipes import GraTa
+from gradkit.recipes import DiM, GraTa
 from gradkit.sharpness import (
     AESAM,
     ASAM,
@@ -108,6 +109,7 @@ __all__ = [
     "Context",
     "CosineGate",
     "CosineLR",
+    "DiM",
     "Displacement",
     "DualProj",
     "ExcessMTL",
@@ -145,6 +147,8 @@ __all__ = [
     "TrimmedMean",
     "UPGrad",
     "VaSSO",
+    "divergence",
+    "f_divergence",
     "testing",
     "tta",
     "weighting",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -9,6 +10,9 @@ from torch.optim import Optimizer
 
 from gradkit.alignment.cosine_lr import Activation, CosineLR
 from gradkit.alignment.look_ahead import LookAhead
+from gradkit.core.transform import Transform
+from gradkit.divergence.ascent import ApplyAt, DivergenceAscent, PerturbOn, check_choices
+from gradkit.divergence.weight import DivergenceWeight
 from gradkit.optimizer.gradient_optimizer import GradientOptimizer
 from gradkit.optimizer.wrapping import wrap
 
@@ -66,3 +70,91 @@ def GraTa(  # noqa: N802 # the method's name
         model=model,
         **options,
     )
+
+
+_RHO = 0.05
+
+
+def DiM(  # noqa: N802 # the method's name
+    base: Optimizer,
+    model: nn.Module | None = None,
+    rho: float = _RHO,
+    perturb_on: PerturbOn | None = "total",
+    apply_at: ApplyAt = "perturbed",
+    divergence_weight: float = 0.1,
+    ramp: int | None = None,
+    sharpness: Transform | None = None,
+    transforms: Sequence[Transform] = (),
+    **options: Any,
+) -> GradientOptimizer:
+    """Sharpness-aware steps that lower an f-divergence between two domains (after DiM, 2024).
+
+    A reconstruction of [DiM: f-Divergence Minimization Guided Sharpness-Aware Optimization for
+    Semi-supervised Medical Image Segmentation](https://arxiv.org/abs/2411.12350) from its abstract,
+    which has no equations; the authors' code has not been seen. The abstract says that the method
+    is sharpness-aware and lowers an f-divergence between source and target; all below is ours. On
+    objectives "task", whatever one trains for, and "divergence", D without a weight:
+
+        L(θ) = L_task(θ) + λ(t)·D(P_S ‖ P_T)
+        ε    = ρ·∇L(θ) / (‖∇L(θ)‖ + 1e-12)                  perturb_on, of the task or D alone, too
+        θ    ← base step on ∇L(θ + ε)                        apply_at, with ∇D at θ, too
+
+    `gk.divergence` has D for segmentations, features and critics. Further objectives count as the
+    task. Compute pseudo-labels before `step`, and pass one closure that returns both losses: then
+    buffers, such as BatchNorm's statistics, are those at θ; see `gk.divergence.DivergenceAscent`.
+
+    Cost: two gradients of each objective, or fewer; see `gk.divergence.DivergenceAscent`. Memory:
+    one flat vector. State: the number of steps.
+
+    Args:
+        base: The optimizer to wrap. A critic's parameters have another one, of their own.
+        model: See `wrap`.
+        rho: The ascent radius ρ ≥ 0.
+        perturb_on: What the ascent follows: "total", "task" or "divergence"; None for no ascent.
+        apply_at: Where ∇D is taken for the step: "perturbed" or "clean".
+        divergence_weight: λ ≥ 0; with 0 the divergence is recorded only.
+        ramp: The number of steps over which λ(t) rises to λ; see `gk.divergence.DivergenceWeight`.
+            None for a constant.
+        sharpness: Another sharpness-aware method in the place of the ascent, which then applies to
+            the whole of L: `gk.MSAM()` costs one gradient, `gk.LookSAM(k=5)` 1.2.
+        transforms: Further transforms, around these: `gk.EMA(student)` for a teacher.
+        **options: Further arguments of `wrap`.
+
+    Returns:
+        The optimizer; see `GradientOptimizer`.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If an argument has no valid value (see `wrap`), if `sharpness` comes with other
+            choices of the ascent, or if the ascent would follow a divergence of weight 0.
+
+    Examples:
+        >>> import torch, gradkit as gk
+        >>> w = torch.nn.Parameter(torch.tensor([3.0, 8.0]))
+        >>> base = torch.optim.SGD([w], lr=1.0)
+        >>> optimizer = gk.DiM(base, rho=0.5, divergence_weight=0.5)
+        >>> _ = optimizer.step(
+        ...     {"task": lambda: w[0] ** 2 / 2, "divergence": lambda: w[1] ** 2 / 2}
+        ... )
+        >>> w.grad  # ∇L = (3, 8/2), so that ε = (0.3, 0.4): (3.3, 8.4/2)
+        tensor([3.3000, 4.2000])
+    """
+    weight = DivergenceWeight(divergence_weight, ramp)
+    check_choices("total" if perturb_on is None else perturb_on, apply_at)
+    ascents: tuple[Transform, ...] = ()
+    if sharpness is not None:
+        if (rho, perturb_on, apply_at) != (_RHO, "total", "perturbed"):
+            raise ValueError(
+                f"sharpness is {sharpness!r}, which makes its own ascent; leave out rho, "
+                "perturb_on and apply_at, or pass "
+                "sharpness=gk.divergence.DivergenceAscent(rho, perturb_on=..., apply_at=...)"
+            )
+        ascents = (sharpness,)
+    elif perturb_on is not None:
+        if perturb_on == "divergence" and divergence_weight == 0:
+            raise ValueError(
+                "perturb_on is 'divergence' and divergence_weight 0, so that there is nothing to "
+                "ascend along; pass a positive divergence_weight"
+            )
+        ascents = (DivergenceAscent(rho, perturb_on=perturb_on, apply_at=apply_at),)
+    return wrap(base, weight, *ascents, *transforms, model=model, **options)

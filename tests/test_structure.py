@@ -21,9 +21,10 @@ ROOMS: dict[str, set[str]] = {
     "surgery": {"core"},
     "weighting": {"core", "surgery"},
     "sharpness": {"core"},
+    "divergence": {"core", "sharpness"},
     "teachers": {"core"},
     "optimizer": {"core", "engines"},
-    "recipes": {"core", "alignment", "sharpness", "teachers", "optimizer"},
+    "recipes": {"core", "alignment", "sharpness", "divergence", "teachers", "optimizer"},
     "tta": {"core", "alignment", "sharpness", "teachers", "optimizer"},
     "testing": {"core", "optimizer"},
 }
