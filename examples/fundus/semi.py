@@ -19,7 +19,7 @@ from examples.fundus.figures import OUTLINES
 from examples.fundus.pictures import RIM, encode_target
 from examples.fundus.sample import STRUCTURES
 from examples.fundus.synthetic import CENTRES, SyntheticFundus
-from examples.semi.commands import run_command
+from examples.semi.command_line import run_command
 from examples.semi.task import Split, Task
 
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from examples.prostate.task import TASK
-from examples.semi.commands import run_command
+from examples.semi.command_line import run_command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,7 +11,7 @@ from examples.common.pictures import DataError
 from examples.semi.folder import SiteDataset
 from examples.semi.task import SYNTHETIC, Split, Task
 
-HELD_OUT = 0.1
+HELD_OUT = 0.2
 """Share of a site's train list that is for validation, at least."""
 
 SYNTHETIC_LENGTHS: dict[Split, int] = {"train": 96, "test": 48}

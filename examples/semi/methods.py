@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 import gradkit as gk
@@ -41,7 +42,7 @@ class Method:
 
     Attributes:
         name: one of `METHODS`.
-        divergence: name of the f-divergence; None takes `js`, and for `feature_gauss` `jeffreys`,
+        divergence: name of the f-divergence; None takes `js`, and for `feature_gauss` `hellinger`,
             since JS has no closed form between Gaussians.
         level: whose distributions it is between: pooled class probabilities, Gaussians of the last
             decoder's features, or a critic's view of these.
@@ -147,59 +148,64 @@ class Critic(nn.Sequential):
 def build_divergence(
     method: Method, structures: int, width: int, tolerance: float = 0.0, running: float = 0.0
 ) -> nn.Module:
-    """The divergence of labelled from unlabelled images, as `measure` calls it.
+    """The divergence of labelled from unlabelled images.
 
     Args:
-        method: that has one.
+        method: that has one. Its module takes logits at the level `prob`, features at the others.
         structures: number of channels of the logits, each with a sigmoid.
         width: number of channels of the features.
-        tolerance: what is taken off the divergence, down to 0.
+        tolerance: what is taken off the divergence, down to 0; not off a critic's.
         running: decay of the running histograms of `prob`; 0 takes each batch's alone.
 
     Raises:
         ValueError: the divergence has no closed form at this level, or a number is out of range.
     """
+    named = {} if method.divergence is None else {"divergence": method.divergence}
     if method.level == "prob":
         return gk.divergence.HistogramDivergence(
-            structures,
-            method.divergence or "js",
-            multi_label=True,
-            decay=running,
-            tolerance=tolerance,
+            structures, multi_label=True, decay=running, tolerance=tolerance, **named
         )
     if method.level == "feature_gauss":
-        return gk.divergence.GaussianDivergence(
-            method.divergence or "jeffreys", tolerance=tolerance
-        )
-    return gk.divergence.CriticDivergence(
-        Critic(width), method.divergence or "js", tolerance=tolerance
-    )
+        features = torch.zeros(2, width)
+        module = gk.divergence.GaussianDivergence(tolerance=tolerance, **named)
+        module(features, features)  # raises here if there is no closed form
+        return module
+    return gk.divergence.CriticDivergence(Critic(width), **named)
 
 
-def build_transforms(method: Method, rho: float, weight: float, ramp: int) -> list[Any]:
-    """What is between the gradients of "task" and "divergence" and the step.
-
-    Those of `gk.DiM`, or a cheaper ascent in the place of SAM's.
+def build_optimizer(
+    method: Method,
+    base: torch.optim.Optimizer,
+    model: nn.Module,
+    rho: float,
+    divergence_weight: float,
+    ramp: int,
+    teacher: gk.EMA,
+    **options: Any,
+) -> gk.GradientOptimizer:
+    """The optimizer whose step is the method's.
 
     Args:
-        method: what to build.
+        method: what to build; its objectives are "task" and, where it has one, "divergence".
+        base: optimizer of the network.
+        model: all modules whose buffers change.
         rho: radius of the ascent.
-        weight: λ of the divergence at the end of its ramp.
-        ramp: steps after which λ is reached.
+        divergence_weight: λ at the end of its ramp.
+        ramp: steps after which it is reached.
+        teacher: follows each step.
+        **options: of `gk.wrap`.
     """
     cheap = {"looksam": lambda: gk.LookSAM(rho=rho, k=5), "msam": lambda: gk.MSAM(rho=rho)}
-    transforms: list[Any] = []
+    ascent = None if method.sharpness is None else cheap[method.sharpness]()
     if method.has_divergence:
-        transforms.append(gk.divergence.DivergenceWeight(weight, ramp=ramp))
-    if method.is_sharp:
-        if method.sharpness is not None:
-            transforms.append(cheap[method.sharpness]())
-        elif method.has_divergence:
-            transforms.append(
-                gk.divergence.DivergenceAscent(
-                    rho, perturb_on=method.perturb_on, apply_at=method.apply_at
-                )
-            )
-        else:
-            transforms.append(gk.SAM(rho=rho))
-    return transforms
+        chosen: dict[str, Any] = {"sharpness": ascent}
+        if ascent is None:
+            chosen = {"rho": rho, "perturb_on": None}
+            if method.is_sharp:
+                chosen |= {"perturb_on": method.perturb_on, "apply_at": method.apply_at}
+        return gk.DiM(
+            base, model, divergence_weight=divergence_weight, ramp=ramp, transforms=(teacher,),
+            **chosen, **options,
+        )  # fmt: skip
+    transforms = [ascent or gk.SAM(rho=rho)] if method.is_sharp else []
+    return gk.wrap(base, *transforms, teacher, model=model, **options)

@@ -7,7 +7,7 @@ mean teacher:
     L_U = the same on strong variants of U, mixed by CutMix, against the teacher's predictions for
           weak variants, where the teacher's probability is at least `threshold` or at most
           1 − `threshold`
-    task = L_S + w(t)·L_U,   w(t) = exp(−5·(1 − t/T)²)
+    task = L_S + w(t)·L_U,   w(t) = w·exp(−5·(1 − t/T)²)
     divergence = D_f(S ‖ U)
 
 Sohn et al., "FixMatch", NeurIPS 2020, https://arxiv.org/abs/2001.07685, with the recipe of MiDSS
@@ -38,7 +38,7 @@ from examples.common.tensorboard import ScalarWriter
 from examples.common.training import LAST, Entry, Training, restore, train
 from examples.semi.batches import Batch, Batches
 from examples.semi.data import Data
-from examples.semi.methods import Method, build_divergence, build_transforms
+from examples.semi.methods import Method, build_divergence, build_optimizer
 from examples.semi.network import UNet
 from examples.semi.task import Task
 
@@ -62,6 +62,9 @@ class Settings:
         weight_decay: L2 penalty.
         decay: the teacher's.
         threshold: confidence of a pseudo-label.
+        consistency: the weight w that L_U has at the end. MiDSS's is 1. A short training needs a
+            smaller one: as long as the teacher is sure of the background alone, L_U teaches that
+            there is nothing else.
         cutmix: whether unlabelled images are mixed.
         amplitude: whether labelled images take over unlabelled ones' appearance.
         rho: radius of the ascent of sharpness-aware methods.
@@ -84,6 +87,7 @@ class Settings:
     weight_decay: float = 1e-4
     decay: float = 0.99
     threshold: float = 0.95
+    consistency: float = 1.0
     cutmix: bool = True
     amplitude: bool = True
     rho: float = 0.05
@@ -100,7 +104,7 @@ class Settings:
 
 
 def ramp_up(iteration: int, iterations: int) -> float:
-    """w(t) = exp(−5·(1 − t/T)²), of an iteration counted from 0.
+    """exp(−5·(1 − t/T)²), of an iteration counted from 0.
 
     Example:
         >>> round(ramp_up(0, 100), 4), ramp_up(100, 100)
@@ -172,15 +176,15 @@ class Run:
         )
         self.ema = gk.EMA(self.student, decay=settings.decay, warmup=True)
         self.teacher = self.ema.teacher.eval()
-        transforms = build_transforms(
-            method, settings.rho, settings.divergence_weight, settings.iterations
-        )
-        self.optimizer = gk.wrap(
+        self.optimizer = build_optimizer(
+            method,
             self.base,
-            *transforms,
-            self.ema,
             # Running histograms are buffers, which move once a step as batch normalisation's do.
-            model=self._modules(),
+            self._modules(),
+            settings.rho,
+            settings.divergence_weight,
+            settings.iterations,
+            self.ema,
             scaler=torch.amp.GradScaler(device.type, enabled=self.amp),
             # Losses that are not finite end the training after the epoch.
             nonfinite="ignore",
@@ -264,7 +268,8 @@ class Run:
         task = segmentation_loss(source, part.target)
         if labels is not None:
             label, sure = labels
-            weight = ramp_up(part.iteration, self.settings.iterations)
+            ramp = ramp_up(part.iteration, self.settings.iterations)
+            weight = self.settings.consistency * ramp
             task = task + weight * segmentation_loss(target, label, weight=sure)
         losses = {"task": task / count}
         if self.divergence is not None:
@@ -311,8 +316,6 @@ class Run:
             extra["divergence"] = self.divergence
         if self.critic is not None:
             extra["critic"] = self.critic
-        settings: dict[str, Any] = asdict(self.settings) | {"epochs": self.settings.epochs}
-        settings["method"] = asdict(self.method)
         shown = f"dice_{self.settings.labelled}"
         return Training(
             self.student,
@@ -321,17 +324,12 @@ class Run:
             self.batches,
             self.validate,
             self.select,
-            settings,
+            plain_settings(self.settings, self.method),
             fingerprint(
                 ConcatDataset([self.data.labelled, self.data.unlabelled]),
                 self.data.root,
             ),
-            details={
-                "format": FORMAT,
-                "task": self.task.name,
-                "size": self.size,
-                "width": self.width,
-            },
+            details=describe(self.task, self.size, self.width),
             scheduler=torch.optim.lr_scheduler.PolynomialLR(
                 self.base, self.settings.iterations, power=0.9
             ),
@@ -341,6 +339,16 @@ class Run:
             patience=self.settings.patience,
             kept=("teacher",),
         )
+
+
+def plain_settings(settings: Settings, method: Method) -> dict[str, Any]:
+    """What a training has in common with those that it may continue, as plain values."""
+    return asdict(settings) | {"epochs": settings.epochs, "method": asdict(method)}
+
+
+def describe(task: Task, size: int, width: int) -> dict[str, Any]:
+    """What a checkpoint tells of its network."""
+    return {"format": FORMAT, "task": task.name, "size": size, "width": width}
 
 
 def split(batch: Batch, parts: int) -> list[Batch]:
