@@ -276,6 +276,16 @@ def test_a_critic_learns_and_is_no_part_of_the_step(data):
     assert run.critic.state_dict()["state"][0]["step"] == 1  # once a step
 
 
+def test_a_critic_does_not_learn_from_a_step_that_was_skipped(data):
+    run = make(data, "divergence:critic", amp=True)
+    run.optimizer.scaler._init_scale = 1e30  # overflows
+    before = [parameter.clone() for parameter in run.divergence.parameters()]
+    (batch, *_) = run.batches(0)
+    run.optimizer.step(run.objectives(batch))
+    assert not run.optimizer.last_step.applied
+    assert all(map(torch.equal, before, run.divergence.parameters()))
+
+
 # Validation
 
 
