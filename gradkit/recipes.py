@@ -78,10 +78,10 @@ _RHO = 0.05
 def DiM(  # noqa: N802 # the method's name
     base: Optimizer,
     model: nn.Module | None = None,
-    rho: float = _RHO,
+    rho: int | float = _RHO,
     perturb_on: PerturbOn | None = "total",
     apply_at: ApplyAt = "perturbed",
-    divergence_weight: float = 0.1,
+    divergence_weight: int | float = 0.1,
     ramp: int | None = None,
     sharpness: Transform | None = None,
     transforms: Sequence[Transform] = (),

@@ -40,6 +40,7 @@ class Context:
         gradients: The gradients that the step applies; set before `after_step` is called.
         gate: Set by a gated transform: 1 aligned, 0 conflict.
         decay: Set by a teacher: the decay it used.
+        model: The module that `wrap` was given as `model=`.
         streams: Whether the weighted sum of the losses may be back-propagated in one pass.
         by_tensor: Whether a transform needs inner products per parameter tensor; those over all
             parameters are then their sum.
@@ -59,6 +60,7 @@ class Context:
     gradients: Gradients | None = None
     gate: Float[Tensor, ""] | None = None
     decay: Float[Tensor, ""] | None = None
+    model: nn.Module | None = None
     streams: Streams = "no"
     by_tensor: bool = False
     without_loss: set[str] = field(default_factory=set)

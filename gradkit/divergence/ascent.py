@@ -33,8 +33,8 @@ class DivergenceAscent(Ascent):
                 ∇L_task(θ + ε) + λ·∇D(θ)                   apply_at clean
 
     λ is the weight that `DivergenceWeight`, before it in `wrap`, has given to the objective
-    "divergence". Objectives besides "task" and "divergence" count as the task. This is a
-    reconstruction, whose equations are not public; see `gk.DiM`.
+    "divergence". Objectives besides "task" and "divergence" count as the task. DiM's equations are
+    not public: this is a reconstruction; see `gk.DiM`.
 
     With one closure for all objectives each evaluation runs it once, and buffers, such as
     BatchNorm's statistics, and reported losses are those at θ. With a closure for each, an
@@ -85,21 +85,21 @@ class DivergenceAscent(Ascent):
 
         def oracle(at: Point | None = None, only: Container[str] | None = None) -> Gradients:
             context.require(self, TASK, DIVERGENCE)
-            first = inner(at, along)
-            context.require(self, TASK, DIVERGENCE)  # known now, if one closure has them all
-            point: Point = self.above(first, at, context)
             wanted = self.apply_at == "clean" and (only is None or DIVERGENCE in only)
-            clean = first if wanted and DIVERGENCE in first.names else None
-            del first  # and its rows, before the second evaluation
+            beside = wanted and self.perturb_on == "task"
+            first = inner(at, None if beside else along)
+            context.require(self, TASK, DIVERGENCE)  # known now, if one closure has them all
+            guide = first.observe(DIVERGENCE) if beside else first
+            point: Point = self.above(guide, at, context)
+            clean = first if wanted else None
+            del first, guide  # and their rows, before the second evaluation
             for _ in range(self.steps - 1):
                 point = self.above(inner(point, along), point, context)
             if self.apply_at == "perturbed":
                 return inner(point, only)
             there = inner(point, Selection(only, exclude=(DIVERGENCE,)))
-            if not wanted:
-                return there
             if clean is None:
-                clean = inner(at, Selection((DIVERGENCE,)))
+                return there
             sources = {**dict.fromkeys(there.names, there), DIVERGENCE: clean}
             return context.join(sources, there)
 

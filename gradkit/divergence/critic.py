@@ -16,7 +16,7 @@ class _Reversed(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, factor: float) -> Tensor:
+    def forward(x: Tensor, factor: int | float) -> Tensor:
         return x.view_as(x)
 
     @staticmethod

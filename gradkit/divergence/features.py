@@ -33,7 +33,7 @@ class GaussianDivergence(nn.Module):
     Raises:
         TypeError: If an argument is of the wrong type.
         ValueError: If an argument is outside its range, or if the divergence has no closed form;
-            when called, if the numbers of channels differ.
+            when called, if the numbers of channels differ, or if there is nothing.
 
     Examples:
         >>> import torch, gradkit as gk
@@ -74,10 +74,11 @@ class GaussianDivergence(nn.Module):
             source: Features of the domain P.
             target: Features of the domain Q.
         """
-        if source.shape[1] != target.shape[1]:
+        shapes = tuple(source.shape), tuple(target.shape)
+        if min(map(len, shapes)) < 2 or shapes[0][1] != shapes[1][1] or 0 in shapes[0] + shapes[1]:
             raise ValueError(
-                f"source has {source.shape[1]} channels and target {target.shape[1]}; pass "
-                "features of one layer"
+                f"source has shape {shapes[0]} and target {shapes[1]}; pass features of one layer, "
+                "with equally many channels in the second dimension"
             )
         moments = [
             torch.var_mean(each.transpose(0, 1).flatten(1), 1, correction=0)

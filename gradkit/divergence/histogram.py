@@ -26,6 +26,9 @@ def log_histogram(
         multi_label: Whether the channels do not exclude each other, so that probabilities are
             sigmoids and not a softmax.
 
+    Raises:
+        ValueError: If there are no images or no positions.
+
     Examples:
         >>> logits = torch.tensor([[0.75, 0.25], [0.25, 0.75], [0.5, 0.5], [0.1, 0.9]]).log()
         >>> log_histogram(logits).exp()
@@ -34,6 +37,11 @@ def log_histogram(
     (logits,) = in_float32(logits)
     logs = F.logsigmoid(logits) if multi_label else F.log_softmax(logits, 1)
     logs = finite_logs(logs).transpose(0, 1).flatten(1)
+    if logs.shape[1] == 0:
+        raise ValueError(
+            f"logits of shape {tuple(logits.shape)} have no positions, and so no histogram; leave "
+            "the divergence out where a domain has no images"
+        )
     return torch.logsumexp(logs, 1) - math.log(logs.shape[1])
 
 
@@ -52,9 +60,13 @@ class HistogramDivergence(nn.Module):
     averages of all batches until there are 1/(1 − d) of them.
 
     They are buffers, as BatchNorm's statistics are, and move in training mode only. Make the module
-    a part of `model=` in `wrap`: then buffers move once a step, at the first evaluation, and are
-    put back with a step that fails or is skipped. They are in the module's own state dict. On
-    several ranks D and histograms are those of each rank's part of the batch.
+    a part of `model=` in `wrap`: then buffers are put back with a step that fails or is skipped,
+    and `gk.DiM` (any chain with `DivergenceWeight` in it) tells the module when a step begins. The
+    histograms move at the step's first evaluation, and all its evaluations start from those of the
+    step before. Without that, every call in training mode counts as a new batch. Histograms are in
+    the module's own state dict. Use one module for one divergence. On several ranks D is that of
+    each rank's part of the batch; `DistributedDataParallel` keeps the first rank's histograms, as
+    it does with all buffers.
 
     Args:
         channels: C, the number of classes.
@@ -68,7 +80,8 @@ class HistogramDivergence(nn.Module):
 
     Raises:
         TypeError: If an argument is of the wrong type.
-        ValueError: If an argument is outside its range; when called, if there are not C channels.
+        ValueError: If an argument is outside its range; when called, if there are not C
+            channels, or no images.
 
     Examples:
         >>> import torch, gradkit as gk
@@ -80,8 +93,8 @@ class HistogramDivergence(nn.Module):
         tensor(0.4062)
     """
 
-    log_source: Tensor
-    log_target: Tensor
+    log_histograms: Tensor
+    log_before: Tensor
     batches: Tensor
 
     def __init__(
@@ -108,13 +121,16 @@ class HistogramDivergence(nn.Module):
         self.multi_label = multi_label
         self.decay = decay
         self.tolerance = tolerance
-        self.register_buffer("log_source", torch.zeros(channels))
-        self.register_buffer("log_target", torch.zeros(channels))
+        self.channels = channels
+        self.register_buffer("log_histograms", torch.zeros(2, channels))
+        self.register_buffer("log_before", torch.zeros(2, channels))
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
+        self._told = False
+        self._begun = False
 
     def extra_repr(self) -> str:
         return (
-            f"{self.log_source.numel()}, {self.divergence}, multi_label={self.multi_label}, "
+            f"{self.channels}, {self.divergence}, multi_label={self.multi_label}, "
             f"decay={self.decay}, tolerance={self.tolerance}"
         )
 
@@ -129,32 +145,38 @@ class HistogramDivergence(nn.Module):
             source: Logits of the domain P.
             target: Logits of the domain Q.
         """
-        channels = self.log_source.numel()
         for name, logits in (("source", source), ("target", target)):
-            if logits.dim() < 2 or logits.shape[1] != channels:
+            if logits.dim() < 2 or logits.shape[1] != self.channels:
                 raise ValueError(
-                    f"{name} has shape {tuple(logits.shape)}; pass logits with {channels} channels "
-                    "in the second dimension"
+                    f"{name} has shape {tuple(logits.shape)}; pass logits with {self.channels} "
+                    "channels in the second dimension"
                 )
-        logs = [log_histogram(each, multi_label=self.multi_label) for each in (source, target)]
+        logs = torch.stack(
+            in_float32(*(log_histogram(x, multi_label=self.multi_label) for x in (source, target)))
+        )
         if self.decay > 0:
             logs = self._followed(logs)
-        value = self.divergence.between(*in_float32(*logs), multi_label=self.multi_label)
+        value = self.divergence.between(logs[0], logs[1], multi_label=self.multi_label)
         return F.relu(value - self.divergence.offset - self.tolerance)
 
-    def _followed(self, logs: list[Tensor]) -> list[Tensor]:
-        """The running histograms with this batch's; in training mode they are kept."""
-        t = self.batches.to(logs[0].dtype)
+    def begin_step(self) -> None:
+        """Say that the next call in training mode is the first evaluation of a new step."""
+        self._told = self._begun = True
+
+    def _followed(self, logs: Float[Tensor, "2 C"]) -> Float[Tensor, "2 C"]:
+        """The running histograms with this batch's."""
+        again = self.training and self._told and not self._begun
+        before, t = self.log_histograms.clone(), self.batches.clone()
+        if again:
+            before, t = self.log_before.clone(), t - 1
+        t = t.to(logs)
         decay = (t / (t + 1)).clamp(max=self.decay)
-        held = (self.log_source, self.log_target)
-        old = [each.detach().to(decay.dtype) + torch.log(decay) for each in held]
-        new = [
-            torch.logaddexp(before, raised(now, -1e4) + torch.log1p(-decay))
-            for before, now in zip(old, logs, strict=True)
-        ]
-        if self.training:
+        old = before.to(logs) + torch.log(decay)
+        new = torch.logaddexp(old, raised(logs, -1e4) + torch.log1p(-decay))
+        if self.training and not again:
+            self._begun = False
             with torch.no_grad():
-                for buffer, value in zip(held, new, strict=True):
-                    buffer.copy_(value)
+                self.log_before.copy_(before)
+                self.log_histograms.copy_(new)
                 self.batches.add_(1)
         return new

@@ -11,6 +11,7 @@ from gradkit.core.arguments import check_count, check_number
 from gradkit.core.context import Context
 from gradkit.core.gradients import Gradients
 from gradkit.core.transform import Reweighing, Weigh
+from gradkit.divergence.histogram import HistogramDivergence
 
 TASK, DIVERGENCE = "task", "divergence"
 """The objectives of DiM. Further ones count as the task."""
@@ -26,7 +27,8 @@ class DivergenceWeight(Reweighing):
 
     The ramp is that of the consistency term in [temporal ensembling (Laine and Aila, ICLR
     2017)](https://arxiv.org/abs/1610.02242), which semi-supervised segmentation, MiDSS included,
-    uses over the whole training.
+    uses over the whole training. That DiM has it is our reconstruction; see `gk.DiM`. A
+    `HistogramDivergence` in `model=` learns here when a step begins.
 
     Cost: none beyond the gradients. State: the number of steps.
 
@@ -52,10 +54,11 @@ class DivergenceWeight(Reweighing):
         [0.0007, 0.0287, 0.1, 0.1]
     """
 
-    weight: float = 0.1
+    weight: int | float = 0.1
     ramp: int | None = None
 
     needs_rows = False
+    never_zero = True
 
     def __post_init__(self) -> None:
         check_number("weight", self.weight, least=0)
@@ -66,13 +69,16 @@ class DivergenceWeight(Reweighing):
     def at(self, steps: int) -> float:
         """λ after so many applied steps."""
         if self.ramp is None:
-            return self.weight
+            return float(self.weight)
         return self.weight * math.exp(-5 * (1 - min(steps / self.ramp, 1)) ** 2)
 
     def weigher(self, context: Context) -> Weigh:
         steps: int = self.state["steps"]
         context.propose(self, steps=steps + 1)
         value = self.at(steps)
+        for module in () if context.model is None else context.model.modules():
+            if isinstance(module, HistogramDivergence):
+                module.begin_step()
 
         def weigh(gradients: Gradients) -> Gradients:
             context.require(self, TASK, DIVERGENCE)

@@ -565,6 +565,7 @@ class GradientOptimizer(Optimizer):
                 ascended=self._ascended(layout),
                 parameter_names=self._names,
                 owners=self._owners,
+                model=self.model,
             ),
             generators=[transform.generator for transform in self.transforms],
             others=[] if places is None else places.others,

@@ -32,6 +32,16 @@ ASCENTS: dict[str, Entry] = {
         "SlowWeights": functools.partial(gk.SlowWeights, k=2),
     }.items()
 }
+ASCENTS["DivergenceAscent"] = Entry(
+    lambda count, **options: gk.divergence.DivergenceAscent(
+        perturb_on="divergence", apply_at="clean", **options
+    ),
+    names=("task", "divergence", "third"),
+)
+ASCENTS["DivergenceWeight"] = Entry(
+    lambda count, **options: gk.divergence.DivergenceWeight(ramp=3, **options),
+    names=("divergence", "task", "third"),
+)
 METHODS = {**EXPORTED, **OWN, **ASCENTS}
 STEPS = 4
 
