@@ -322,7 +322,7 @@ class Evaluate:
         out = self.out or Path("runs") / f"{task.name}-evaluate"
         check_writable(out)
         model = trained.student if self.student else trained.teacher
-        method = trained.settings["method"]["name"]
+        method = str(trained.method)
         results = []
         for site in sites:
             samples = open_site(

@@ -58,6 +58,19 @@ class Method:
     apply_at: str = "perturbed"
     sharpness: str | None = None
 
+    def __str__(self) -> str:
+        """The words that `parse_method` makes it from.
+
+        Example:
+            >>> str(parse_method("dim:task:kl"))
+            'dim:kl:task'
+        """
+        plain = Method(self.name)
+        words = (getattr(self, field) for field in VARIANTS)
+        defaults = (getattr(plain, field) for field in VARIANTS)
+        chosen = [word for word, default in zip(words, defaults, strict=True) if word != default]
+        return ":".join([self.name, *chosen])
+
     @property
     def is_semi_supervised(self) -> bool:
         """Whether it trains on unlabelled images."""

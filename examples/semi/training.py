@@ -444,6 +444,7 @@ class Trained:
     Attributes:
         student: in evaluation mode.
         teacher: in evaluation mode.
+        method: that trained them.
         settings: of the training.
         history: up to the best validation.
         size: side of the images, pixels.
@@ -451,6 +452,7 @@ class Trained:
 
     student: UNet
     teacher: UNet
+    method: Method
     settings: dict[str, Any]
     history: list[Entry]
     size: int
@@ -476,8 +478,9 @@ def load_trained(path: Path, task: Task, device: torch.device) -> Trained:
             network.load_state_dict(content[name])
             networks.append(network.to(device).eval())
         settings, history = dict(content["settings"]), list(content["history"])
+        method = Method(**settings["method"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"{path}: not a complete checkpoint; train it again or pass another one"
         ) from error
-    return Trained(*networks, settings, history, size)
+    return Trained(*networks, method, settings, history, size)

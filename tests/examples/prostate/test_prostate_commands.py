@@ -116,14 +116,14 @@ def test_curves_and_tensorboard_have_every_validation(compared):
 
 
 def test_evaluate_gives_the_scores_of_compare(compared, tmp_path):
-    checkpoint = compared / "training" / "fixmatch_site_a_1" / "best.pt"
+    checkpoint = compared / "training" / "divergence-critic_site_a_1" / "best.pt"
     for student, name in (([], "results"), (["--student"], "student")):
         words = ["evaluate", "--checkpoint", checkpoint, *SITES, "--test-images", 13, *student]
         assert run(*words, "--out", tmp_path) == 0
         expected = [
             r
             for r in read(compared / f"{name}.json")
-            if (r["method"], r["seed"]) == ("fixmatch", 1)
+            if (r["method"], r["seed"]) == ("divergence:critic", 1)
         ]
         assert read(tmp_path / "results.json") == expected
     assert (tmp_path / "table.md").exists()

@@ -157,10 +157,10 @@ def test_one_examination_cannot_be_divided():
 @TASKS
 def test_no_image_is_in_two_parts(task):
     sites = task.sites[:2]
-    data = open_data(task, "synthetic", sites, sites[0], 5, 16, 0, 36, 12)
+    data = open_data(task, "synthetic", sites, sites[0], 5, 16, 0, 16, 4)
     parts = [data.labelled, data.unlabelled, *data.validation.values(), *data.test.values()]
     names = [{part[index].name for index in range(len(part))} for part in parts]
-    assert sum(map(len, names)) == len(set().union(*names)) == 2 * 48
+    assert sum(map(len, names)) == len(set().union(*names)) == 2 * 20
     assert len(names[0]) == 5
     assert all(name.startswith(f"{sites[0]}/") for name in names[0])
     assert {name.split("/")[0] for name in names[1]} == set(sites)
