@@ -10,13 +10,14 @@ from torch.utils.data import Dataset
 
 from examples.common.adaptation import METHODS, Stream, adapt_online, build_adapter
 from examples.common.command_line import interruptible
+from examples.common.contours import spread
 from examples.common.datasets import Sample, length
 from examples.common.results import remove_results, write_json
 from examples.common.usage import check_writable, open_device, require, split_names
 from examples.fundus.commands import REPLACED, RESUME, Train
 from examples.fundus.data import available_domains, check, open_domain
 from examples.fundus.earlier import refuse_to_replace_model
-from examples.fundus.figures import save_alignment, save_predictions, spread
+from examples.fundus.figures import save_alignment, save_predictions
 from examples.fundus.network import ResUNet34
 from examples.fundus.results import (
     RESULT_FILES,

@@ -18,8 +18,9 @@ from PIL import Image
 from torch.utils.data import Dataset, Subset
 
 from examples.common.datasets import Sample
+from examples.common.pictures import DataError, one_line
 from examples.common.suggestions import did_you_mean
-from examples.fundus.pictures import DataError, decode_target, one_line, read_pair
+from examples.fundus.pictures import decode_target, read_pair
 from examples.fundus.sample import Split, normalise
 from examples.fundus.synthetic import CENTRES, SyntheticFundus
 

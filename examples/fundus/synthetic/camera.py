@@ -1,24 +1,12 @@
 """The camera of a synthetic centre: from an eye's reflectance to a photograph."""
 
-import math
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from examples.common.drawing import colour, gaussian_blur, normal, pixel_centres, uniform
 from examples.fundus.synthetic.centres import Centre
-from examples.fundus.synthetic.drawing import colour, normal, pixel_centres, uniform
-
-
-def gaussian_blur(image: Float[Tensor, "C S S"], deviation: float) -> Float[Tensor, "C S S"]:
-    """Blur by a Gaussian of `deviation` pixels; edges are mirrored."""
-    reach = min(max(1, math.ceil(3 * deviation)), image.shape[-1] - 1)
-    offset = torch.arange(-reach, reach + 1, dtype=image.dtype)
-    kernel = torch.exp(-0.5 * (offset / max(deviation, 1e-3)) ** 2)
-    kernel = (kernel / kernel.sum())[None, None]
-    padded = F.pad(image[:, None], [reach] * 4, mode="reflect")
-    return F.conv2d(F.conv2d(padded, kernel[:, :, None]), kernel[..., None])[:, 0]
 
 
 def photograph(

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from examples.fundus.synthetic.drawing import Colour
+from examples.common.drawing import Colour
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from examples.common.datasets import Sample
+from examples.common.drawing import colour, normal, pixel_centres, uniform, wavy_circle
 from examples.fundus.sample import Split, normalise
 from examples.fundus.synthetic.camera import photograph
 from examples.fundus.synthetic.centres import CENTRES, Centre
-from examples.fundus.synthetic.drawing import colour, normal, pixel_centres, uniform, wavy_circle
 from examples.fundus.synthetic.reflectance import background, draw_disc, eye_tint
 from examples.fundus.synthetic.vessels import trace_vessels, vessel_tree
 

@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from examples.common.drawing import colour, fractal_noise, lattice_noise, uniform
 from examples.fundus.synthetic.centres import Centre
-from examples.fundus.synthetic.drawing import colour, fractal_noise, lattice_noise, uniform
 
 
 def eye_tint(centre: Centre, generator: torch.Generator) -> Float[Tensor, "3 1 1"]:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from examples.fundus.synthetic.drawing import pixel_centres, uniform
+from examples.common.drawing import pixel_centres, uniform
 
 
 def grow(

@@ -34,3 +34,17 @@ def test_loss_in_any_dimensions(space):
     half, size = target.sum().item(), target.numel()
     expected = math.log(2) + 1 - (half + 1) / (size / 2 + half + 1)
     assert segmentation_loss(torch.zeros(2, 2, *space), target).item() == pytest.approx(expected)
+
+
+def test_pixels_of_weight_0_are_left_out():
+    generator = torch.Generator().manual_seed(0)
+    logits, noise = torch.randn(2, 2, 1, 4, 4, generator=generator, dtype=torch.float64)
+    target, weight = (noise > 0).double(), (noise.abs() > 0.5).double()
+    p, t = logits.sigmoid()[weight > 0], target[weight > 0]
+    entropy = -(t * p.log() + (1 - t) * (1 - p).log()).sum() / target.numel()
+    dice = (2 * (p * t).sum() + 1) / (p.sum() + t.sum() + 1)
+    found = segmentation_loss(logits, target, weight=weight)
+    assert found.item() == pytest.approx((entropy + 1 - dice).item(), rel=1e-6)
+    assert segmentation_loss(logits, target, weight=torch.ones_like(target)).item() == (
+        pytest.approx(segmentation_loss(logits, target).item(), rel=1e-6)
+    )

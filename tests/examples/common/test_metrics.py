@@ -1,10 +1,11 @@
 """Dice equals an independent reference in two and three dimensions."""
 
+import numpy as np
 import pytest
 import torch
 from monai.metrics import compute_dice
 
-from examples.common.metrics import dice, dice_of, segment
+from examples.common.metrics import dice, dice_of, segment, surface_scores_of
 
 
 def test_dice_in_closed_form():
@@ -68,3 +69,44 @@ def test_dice_by_name_is_in_the_order_of_the_channels(space):
     assert score["aneurysm"] == 100  # empty, and empty it is predicted
     with pytest.raises(ValueError, match="zip"):
         dice_of(["vessel"])(prediction, target)
+
+
+def surface(mask):
+    """Pixels of a mask with a neighbour, straight, that is not in it."""
+    outside = torch.nn.functional.pad(~mask, (1, 1, 1, 1), value=True)
+    near = outside[2:, 1:-1] | outside[:-2, 1:-1] | outside[1:-1, 2:] | outside[1:-1, :-2]
+    return (mask & near).nonzero().double()
+
+
+def test_surface_scores_equal_their_definitions():
+    generator = torch.Generator().manual_seed(0)
+    y, x = torch.meshgrid(torch.arange(24.0), torch.arange(24.0), indexing="ij")
+    for _ in range(5):
+        masks = []
+        for _ in range(2):
+            a, b, r, s = (float(value) for value in torch.rand(4, generator=generator))
+            inside = ((y - 9 - 6 * a) / (3 + 4 * r)) ** 2 + ((x - 9 - 6 * b) / (3 + 4 * s)) ** 2
+            masks.append(inside <= 1)
+        prediction, target = masks
+        distances = torch.cdist(surface(prediction), surface(target))
+        there, back = distances.amin(1), distances.amin(0)
+        both = (prediction & target).sum().item()
+        scores = surface_scores_of(["gland"])(prediction[None], target[None].float())
+        assert scores["jaccard"] == pytest.approx(100 * both / (prediction | target).sum().item())
+        size = (prediction.sum() + target.sum()).item()
+        assert scores["dice"] == pytest.approx(200 * both / size, rel=1e-6)
+        quantiles = (np.percentile(each, 95) for each in (there, back))
+        assert scores["hd95"] == pytest.approx(max(quantiles), rel=1e-5)
+        assert scores["asd"] == pytest.approx(torch.cat([there, back]).mean().item(), rel=1e-5)
+
+
+def test_surface_scores_of_empty_masks_and_of_two_structures():
+    empty, full = torch.zeros(6, 8), torch.ones(6, 8)
+    score = surface_scores_of(["disc", "cup"])
+    scores = score(torch.stack([empty, empty]) > 0, torch.stack([full, empty]))
+    assert scores == {
+        "dice": 50.0, "jaccard": 50.0, "hd95": 5.0, "asd": 5.0,
+        "disc_dice": 0.0, "disc_jaccard": 0.0, "disc_hd95": 10.0, "disc_asd": 10.0,
+        "cup_dice": 100.0, "cup_jaccard": 100.0, "cup_hd95": 0.0, "cup_asd": 0.0,
+    }  # fmt: skip
+    assert score(torch.stack([full, empty]) > 0, torch.stack([empty, full]))["asd"] == 10.0

@@ -343,3 +343,43 @@ def test_learning_rate_falls_to_a_tenth_of_an_epoch():
     assert polynomial_learning_rate(1e-3, 0, 200) == 1e-3
     assert polynomial_learning_rate(1e-3, 100, 200) == pytest.approx(1e-3 * 0.5**0.9)
     assert polynomial_learning_rate(1e-3, 199, 200) == pytest.approx(1e-3 * 0.005**0.9)
+
+
+# Ending early, and what is kept and shown
+
+
+def with_scores(scores, **options):
+    """A training whose epochs come to these accuracies."""
+    training = make(epochs=len(scores), **options)
+    left = list(scores)
+    training.validate = lambda: {"accuracy": left.pop(0), "other": 0.5}
+    return training
+
+
+@pytest.mark.parametrize(("patience", "done"), [(None, 6), (1, 3), (2, 6), (9, 6)])
+def test_patience_ends_a_training(tmp_path, patience, done):
+    training = with_scores([1.0, 3.0, 2.0, 4.0, 4.0, 3.0], patience=patience)
+    train(training, tmp_path)
+    assert len(training.history) == done
+    again = with_scores([1.0, 3.0, 2.0, 4.0, 4.0, 3.0], patience=patience)
+    restore(again, tmp_path / "last.pt")
+    train(again, tmp_path)  # which is over already
+    assert len(again.history) == done
+
+
+def test_the_best_file_holds_the_parts_that_are_to_be_kept(tmp_path):
+    teacher, critic = nn.Linear(1, 1), nn.Linear(2, 1)
+    extra = {"teacher": teacher, "critic": critic}
+    train(make(extra=extra, kept=("teacher",)), tmp_path)
+    best, last = load(tmp_path / "best.pt"), load(tmp_path / "last.pt")
+    assert_equal_content(dict(best["teacher"]), dict(teacher.state_dict()))
+    assert "critic" not in best
+    assert {"teacher", "critic"} <= last.keys()
+
+
+def test_progress_shows_the_scores_that_it_is_to_show(tmp_path, capsys):
+    train(with_scores([1.0], shown=lambda name: name == "accuracy"), tmp_path, "t")
+    line = capsys.readouterr().err
+    assert "accuracy=1.0%" in line
+    assert "other" not in line
+    assert load(tmp_path / "last.pt")["history"][0]["other"] == 0.5

@@ -206,7 +206,7 @@ def test_a_state_without_its_parts_is_not_resumed(capsys, tmp_path, nothing_is_c
     (tmp_path / "training").mkdir()
     save_atomically({"settings": {}}, tmp_path / "training" / "last.pt")
     text = complaint(capsys, "train", *TINY, "--resume", "--out", tmp_path)
-    assert "not a complete state of a training; start anew without --resume" in text
+    assert "not a complete state of a training; start anew, in another --out" in text
     assert "holds a training that cannot be read" in complaint(
         capsys, "train", *TINY, "--out", tmp_path
     )

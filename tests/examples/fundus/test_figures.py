@@ -1,57 +1,18 @@
 import pytest
 import torch
-from matplotlib.figure import Figure
 
+from examples.common import contours
 from examples.common.adaptation import Stream
 from examples.common.datasets import Sample
 from examples.common.scores import CaseScores
-from examples.fundus import figures
-from examples.fundus.data import open_domain
-from examples.fundus.figures import (
-    draw_alignment,
-    draw_contours,
-    save_predictions,
-    spread,
-    without_specks,
-)
-
-
-def test_an_empty_prediction_has_no_contour():
-    sample = open_domain("synthetic", "centre_a", "test", 64, 0, 1)[0]
-    axes = Figure().subplots()
-    draw_contours(axes, sample, torch.zeros(2, 64, 64))  # matplotlib would warn of no contour
-    assert len(axes.collections) == 0
-    draw_contours(axes, sample, sample.target)
-    assert len(axes.collections) == 2
-
-
-def large_regions(mask, smallest):
-    """By breadth-first search: the 4-connected regions of at least so many pixels."""
-    left, kept = set(map(tuple, mask.nonzero().tolist())), torch.zeros_like(mask)
-    while left:
-        region = [left.pop()]
-        for y, x in region:  # which grows meanwhile
-            near = {(y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)} & left
-            left -= near
-            region += near
-        for pixel in region if len(region) >= smallest else []:
-            kept[pixel] = True
-    return kept
-
-
-def test_specks_are_the_small_regions_and_holes():
-    generator = torch.Generator().manual_seed(0)
-    for number in range(60):
-        mask = torch.rand(16, 21, generator=generator) < (0.3, 0.5, 0.6, 0.7)[number % 4]
-        before, smallest = mask.clone(), 1 + number % 12
-        expected = ~large_regions(~large_regions(mask, smallest), smallest)
-        assert torch.equal(without_specks(mask, smallest), expected)
-        assert torch.equal(mask, before)
+from examples.fundus.figures import draw_alignment, save_predictions
 
 
 def test_only_drawing_drops_specks_of_predictions(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(figures, "draw_contours", lambda axes, sample, masks: drawn.append(masks))
+    monkeypatch.setattr(
+        contours, "draw_contours", lambda axes, sample, masks, outlines: drawn.append(masks)
+    )
     prediction = torch.zeros(2, 64, 64, dtype=torch.bool)
     prediction[:, 20:40, 20:40] = True
     clean = prediction.clone()
@@ -84,9 +45,3 @@ def test_alignment_counts_images_by_whole_numbers(count):
         assert len(set(ticks)) == len(ticks) >= 1
         if count == 1:
             assert ticks == [1]
-
-
-def test_shown_images_are_spread_over_the_stream():
-    assert spread(2, 100) == [25, 75]
-    assert spread(1, 7) == [3]
-    assert spread(4, 2) == [0, 1]

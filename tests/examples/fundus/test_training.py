@@ -274,7 +274,7 @@ def test_resuming_on_other_data_is_refused(tmp_path):
     names = [sample.name for sample in samples]
     fit(tmp_path, settings, samples)
     message = (
-        r"last\.pt: belongs to a training on other data \(folder, 6 .*start anew without --res"
+        r"last\.pt: belongs to a training on other data \(folder, 6 .*start anew, in another --out"
     )
     swapped = [names[1], names[0], *names[2:]]
     joined = [names[0] + names[1], "", *names[2:]]  # the same letters in the same order

@@ -1,4 +1,4 @@
-"""What synthetic photographs are drawn with: random numbers, coordinates, textures, colours.
+"""What synthetic images are drawn with: random numbers, coordinates, textures, colours, blur.
 
 Textures are defined on the unit square and only evaluated at the pixels, and no random draw depends
 on their number.
@@ -77,3 +77,13 @@ def wavy_circle(
 def colour(value: Colour | Tensor) -> Float[Tensor, "3 1 1"]:
     """A colour as a factor for images."""
     return torch.as_tensor(value, dtype=torch.float32).reshape(3, 1, 1)
+
+
+def gaussian_blur(image: Float[Tensor, "C S S"], deviation: float) -> Float[Tensor, "C S S"]:
+    """Blur by a Gaussian of `deviation` pixels; edges are mirrored."""
+    reach = min(max(1, math.ceil(3 * deviation)), image.shape[-1] - 1)
+    offset = torch.arange(-reach, reach + 1, dtype=image.dtype)
+    kernel = torch.exp(-0.5 * (offset / max(deviation, 1e-3)) ** 2)
+    kernel = (kernel / kernel.sum())[None, None]
+    padded = F.pad(image[:, None], [reach] * 4, mode="reflect")
+    return F.conv2d(F.conv2d(padded, kernel[:, :, None]), kernel[..., None])[:, 0]

@@ -1,0 +1,116 @@
+"""Reading pictures of any mode and format as what they mean, or not at all."""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+# By Pillow's names. Some can also do without loss, but a decoded picture does not tell.
+LOSSY_FORMATS = {"JPEG", "MPO", "JPEG2000", "WEBP", "AVIF"}
+LOSSY_COMPRESSIONS = {"jpeg", "tiff_jpeg", "webp"}  # inside TIFF
+
+
+class DataError(ValueError):
+    """Something is wrong with the data on disk; the message names the file and the remedy."""
+
+
+def decode(path: Path) -> Image.Image:
+    """Decode a picture completely.
+
+    Raises:
+        DataError: If the file is missing, is not a picture, is cut short, or is so large that
+            Pillow suspects a decompression bomb.
+    """
+    if not path.is_file():
+        raise DataError(
+            f"{path} does not exist; restore the file, or correct the list that names it"
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as picture:
+                picture.load()
+                return picture
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise DataError(
+            f"{path} is too large to decode safely; crop it or scale it down"
+        ) from error
+    except Exception as error:  # a broken file makes Pillow's readers raise almost anything
+        raise DataError(
+            f"{path} cannot be decoded ({one_line(error)}); replace it by an intact file"
+        ) from error
+
+
+def one_line(error: Exception) -> str:
+    """The message of an exception, without line breaks."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def read_image(path: Path, mode: str = "RGB") -> Image.Image:
+    """Read a picture as 8-bit RGB, or as 8-bit levels of grey for the mode "L".
+
+    Raises:
+        DataError: If it cannot be decoded or has more than 8 bits a channel.
+    """
+    picture = decode(path)
+    if picture.mode == "F" or picture.mode.startswith("I"):
+        # Pillow would clip, not scale, these to 8 bits.
+        kind = {"L": "grey"}.get(mode, mode)
+        raise DataError(f"{path} has pixels of mode {picture.mode}; save it as 8-bit {kind}")
+    if "transparency" in picture.info:
+        # Via RGBA, or Pillow warns that a palette's transparency is lost.
+        picture = picture.convert("RGBA")
+    return picture.convert(mode)
+
+
+def read_levels(path: Path, levels: str, colours: bool = False) -> Image.Image:
+    """Read a mask as 8-bit grey levels.
+
+    A palette of greys is looked up, for its indices are not grey levels. Files compressed with
+    loss, whatever their name, are refused: round an edge they hold 254 for 255 and 1 for 0, and so
+    would scatter structures over the background and over each other.
+
+    Args:
+        path: Of the mask.
+        levels: What a mask holds, for messages, such as "255, 128, 0".
+        colours: Also take RGB whose three channels are equal.
+
+    Raises:
+        DataError: If it cannot be decoded, is of a lossy format, or is not a single 8-bit channel.
+    """
+    picture = decode(path)
+    compression = picture.info.get("compression")
+    if picture.format in LOSSY_FORMATS or compression in LOSSY_COMPRESSIONS:
+        kind = picture.format if picture.format in LOSSY_FORMATS else f"TIFF of {compression}"
+        raise DataError(
+            f"{path} is a mask in a lossy format ({kind}), which blurs the grey levels; export it "
+            f"anew from the original, as PNG with {levels}"
+        )
+    if picture.mode == "P" or (colours and picture.mode in ("RGB", "RGBA")):
+        kind = "a palette of colours" if picture.mode == "P" else "colours"
+        rgb = np.asarray(picture.convert("RGBA"))[..., :3]
+        if (rgb != rgb[..., :1]).any():
+            raise DataError(f"{path} has {kind}; save it as grey levels {levels}")
+        picture = Image.fromarray(np.ascontiguousarray(rgb[..., 0]))
+    elif picture.mode == "1":
+        picture = picture.convert("L")
+    if picture.mode != "L":
+        raise DataError(
+            f"{path} is not single-channel 8-bit but of mode {picture.mode}; "
+            f"save it as grey levels {levels}"
+        )
+    return picture
+
+
+def check_sizes(image_path: Path, image: Image.Image, mask_path: Path, mask: Image.Image) -> None:
+    """Make sure that a picture and its mask belong together.
+
+    Raises:
+        DataError: If their sizes differ.
+    """
+    if image.size != mask.size:
+        raise DataError(
+            f"{mask_path} has {mask.width}x{mask.height} pixels but its image "
+            f"{image_path} {image.width}x{image.height}; export both at the same size"
+        )

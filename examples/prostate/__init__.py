@@ -1,0 +1,1 @@
+"""Semi-supervised segmentation of the prostate across sites: data, synthetic sites, commands."""

@@ -1,0 +1,146 @@
+"""Images and masks of several sites in MiDSS's layout (https://github.com/MQinghe/MiDSS).
+
+A folder has a folder for each site, with `{train,test}/{image,mask}/*.png`, or, for fundus
+photographs, `{train,test}/ROIs/{image,mask}/*.png`. An image and its mask have the same file name.
+Images come in the order of their names.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch.utils.data import Dataset
+
+from examples.common.datasets import Sample
+from examples.common.pictures import DataError, check_sizes, read_image, read_levels
+from examples.common.suggestions import did_you_mean
+from examples.semi.task import SYNTHETIC, Split, Task
+
+SPLITS: tuple[Split, ...] = ("train", "test")
+
+
+def available_sites(task: Task, root: str) -> list[str]:
+    """Names of the sites in a folder, sorted; the synthetic ones for the root "synthetic".
+
+    Raises:
+        DataError: the folder does not exist or holds no site.
+    """
+    if root == SYNTHETIC:
+        return list(task.sites)
+    folder = Path(root)
+    if not folder.is_dir():
+        guess = did_you_mean(root, [SYNTHETIC])
+        raise DataError(
+            f"{folder} is not a folder; give the folder of the sites, or {SYNTHETIC!r}{guess}"
+        )
+    names = sorted(path.parent.name for path in folder.glob("*/train") if path.is_dir())
+    if not names:
+        raise DataError(f"{folder} has no sites; put {_layout(task)} there")
+    return names
+
+
+def _layout(task: Task) -> str:
+    inner = f"{task.folder}/" if task.folder else ""
+    return f"SITE/{{train,test}}/{inner}{{image,mask}}/*.png"
+
+
+class SiteDataset(Dataset[Sample]):
+    """Images of one site and split, in the order of their names.
+
+    Images are resized bicubically to [0, 1], masks to the nearest pixel.
+
+    Args:
+        task: for channels, layout and grey levels.
+        root: folder of the sites.
+        site: name of the site.
+        split: "train" or "test".
+        size: side of the square images, pixels.
+
+    Raises:
+        DataError: a folder or a mask is missing; on access, if a picture is wrong.
+    """
+
+    def __init__(self, task: Task, root: str, site: str, split: Split, size: int) -> None:
+        self.task, self.size = task, size
+        self.root = Path(root)
+        folder = self.root / site / split / task.folder
+        images, masks = folder / "image", folder / "mask"
+        for part in (images, masks):
+            if not part.is_dir():
+                raise DataError(f"{part} is not a folder; put {_layout(task)} into {root}")
+        self.pairs = [(path, masks / path.name) for path in sorted(images.glob("*.png"))]
+        if not self.pairs:
+            raise DataError(f"{images} holds no .png; add images or remove the site")
+        for image, mask in self.pairs:
+            if not mask.is_file():
+                raise DataError(f"{image} has no mask {mask}; add it or remove the image")
+        self._decoded: dict[int, tuple[NDArray[np.uint8], NDArray[np.uint8]]] = {}
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> Sample:
+        index = range(len(self))[index]  # counts from the end where negative
+        image_path, _ = self.pairs[index]
+        if index not in self._decoded:
+            image, mask = self.read(index)
+            square = (self.size, self.size)
+            self._decoded[index] = (
+                np.array(image.resize(square, Image.Resampling.BICUBIC)),
+                np.array(mask.resize(square, Image.Resampling.NEAREST)),
+            )
+        pixels, grey = (torch.from_numpy(part) for part in self._decoded[index])
+        channels = pixels.reshape(self.size, self.size, self.task.channels).permute(2, 0, 1)
+        name = image_path.relative_to(self.root).as_posix()
+        return Sample(name, channels.float() / 255, self.task.decode(grey))
+
+    def read(self, index: int) -> tuple[Image.Image, Image.Image]:
+        """Image and mask as they are on disk, checked.
+
+        Raises:
+            DataError: either cannot be read, or they do not belong together.
+        """
+        image_path, mask_path = self.pairs[index]
+        image = read_image(image_path, "L" if self.task.channels == 1 else "RGB")
+        mask = read_levels(mask_path, self.task.levels, colours=True)
+        check_sizes(image_path, image, mask_path, mask)
+        try:
+            target = self.task.decode(torch.from_numpy(np.array(mask)))
+        except ValueError as error:
+            raise DataError(f"{mask_path} {error}") from error
+        if target[0, [0, 0, -1, -1], [0, -1, 0, -1]].all():
+            raise DataError(
+                f"{mask_path} has the {self.task.structures[0]} in all four corners; masks are "
+                f"inverted here: {self.task.levels}"
+            )
+        return image, mask
+
+
+def check(task: Task, root: str, sites: Iterable[str]) -> None:
+    """Decodes all pictures of some sites, so that no run fails halfway.
+
+    Raises:
+        DataError: for the first problem found.
+    """
+    if root == SYNTHETIC:
+        return
+    # All folders first: they are quick to list.
+    datasets = [SiteDataset(task, root, site, split, 1) for site in sites for split in SPLITS]
+    for dataset in datasets:
+        for index in range(len(dataset)):
+            dataset.read(index)
+
+
+def write(task: Task, root: Path, site: str, split: Split, samples: Dataset[Sample]) -> None:
+    """Writes samples, whose names end in the files' names, in the layout that is read here."""
+    folder = root / site / split / task.folder
+    for part in ("image", "mask"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    for sample in (samples[index] for index in range(len(samples))):  # type: ignore[arg-type]
+        name = Path(sample.name).name
+        pixels = (sample.image * 255).round().byte().permute(1, 2, 0).squeeze(-1)
+        Image.fromarray(pixels.numpy()).save(folder / "image" / name)
+        Image.fromarray(task.encode(sample.target).numpy()).save(folder / "mask" / name)
