@@ -1,6 +1,6 @@
 """gradkit: gradients bent before they are applied, round any torch optimizer."""
 
-from gradkit import testing, tta, weighting
+from gradkit import losses, testing, tta, weighting
 from gradkit.alignment import CosineLR, LookAhead
 from gradkit.core.context import Context
 from gradkit.core.displacement import Displacement
@@ -145,6 +145,7 @@ __all__ = [
     "TrimmedMean",
     "UPGrad",
     "VaSSO",
+    "losses",
     "testing",
     "tta",
     "weighting",

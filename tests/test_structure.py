@@ -22,6 +22,7 @@ ROOMS: dict[str, set[str]] = {
     "weighting": {"core", "surgery"},
     "sharpness": {"core"},
     "teachers": {"core"},
+    "losses": {"core"},
     "optimizer": {"core", "engines"},
     "recipes": {"core", "alignment", "sharpness", "teachers", "optimizer"},
     "tta": {"core", "alignment", "sharpness", "teachers", "optimizer"},
