@@ -75,6 +75,8 @@ class Training(Generic[Batch]):
         extra: by name, what else changes and must be kept: a mean teacher that the optimizer's
             state does not hold, or a critic and its optimizer.
         generators: by name; those of torch itself are `default_generators`.
+        kept: the module whose weights `best.pt` keeps; None is the model itself. A mean teacher is
+            to be in `extra`, too.
         count: of a batch, its weight in mean losses, such as the number of its images.
         history: an entry for each epoch that is done.
         extensions: for each time that it got more epochs, how many were `done` and how many
@@ -94,6 +96,7 @@ class Training(Generic[Batch]):
     scheduler: LRScheduler | None = None
     extra: Mapping[str, Stateful] = field(default_factory=dict)
     generators: Mapping[str, torch.Generator] = field(default_factory=dict)
+    kept: nn.Module | None = None
     count: Callable[[Batch], int] = lambda batch: 1
     history: list[Entry] = field(default_factory=list)
     extensions: list[dict[str, int]] = field(default_factory=list)
@@ -104,6 +107,7 @@ def train(
     directory: Path,
     description: str | None = None,
     on_epoch: Callable[[Entry], None] | None = None,
+    writes: bool = True,
 ) -> Path:
     """Trains for the epochs that are left, and returns the path of the best one's checkpoint.
 
@@ -114,6 +118,7 @@ def train(
         directory: where the checkpoints go; made if missing.
         description: what lines of progress begin with; None shows none.
         on_epoch: called after each epoch's checkpoints are written.
+        writes: whether this process writes them; of several ranks that train together, one does.
 
     Raises:
         TrainingError: a loss is no longer finite.
@@ -135,9 +140,10 @@ def train(
             is_best = all(value > training.select(earlier) for earlier in training.history)
             training.history.append(entry)
             # The best first: if the run dies between the two files, the epoch is run again.
-            if is_best:
+            if is_best and writes:
                 save(training, directory / BEST, complete=False)
-            save(training, directory / LAST, complete=True)
+            if writes:
+                save(training, directory / LAST, complete=True)
             notes = [f"{name}={value:.3f}" for name, value in losses.items()]
             notes += [f"{name}={value:.1f}%" for name, value in scores.items()]
             shown.update(", ".join(notes))
@@ -181,9 +187,10 @@ def run_epoch(training: Training[Batch], epoch: int) -> dict[str, float]:
 
 def save(training: Training[Any], path: Path, complete: bool) -> None:
     """Writes the weights, and where `complete` what a resumed training needs besides."""
+    kept = training.model if complete or training.kept is None else training.kept
     content: dict[str, Any] = {
         **training.details,
-        "model": training.model.state_dict(),
+        "model": kept.state_dict(),
         "settings": dict(training.settings),
         "history": training.history,
         "extensions": training.extensions,
