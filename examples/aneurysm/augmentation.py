@@ -85,9 +85,7 @@ def vary(transform: Compose, data: Any, seed: int) -> Any:
     return _plain(varied)
 
 
-def gin(
-    image: Float[Tensor, "1 *space"], generator: torch.Generator
-) -> Float[Tensor, "1 *space"]:
+def gin(image: Float[Tensor, "1 ..."], generator: torch.Generator) -> Float[Tensor, "1 ..."]:
     """An image through a random shallow network, blended with the image (GIN).
 
     Ouyang et al., "Causality-inspired single-source domain generalization",
@@ -118,7 +116,7 @@ def gin(
 
 def blend_field(
     space: tuple[int, ...] | torch.Size, generator: torch.Generator, cells: int = 4
-) -> Float[Tensor, "1 *space"]:
+) -> Float[Tensor, "1 ..."]:
     """A smooth random field from 0 to 1: a coarse grid of random numbers, interpolated (IPA).
 
     Args:

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Shaped
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -101,17 +100,11 @@ def available_centres(root: str | Path) -> list[str]:
     """Names of the centres in a folder, sorted; the generated ones for the root "synthetic".
 
     Raises:
-        DataError: The folder or its list is missing or wrong, or it has only one centre.
+        DataError: The folder or its list is missing or wrong.
     """
     if root == SYNTHETIC:
         return list(CENTRES)
-    centres = sorted({entry.centre for entry in read_list(Path(root))})
-    if len(centres) < 2:
-        raise DataError(
-            f"{Path(root) / LIST} has only the centre {centres[0]!r}; give volumes of at least "
-            "two, one of which is held out"
-        )
-    return centres
+    return sorted({entry.centre for entry in read_list(Path(root))})
 
 
 def read_pair(entry: Entry) -> tuple[Volume, Volume]:
@@ -123,11 +116,10 @@ def read_pair(entry: Entry) -> tuple[Volume, Volume]:
     """
     image, label = read(entry.image), read(entry.label)
     if image.voxels.shape != label.voxels.shape:
-        shapes = ("x".join(map(str, volume.voxels.shape)) for volume in (label, image))
+        sizes = ["x".join(map(str, volume.voxels.shape)) for volume in (label, image)]
         raise DataError(
-            "{} has {} voxels but its image {} has {}; resample the label to the image".format(
-                entry.label, next(shapes), entry.image, next(shapes)
-            )
+            f"{entry.label} has {sizes[0]} voxels but its image {entry.image} has {sizes[1]}; "
+            "resample the label to the image"
         )
     corners = np.array([[0, 0, 0, 1], [*np.array(image.voxels.shape) - 1, 1]]).T
     apart = np.abs((image.affine - label.affine) @ corners).max()
@@ -190,7 +182,7 @@ def to_target(label: Shaped[Tensor, "1 D H W"]) -> Float[Tensor, "2 D H W"]:
     return torch.cat([label == 1, label == 2]).float()
 
 
-def to_label(target: Float[Tensor, "2 *space"]) -> Shaped[Tensor, "*space"]:
+def to_label(target: Float[Tensor, "2 ..."]) -> Shaped[Tensor, "..."]:
     """Labels 0, 1, 2 from the masks of vessel and aneurysm."""
     return (target[0] + 2 * target[1]).long()
 

@@ -17,8 +17,10 @@ from examples.common.scores import CaseScores
 
 OVERLAP = 0.5  # of neighbouring windows, along each axis
 EMPTY = "empty"
-"""Name of a further score: 100 where prediction or target of the aneurysm is empty, else 0; its mean
-is the share of such cases."""
+"""Name of a further score: 100 where prediction or target of the aneurysm is empty, else 0.
+
+Its mean is the share of such cases.
+"""
 
 
 @torch.no_grad()

@@ -19,9 +19,7 @@ _DICE = DiceLoss(
 )  # fmt: skip
 
 
-def dice_ce(
-    logits: Float[Tensor, "n 3 *space"], label: Int[Tensor, "n *space"]
-) -> Float[Tensor, ""]:
+def dice_ce(logits: Float[Tensor, "n 3 ..."], label: Int[Tensor, "n ..."]) -> Float[Tensor, ""]:
     """Cross-entropy plus the soft Dice loss of vessel and aneurysm, over the whole batch (DCE).
 
     Example:
@@ -55,9 +53,7 @@ def deep_supervision(
     return total
 
 
-def vaseg(
-    logits: Float[Tensor, "n 3 d h w"], label: Int[Tensor, "n d h w"]
-) -> Float[Tensor, ""]:
+def vaseg(logits: Float[Tensor, "n 3 d h w"], label: Int[Tensor, "n d h w"]) -> Float[Tensor, ""]:
     """The loss of VASeg, the authors' earlier network for vessels and aneurysms.
 
     Lin et al., https://doi.org/10.1016/j.cmpb.2023.107355:
@@ -74,15 +70,13 @@ def vaseg(
     space = (0, *range(2, p.ndim))
     overlap = 2 * (p * y).sum(space) + SMOOTH
     dice = overlap / (p.square().sum(space) + y.square().sum(space) + SMOOTH)
-    edges, true_edges = (
-        gk.losses.high_pass(z, symmetric=False, inverse="abs") for z in (p, y)
-    )
+    edges, true_edges = (gk.losses.high_pass(z, symmetric=False, inverse="abs") for z in (p, y))
     weights = torch.tensor([0.2, 0.8], device=p.device)
     boundary = F.l1_loss(edges, true_edges) + F.mse_loss(edges, true_edges)
     return (weights * (1 - dice)).sum() + 0.6 * boundary
 
 
-def consistency(logits: Sequence[Float[Tensor, "n 3 *space"]]) -> Float[Tensor, ""]:
+def consistency(logits: Sequence[Float[Tensor, "n 3 ..."]]) -> Float[Tensor, ""]:
     """Kullback-Leibler divergence of several predictions from their mean, over all elements (CMDG).
 
     Ouyang et al., https://arxiv.org/abs/2111.12525, whose code divides by the number of classes,

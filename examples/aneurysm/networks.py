@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from monai.networks.blocks import PatchEmbed, UnetOutBlock, UnetrBasicBlock, UnetrUpBlock
@@ -58,9 +57,7 @@ class UNet3D(nn.Module):
         super().__init__()
         strides = [1] + [2] * (UNET_LEVELS - 1)
         filters = [width * 2**level for level in range(UNET_LEVELS)]
-        parts = DynUNet(
-            3, 1, CLASSES, [3] * UNET_LEVELS, strides, strides[1:], filters=filters
-        )
+        parts = DynUNet(3, 1, CLASSES, [3] * UNET_LEVELS, strides, strides[1:], filters=filters)
         # DynUNet's own recursion hides the bottleneck; its parts are used in the same order.
         self.encoder = nn.ModuleList([parts.input_block, *parts.downsamples, parts.bottleneck])
         self.decoder = parts.upsamples
@@ -162,7 +159,8 @@ def build_network(
     """One of `NETWORKS`; see the classes for the arguments.
 
     Example:
-        >>> network = build_network("unet", width=4)
+        >>> import torch
+    >>> network = build_network("unet", width=4)
         >>> output = network(torch.zeros(1, 1, 16, 16, 16))
         >>> output.logits.shape, output.latent.shape
         (torch.Size([1, 3, 16, 16, 16]), torch.Size([1, 32, 2, 2, 2]))

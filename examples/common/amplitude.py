@@ -6,11 +6,11 @@ from torch import Tensor
 
 
 def mix_amplitude(
-    image: Float[Tensor, "channels *space"],
-    other: Float[Tensor, "channels *space"],
+    image: Float[Tensor, "channels ..."],
+    other: Float[Tensor, "channels ..."],
     share: float,
     width: float = 0.01,
-) -> Float[Tensor, "channels *space"]:
+) -> Float[Tensor, "channels ..."]:
     """Mixes the amplitudes of low frequencies with those of another image, and keeps the phase.
 
     Liu et al., https://arxiv.org/abs/2103.06030: with A and Φ amplitude and phase of the Fourier

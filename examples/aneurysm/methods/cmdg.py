@@ -25,9 +25,7 @@ class CMDG(Method):
     grid is interpolated trilinearly.
     """
 
-    def views(
-        self, image: Tensor, other: Callable[[], Tensor], rng: np.random.Generator
-    ) -> Patch:
+    def views(self, image: Tensor, other: Callable[[], Tensor], rng: np.random.Generator) -> Patch:
         a, b, c = (gin(image, torch_generator(rng)) for _ in range(3))
         field = blend_field(image.shape[1:], torch_generator(rng))
         blended = (field * a + (1 - field) * b, (1 - field) * a + field * b)

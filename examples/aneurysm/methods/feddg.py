@@ -30,15 +30,11 @@ class FedDG(Method):
     100 is left out, and so is federation: all centres are trained on in one place.
     """
 
-    def views(
-        self, image: Tensor, other: Callable[[], Tensor], rng: np.random.Generator
-    ) -> Patch:
+    def views(self, image: Tensor, other: Callable[[], Tensor], rng: np.random.Generator) -> Patch:
         share = float(rng.random())
         return {"source": image, "mixed": mix_amplitude(image, other(), share, AMPLITUDE_WIDTH)}
 
-    def wrap(
-        self, student: nn.Module, scaler: torch.amp.GradScaler | None
-    ) -> gk.GradientOptimizer:
+    def wrap(self, student: nn.Module, scaler: torch.amp.GradScaler | None) -> gk.GradientOptimizer:
         return gk.wrap(
             self.base(student),
             gk.MLDG(alpha=INNER, beta=1.0, test=TEST),

@@ -29,9 +29,7 @@ class NoTeacher(Method):
         super().__init__(settings)
         self._appearance = build_appearance()
 
-    def views(
-        self, image: Tensor, other: Callable[[], Tensor], rng: np.random.Generator
-    ) -> Patch:
+    def views(self, image: Tensor, other: Callable[[], Tensor], rng: np.random.Generator) -> Patch:
         """Source, target, and the teacher's target, for which GIN is drawn anew."""
         target = vary(self._appearance, image, int(rng.integers(2**31)))
         views = {"source": image, "target": gin(target, torch_generator(rng))}
@@ -52,14 +50,10 @@ class NoTeacher(Method):
 class PlainEMA(NoTeacher):
     """`NoTeacher`, and a mean teacher with a constant decay, which is evaluated."""
 
-    def wrap(
-        self, student: nn.Module, scaler: torch.amp.GradScaler | None
-    ) -> gk.GradientOptimizer:
+    def wrap(self, student: nn.Module, scaler: torch.amp.GradScaler | None) -> gk.GradientOptimizer:
         ema = gk.EMA(student, decay=DECAY, warmup=self.preset.warmup)
         self.teacher = ema.teacher
-        return gk.wrap(
-            self.base(student), ema, model=student, nonfinite="ignore", scaler=scaler
-        )
+        return gk.wrap(self.base(student), ema, model=student, nonfinite="ignore", scaler=scaler)
 
 
 class GSEMA(NoTeacher):
@@ -80,9 +74,7 @@ class GSEMA(NoTeacher):
         if part in ("boundary", "both"):
             self.contrasts["boundary"] = preset.boundary
 
-    def wrap(
-        self, student: nn.Module, scaler: torch.amp.GradScaler | None
-    ) -> gk.GradientOptimizer:
+    def wrap(self, student: nn.Module, scaler: torch.amp.GradScaler | None) -> gk.GradientOptimizer:
         gate = gk.GatedEMA(
             student,
             measure=self.preset.measure,
@@ -91,9 +83,7 @@ class GSEMA(NoTeacher):
             warmup=self.preset.warmup,
         )
         self.teacher = gate.teacher
-        return gk.wrap(
-            self.base(student), gate, model=student, nonfinite="ignore", scaler=scaler
-        )
+        return gk.wrap(self.base(student), gate, model=student, nonfinite="ignore", scaler=scaler)
 
     def objectives(self, student: nn.Module, batch: Batch) -> Objectives:
         if not any(self.contrasts.values()):
@@ -106,9 +96,7 @@ class GSEMA(NoTeacher):
             with torch.no_grad():
                 teacher_source = teacher(batch["source"])
                 teacher_target = teacher(batch["teacher_target"])
-            latents = [
-                output.latent for output in (source, target, teacher_source, teacher_target)
-            ]
+            latents = [output.latent for output in (source, target, teacher_source, teacher_target)]
             contrast = sum(
                 share
                 * gk.losses.boundary_aware_contrast(

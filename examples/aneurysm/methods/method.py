@@ -42,9 +42,7 @@ class Method:
         """Share of patches round an aneurysm."""
         return self.settings.foreground
 
-    def views(
-        self, image: Tensor, other: Callable[[], Tensor], rng: np.random.Generator
-    ) -> Patch:
+    def views(self, image: Tensor, other: Callable[[], Tensor], rng: np.random.Generator) -> Patch:
         """The views of a patch.
 
         Args:
@@ -65,9 +63,7 @@ class Method:
         """How the learning rate falls."""
         return self.settings.schedule or self.preset.schedule
 
-    def wrap(
-        self, student: nn.Module, scaler: torch.amp.GradScaler | None
-    ) -> gk.GradientOptimizer:
+    def wrap(self, student: nn.Module, scaler: torch.amp.GradScaler | None) -> gk.GradientOptimizer:
         """The optimizer; losses that are not finite end the training after the epoch."""
         return gk.wrap(self.base(student), model=student, nonfinite="ignore", scaler=scaler)
 

@@ -35,9 +35,7 @@ class NNUNet(Method):
     def schedule(self) -> Any:
         return "polynomial"
 
-    def wrap(
-        self, student: nn.Module, scaler: torch.amp.GradScaler | None
-    ) -> gk.GradientOptimizer:
+    def wrap(self, student: nn.Module, scaler: torch.amp.GradScaler | None) -> gk.GradientOptimizer:
         return gk.wrap(
             self.base(student), model=student, nonfinite="ignore", scaler=scaler, max_norm=12.0
         )

@@ -1,6 +1,6 @@
 """Vessel trees with saccular aneurysms, in mm.
 
-A carotid artery winds upwards and divides; its branches divide again and again, and grow thinner by
+An artery winds upwards and divides; its branches divide again and again, and grow thinner by
 Murray's law (Murray 1926, https://doi.org/10.1073/pnas.12.3.207): the cubes of the daughters' radii
 add up to the cube of the mother's. Aneurysms sit where wide vessels divide, or on their walls.
 """
@@ -17,7 +17,7 @@ from examples.aneurysm.synthetic.centres import Centre
 
 STEP = 1.0  # length of a straight piece of vessel, mm
 THINNEST = 0.3  # radius below which a vessel is not followed, mm
-GENERATIONS = 6
+GENERATIONS = 5
 TILE = 8  # voxels
 NEAREST = 24  # pieces of vessel that a tile looks at
 
@@ -173,7 +173,7 @@ def grow(centre: Centre, generator: torch.Generator) -> Anatomy:
     radius = _normal(generator, *centre.calibre)
     start = torch.tensor([-half - 1.0, *(_uniform(generator, -5, 5) for _ in range(2))])
     upwards = torch.tensor([1.0, 0.0, 0.0])
-    # The carotid artery winds, but divides near the middle.
+    # The artery winds, but divides near the middle.
     middle = 0.25 * half * (2 * torch.rand(3, generator=generator) - 1) - 0.2 * half * upwards
     points, headings = tree.vessel(start, upwards, radius, 1.1 * half, 1.6, middle)
     heading = F.normalize(headings[-1] + upwards, dim=-1)
