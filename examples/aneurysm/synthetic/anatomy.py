@@ -18,8 +18,8 @@ from examples.aneurysm.synthetic.centres import Centre
 STEP = 1.0  # length of a straight piece of vessel, mm
 THINNEST = 0.3  # radius below which a vessel is not followed, mm
 GENERATIONS = 5
-TILE = 8  # voxels
-NEAREST = 24  # pieces of vessel that a tile looks at
+TILE = 4.0  # side of the blocks that the volume is drawn in, mm
+NEAREST = 32  # pieces of vessel that a block looks at
 
 
 @dataclass
@@ -78,11 +78,12 @@ class Anatomy:
             Both are positive inside and correct near the surface; far away from all vessels the
             depth is only known to be negative.
         """
-        tiles = -(-size // TILE)
-        ticks = (torch.arange(tiles * TILE) + 0.5) * field_of_view / size - field_of_view / 2
+        side = max(1, round(TILE * size / field_of_view))
+        tiles = -(-size // side)
+        ticks = (torch.arange(tiles * side) + 0.5) * field_of_view / size - field_of_view / 2
         grid = torch.stack(torch.meshgrid(ticks, ticks, ticks, indexing="ij"), dim=-1)
-        blocks = grid.reshape(tiles, TILE, tiles, TILE, tiles, TILE, 3)
-        points = blocks.permute(0, 2, 4, 1, 3, 5, 6).reshape(tiles**3, TILE**3, 3)
+        blocks = grid.reshape(tiles, side, tiles, side, tiles, side, 3)
+        points = blocks.permute(0, 2, 4, 1, 3, 5, 6).reshape(tiles**3, side**3, 3)
         half = (self.ends[:, 1] - self.ends[:, 0]).norm(dim=-1) / 2
         reach = torch.cdist(points.mean(1), self.ends.mean(1)) - half - self.radii.amax(1)
         nearest = reach.topk(min(NEAREST, len(half)), largest=False).indices
@@ -92,7 +93,7 @@ class Anatomy:
                 for chunk, index in zip(points.split(128), nearest.split(128), strict=True)
             ]
         )
-        vessels = depth.reshape(tiles, tiles, tiles, TILE, TILE, TILE).permute(0, 3, 1, 4, 2, 5)
+        vessels = depth.reshape(tiles, tiles, tiles, side, side, side).permute(0, 3, 1, 4, 2, 5)
         vessels = vessels.reshape(grid.shape[:3])[:size, :size, :size]
         voxels = grid[:size, :size, :size]
         sacs = torch.stack([sac.depth(voxels) for sac in self.sacs]).amax(0)
