@@ -140,7 +140,7 @@ def test_faults_are_named(root, spoil, message):
 
 
 def test_other_roots_and_centres(root, tmp_path):
-    with pytest.raises(DataError, match="not a folder.*did you mean synthetic"):
+    with pytest.raises(DataError, match=r"not a folder.*did you mean synthetic"):
         available_centres("sythetic")
     with pytest.raises(DataError, match="no centre 'C'; choose from A, B"):
         check(root, ["C"])

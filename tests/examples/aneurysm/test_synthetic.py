@@ -20,9 +20,7 @@ SIZE = 24
 def patients():
     """Twelve patients of each centre."""
     generator = torch.Generator().manual_seed(0)
-    return {
-        name: [grow(centre, generator) for _ in range(12)] for name, centre in CENTRES.items()
-    }
+    return {name: [grow(centre, generator) for _ in range(12)] for name, centre in CENTRES.items()}
 
 
 @pytest.fixture(scope="module")

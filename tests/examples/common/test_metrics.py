@@ -74,9 +74,7 @@ def test_overlaps_by_their_definitions():
     """Sets of voxels, and volume similarity as 1 − |V_P − V_G| / (V_P + V_G)."""
     generator = torch.Generator().manual_seed(1)
     prediction, target = (torch.rand(5, 6, 7, generator=generator) > p for p in (0.7, 0.4))
-    p, g = (
-        {tuple(voxel) for voxel in mask.nonzero().tolist()} for mask in (prediction, target)
-    )
+    p, g = ({tuple(voxel) for voxel in mask.nonzero().tolist()} for mask in (prediction, target))
     expected = {
         "dsc": 2 * len(p & g) / (len(p) + len(g)),
         "sen": len(p & g) / len(g),
