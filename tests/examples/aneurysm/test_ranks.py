@@ -46,6 +46,8 @@ with joined_ranks(device):
         },
         out / f"rank{rank()}.pt",
     )
+    words = "--volumes 2 --size 16 --patch 16 --width 2 --iterations 1 --validations 1"
+    assert main(["train", *words.split(), "--out", str(out / "command")]) == 0
 """
 
 
