@@ -10,7 +10,7 @@ from gradkit.core.ranks import RankError
 from gradkit.core.transform import Reweighing, Transform
 from gradkit.engines.objectives import NoGradientError
 from gradkit.optimizer import GradientOptimizer, NonFiniteError, StepRecord, wrap
-from gradkit.recipes import GraTa
+from gradkit.recipes import GSEMA, GraTa
 from gradkit.sharpness import (
     AESAM,
     ASAM,
@@ -85,6 +85,7 @@ __all__ = [
     "GAM",
     "GLS",
     "GSAM",
+    "GSEMA",
     "IDGM",
     "IMTLG",
     "MGDA",

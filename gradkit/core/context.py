@@ -39,6 +39,8 @@ class Context:
             has run for the first time.
         gradients: The gradients that the step applies; set before `after_step` is called.
         gate: Set by a gated transform: 1 aligned, 0 conflict.
+        gate_cosine: Set by a gated transform: the cosine that its gate depends on.
+        gate_rate: Set by a gated transform: the share of aligned steps so far.
         decay: Set by a teacher: the decay it used.
         streams: Whether the weighted sum of the losses may be back-propagated in one pass.
         by_tensor: Whether a transform needs inner products per parameter tensor; those over all
@@ -58,6 +60,8 @@ class Context:
     names: tuple[str, ...] | None = None
     gradients: Gradients | None = None
     gate: Float[Tensor, ""] | None = None
+    gate_cosine: Float[Tensor, ""] | None = None
+    gate_rate: Float[Tensor, ""] | None = None
     decay: Float[Tensor, ""] | None = None
     streams: Streams = "no"
     by_tensor: bool = False

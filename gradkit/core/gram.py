@@ -32,6 +32,8 @@ _CONVERTED_ELEMENTS = 1 << 22
 # an accelerator, a kernel then takes longer to run than to launch.
 _ELEMENTS = 1 << 17
 _ELEMENTS_ON_ACCELERATOR = 1 << 24
+# Signs that are held at a time on a CPU. Their sums are exact below 2²⁴.
+_SIGNS = 1 << 19
 # Squares outside this range may have overflowed in float32, or lost digits to underflow.
 _TRUSTED = (1e-28, 1e36)
 # So few numbers are compared faster in Python.
@@ -79,8 +81,10 @@ def _local_products(
             square = squared_norm([a[0]])
             if square is not None:
                 return square.reshape(1, 1)
+    if signs and a.device.type == "cpu":
+        return _sign_products(a, b)
     products = _products(a, b, signs, None)
-    if a.device.type != "cpu" or signs or a.dtype == torch.float64:
+    if a.device.type != "cpu" or a.dtype == torch.float64:
         return products
     # On the CPU, checking the result needs no synchronisation.
     if _in_range(products.diagonal() if b is a else products.flatten()):
@@ -152,12 +156,37 @@ def _in_range(products: Tensor) -> bool:
     return bool(((products.abs() > least) & (products.abs() < most)).all())
 
 
+def _sign_products(a: Float[Tensor, "K P"], b: Float[Tensor, "L P"]) -> Float[Tensor, "K L"]:
+    """The inner products of the rows' signs, on a CPU, which are exact.
+
+    Each element is read once from memory: its sign goes to a buffer that stays in the cache.
+    """
+    width = max(_SIGNS // (len(a) + (b is not a) * len(b)), BLOCK)
+    buffer = torch.empty(len(a) + (b is not a) * len(b), min(width, a.shape[1]))
+    total = torch.zeros(len(a), len(b), dtype=torch.float64)
+    with exact_products(a.device):
+        for start, stop in block_spans(0, a.shape[1], width):
+            left, right, columns = a[:, start:stop], b[:, start:stop], stop - start
+            x = _signs(left, buffer[: len(a), :columns])
+            y = x if b is a else _signs(right, buffer[len(a) :, :columns])
+            total += torch.stack([torch.mv(x, row) for row in y], dim=1)
+    return total
+
+
+def _signs(columns: Tensor, out: Float[Tensor, "K n"]) -> Float[Tensor, "K n"]:
+    if columns.dtype == out.dtype:
+        return torch.sign(columns, out=out)
+    # Only float64 has numbers that would be 0 in float32.
+    return out.copy_(columns.sign() if columns.dtype == torch.float64 else columns).sign_()
+
+
 def _products(
     a: Tensor, b: Tensor, signs: bool, scales: tuple[Tensor, Tensor] | None
 ) -> Float[Tensor, "K L"]:
     wide = accumulator(a.device)
     # Float64 is slow on a CPU. On an accelerator it costs nothing, since memory is the limit.
-    inside = torch.float32 if a.device.type == "cpu" and a.dtype != torch.float64 else wide
+    exact = signs or (a.device.type == "cpu" and a.dtype != torch.float64)
+    inside = torch.float32 if exact else wide
     copies = signs or scales is not None or a.dtype != inside
     length = a.shape[-1]
     whole = length - length % BLOCK

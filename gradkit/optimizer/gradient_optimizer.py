@@ -604,6 +604,8 @@ class GradientOptimizer(Optimizer):
             _weights=zeros + 1,
             _lr_scale=zeros[0] + 1,
             _gate=None,
+            _gate_cosine=None,
+            _gate_rate=None,
             _decay=None,
         )
 
@@ -622,6 +624,8 @@ class GradientOptimizer(Optimizer):
             _weights=gradients.weights,
             _lr_scale=gradients.lr_scale,
             _gate=context.gate,
+            _gate_cosine=context.gate_cosine,
+            _gate_rate=context.gate_rate,
             _decay=context.decay,
         )
 

@@ -36,6 +36,8 @@ class StepRecord:
     _weights: Float[Tensor, " K"]
     _lr_scale: Float[Tensor, ""]
     _gate: Float[Tensor, ""] | None
+    _gate_cosine: Float[Tensor, ""] | None
+    _gate_rate: Float[Tensor, ""] | None
     _decay: Float[Tensor, ""] | None
 
     @property
@@ -66,6 +68,23 @@ class StepRecord:
     def gate(self) -> Float[Tensor, ""] | None:
         """1 if the gradients were aligned, 0 if in conflict; None without a gated transform."""
         return None if self._gate is None else self._gate.to(self.losses.dtype)
+
+    @property
+    def gate_cosine(self) -> Float[Tensor, ""] | None:
+        """The cosine that the gate depends on; None without a gated transform.
+
+        It is that of the gate's own measure and parameters. `cosine` is always that of whole
+        gradients.
+        """
+        return None if self._gate_cosine is None else self._gate_cosine.to(self.losses.dtype)
+
+    @property
+    def gate_rate(self) -> Float[Tensor, ""] | None:
+        """The share of applied steps in which the gradients were aligned, this one included.
+
+        None without a gated transform, and after a step that was not applied.
+        """
+        return None if self._gate_rate is None else self._gate_rate.to(self.losses.dtype)
 
     @property
     def decay(self) -> Float[Tensor, ""] | None:

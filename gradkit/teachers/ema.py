@@ -8,6 +8,7 @@ from torch import nn
 
 from gradkit.core.context import Context
 from gradkit.teachers.decay import check_decay, like, warmed_up
+from gradkit.teachers.following import Buffers
 from gradkit.teachers.mean_teacher import MeanTeacher
 
 
@@ -20,11 +21,12 @@ class EMA(MeanTeacher):
         α_t = min(1 − 1/(t+1), decay) with warm-up, else decay        t = 1, 2, …
         teacher ← α_t·teacher + (1 − α_t)·θ
 
-    Tensors are matched by name. Buffers, and integer and boolean weights, are copied and not
-    averaged; buffers take the student's present shape and dtype. A frozen weight that teacher and
-    student share is not changed. Parameters, buffers and submodules that the student gets later are
-    copied, and buffers that it loses are dropped. If the teacher cannot follow (a parameter has
-    changed its shape, or was removed), the step raises before the student moves.
+    Tensors are matched by name. Buffers, unless `buffers` says otherwise, and integer and boolean
+    weights are copied and not averaged; copied buffers take the student's present shape and dtype.
+    A frozen weight that teacher and student share is not changed. Parameters, buffers and
+    submodules that the student gets later are copied, and buffers that it loses are dropped. If the
+    teacher cannot follow (a parameter has changed its shape, or was removed), the step raises
+    before the student moves.
 
     Weights in half precision are averaged in float32 and then rounded, since at a decay of 0.999
     most changes are below the resolution of bfloat16. The float32 average is kept beside the
@@ -52,6 +54,9 @@ class EMA(MeanTeacher):
         decay: α, between 0 (a copy) and 1 (no change).
         warmup: Whether to start as a plain mean of the student's weights.
         in_state: Whether the optimizer's state dict includes the teacher.
+        buffers: What the teacher's buffers do when it moves: "copy" the student's; "average" them
+            like weights, where they are floating-point numbers of at least 32 bits, and copy the
+            others; or "skip", stay as they are.
 
     Raises:
         TypeError: If an argument is of the wrong type.
@@ -74,6 +79,7 @@ class EMA(MeanTeacher):
     decay: float = field(kw_only=True)
     warmup: bool = False
     in_state: bool = False
+    buffers: Buffers = "copy"
     needs_rows = False
 
     def __post_init__(self) -> None:

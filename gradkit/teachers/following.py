@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -16,6 +16,8 @@ from gradkit.teachers.copying import copied, is_writable, joined, unwrapped
 
 Share = Float[Tensor, ""] | float
 """1 - decay: the student's share in the new average."""
+Buffers = Literal["copy", "average", "skip"]
+"""What a teacher's buffers do: follow the student's, be averaged like weights, or stay."""
 
 
 def follow(teacher: nn.Module, student: nn.Module, decay: Share) -> None:
@@ -89,6 +91,7 @@ class Following:
         teacher: The teacher.
         student: The student.
         remembers: Whether to keep float32 averages from step to step.
+        buffers: What buffers do.
 
     Attributes:
         shadows: The float32 averages of weights of less than 32 bits, by the teacher's names; the
@@ -99,9 +102,17 @@ class Following:
         ValueError: If the teacher cannot follow the student.
     """
 
-    def __init__(self, teacher: nn.Module, student: nn.Module, *, remembers: bool = True) -> None:
+    def __init__(
+        self,
+        teacher: nn.Module,
+        student: nn.Module,
+        *,
+        remembers: bool = True,
+        buffers: Buffers = "copy",
+    ) -> None:
         teacher, student = unwrapped(teacher), unwrapped(student)
         self.remembers = remembers
+        self.buffers = buffers
         self.shadows: dict[str, Tensor] = {}
         # Buffers that only one of them had from the start are not changed.
         mine, theirs = set(dict(_buffers(teacher))), set(dict(_buffers(student)))
@@ -269,12 +280,16 @@ class Following:
     ) -> list[_Exchange]:
         """Add writes of buffers and the student's dtypes; returns the buffers to replace."""
         exchanges: list[_Exchange] = []
+        if self.buffers == "skip":
+            dtypes.update(self._dtypes)
+            return exchanges
         there = dict(plan.here)
         for root, module in plan.modules.items():
             there.update((joined(root, path), each) for path, each in module.named_modules())
         weights: list[tuple[int, int]] | None = None
         clones: dict[int, Tensor] = {}
         done: set[int] = set()
+        averaged: set[int] = set()
         for path, module in plan.there.items():
             owner = there.get(path)
             if owner is None or id(owner) in done or not (owner._buffers or module._buffers):
@@ -300,8 +315,14 @@ class Following:
                     if weights is None:
                         spans = (_span(local(pair.own)) for pair in plan.pairs)
                         weights = sorted(span for span in spans if span is not None)
-                    if not _overlap(local(own), weights):
-                        with torch._C.DisableTorchFunctionSubclass():
+                    if _overlap(local(own), weights) or id(own) in averaged:
+                        continue
+                    with torch._C.DisableTorchFunctionSubclass():
+                        if self.buffers == "average" and _is_averaged(own):
+                            averaged.add(id(own))
+                            its = local(its).to(own.device, own.dtype)
+                            writes.average(local(own), its)
+                        else:
                             writes.put(local(own), local(its))
                     continue
                 if id(its) not in clones:
@@ -376,6 +397,10 @@ class _Writes:
 def is_short(tensor: Tensor) -> bool:
     """Whether a floating-point tensor has less than 32 bits per element."""
     return tensor.is_floating_point() and tensor.dtype.itemsize < 4
+
+
+def _is_averaged(buffer: Tensor) -> bool:
+    return buffer.is_floating_point() and not is_short(buffer)
 
 
 def paired(teacher: nn.Module, student: nn.Module) -> Iterator[Pair]:

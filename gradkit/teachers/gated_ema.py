@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from itertools import pairwise
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from gradkit.core.arguments import check_number
 from gradkit.core.context import Context
 from gradkit.core.displacement import Point
 from gradkit.core.gradients import Gradients
+from gradkit.core.gram import block_grams, cosines
 from gradkit.core.oracle import Oracle, Selection
-from gradkit.teachers.decay import check_decay, like, warmed_up
+from gradkit.core.ranks import Shards, local
+from gradkit.core.storage import Parts
+from gradkit.teachers.copying import unwrapped
+from gradkit.teachers.decay import check_decay, warmed_up
+from gradkit.teachers.following import Buffers
 from gradkit.teachers.mean_teacher import MeanTeacher
 
 Measure = Literal["sign_cosine", "cosine"]
+Chosen = Callable[[str, nn.Parameter], bool]
+"""Whether the gate looks at a parameter, by its name in the student and the parameter."""
 
 
 @dataclass(eq=False)
@@ -39,9 +48,12 @@ class GatedEMA(MeanTeacher):
 
     The gradients themselves are not changed. `EMA` describes how weights and buffers follow, and
     how the teacher is saved. A step that does not move the teacher does not change its buffers.
+    The step's record has `gate`, `gate_cosine`, `gate_rate` and `decay`.
 
-    Cost: none beyond both gradients and one pass over the weights. Memory and state: those of
-    `EMA`.
+    Without `wrap`, from gradients at hand: `gate` before the student's step, and `update` after it.
+
+    Cost: no gradient beyond the two objectives' own; the cosine, and one pass over the weights.
+    Memory: that of `EMA`. State: t, and the number of aligned steps.
 
     Args:
         student: The module that is trained.
@@ -54,6 +66,9 @@ class GatedEMA(MeanTeacher):
         invert: Whether to exchange the two cases.
         warmup: Whether to start as a plain mean of the student's weights.
         in_state: Whether the optimizer's state dict includes the teacher.
+        only: Which of the student's parameters the gate looks at, as a function of name and
+            parameter; None for all. The teacher follows all of them.
+        buffers: What the teacher's buffers do; see `EMA`.
 
     Raises:
         TypeError: If an argument is of the wrong type.
@@ -83,6 +98,8 @@ class GatedEMA(MeanTeacher):
     invert: bool = False
     warmup: bool = True
     in_state: bool = False
+    only: Chosen | None = None
+    buffers: Buffers = "copy"
 
     def __post_init__(self) -> None:
         check_decay("decay_aligned", self.decay_aligned)
@@ -93,7 +110,15 @@ class GatedEMA(MeanTeacher):
         check_number("threshold", self.threshold, finite=False)
         if len(self.between) != 2 or self.between[0] == self.between[1]:
             raise ValueError(f"between is {self.between!r}; name two different objectives")
+        if self.only is not None and not callable(self.only):
+            raise TypeError(
+                f"only is {self.only!r}; pass a function of a parameter's name and the parameter"
+            )
         self._begin()
+        self._spans(self._trained())
+        self.state["aligned"] = 0.0
+
+    # In a step of an optimizer made by `wrap`.
 
     def around(self, inner: Oracle, context: Context) -> Oracle:
         def oracle(at: Point | None = None, only: Container[str] | None = None) -> Gradients:
@@ -102,22 +127,182 @@ class GatedEMA(MeanTeacher):
                 return inner(at, only)
             gradients = inner(at, Selection(only, include=tuple(self.between)))
             context.require(self, *self.between)
-            cosine = gradients.cosine(*self.between, signs=self.measure == "sign_cosine")
-            aligned = (cosine > self.threshold) != self.invert
-            context.gate = aligned.to(cosine.dtype)
+            context.gate_cosine = self._cosine(gradients)
+            context.gate = self._opened(context.gate_cosine)
             return gradients
 
         return oracle
 
     def after_step(self, context: Context) -> None:
         assert context.gate is not None  # set by the first evaluation
+        context.decay = self._follow(context.gate)
+        context.gate_rate = self.state["aligned"] / self.state["t"]
+
+    def _cosine(self, gradients: Gradients) -> Float[Tensor, ""]:
+        signs = self.measure == "sign_cosine"
+        if not signs and self.only is None:
+            return gradients.cosine(*self.between)
+        # Only the two rows: others' signs are of no use to anyone.
+        first, last = sorted(map(gradients.index, self.between))
+        rows = gradients.rows[first : last + 1 : last - first]
+        layout = gradients.layout
+        spans = ((0, rows.shape[1]),) if layout is None else self._spans(layout.parameters)
+        return self._cosine_of(rows, spans, gradients.storage.shards)
+
+    # From gradients at hand.
+
+    def gate(
+        self, source: Float[Tensor, " P"] | Parts, target: Float[Tensor, " P"] | Parts
+    ) -> Float[Tensor, ""]:
+        """Compare two gradients, before the student's step; for use without `wrap`.
+
+        On several processes pass the averaged gradients, which are the same everywhere; shards of
+        `fully_shard` are summed up here. Gradients scaled by a `GradScaler` need not be unscaled.
+        NaNs are not looked for.
+
+        Args:
+            source: The gradient of the first objective with respect to the student's parameters
+                that require a gradient: one tensor for each, in the order of
+                `student.parameters()`, or None where it is 0; or all of them as one flat vector.
+            target: The gradient of the second objective.
+
+        Returns:
+            The gate []: 1 if they are aligned, 0 if in conflict.
+
+        Raises:
+            ValueError: If the gradients do not have the parameters' shapes, or if `only` chooses
+                none of these parameters.
+
+        Examples:
+            >>> import torch, gradkit as gk
+            >>> student = torch.nn.Linear(2, 1, bias=False)
+            >>> gated = gk.GatedEMA(student)
+            >>> base = torch.optim.SGD(student.parameters(), lr=0.1)
+            >>> losses = student(torch.eye(2)).square()
+            >>> a, b = (torch.autograd.grad(x, [student.weight], retain_graph=True) for x in losses)
+            >>> student.weight.grad = a[0] + b[0]
+            >>> gate = gated.gate(a, b)
+            >>> base.step()
+            >>> gated.update(gate)
+            tensor(0.5000, dtype=torch.float64)
+        """
+        parameters = self._trained()
+        spans = self._spans(parameters)
+        rows = [
+            _flat(name, gradient, parameters)
+            for name, gradient in zip(self.between, (source, target), strict=True)
+        ]
+        return self._opened(self._cosine_of(torch.stack(rows), spans, Shards.of(parameters)))
+
+    def update(self, gate: Float[Tensor, ""]) -> Float[Tensor, ""]:
+        """Move the teacher, after the student's step; for use without `wrap`.
+
+        Args:
+            gate: What `gate` returned before the step.
+
+        Returns:
+            The decay α_t [].
+
+        Raises:
+            RuntimeError: If an optimizer made by `wrap` updates this teacher.
+            ValueError: If the gate is not a floating-point tensor without dimensions, or if the
+                teacher no longer fits the student; nothing is changed then.
+        """
+        if self._owner() is not None:
+            raise RuntimeError(
+                "this teacher belongs to an optimizer made by gk.wrap(), whose step() updates it; "
+                "make another GatedEMA for a loop of your own"
+            )
+        if not isinstance(gate, Tensor) or gate.shape != () or not gate.is_floating_point():
+            raise ValueError(f"gate is {gate!r}; pass what gate() returned before the step")
+        with torch.no_grad():
+            return self._follow(gate)
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [each for each in unwrapped(self.student).parameters() if each.requires_grad]
+
+    def _spans(self, parameters: Sequence[Tensor]) -> tuple[tuple[int, int], ...]:
+        """The column ranges of the parameters that the gate looks at; adjacent ones are merged."""
+        offsets = [0]
+        for parameter in parameters:
+            offsets.append(offsets[-1] + local(parameter).numel())
+        if self.only is None:
+            return ((0, offsets[-1]),)
+        named = unwrapped(self.student).named_parameters()
+        chosen = {id(parameter) for name, parameter in named if self.only(name, parameter)}
+        spans: list[tuple[int, int]] = []
+        for parameter, (start, stop) in zip(parameters, pairwise(offsets), strict=True):
+            if id(parameter) in chosen:
+                if spans and spans[-1][1] == start:
+                    start = spans.pop()[0]
+                spans.append((start, stop))
+        if not spans:
+            raise ValueError(
+                f"only={self.only!r} chooses none of the {len(parameters)} parameters that are "
+                "trained, so that there would be no gradients to compare; check the names that it "
+                "expects against student.named_parameters()"
+            )
+        return tuple(spans)
+
+    def _cosine_of(
+        self,
+        rows: Float[Tensor, "2 P"],
+        spans: Sequence[tuple[int, int]],
+        shards: Shards | None,
+    ) -> Float[Tensor, ""]:
+        signs = self.measure == "sign_cosine"
+        return cosines(block_grams(rows, spans, signs=signs, over=shards).sum(0))[0, 1]
+
+    def _opened(self, cosine: Float[Tensor, ""]) -> Float[Tensor, ""]:
+        return ((cosine > self.threshold) != self.invert).to(cosine.dtype)
+
+    def _follow(self, gate: Float[Tensor, ""]) -> Float[Tensor, ""]:
+        """Move the teacher and count the step; returns the decay."""
         aligned, conflict = self.decay_aligned, self.decay_conflict
         if self.warmup:
             aligned = warmed_up(aligned, self._t)
             conflict = None if conflict is None else warmed_up(conflict, self._t)
         conflict = 1.0 if conflict is None else conflict
+
+        def chosen(if_aligned: float, if_conflict: float) -> Float[Tensor, ""]:
+            here, there = torch.full_like(gate, if_aligned), torch.full_like(gate, if_conflict)
+            return torch.where(gate > 0, here, there)
+
         # 1 − α is computed in double precision, before it becomes a tensor.
-        is_aligned = context.gate > 0
-        share = torch.where(is_aligned, like(1 - aligned, context), like(1 - conflict, context))
-        self._move(share)
-        context.decay = torch.where(is_aligned, like(aligned, context), like(conflict, context))
+        self._move(chosen(1 - aligned, 1 - conflict))
+        self.state["aligned"] = self.state["aligned"] + gate
+        return chosen(aligned, conflict)
+
+
+def _flat(
+    name: str, gradient: Float[Tensor, " P"] | Parts, parameters: Sequence[Tensor]
+) -> Float[Tensor, " P"]:
+    """A gradient as one flat vector of this rank's elements.
+
+    Raises:
+        ValueError: If it does not have the parameters' shapes.
+    """
+    parts: list[Any] = [local(parameter) for parameter in parameters]
+    if isinstance(gradient, Tensor):
+        if gradient.shape != (sum(part.numel() for part in parts),):
+            raise ValueError(
+                f"the gradient of {name!r} has shape {tuple(gradient.shape)} and the student "
+                f"{sum(part.numel() for part in parts)} elements in parameters that require a "
+                "gradient; pass a flat vector of these, or a list with one tensor per parameter"
+            )
+        return gradient.detach()
+    given = [None if each is None else local(each).detach() for each in gradient]
+    if len(given) != len(parts):
+        raise ValueError(
+            f"the gradient of {name!r} has {len(given)} tensors and the student {len(parts)} "
+            "parameters that require a gradient; pass one tensor, or None, for each"
+        )
+    for position, (part, own) in enumerate(zip(given, parts, strict=True)):
+        if part is not None and part.shape != own.shape:
+            raise ValueError(
+                f"tensor {position} of the gradient of {name!r} has shape {tuple(part.shape)} and "
+                f"its parameter {tuple(own.shape)}; pass them in the order of student.parameters()"
+            )
+    whole = zip(given, parts, strict=True)
+    flat = [(torch.zeros_like(own) if part is None else part).reshape(-1) for part, own in whole]
+    return torch.cat(flat)

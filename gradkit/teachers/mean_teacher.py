@@ -13,7 +13,7 @@ from gradkit.core.context import Context
 from gradkit.core.ranks import as_part_of, is_sharded, local, reshard
 from gradkit.core.transform import Transform
 from gradkit.teachers.copying import make_teacher, saved_buffers, unwrapped
-from gradkit.teachers.following import Following, Plan, Share, is_short, paired
+from gradkit.teachers.following import Buffers, Following, Plan, Share, is_short, paired
 
 _SAMPLES = 8
 
@@ -28,17 +28,21 @@ class MeanTeacher(Transform):
         student: The module that is trained.
         teacher: The module that follows it.
         in_state: Whether the optimizer's state dict includes the teacher.
+        buffers: What the teacher's buffers do.
     """
 
     student: nn.Module
     teacher: nn.Module
     in_state: bool
+    buffers: Buffers
 
     def _begin(self) -> None:
         if not isinstance(self.in_state, bool):
             raise TypeError(f"in_state is {self.in_state!r}; pass True or False")
+        if self.buffers not in ("copy", "average", "skip"):
+            raise ValueError(f"buffers is {self.buffers!r}; choose 'copy', 'average' or 'skip'")
         self.teacher = make_teacher(self.student, self.teacher)
-        self._following = Following(self.teacher, self.student)
+        self._following = Following(self.teacher, self.student, buffers=self.buffers)
         self._plan: Plan | None = None
         self._saved_mark: str | None = None
         self.state["t"] = 0
