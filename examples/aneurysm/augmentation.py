@@ -29,7 +29,6 @@ BOTH = (IMAGE, TARGET)
 MODES = ("bilinear", "nearest")  # a mask stays {0, 1}
 LAYERS, CHANNELS = 4, 2  # of GIN
 KERNELS = (1, 3)
-AMPLITUDE_WIDTH = 0.05
 
 
 def build_geometry() -> Compose:

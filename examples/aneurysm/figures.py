@@ -12,11 +12,13 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch as Swatch
 from numpy.typing import NDArray
+from sklearn.metrics import silhouette_score
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from examples.aneurysm.gate_log import COLUMNS
 from examples.common.datasets import Sample
-from examples.common.tsne import embed, separation
+from examples.common.tsne import embed
 
 # Okabe and Ito's colours, told apart by colour-blind readers, https://jfly.uni-koeln.de/color/
 VESSEL_COLOUR, ANEURYSM_COLOUR = (0.34, 0.71, 0.91), (0.90, 0.62, 0.0)
@@ -130,13 +132,16 @@ def save_latents(
     figure.savefig(path, dpi=DPI)
 
 
-def save_gates(path: Path, histories: Mapping[str, Float[Tensor, "steps 3"]]) -> None:
+def save_gates(path: Path, histories: Mapping[str, Float[Tensor, "steps 4"]]) -> None:
     """Saves cosine, share of aligned steps and decay over the training, a column by method."""
     figure = Figure(figsize=(1.0 + 2.7 * len(histories), 5.4), layout="constrained")
     grid = figure.subplots(3, len(histories), squeeze=False, sharex="col", sharey="row")
     for column, (method, history) in zip(grid.T, histories.items(), strict=True):
         steps = np.arange(1, len(history) + 1)
-        cosine, gate, decay = (history[:, k].numpy() for k in range(len(COLUMNS)))
+        of = {name: history[:, k].numpy() for k, name in enumerate(COLUMNS)}
+        gate, decay = of["gate"], of["decay"]
+        # What the gate compares, where there is one.
+        cosine = of["gate_cosine"] if np.isfinite(of["gate_cosine"]).all() else of["cosine"]
         column[0].set_title(method, fontsize=9)
         column[0].axhline(0, color="0.6", linewidth=0.8)
         column[0].plot(steps, cosine, ".", color=CENTRE_COLOURS[0], markersize=2.5)
@@ -156,6 +161,25 @@ def save_gates(path: Path, histories: Mapping[str, Float[Tensor, "steps 3"]]) ->
     grid[1, 0].set(ylabel="share of aligned\nsteps so far", ylim=(-0.03, 1.03))
     grid[2, 0].set(ylabel="decay of the teacher", ylim=(-0.03, 1.03))
     figure.savefig(path, dpi=DPI)
+
+
+def separation(features: Float[Tensor, "n f"], groups: Sequence[str]) -> float:
+    """The mean silhouette of groups among features: 1 far apart, 0 on top of each other.
+
+    Rousseeuw, https://doi.org/10.1016/0377-0427(87)90125-7, on features scaled to standard
+    deviation 1.
+
+    Args:
+        features: Of the points.
+        groups: To which of at least two groups each point belongs.
+
+    Example:
+        >>> x = torch.tensor([[0.0], [0.1], [10.0], [10.1]])
+        >>> round(separation(x, ["a", "a", "b", "b"]), 2), separation(x, ["a", "b", "a", "b"]) < 0
+        (0.99, True)
+    """
+    scaled = StandardScaler().fit_transform(features.double().numpy())
+    return float(silhouette_score(scaled, list(groups)))
 
 
 def pooled_latents(

@@ -8,14 +8,15 @@ from torch import Tensor
 
 import gradkit as gk
 
-COLUMNS = ("cosine", "gate", "decay")
+COLUMNS = ("cosine", "gate_cosine", "gate", "decay")
 
 
 class GateLog:
     """Cosine of the gradients of source and target, gate and decay of the teacher, step by step.
 
-    It follows an optimizer whose step has the objectives "source" and "target"; where there is no
-    gate or teacher, these entries are NaN. Values stay on the device until they are asked for.
+    It follows an optimizer whose step has the objectives "source" and "target". The first cosine is
+    that of the gradients, the second what the gate compares; where there is no gate or teacher,
+    entries are NaN. Values stay on the device until they are asked for.
 
     Args:
         optimizer: Whose steps to follow.
@@ -30,12 +31,12 @@ class GateLog:
         if step is None or not {"source", "target"} <= set(step.names):
             return
         missing = torch.full_like(step.losses[0], torch.nan)
-        values = (step.cosine("source", "target"), step.gate, step.decay)
+        values = (step.cosine("source", "target"), step.gate_cosine, step.gate, step.decay)
         row = [missing if value is None else value.to(missing) for value in values]
         self._rows.append(torch.stack(row))
 
     @property
-    def history(self) -> Float[Tensor, "steps 3"]:
+    def history(self) -> Float[Tensor, "steps 4"]:
         """A row for each step: the columns are `COLUMNS`."""
         return torch.stack(self._rows).cpu() if self._rows else torch.empty(0, len(COLUMNS))
 

@@ -215,7 +215,7 @@ def make_training(
         details={"format": FORMAT, "architecture": asdict(architecture)},
         scheduler=scheduler,
         extra=extra,
-        kept=deployed,
+        kept=() if teacher is None else ("teacher",),
         count=lambda batch: len(batch["label"]),
     )
     return Fitted(training, method, architecture, gate, directory / "best.pt")
@@ -223,6 +223,8 @@ def make_training(
 
 def load_network(path: Path) -> tuple[nn.Module, Architecture]:
     """Reads the network that a training has kept, in evaluation mode on the CPU.
+
+    It is the teacher where there is one, else the student.
 
     Raises:
         CheckpointError: The file is missing, unreadable or of another kind.
@@ -235,7 +237,7 @@ def load_network(path: Path) -> tuple[nn.Module, Architecture]:
         architecture = Architecture(**content["architecture"])
         with torch.random.fork_rng(devices=[]):
             network = architecture.build()
-        network.load_state_dict(content["model"])
+        network.load_state_dict(content.get("teacher", content["model"]))
     except (KeyError, TypeError, RuntimeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: its network cannot be restored; {remedy}") from error
     return network.eval(), architecture

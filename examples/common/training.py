@@ -9,7 +9,7 @@ whole epoch and ends with the same bits.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeAlias, TypeVar
@@ -23,7 +23,7 @@ from examples.common.datasets import Fingerprint
 from examples.common.progress import Progress
 from gradkit import GradientOptimizer
 
-ANEW = "start anew without --resume, in another --out or with --overwrite"
+ANEW = "start anew, in another --out or with --overwrite"
 LAST, BEST = "last.pt", "best.pt"
 """A training's files: all that it needs to go on, and the weights of its best epoch."""
 
@@ -63,7 +63,7 @@ class Training(Generic[Batch]):
             accumulate gradients, a closure is a generator function that yields the loss of each
             micro-batch. Autocast belongs into the closures.
         batches: of an epoch, which is counted from 0.
-        validate: the scores, in percent, of an epoch that is done.
+        validate: the scores of an epoch that is done, in percent where `shown`.
         select: what is highest for the best epoch, of which the earliest among equals is kept.
         settings: plain values that a training has in common with those it may continue: a training
             of fewer `epochs`, the one value that must be there, is extended.
@@ -75,9 +75,10 @@ class Training(Generic[Batch]):
         extra: by name, what else changes and must be kept: a mean teacher that the optimizer's
             state does not hold, or a critic and its optimizer.
         generators: by name; those of torch itself are `default_generators`.
-        kept: the module whose weights `best.pt` keeps; None is the model itself. A mean teacher is
-            to be in `extra`, too.
         count: of a batch, its weight in mean losses, such as the number of its images.
+        shown: whether progress shows a score, by its name.
+        patience: after how many epochs without a better one the training ends early; None: never.
+        kept: names of parts in `extra` that the best epoch's file holds, too.
         history: an entry for each epoch that is done.
         extensions: for each time that it got more epochs, how many were `done` and how many
             `epochs` it was to have before.
@@ -96,8 +97,10 @@ class Training(Generic[Batch]):
     scheduler: LRScheduler | None = None
     extra: Mapping[str, Stateful] = field(default_factory=dict)
     generators: Mapping[str, torch.Generator] = field(default_factory=dict)
-    kept: nn.Module | None = None
     count: Callable[[Batch], int] = lambda batch: 1
+    shown: Callable[[str], bool] = lambda name: True
+    patience: int | None = None
+    kept: Collection[str] = ()
     history: list[Entry] = field(default_factory=list)
     extensions: list[dict[str, int]] = field(default_factory=list)
 
@@ -128,6 +131,8 @@ def train(
     done, epochs = len(training.history), training.settings["epochs"]
     with Progress(epochs, description, "epoch", initial=done, every_round=True) as shown:
         for epoch in range(done, epochs):
+            if is_exhausted(training):
+                break
             losses = run_epoch(training, epoch)
             scores = training.validate()
             entry = {"epoch": epoch + 1, **losses, **scores}
@@ -145,11 +150,21 @@ def train(
             if writes:
                 save(training, directory / LAST, complete=True)
             notes = [f"{name}={value:.3f}" for name, value in losses.items()]
-            notes += [f"{name}={value:.1f}%" for name, value in scores.items()]
+            notes += [
+                f"{name}={value:.1f}%" for name, value in scores.items() if training.shown(name)
+            ]
             shown.update(", ".join(notes))
             if on_epoch is not None:
                 on_epoch(entry)
     return directory / BEST
+
+
+def is_exhausted(training: Training[Any]) -> bool:
+    """Whether the best epoch lies `patience` epochs back."""
+    if training.patience is None or not training.history:
+        return False
+    values = [training.select(entry) for entry in training.history]
+    return len(values) - 1 - values.index(max(values)) >= training.patience
 
 
 def run_epoch(training: Training[Batch], epoch: int) -> dict[str, float]:
@@ -187,14 +202,15 @@ def run_epoch(training: Training[Batch], epoch: int) -> dict[str, float]:
 
 def save(training: Training[Any], path: Path, complete: bool) -> None:
     """Writes the weights, and where `complete` what a resumed training needs besides."""
-    kept = training.model if complete or training.kept is None else training.kept
     content: dict[str, Any] = {
         **training.details,
-        "model": kept.state_dict(),
+        "model": training.model.state_dict(),
         "settings": dict(training.settings),
         "history": training.history,
         "extensions": training.extensions,
     }
+    for name in training.kept:
+        content[name] = training.extra[name].state_dict()
     if complete:
         scaler = training.optimizer.scaler
         content["data"] = asdict(training.data)

@@ -7,15 +7,15 @@ import torch
 from torch import Tensor, nn
 
 import gradkit as gk
-from examples.aneurysm.augmentation import AMPLITUDE_WIDTH
 from examples.aneurysm.losses import contour_contrast, dice_ce
 from examples.aneurysm.methods.method import Batch, Method
 from examples.aneurysm.patches import Patch
-from examples.common.amplitude import mix_amplitude
+from examples.common.frequency import mix_amplitude
 from examples.common.training import Objectives
 
 INNER = 1e-3  # step size of the meta step
 CONTRAST = 0.1  # weight
+AMPLITUDE_SHARE = 0.05  # of the spectrum on either side of frequency 0
 TRAIN, TEST = "meta_train", "meta_test"
 
 
@@ -31,8 +31,10 @@ class FedDG(Method):
     """
 
     def views(self, image: Tensor, other: Callable[[], Tensor], rng: np.random.Generator) -> Patch:
-        share = float(rng.random())
-        return {"source": image, "mixed": mix_amplitude(image, other(), share, AMPLITUDE_WIDTH)}
+        mixed = mix_amplitude(
+            image, other(), float(rng.random()), dimensions=3, share=AMPLITUDE_SHARE
+        )
+        return {"source": image, "mixed": mixed}
 
     def wrap(self, student: nn.Module, scaler: torch.amp.GradScaler | None) -> gk.GradientOptimizer:
         return gk.wrap(

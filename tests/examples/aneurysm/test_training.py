@@ -92,10 +92,10 @@ def test_workers_do_not_change_the_patches(centres, tmp_path):
 def test_the_teacher_is_kept_and_validated(centres, tmp_path):
     fitted = run(centres, tmp_path, replace(TINY, method="gsema", epochs=1))
     student, teacher = fitted.training.model.state_dict(), fitted.method.teacher.state_dict()
-    kept = load(fitted.best)["model"]
+    kept = load(fitted.best)["teacher"]
     assert_equal_content(dict(kept), dict(teacher))
     assert any(not torch.equal(kept[name], student[name]) for name in kept)
-    assert fitted.gate.history.shape == (2, 3)
+    assert fitted.gate.history.shape == (2, 4)
     assert fitted.gate.history.isfinite().all()
     network, architecture = load_network(fitted.best)
     assert architecture.held_out == "centre_d"

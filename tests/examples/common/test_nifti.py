@@ -1,12 +1,12 @@
 """NIfTI files: what is written is read again, headers of other writers, and damaged files."""
 
-import gzip
 import struct
 
+import nibabel as nib
 import numpy as np
 import pytest
 
-from examples.common.nifti import TYPES, NiftiError, Volume, read, write
+from examples.common.nifti import NiftiError, Volume, read, write
 
 AFFINE = np.array([[0.0, -0.5, 0, 10], [0.4, 0, 0, -20], [0, 0, 2.0, 30], [0, 0, 0, 1]])
 
@@ -23,6 +23,10 @@ def patched(path, form, offset, *values):
     return path
 
 
+def save(path, voxels):
+    nib.save(nib.Nifti1Image(voxels, AFFINE), path)
+
+
 @pytest.fixture
 def plain(tmp_path):
     path = tmp_path / "a.nii"
@@ -30,7 +34,7 @@ def plain(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("kind", sorted({str(kind) for kind in TYPES.values()}))
+@pytest.mark.parametrize("kind", ["u1", "i1", "i2", "u2", "i4", "u4", "f4", "f8"])
 @pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
 def test_volumes_come_back(tmp_path, kind, suffix):
     path = tmp_path / f"a{suffix}"
@@ -88,19 +92,33 @@ def test_the_qform_is_a_rotation(plain):
     ("spoil", "message"),
     [
         (lambda path: path.unlink(), "does not exist"),
-        (lambda path: path.write_bytes(b"\x89PNG" + bytes(400)), "no single-file NIfTI-1"),
-        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "cut short"),
-        (lambda path: path.write_bytes(gzip.compress(path.read_bytes())[:-20]), "cannot be read"),
+        (lambda path: path.write_bytes(b"\x89PNG" + bytes(400)), "no NIfTI volume"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "cannot be read"),
         (lambda path: patched(path, "<2h", 40, 2, 3), "shape 3x4; give"),
-        (lambda path: patched(path, "<6h", 40, 4, 3, 4, 5, 2, 1), "shape 3x4x5x2"),
-        (lambda path: patched(path, "<h", 70, 32), "NIfTI type 32"),
+        (lambda path: save(path, np.zeros((3, 4, 5, 2), "f4")), "shape 3x4x5x2"),
+        (lambda path: save(path, np.zeros((3, 4, 5), "c8")), "type complex64"),
         (lambda path: patched(path, "<12f", 280, *12 * [0.0]), "not invertible"),
-        (lambda path: patched(path, "<f", 108, float("nan")), "cut short"),
+        (lambda path: patched(path, "<f", 108, float("nan")), "cannot be read"),
     ],
-    ids=["missing", "png", "short", "gzip", "flat", "series", "complex", "singular", "offset"],
+    ids=["missing", "png", "short", "flat", "series", "complex", "singular", "offset"],
 )
 def test_bad_files_are_named(plain, spoil, message):
     spoil(plain)
     with pytest.raises(NiftiError, match=message) as raised:
         read(plain)
     assert str(plain) in str(raised.value)
+
+
+def test_a_damaged_archive_is_named(tmp_path):
+    path = tmp_path / "a.nii.gz"
+    write(path, Volume(numbered(shape=(9, 9, 9)), AFFINE))
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(NiftiError, match=r"a.nii.gz cannot be read"):
+        read(path)
+
+
+def test_other_formats_are_refused(tmp_path):
+    path = tmp_path / "a.mgz"
+    nib.save(nib.MGHImage(numbered("f4"), AFFINE), path)
+    with pytest.raises(NiftiError, match=r"a.mgz is no NIfTI volume"):
+        read(path)

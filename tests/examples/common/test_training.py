@@ -345,14 +345,6 @@ def test_learning_rate_falls_to_a_tenth_of_an_epoch():
     assert polynomial_learning_rate(1e-3, 199, 200) == pytest.approx(1e-3 * 0.005**0.9)
 
 
-def test_the_best_file_keeps_another_module_on_request(tmp_path):
-    training = make(epochs=1)
-    training.kept = nn.Linear(2, 1)
-    best = train(training, tmp_path)
-    assert_equal_content(load(best)["model"], training.kept.state_dict())
-    assert_equal_content(load(tmp_path / "last.pt")["model"], training.model.state_dict())
-
-
 def test_a_rank_that_does_not_write_trains_all_the_same(tmp_path):
     silent, loud = make(epochs=2), make(epochs=2)
     train(silent, tmp_path / "silent", writes=False)
