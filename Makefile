@@ -16,10 +16,16 @@ empty :=
 space := $(empty) $(empty)
 INSTALLED := $(subst $(space),\$(space),$(VENV))/.installed
 
-.PHONY: demo test lint coverage docs gpu gpu-wheels clean
+.PHONY: demo demo-aneurysm test lint coverage docs gpu gpu-wheels clean
 
 demo: $(INSTALLED)
 	$(RUN) -m examples.fundus compare --statistics mixed:0.8 --lr 1e-3 --out "$(OUT)" $(RESUME)
+
+# GS-EMA beside a plain teacher and none, on a centre held out; a later run continues or uses what is
+# there.
+demo-aneurysm: $(INSTALLED)
+	$(RUN) -m examples.aneurysm compare --methods none,ema,gsema,bacl --iterations 150 --learning-rate 5e-3 \
+		--schedule polynomial --out "$(OUT)-aneurysm" $(if $(wildcard $(OUT)-aneurysm/training),--resume)
 
 test: $(INSTALLED)
 	$(PYTEST)

@@ -9,7 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
-from examples.aneurysm.data import SYNTHETIC, available_centres, check, open_centre
+from examples.aneurysm.data import (
+    SYNTHETIC,
+    available_centres,
+    check,
+    entries_of,
+    open_centre,
+    to_grid_of,
+)
 from examples.aneurysm.inference import EMPTY, score_volumes
 from examples.aneurysm.methods import METHODS
 from examples.aneurysm.options import RESUME, TrainingOptions, check_method, refuse_earlier
@@ -21,7 +28,7 @@ from examples.common import results as common
 from examples.common.board import Board
 from examples.common.command_line import interruptible
 from examples.common.metrics import OVERLAPS
-from examples.common.nifti import Volume, write
+from examples.common.nifti import Volume, read, write
 from examples.common.results import Result, remove_results, write_json
 from examples.common.training import LAST, Entry
 from examples.common.usage import check_writable, open_device, require, split_names
@@ -107,8 +114,8 @@ class Train(TrainingOptions):
 class Evaluate:
     """Segment the volumes of one centre with a trained network, and score them.
 
-    Writes OUT/results.json, OUT/table.md and, with --save, the labels of each volume as NIfTI at
-    the network's resolution.
+    Writes OUT/results.json, OUT/table.md and, with --save, the labels of each volume as NIfTI on
+    the grid of its image.
     """
 
     checkpoint: Path
@@ -149,12 +156,14 @@ class Evaluate:
         table = common.markdown_table(("centre",), SCORES, rows)
         (self.out / "table.md").write_text(f"{table}\n")
         if self.save:
-            folder = self.out / "labels"
-            folder.mkdir(exist_ok=True)
-            for case, label in zip(cases, predictions, strict=True):
+            (self.out / "labels").mkdir(exist_ok=True)
+            originals = [] if self.data_root == SYNTHETIC else entries_of(self.data_root, centre)
+            for index, (case, label) in enumerate(zip(cases, predictions, strict=True)):
                 name = case.case.removesuffix(".gz").removesuffix(".nii").replace("/", "_")
-                voxels = label.numpy().astype(np.uint8)
-                write(folder / f"{name}_label.nii.gz", Volume(voxels, np.eye(4)))
+                volume = Volume(label.numpy().astype(np.uint8), np.eye(4))
+                if originals:
+                    volume = to_grid_of(read(originals[index].image), label)
+                write(self.out / "labels" / f"{name}_label.nii.gz", volume)
         print(table)
 
 

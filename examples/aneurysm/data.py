@@ -107,6 +107,18 @@ def available_centres(root: str | Path) -> list[str]:
     return sorted({entry.centre for entry in read_list(Path(root))})
 
 
+def entries_of(root: str | Path, centre: str) -> list[Entry]:
+    """The volumes of one centre of a folder, in the order of the list.
+
+    Raises:
+        DataError: The list is missing or wrong, or has no such centre.
+    """
+    entries = [entry for entry in read_list(Path(root)) if entry.centre == centre]
+    if not entries:
+        raise DataError(f"{root} has no centre {centre!r}")
+    return entries
+
+
 def read_pair(entry: Entry) -> tuple[Volume, Volume]:
     """Reads an image and its label.
 
@@ -172,6 +184,12 @@ def resample(volume: Volume, size: int, nearest: bool) -> Float[Tensor, "1 D H W
     return F.interpolate(voxels, shape, mode="trilinear")[0]
 
 
+def to_grid_of(image: Volume, label: Shaped[Tensor, "d h w"]) -> Volume:
+    """A label of a resampled volume, on the grid of the original one: at the nearest voxels."""
+    voxels = F.interpolate(label[None, None].float(), image.voxels.shape, mode="nearest-exact")
+    return Volume(voxels[0, 0].numpy().astype(np.uint8), image.affine)
+
+
 def to_target(label: Shaped[Tensor, "1 D H W"]) -> Float[Tensor, "2 D H W"]:
     """The masks of vessel and aneurysm.
 
@@ -200,9 +218,7 @@ class Angiograms(Dataset[Sample]):
     """
 
     def __init__(self, root: str | Path, centre: str, size: int) -> None:
-        self.entries = [entry for entry in read_list(Path(root)) if entry.centre == centre]
-        if not self.entries:
-            raise DataError(f"{root} has no centre {centre!r}")
+        self.entries = entries_of(root, centre)
         self.size = size
         self._read: dict[int, Sample] = {}
 

@@ -101,6 +101,8 @@ def test_training_evaluating_and_resuming_on_a_folder(exported, tmp_path, capsys
         f"centre_c_{k:03}_image_label.nii.gz" for k in range(2)
     ]
     for path, case in zip(labels, result["cases"], strict=True):
+        original = read(exported / case["case"])
+        np.testing.assert_allclose(read(path).affine, original.affine, rtol=1e-6)
         predicted = read(path).voxels == 2
         actual = read(exported / case["case"].replace("_image", "_label")).voxels == 2
         size = predicted.sum() + actual.sum()

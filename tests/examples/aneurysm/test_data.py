@@ -13,6 +13,7 @@ from examples.aneurysm.data import (
     normalise,
     open_centre,
     resample,
+    to_grid_of,
     to_label,
     to_target,
 )
@@ -70,6 +71,14 @@ def test_shrinking_averages_and_labels_keep_their_values():
     fine = resample(labels(affine=np.eye(4)), 16, nearest=True)
     assert fine.shape == (1, 16, 12, 8)
     assert fine.unique().tolist() == [0, 1, 2]
+
+
+def test_predictions_return_to_the_grid_of_their_image():
+    label = torch.arange(3).reshape(3, 1, 1).expand(3, 6, 8)
+    found = to_grid_of(volume(shape=(6, 6, 4)), label)
+    np.testing.assert_array_equal(found.voxels[:, 0, 0], [0, 0, 1, 1, 2, 2])
+    np.testing.assert_array_equal(found.affine, SPACING)
+    assert found.voxels.shape == (6, 6, 4)
 
 
 def test_labels_and_targets_are_inverse():

@@ -107,14 +107,16 @@ def ball(radius=2.0):
 
 
 def test_contours_that_agree_and_differ_from_the_background():
-    """With cosines 1 to the other contour and 0 to both backgrounds: log(1 + 2·e^(−1/τ))."""
+    """With a cosine of √½ between contours and 0 to both backgrounds: log(1 + 2·e^(−√½/τ))."""
     label = ball()
-    features = torch.zeros(2, 2, 12, 12, 12)
     inside = torch.nn.functional.max_pool3d((label > 0).float()[:, None], 3, 1, 1)[:, 0] > 0
-    features[:, 0][inside] = 1.0
-    features[:, 1][~inside] = 5.0
-    found = contour_contrast([features, features], label, temperature=0.5)
-    assert float(found) == pytest.approx(math.log(1 + 2 * math.exp(-2)), rel=1e-5)
+    first = torch.zeros(2, 3, 12, 12, 12)
+    first[:, 0][inside] = 1.0
+    first[:, 1][~inside] = 5.0
+    second = first.clone()
+    second[:, 2][inside] = 1.0
+    found = contour_contrast([first, second], label, temperature=0.5)
+    assert float(found) == pytest.approx(math.log(1 + 2 * math.exp(-2 * 0.5**0.5)), rel=1e-5)
 
 
 def test_contours_of_patches_without_vessels_do_not_count():

@@ -141,6 +141,16 @@ def test_the_gated_teacher(preset):
         )
 
 
+@pytest.mark.parametrize(("preset", "gate"), [("paper", 1.0), ("code", 0.0)])
+def test_what_the_gate_compares(preset, gate):
+    """A few large components agree, and most signs do not: the text's cosine, the code's signs."""
+    _, network, optimizer = build("gsema", preset)
+    few = network.last.bias.sum()
+    most = sum(p.sum() for p in network.parameters()) - few
+    optimizer.step(lambda: {"source": 100 * few + most, "target": 100 * few - most})
+    assert float(optimizer.last_step.gate) == gate
+
+
 def test_the_plain_teacher_knows_no_conflict():
     method, network, optimizer = build("ema", learning_rate=0.1)
     before = [p.detach().clone() for p in method.teacher.parameters()]

@@ -89,6 +89,13 @@ def test_workers_do_not_change_the_patches(centres, tmp_path):
     assert_equal_content(*batches)
 
 
+def test_every_epoch_has_patches_of_its_own(centres, tmp_path):
+    training = make_training(centres, "centre_d", SIZE, TINY, tmp_path, CPU, "synthetic").training
+    first, second, again = (list(training.batches(epoch)) for epoch in (0, 1, 0))
+    assert_equal_content(first, again)
+    assert not torch.equal(first[0]["source"], second[0]["source"])
+
+
 def test_the_teacher_is_kept_and_validated(centres, tmp_path):
     fitted = run(centres, tmp_path, replace(TINY, method="gsema", epochs=1))
     student, teacher = fitted.training.model.state_dict(), fitted.method.teacher.state_dict()
