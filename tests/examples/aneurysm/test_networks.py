@@ -42,7 +42,7 @@ def test_the_swin_network_of_the_authors_width():
 
 
 def test_windows_of_the_swin_network_are_shifted_and_masked():
-    """The first block mixes within windows of 7; the second is shifted by 3, but not round the edge."""
+    """The first block mixes within windows of 7; the second is shifted by 3, not round the edge."""
     model = network("swin").eval()
     x = torch.randn(1, 14, 14, 14, 6, requires_grad=True)
     out = model._stage(0, x)
