@@ -24,8 +24,8 @@ demo: $(INSTALLED)
 # GS-EMA beside a plain teacher and none, on a centre held out; a later run continues or uses what is
 # there.
 demo-aneurysm: $(INSTALLED)
-	$(RUN) -m examples.aneurysm compare --methods none,ema,gsema,bacl --iterations 150 --learning-rate 5e-3 \
-		--schedule polynomial --out "$(OUT)-aneurysm" $(if $(wildcard $(OUT)-aneurysm/training),--resume)
+	$(RUN) -m examples.aneurysm compare --methods none,ema,gsema,bacl --iterations 150 \
+		--out "$(OUT)-aneurysm" $(if $(wildcard $(OUT)-aneurysm/training),--resume)
 
 test: $(INSTALLED)
 	$(PYTEST)

@@ -41,10 +41,10 @@ class TrainingOptions:
     """How often the held-in cases are validated; the best time is kept."""
     batch_size: int = 2
     """Patches of a step (in each process)."""
-    learning_rate: float | None = None
-    """Of Adam; default: the preset's. nnunet keeps its own optimizer."""
-    schedule: Schedule | None = None
-    """How it falls: polynomial, steps or constant; default: the preset's."""
+    learning_rate: float | None = 5e-3
+    """Of Adam, for short trainings; None takes the preset's. nnunet keeps its own optimizer."""
+    schedule: Schedule | None = "polynomial"
+    """How it falls: polynomial, steps or constant; None takes the preset's."""
     checkpointing: bool = False
     """Compute activations again in the backward pass: slower, less memory."""
     workers: int = 0
