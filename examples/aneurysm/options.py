@@ -35,13 +35,13 @@ class TrainingOptions:
     """Channels of the network's first level; 24 is the published Swin U-Net."""
     preset: PresetName = "paper"
     """Whose loss weights, gate and optimizer GS-EMA has: the paper's text or the authors' code."""
-    iterations: int = 150
+    iterations: int = 120
     """Training steps."""
     validations: int = 3
     """How often the held-in cases are validated; the best time is kept."""
     batch_size: int = 2
     """Patches of a step (in each process)."""
-    learning_rate: float | None = 5e-3
+    learning_rate: float | None = 1e-2
     """Of Adam, for short trainings; None takes the preset's. nnunet keeps its own optimizer."""
     schedule: Schedule | None = "polynomial"
     """How it falls: polynomial, steps or constant; None takes the preset's."""
