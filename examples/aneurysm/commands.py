@@ -25,11 +25,11 @@ from examples.aneurysm.results import RESULT_FILES
 from examples.aneurysm.synthetic.export import export as export_centres
 from examples.aneurysm.training import fit, load_network
 from examples.common import results as common
-from examples.common.board import Board
 from examples.common.command_line import interruptible
 from examples.common.metrics import OVERLAPS
 from examples.common.nifti import Volume, read, write
 from examples.common.results import Result, remove_results, write_json
+from examples.common.tensorboard import ScalarWriter
 from examples.common.training import LAST, Entry
 from examples.common.usage import check_writable, open_device, require, split_names
 
@@ -53,7 +53,7 @@ class Train(TrainingOptions):
     out: Path = Path("runs/aneurysm")
     """Folder of the checkpoints; made if missing."""
     tensorboard: bool = False
-    """Write losses and scores for TensorBoard to OUT/board, too."""
+    """Write losses and scores for TensorBoard to OUT/tensorboard, too."""
     resume: bool = False
     """Continue the training that is in OUT."""
     overwrite: bool = False
@@ -85,14 +85,16 @@ class Train(TrainingOptions):
         kept = [self.resume]
         with ExitStack() as stack:
             stack.enter_context(joined_ranks(device))
-            writes_board = self.tensorboard and rank() == 0
-            board = stack.enter_context(Board(self.out / "board")) if writes_board else None
+            curves = None
+            if self.tensorboard and rank() == 0:
+                curves = stack.enter_context(ScalarWriter(self.out / "tensorboard"))
             stack.enter_context(interruptible(RESUME, lambda: any(kept)))
 
             def after(entry: Entry) -> None:
                 kept.append(True)
-                if board is not None:
-                    board.write(entry)
+                if curves is not None:
+                    values = {name: value for name, value in entry.items() if name != "epoch"}
+                    curves.add(values, int(entry["epoch"]))
 
             fitted = fit(
                 sources,

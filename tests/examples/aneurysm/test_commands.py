@@ -87,7 +87,11 @@ def test_a_finished_comparison_is_read_again(compared, tmp_path, monkeypatch, ca
 def test_training_evaluating_and_resuming_on_a_folder(exported, tmp_path, capsys):
     out = tmp_path / "trained"
     words = ["train", *TINY, "--data-root", exported, "--held-out", "centre_c", "--out", out]
-    assert run(*words, "--method", "bacl") == 0
+    assert run(*words, "--method", "bacl", "--tensorboard") == 0
+    (curves,) = (out / "tensorboard").iterdir()
+    written = curves.read_bytes()
+    for tag in (b"source", b"target", b"contrast", b"dsc"):
+        assert written.count(tag) == 1
     assert run(*words, "--method", "bacl") == 2
     assert run(*words, "--method", "bacl", "--resume") == 0
     scores = tmp_path / "scores"
