@@ -5,13 +5,14 @@ from collections.abc import Sequence
 
 from benchmarks.alignment import Alignment
 from benchmarks.fundus import Fundus
+from benchmarks.gsema import GSEMA
 from benchmarks.speed import Speed
 from examples.common.checkpoint import CheckpointError
 from examples.common.command_line import parse, run
 from examples.common.usage import UsageError
 from examples.fundus.data import DataError
 
-COMMANDS = {"fundus": Fundus, "speed": Speed, "alignment": Alignment}
+COMMANDS = {"fundus": Fundus, "speed": Speed, "alignment": Alignment, "gsema": GSEMA}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -82,7 +82,7 @@ def GSEMA(  # noqa: N802 # the method's name
     supervised: bool = False,
     **options: Any,
 ) -> GradientOptimizer:
-    """Gradient surgery exponential moving average (GS-EMA, ISBI 2024).
+    """Gradient surgery exponential moving average (GS-EMA, 2024).
 
     From [GS-EMA: Integrating Gradient Surgery Exponential Moving Average with Boundary-Aware
     Contrastive Learning for Enhanced Domain Generalization in Aneurysm

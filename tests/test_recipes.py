@@ -1,4 +1,4 @@
-"""GraTa: Algorithm 1 by hand, its chain, and its cost."""
+"""GraTa and GS-EMA: their algorithms by hand, their chains, and their cost."""
 
 import math
 
@@ -9,6 +9,7 @@ from helpers import (
     Perceptron,
     ReferenceAdam,
     ReferenceSGD,
+    as_users_run_it,
     batches,
     counted,
     explicit,
@@ -179,3 +180,137 @@ def test_the_objectives_are_named():
         with pytest.raises(ValueError, match=f"needs the objective '{missing}', but the step has"):
             optimizer.step(given)
     assert w.tolist() == [1.0, 1.0]
+
+
+# GS-EMA.
+
+
+def supervised_losses(model, x, y):
+    """Two domains and a further objective, from one forward pass each."""
+    error = (model(x) - y).square()
+    return {
+        "source": error[:3].mean(),
+        "target": error[3:].mean() - 0.1 * model(x).mean(),
+        "contrast": 0.3 * model(x).square().mean(),
+    }
+
+
+def test_gsema_is_its_chain():
+    models = Perceptron(), Perceptron()
+    bases = [torch.optim.Adam(model.parameters(), lr=0.05) for model in models]
+    recipe = gk.GSEMA(bases[0], models[0], measure="cosine", decay_conflict=None, max_norm=1.0)
+    gated = gk.GatedEMA(models[1], measure="cosine", decay_conflict=None)
+    chain = gk.wrap(bases[1], gated, model=models[1], max_norm=1.0)
+    gates = []
+    for x, y in batches(6):
+        recipe.step(lambda x=x, y=y: supervised_losses(models[0], x, y))
+        chain.step(lambda x=x, y=y: supervised_losses(models[1], x, y))
+        gates.append(float(recipe.last_step.gate))
+    assert recipe.model is models[0]
+    assert torch.equal(flat(models[0].parameters()), flat(models[1].parameters()))
+    teacher = recipe.transforms[0].teacher
+    assert torch.equal(flat(teacher.parameters()), flat(gated.teacher.parameters()))
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    assert gates
+
+
+def test_all_objectives_of_gsema_add_up():
+    model = Perceptron()
+    weights = explicit(model)
+    optimizer = gk.GSEMA(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    for x, y in batches(4):
+        optimizer.step(lambda x=x, y=y: supervised_losses(model, x, y))
+        own = supervised_losses(lambda x: forward(x, *weights), x, y)
+        g = grads(sum(own.values()), weights)
+        weights = [(w - 0.1 * v).detach().requires_grad_() for w, v in zip(weights, g, strict=True)]
+        assert relative_error(flat(model.parameters()), flat(weights)) < 1e-12
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("measure", ["sign_cosine", "cosine"])
+def test_the_gate_of_gsema_takes_no_pass_of_its_own(engine, measure):
+    """One backward pass of each objective and one forward, as without a gate."""
+    model, (x, y) = Perceptron(), next(batches(1))
+    counts = {name: {"forward": 0, "backward": 0} for name in ("source", "target", "contrast")}
+    forwards = []
+    model.register_forward_hook(lambda *_: forwards.append(1))
+
+    def closure():
+        out = model(x)
+        losses = supervised_losses(lambda _: out, x, y)
+        return {name: counted(loss, counts[name]) for name, loss in losses.items()}
+
+    optimizer = gk.GSEMA(
+        torch.optim.SGD(model.parameters(), lr=0.1), model, measure=measure, engine=engine
+    )
+    for _ in range(3):
+        optimizer.step(closure)
+    assert counts == {name: {"forward": 3, "backward": 3} for name in counts}
+    assert len(forwards) == 3
+    assert optimizer.last_step.gate is not None
+
+
+def test_the_three_teachers_of_gsema():
+    """A frozen copy, a module of its own start, and one that the base trains, too."""
+    x, y = next(batches(1))
+    model, own = Perceptron(), Perceptron(seed=7)
+    start = flat(own.parameters())
+    optimizer = gk.GSEMA(torch.optim.SGD(model.parameters(), lr=0.1), model, own, warmup=False)
+    assert optimizer.transforms[0].teacher is own
+    optimizer.step(lambda: supervised_losses(model, x, y))
+    decay = float(optimizer.last_step.decay)
+    expected = decay * start + (1 - decay) * flat(model.parameters())
+    assert relative_error(flat(own.parameters()), expected) < 1e-14
+
+    model, reference = Perceptron(), Perceptron()
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = gk.GSEMA(base, model, supervised=True, warmup=False)
+    teacher = optimizer.transforms[0].teacher
+    assert list(optimizer.model) == ["student", "teacher"]
+    student, followed = explicit(reference), explicit(reference)
+    for x, y in batches(5):
+
+        def closure(x=x, y=y):
+            taught = {"taught": 0.5 * (teacher(x) - y).square().mean()}
+            return {**supervised_losses(model, x, y), **taught}
+
+        optimizer.step(closure)
+        own = supervised_losses(lambda x: forward(x, *student), x, y)
+        g = grads(sum(own.values()), student)
+        taught = grads(0.5 * (forward(x, *followed) - y).square().mean(), followed)
+        rate = 0.1
+        student = [(w - rate * v).detach() for w, v in zip(student, g, strict=True)]
+        followed = [(w - rate * v).detach() for w, v in zip(followed, taught, strict=True)]
+        decay = float(optimizer.last_step.decay)
+        followed = [decay * t + (1 - decay) * s for t, s in zip(followed, student, strict=True)]
+        student, followed = ([w.requires_grad_() for w in ws] for ws in (student, followed))
+        assert relative_error(flat(model.parameters()), flat(student)) < 1e-12
+        assert relative_error(flat(teacher.parameters()), flat(followed)) < 1e-12
+    assert len(base.param_groups) == 2
+
+
+def test_a_supervised_teacher_is_not_added_twice_and_its_frozen_weights_stay_so():
+    model, own = Perceptron(), Perceptron(seed=3)
+    model.b1.requires_grad_(False)
+    own.b1.requires_grad_(False)
+    base = torch.optim.SGD([*model.parameters(), own.w1], lr=0.1)
+    gk.GSEMA(base, model, own, supervised=True)
+    held = [id(parameter) for group in base.param_groups for parameter in group["params"]]
+    assert len(held) == len(set(held)) == 7
+    assert id(own.b1) not in held
+    assert not own.b1.requires_grad
+
+
+def test_arguments_of_gsema_are_checked():
+    model = Perceptron()
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    with as_users_run_it(), pytest.raises(TypeError, match="supervised is 1; pass True"):
+        gk.GSEMA(base, model, supervised=1)
+    with as_users_run_it(), pytest.raises(ValueError, match="measure is 'angle'"):
+        gk.GSEMA(base, model, measure="angle", supervised=True)
+    with pytest.raises(TypeError, match="rho"):
+        gk.GSEMA(base, model, rho=0.1, supervised=True)
+    assert len(base.param_groups) == 1
+    optimizer = gk.GSEMA(base, model)
+    with pytest.raises(ValueError, match="GatedEMA needs the objective 'source'"):
+        optimizer.step({"target": lambda: model.w1.sum()})

@@ -15,6 +15,7 @@ from benchmarks.speed import cuda
 from benchmarks.speed.comparison import Comparison
 from benchmarks.speed.goals import GOALS, judge, rule_goals, weight_goals
 from benchmarks.speed.grata import grata
+from benchmarks.speed.gsema import gs_ema
 from benchmarks.speed.memory import ENVIRONMENT, measure_memory, measure_memory_of_many
 from benchmarks.speed.methods import gated_ema, pcgrad, sam, weighting
 from benchmarks.speed.overhead import measure_overhead
@@ -36,7 +37,7 @@ from examples.common.usage import (
 )
 from gradkit.surgery import PCGrad, Rule
 
-METHODS = ("pcgrad", "sam", "grata", "gated_ema")
+METHODS = ("pcgrad", "sam", "grata", "gs_ema", "gated_ema")
 PARTS = (*METHODS, "rules", "weights", "stream", "overhead", "memory")
 NETWORKS = ("resunet", "transformer")
 
@@ -155,7 +156,14 @@ class Speed:
             rows += measure_overhead(self.overhead_pairs, device, self.seed)
         if "memory" in parts:
             counts = objectives if "pcgrad" in parts else []
-            rows += measure_memory(counts, "sam" in parts, self.memory_width, device, self.threads)
+            rows += measure_memory(
+                counts,
+                "sam" in parts,
+                self.memory_width,
+                device,
+                self.threads,
+                with_gs_ema="gs_ema" in parts,
+            )
         goals = [*GOALS, *weight_goals(rules)]
         goals += [goal for count in rule_objectives for goal in rule_goals(rules, count)]
         record = {
@@ -249,6 +257,8 @@ class Speed:
                 yield sam(problem), problem
             if "grata" in parts and images and all_of_it:
                 yield grata(problem), problem
+            if "gs_ema" in parts and all_of_it:
+                yield gs_ema(problem), problem
             if "stream" in parts and images and all_of_it:
                 for name in exported(WEIGHTINGS):
                     yield weighting(problem, 4, name), problem

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.speed.gsema import METHOD
 from benchmarks.speed.peak import CONTROL, comparison_of
 from benchmarks.speed.problem import CLASSIFIER, RESUNET, Problem, wide_mlp
 from benchmarks.speed.stream import MEMORY as MEMORY_OF_MANY
@@ -33,17 +34,26 @@ _ROOT = Path(__file__).parents[2]
 
 
 def measure_memory(
-    objectives: Sequence[int], with_sam: bool, width: int, device: torch.device, threads: int
+    objectives: Sequence[int],
+    with_sam: bool,
+    width: int,
+    device: torch.device,
+    threads: int,
+    *,
+    with_gs_ema: bool = False,
 ) -> list[dict[str, object]]:
     """One row for each method and variant, and one for the control."""
     problem = wide_mlp(2, torch.device("cpu"))
     requests: list[dict[str, Any]] = [
         {"method": "control", "objectives": None, "variant": CONTROL, "expected": 3.0}
     ]
-    for count in [*objectives, *([None] if with_sam else [])]:
-        comparison = comparison_of({"objectives": count}, problem)
+    chosen: list[dict[str, Any]] = [{"objectives": count} for count in objectives]
+    chosen += [{"objectives": None}] if with_sam else []
+    chosen += [{"objectives": None, "method": METHOD}] if with_gs_ema else []
+    for request in chosen:
+        comparison = comparison_of(request, problem)
         requests += [
-            {"method": comparison.method, "objectives": count, "variant": variant}
+            {**request, "method": comparison.method, "variant": variant}
             for variant in (*comparison.ours, *comparison.peers)
         ]
     common = {"width": width, "device": str(device)}

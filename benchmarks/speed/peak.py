@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.speed.comparison import Comparison, Step
+from benchmarks.speed.gsema import METHOD, gs_ema
 from benchmarks.speed.methods import pcgrad, sam
 from benchmarks.speed.problem import (
     CLASSIFIER,
@@ -33,7 +34,9 @@ CONTROL = "control: plain training that also makes 3 P numbers"
 
 
 def comparison_of(request: Mapping[str, Any], problem: Problem) -> Comparison:
-    """The comparison that a request names: K objectives, or SAM where there is no K."""
+    """The comparison that a request names: GS-EMA, K objectives, or SAM where there is no K."""
+    if request.get("method") == METHOD:
+        return gs_ema(problem)
     count = request["objectives"]
     if request.get("network"):
         return many_objectives(problem, count)

@@ -169,8 +169,10 @@ def _sign_products(a: Float[Tensor, "K P"], b: Float[Tensor, "L P"]) -> Float[Te
             left, right, columns = a[:, start:stop], b[:, start:stop], stop - start
             x = _signs(left, buffer[: len(a), :columns])
             y = x if b is a else _signs(right, buffer[len(a) :, :columns])
-            total += torch.stack([torch.mv(x, row) for row in y], dim=1)
-    return total
+            for column, row in enumerate(y):
+                rows = column + 1 if b is a else len(x)
+                total[:rows, column] += torch.mv(x[:rows], row)
+    return total + total.triu(1).T if b is a else total
 
 
 def _signs(columns: Tensor, out: Float[Tensor, "K n"]) -> Float[Tensor, "K n"]:

@@ -76,14 +76,13 @@ def pair_contrast(
                 f"{tuple(first.shape)} on {first.device}; pass features of the same cases by the "
                 "same architecture"
             )
-    with torch.autocast(first.device.type, enabled=False):
-        s, t, s_bar, t_bar = (_unit(_wide(view).flatten(1)) for view in views.values())
-        positive = torch.stack([_agreement(s, s_bar), _agreement(t, t_bar)])
-        negative = torch.stack(
-            [_agreement(s, t), _agreement(s_bar, t_bar), _agreement(s, t_bar), _agreement(s_bar, t)]
-        )
-        logits = torch.cat([positive, negative]) / temperature
-        return logits.logsumexp(0) - (positive / temperature).logsumexp(0)
+    s, t, s_bar, t_bar = (_unit(_wide(view).flatten(1)) for view in views.values())
+    positive = torch.stack([_agreement(s, s_bar), _agreement(t, t_bar)])
+    negative = torch.stack(
+        [_agreement(s, t), _agreement(s_bar, t_bar), _agreement(s, t_bar), _agreement(s_bar, t)]
+    )
+    logits = torch.cat([positive, negative]) / temperature
+    return logits.logsumexp(0) - (positive / temperature).logsumexp(0)
 
 
 def high_pass(
@@ -143,14 +142,13 @@ def high_pass(
             f"z has shape {tuple(z.shape)}, one point per channel, whose only frequency is "
             "removed; pass features from before the last pooling"
         )
-    with torch.autocast(z.device.type, enabled=False):
-        spectrum = torch.fft.fftn(_wide(z), dim=axes)
-        low = torch.ones((), dtype=torch.bool, device=z.device)
-        for size in z.shape[2:]:
-            low = low[..., None] & _low_frequencies(size, fraction, symmetric, z.device)
-        rest = torch.fft.ifftn(spectrum.masked_fill(low, 0), dim=axes)
-        high: Tensor = rest.abs() if inverse == "abs" else rest.real
-        return high
+    spectrum = torch.fft.fftn(_wide(z), dim=axes)
+    low = torch.ones((), dtype=torch.bool, device=z.device)
+    for size in z.shape[2:]:
+        low = low[..., None] & _low_frequencies(size, fraction, symmetric, z.device)
+    rest = torch.fft.ifftn(spectrum.masked_fill(low, 0), dim=axes)
+    high: Tensor = rest.abs() if inverse == "abs" else rest.real
+    return high
 
 
 def boundary_aware_contrast(

@@ -17,7 +17,7 @@ from gradkit.core.displacement import Point
 from gradkit.core.gradients import Gradients
 from gradkit.core.gram import block_grams, cosines
 from gradkit.core.oracle import Oracle, Selection
-from gradkit.core.ranks import Shards, local
+from gradkit.core.ranks import Shards, local, reshard
 from gradkit.core.storage import Parts
 from gradkit.teachers.copying import unwrapped
 from gradkit.teachers.decay import check_decay, warmed_up
@@ -117,25 +117,28 @@ class GatedEMA(MeanTeacher):
         self._begin()
         self._spans(self._trained())
         self.state["aligned"] = 0.0
+        self._gate: Tensor | None = None  # this step's, from its first evaluation
 
     # In a step of an optimizer made by `wrap`.
 
     def around(self, inner: Oracle, context: Context) -> Oracle:
+        self._gate = None
+
         def oracle(at: Point | None = None, only: Container[str] | None = None) -> Gradients:
             context.require(self, *self.between)
-            if context.gate is not None:
+            if self._gate is not None:
                 return inner(at, only)
             gradients = inner(at, Selection(only, include=tuple(self.between)))
             context.require(self, *self.between)
             context.gate_cosine = self._cosine(gradients)
-            context.gate = self._opened(context.gate_cosine)
+            self._gate = context.gate = self._opened(context.gate_cosine)
             return gradients
 
         return oracle
 
     def after_step(self, context: Context) -> None:
-        assert context.gate is not None  # set by the first evaluation
-        context.decay = self._follow(context.gate)
+        assert self._gate is not None  # set by the first evaluation
+        context.decay = self._follow(self._gate)
         context.gate_rate = self.state["aligned"] / self.state["t"]
 
     def _cosine(self, gradients: Gradients) -> Float[Tensor, ""]:
@@ -219,6 +222,7 @@ class GatedEMA(MeanTeacher):
             return self._follow(gate)
 
     def _trained(self) -> list[nn.Parameter]:
+        reshard(self.student)
         return [each for each in unwrapped(self.student).parameters() if each.requires_grad]
 
     def _spans(self, parameters: Sequence[Tensor]) -> tuple[tuple[int, int], ...]:
@@ -228,6 +232,7 @@ class GatedEMA(MeanTeacher):
             offsets.append(offsets[-1] + local(parameter).numel())
         if self.only is None:
             return ((0, offsets[-1]),)
+        reshard(self.student)
         named = unwrapped(self.student).named_parameters()
         chosen = {id(parameter) for name, parameter in named if self.only(name, parameter)}
         spans: list[tuple[int, int]] = []

@@ -18,6 +18,7 @@ from benchmarks.speed import memory, overhead
 from benchmarks.speed.comparison import FLOOR, Comparison, Step, Traffic
 from benchmarks.speed.goals import Goal, judge, verdict
 from benchmarks.speed.grata import grata
+from benchmarks.speed.gsema import MEAN_TEACHER, gs_ema
 from benchmarks.speed.methods import gated_ema, gradkit_name, pcgrad, sam
 from benchmarks.speed.passes import BATCHED
 from benchmarks.speed.peak import CONTROL
@@ -109,7 +110,7 @@ def _comparison(**steps: Callable[[], object]) -> Comparison:
 
 
 def test_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    parts = ["--parts", "pcgrad,sam,grata,gated_ema,overhead"]
+    parts = ["--parts", "pcgrad,sam,grata,gs_ema,gated_ema,overhead"]
     assert main(["speed", *SMALL, *parts, "--out", str(tmp_path)]) == 0
     record = json.loads((tmp_path / "speed.json").read_text())
     text = (tmp_path / "speed.md").read_text()
@@ -124,10 +125,11 @@ def test_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         network: {row["method"] for row in timed if row["network"] == network}
         for network in networks
     }
-    methods = {"PCGrad, K = 2", "PCGrad, K = 3", "SAM", "GatedEMA's update"}
+    methods = {"PCGrad, K = 2", "PCGrad, K = 3", "SAM", "GS-EMA", "GatedEMA's update"}
     assert by_network == {networks[0]: methods | {"GraTa's step"}, networks[1]: methods}
     for row in timed:
-        peer = row["variant"].startswith(("TorchJD", "pytorch-optimizer", "torch ", BATCHED))
+        peers = ("TorchJD", "pytorch-optimizer", "torch ", BATCHED, MEAN_TEACHER)
+        peer = row["variant"].startswith(peers)
         assert row["rounds"] == (1 if peer else 2)
         assert row["low"] <= row["value"] <= row["high"]
         assert row["excess_low"] <= row["excess"] <= row["excess_high"]
@@ -308,7 +310,12 @@ def test_floors_do_the_passes_they_name(monkeypatch: pytest.MonkeyPatch) -> None
     counts = {"forward": 0, "backward": 0}
     for problem in problems:
         images = problem.x.dim() == 4
-        for comparison in (pcgrad(problem, 3), sam(problem), *([grata(problem)] if images else [])):
+        for comparison in (
+            pcgrad(problem, 3),
+            sam(problem),
+            gs_ema(problem),
+            *([grata(problem)] if images else []),
+        ):
             seen = {}
             for name, make in {FLOOR: comparison.floor, **comparison.ours}.items():
                 with monkeypatch.context() as patch:

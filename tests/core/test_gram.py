@@ -363,3 +363,24 @@ def test_the_norm_of_a_vector_in_parts(dtype):
     assert squared_norm([1e-20 * part for part in parts]) is None
     assert squared_norm([torch.full((5000,), torch.inf, dtype=dtype), *parts]) is None
     assert squared_norm([]) is None
+
+
+# Signs.
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_signs_of_zeros_and_of_the_smallest_numbers(dtype):
+    least = torch.finfo(dtype).smallest_normal
+    row = torch.tensor([0.0, -0.0, least, -least, 1.0, torch.inf, -3.0], dtype=dtype)
+    other = torch.tensor([1.0, 1.0, least, least, -0.0, 1.0, -least], dtype=dtype)
+    result = gram(torch.stack([row, other]).repeat(1, 3), signs=True)
+    assert result.tolist() == [[15.0, 6.0], [6.0, 18.0]]
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_signs_of_several_buffers_of_columns(count, monkeypatch):
+    monkeypatch.setattr("gradkit.core.gram._SIGNS", 4 * BLOCK)
+    rows = torch.randint(-1, 2, (count, 9 * BLOCK + 11), generator=seeded(2)).float()
+    assert torch.equal(gram(rows, signs=True), reference(rows, rows))
+    left, right = rows[:1], rows[1:]
+    assert torch.equal(inner_products(left, right, signs=True), reference(left, right))

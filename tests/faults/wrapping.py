@@ -155,6 +155,13 @@ ARGUMENTS: dict[str, tuple[Make, type[Exception], str]] = {
     "an unknown measure": (
         lambda w: gk.GatedEMA(w.model, measure="angle"), VALUE, "'angle'; choose 'sign_cosine' or"
     ),
+    "unknown buffers": (
+        lambda w: gk.EMA(w.model, decay=0.9, buffers="mean"), VALUE, "'mean'; choose 'copy', 'aver"
+    ),
+    "a gate of no parameters": (
+        lambda w: gk.GatedEMA(w.model, only=lambda name, parameter: False), VALUE,
+        "chooses none of the .* parameters that are trained",
+    ),
     "between one and the same": (
         lambda w: gk.GatedEMA(w.model, between=("a", "a")), VALUE, "name two different objectives"
     ),

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from processes.ranks import on_ranks
-from processes.training import CASES, CHAINS, KINDS, VARIANTS, train_all, train_variants
+from processes.training import (
+    CASES,
+    CHAINS,
+    KINDS,
+    VARIANTS,
+    train_all,
+    train_at_hand,
+    train_variants,
+)
 
 pytestmark = pytest.mark.distributed
 
@@ -49,3 +57,9 @@ def test_ranks_train_as_one_process_would(kind: str, ranks: int, case: str) -> N
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_options_of_the_wrappers_change_nothing(variant: str) -> None:
     check([results[variant] for results in variants()], alone()["PCGrad+SAM"])
+
+
+def test_a_gate_of_shards_at_hand_adds_them_up() -> None:
+    expected = train_at_hand("plain")
+    assert set(expected["gates"].tolist()) == {0.0, 1.0}
+    check(on_ranks(2, train_at_hand, "fsdp"), expected)

@@ -80,6 +80,14 @@ CHAINS: dict[str, Callable[[Callable[[], dict[str, Any]]], tuple[gk.Transform, .
     "SAM": lambda teacher: (gk.SAM(rho=0.1),),
     "PCGrad+SAM": lambda teacher: (gk.PCGrad(), gk.SAM(rho=0.1)),
     "GatedEMA": lambda teacher: (gk.GatedEMA(**teacher()),),
+    "GatedEMA of the body": lambda teacher: (
+        gk.GatedEMA(
+            **teacher(),
+            measure="cosine",
+            only=lambda name, parameter: name.startswith("body"),
+            buffers="average",
+        ),
+    ),
 }
 
 
@@ -128,6 +136,8 @@ def train(
         loss = optimizer.step(objectives(form, model, x))
         record = optimizer.last_step
         reported += [loss[None], record.losses, record.gram.flatten(), record.lr_scale[None]]
+        if record.gate is not None:
+            reported += [record.gate[None], record.gate_cosine[None], record.gate_rate[None]]
     teachers = [t.teacher for t in transforms if hasattr(t, "teacher")]
     return {
         "weights": gathered(model.parameters()),
@@ -186,3 +196,24 @@ def train_variants() -> dict[str, dict[str, Tensor]]:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     runs["two dimensions"] = train("fsdp", "PCGrad+SAM", parallel={"mesh": mesh})
     return runs
+
+
+def train_at_hand(kind: str) -> dict[str, Tensor]:
+    """A loop without `wrap`, whose gate compares gradients that the loop has taken itself."""
+    model, teacher = prepared(kind, network()), prepared(kind, network())
+    gated = gk.GatedEMA(model, teacher, only=lambda name, parameter: name.startswith("body"))
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    gates = []
+    for batch in batches():
+        rows: list[list[Tensor | None]] = []
+        for name in ("source", "target"):
+            base.zero_grad()
+            losses(model, share(batch))[name].backward()
+            rows.append([parameter.grad for parameter in model.parameters()])
+        for parameter, a, b in zip(model.parameters(), *rows, strict=True):
+            parameter.grad = b if a is None else a if b is None else a + b
+        gate = gated.gate(*rows)
+        base.step()
+        gates.append(gate)
+        gated.update(gate)
+    return {"teacher": gathered(teacher.parameters()), "gates": torch.stack(gates)}

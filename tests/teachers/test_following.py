@@ -407,3 +407,58 @@ def test_no_shadow_is_kept_of_a_frozen_copy():
     kept_of = [key for state in optimizer.state.values() for key in state if ":shadow." in key]
     assert kept_of == ["gradkit.0:shadow.1.weight", "gradkit.0:shadow.1.bias"]
     assert bits(ema.teacher[0]) == kept
+
+
+# What buffers do.
+
+
+class Counting(nn.Module):
+    """Buffers of several kinds; `twice` and `again` are one tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(2))
+        self.register_buffer("count", torch.zeros((), dtype=torch.long))
+        self.register_buffer("short", torch.zeros(2, dtype=torch.bfloat16))
+        self.register_buffer("grows", torch.zeros(1))
+        self.inner = nn.Module()
+        self.inner.register_buffer("twice", torch.zeros(1))
+        self.register_buffer("again", self.inner.twice)
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_averaged_and_skipped_buffers(name):
+    make = {
+        "EMA": lambda student, buffers: gk.EMA(student, decay=0.75, buffers=buffers),
+        "GatedEMA": lambda student, buffers: gk.GatedEMA(
+            student, between=("a", "b"), decay_aligned=0.75, warmup=False, buffers=buffers
+        ),
+    }[name]
+    found = {}
+    for buffers in ("copy", "average", "skip"):
+        student = Counting()
+        transform = make(student, buffers)
+        optimizer = wrapped(student, transform)
+
+        def grown(student=student):
+            with torch.no_grad():
+                student.mean.add_(4.0)
+                student.count.add_(1)
+                student.short.add_(8.0)
+                student.inner.twice.add_(4.0)
+                student.grows = torch.ones(len(student.grows) + 1)
+            return student.weight
+
+        for _ in range(2):
+            optimizer.step({"a": grown, "b": lambda student=student: student.weight})
+        found[buffers] = {key: each.tolist() for key, each in transform.teacher.named_buffers()}
+    assert found["skip"] == {key: each.tolist() for key, each in Counting().named_buffers()}
+    assert found["copy"]["mean"] == [8.0, 8.0]
+    assert found["copy"]["count"] == 2
+    # 1/4 of 4, then 3/4 of that and 1/4 of 8.
+    expected = {"mean": [2.75, 2.75], "inner.twice": [2.75], "again": [2.75]}
+    rest = {key: found["copy"][key] for key in ("count", "short", "grows")}
+    assert {key: found["average"][key] for key in found["average"]} == {
+        key: {**expected, **rest}[key] for key in found["average"]
+    }

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import CONFLICT, flat, seeded
+from helpers import CONFLICT, as_users_run_it, flat, seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -243,3 +243,316 @@ def test_the_gate_needs_its_objectives():
     with pytest.raises(ValueError, match="GatedEMA needs the objective 'source', but the step has"):
         optimizer.step(lambda: model[0].sum())
     assert model[0].item() == 0.0
+
+
+# Fifteen steps against a reference.
+
+
+class Normed(nn.Module):
+    """Two layers and a BatchNorm, in float64."""
+
+    def __init__(self):
+        super().__init__()
+        generator = seeded(5)
+        # A bias before BatchNorm has rounding errors for a gradient, whose signs are arbitrary.
+        self.body = nn.Linear(3, 4, bias=False).double()
+        self.norm = nn.BatchNorm1d(4).double()
+        self.head = nn.Linear(4, 2).double()
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / 2)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.norm(self.body(x))))
+
+
+def domains(t):
+    """Source and target images of step t, and labels that agree by turns only."""
+    generator = seeded(100 + t)
+    x, y = torch.randn(2, 6, 3, generator=generator, dtype=torch.float64)
+    labels = torch.randn(6, 2, generator=generator, dtype=torch.float64)
+    return x, labels, x + 0.3 * y, labels if t % 3 else -labels
+
+
+def two_losses(model, t):
+    x, label, x_t, label_t = domains(t)
+    return {
+        "source": (model(x) - label).square().mean(),
+        "target": (model(x_t) - label_t).square().mean(),
+    }
+
+
+def in_body(name, parameter):
+    return name.startswith("body")
+
+
+REFERENCE_OPTIONS = {
+    "code": {},
+    "text": {"measure": "cosine", "decay_conflict": None, "warmup": False},
+    "algorithm": {"measure": "cosine", "decay_conflict": None, "warmup": False, "invert": True},
+    "threshold": {"threshold": 0.2, "decay_aligned": 0.5, "decay_conflict": 0.8},
+    "negative threshold": {"threshold": -0.3, "measure": "cosine"},
+    "signs of the body": {"only": in_body, "warmup": False},
+    "cosine of the body": {"only": in_body, "measure": "cosine"},
+    "hold with warm-up": {"decay_conflict": None},
+    "average": {"buffers": "average"},
+    "skip": {"buffers": "skip", "warmup": False},
+}
+
+
+def reference_run(steps, lr, **options):
+    """The rule by plain loops: weights, buffers, and (cosine, gate, decay) of each step."""
+    given = {
+        "measure": "sign_cosine", "decay_aligned": 0.9, "decay_conflict": 0.999,
+        "threshold": 0.0, "invert": False, "warmup": True, "only": None, "buffers": "copy",
+        **options,
+    }  # fmt: skip
+    student = Normed()
+    teacher = {name: value.clone() for name, value in student.state_dict().items()}
+    parameters = dict(student.named_parameters())
+    history = []
+    for t in range(1, steps + 1):
+        losses = two_losses(student, t)
+        grads = {
+            key: dict(
+                zip(
+                    parameters,
+                    torch.autograd.grad(losses[key], list(parameters.values()), retain_graph=True),
+                    strict=True,
+                )
+            )
+            for key in ("source", "target")
+        }
+        a, b = (
+            [
+                float(number)
+                for name, g in grads[key].items()
+                if given["only"] is None or given["only"](name, None)
+                for number in g.flatten()
+            ]
+            for key in ("source", "target")
+        )
+        if given["measure"] == "sign_cosine":
+            a, b = ([(u > 0) - (u < 0) for u in v] for v in (a, b))
+        product = sum(u * v for u, v in zip(a, b, strict=True))
+        norms = (sum(u * u for u in a) * sum(v * v for v in b)) ** 0.5
+        cosine = product / norms if norms else 0.0
+        aligned = (cosine > given["threshold"]) != given["invert"]
+        decay = given["decay_aligned"] if aligned else given["decay_conflict"]
+        moves = decay is not None
+        if not moves:
+            decay = 1.0
+        elif given["warmup"]:
+            decay = min(1 - 1 / (t + 1), decay)
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter -= lr * (grads["source"][name] + grads["target"][name])
+        for name, value in student.state_dict().items():
+            averages = name in parameters or (
+                given["buffers"] == "average" and value.is_floating_point()
+            )
+            if averages:
+                teacher[name] = decay * teacher[name] + (1 - decay) * value
+            elif moves and given["buffers"] != "skip":
+                teacher[name] = value.clone()
+        history.append((cosine, float(aligned), decay))
+    return teacher, history
+
+
+@pytest.mark.parametrize("options", REFERENCE_OPTIONS.values(), ids=REFERENCE_OPTIONS)
+def test_fifteen_steps_of_every_option(options):
+    expected, history = reference_run(15, 0.05, **options)
+    assert {gate for _, gate, _ in history} == {0.0, 1.0}  # the run has both cases
+    model = Normed()
+    gated = gk.GatedEMA(model, **options)
+    optimizer = gk.wrap(torch.optim.SGD(model.parameters(), lr=0.05), gated, model=model)
+    opened = 0.0
+    for t, (cosine, gate, decay) in enumerate(history, start=1):
+        optimizer.step(lambda t=t: two_losses(model, t))
+        record = optimizer.last_step
+        opened += gate
+        assert float(record.gate) == gate
+        assert float(record.gate_cosine) == pytest.approx(cosine, rel=1e-12, abs=1e-14)
+        assert float(record.gate_rate) == pytest.approx(opened / t, rel=1e-15)
+        assert float(record.decay) == pytest.approx(decay, rel=1e-15)
+    for name, value in gated.teacher.state_dict().items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-11, atol=1e-13, msg=name)
+
+
+@pytest.mark.parametrize("form", ["lists", "vectors"])
+@pytest.mark.parametrize("name", ["code", "text", "cosine of the body", "average"])
+def test_gradients_at_hand_give_the_same_teacher(name, form):
+    options = REFERENCE_OPTIONS[name]
+    expected, history = reference_run(15, 0.05, **options)
+    model = Normed()
+    gated = gk.GatedEMA(model, **options)
+    parameters = list(model.parameters())
+    base = torch.optim.SGD(parameters, lr=0.05)
+    for t, (_, opened, decay) in enumerate(history, start=1):
+        losses = two_losses(model, t)
+        a, b = (
+            torch.autograd.grad(losses[key], parameters, retain_graph=True)
+            for key in ("source", "target")
+        )
+        for parameter, one, other in zip(parameters, a, b, strict=True):
+            parameter.grad = one + other
+        if form == "vectors":
+            a, b = flat(a), flat(b)
+        gate = gated.gate(a, b)
+        assert float(gate) == opened
+        base.step()
+        assert float(gated.update(gate)) == pytest.approx(decay, rel=1e-15)
+    for key, value in gated.teacher.state_dict().items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-11, atol=1e-13, msg=key)
+    assert gated.state["t"] == 15
+    assert float(gated.state["aligned"]) == sum(opened for _, opened, _ in history)
+
+
+def test_the_counters_are_saved_and_continue_where_they_were():
+    def made():
+        model = Normed()
+        gated = gk.GatedEMA(model, in_state=True)
+        base = torch.optim.SGD(model.parameters(), lr=0.05)
+        return model, gated, gk.wrap(base, gated, model=model)
+
+    model, gated, optimizer = made()
+    for t in range(1, 6):
+        optimizer.step(lambda t=t: two_losses(model, t))
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    other, other_gated, resumed = made()
+    other.load_state_dict(saved[0])
+    resumed.load_state_dict(saved[1])
+    for t in range(6, 12):
+        optimizer.step(lambda t=t: two_losses(model, t))
+        resumed.step(lambda t=t: two_losses(other, t))
+        assert torch.equal(resumed.last_step.gate_rate, optimizer.last_step.gate_rate)
+        assert torch.equal(resumed.last_step.decay, optimizer.last_step.decay)
+    for name, value in gated.teacher.state_dict().items():
+        assert torch.equal(other_gated.teacher.state_dict()[name], value), name
+
+
+def test_a_skipped_step_does_not_count():
+    model = student(1)
+    gated = gk.GatedEMA(model)
+    base = torch.optim.SGD(model.parameters(), lr=1.0)
+    optimizer = gk.wrap(base, gated, nonfinite="skip")
+    optimizer.step(named(model, [[1.0], [1.0]]))
+    state, kept = dict(gated.state), flat(gated.teacher.parameters())
+    optimizer.step(named(model, [[1.0], [torch.nan]]))
+    assert not optimizer.last_step.applied
+    assert optimizer.last_step.gate_rate is None
+    assert gated.state == state
+    assert torch.equal(flat(gated.teacher.parameters()), kept)
+    optimizer.step(named(model, [[1.0], [-1.0]]))
+    assert float(optimizer.last_step.gate_rate) == 0.5
+
+
+@pytest.mark.parametrize("measure", ["sign_cosine", "cosine"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_gate_of_gradients_in_every_dtype(measure, dtype):
+    model = nn.Linear(3, 1, bias=False)
+    gated = gk.GatedEMA(model, measure=measure)
+    a, b = ([torch.tensor([row], dtype=dtype)] for row in CONFLICT)
+    assert float(gated.gate(a, b)) == (1.0 if measure == "sign_cosine" else 0.0)
+    assert float(gated.gate(a, [None])) == 0.0
+    assert float(gated.gate(a, a)) == 1.0
+
+
+def test_frozen_parameters_have_no_gradient_to_pass():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    model[0].requires_grad_(False)
+    gated = gk.GatedEMA(model, only=lambda name, p: name.endswith("weight"))
+    away = [torch.ones(1, 2), -torch.ones(1)]
+    assert float(gated.gate(away, [torch.ones(1, 2), torch.ones(1)])) == 1.0
+    assert float(gated.gate(flat(away), torch.tensor([-1.0, -1.0, -1.0]))) == 0.0
+
+
+def test_what_the_gate_refuses():
+    model = nn.Linear(2, 1)
+    gated = gk.GatedEMA(model)
+    good = [torch.ones(1, 2), torch.ones(1)]
+    for bad, message in (
+        ([torch.ones(1, 2)], "'target' has 1 tensors and the student 2 parameters"),
+        ([torch.ones(2), torch.ones(1)], r"tensor 0 of the gradient of 'target' has shape \(2,\)"),
+        (torch.ones(4), r"'target' has shape \(4,\) and the student 3 elements"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            gated.gate(good, bad)
+    with as_users_run_it(), pytest.raises(ValueError, match=r"gate is 1\.0; pass what gate"):
+        gated.update(1.0)
+    assert gated.state == {"t": 0, "aligned": 0.0}
+    gk.wrap(torch.optim.SGD(model.parameters(), lr=0.1), gk.GatedEMA(model))
+    owned = gk.GatedEMA(model)
+    optimizer = gk.wrap(torch.optim.SGD(model.parameters(), lr=0.1), owned)
+    with pytest.raises(RuntimeError, match=r"belongs to an optimizer made by gk\.wrap"):
+        owned.update(owned.gate(good, good))
+    assert optimizer.transforms == (owned,)
+
+
+def test_a_choice_of_no_trained_parameter_is_refused_before_anything_moves():
+    model = nn.Sequential(nn.Linear(2, 1), nn.Linear(1, 1))
+    with pytest.raises(ValueError, match="chooses none of the 4 parameters that are trained"):
+        gk.GatedEMA(model, only=lambda name, parameter: name.startswith("head"))
+    with as_users_run_it(), pytest.raises(TypeError, match="only is 'head'; pass a function"):
+        gk.GatedEMA(model, only="head")
+    gated = gk.GatedEMA(model, only=lambda name, parameter: name.startswith("0"))
+    optimizer = gk.wrap(torch.optim.SGD(model.parameters(), lr=0.1), gated, model=model)
+    model[0].requires_grad_(False)
+    before = flat(model.parameters())
+    x = torch.ones(1, 2)
+    with pytest.raises(ValueError, match="chooses none of the 2 parameters that are trained"):
+        optimizer.step({"source": lambda: model(x).sum(), "target": lambda: model(x).sum()})
+    assert torch.equal(flat(model.parameters()), before)
+
+
+def test_only_the_two_rows_are_compared():
+    """Whatever lies between them, in whichever order."""
+    rows = [[0.0, 1.0, 1.0], [-9.0, -9.0, -9.0], [1.0, -1.0, 1.0], [1.0, 1.0, 0.0]]
+    for names, expected in (
+        (("source", "b", "c", "target"), 0.5),
+        (("target", "b", "source", "d"), 0.0),
+        (("a", "source", "c", "target"), -2 / 6**0.5),
+    ):
+        model = student(3)
+        optimizer = gk.wrap(torch.optim.SGD(model.parameters(), lr=1.0), gk.GatedEMA(model))
+        optimizer.step(named(model, rows, names))
+        cosine = float(optimizer.last_step.gate_cosine)
+        assert cosine == pytest.approx(expected, abs=1e-15)
+
+
+def test_two_gates_in_one_chain_are_two():
+    """Each teacher has the gate of its own measure; the record is the outer one's."""
+    for measures in (("sign_cosine", "cosine"), ("cosine", "sign_cosine")):
+        model = student(3)
+        teachers = [gk.GatedEMA(model, measure=measure, warmup=False) for measure in measures]
+        base = torch.optim.SGD(model.parameters(), lr=1.0)
+        optimizer = gk.wrap(base, *teachers, model=model)
+        optimizer.step(named(model, CONFLICT))
+        for measure, each in zip(measures, teachers, strict=True):
+            share = 0.1 if measure == "sign_cosine" else 0.001
+            expected = share * flat(model.parameters())
+            torch.testing.assert_close(flat(each.teacher.parameters()), expected)
+        assert float(optimizer.last_step.gate) == float(measures[1] == "sign_cosine")
+
+
+@pytest.mark.parametrize("measure", ["sign_cosine", "cosine"])
+def test_scaled_losses_have_the_same_gate_and_an_overflow_does_not_count(measure):
+    found = []
+    for scaled in (False, True):
+        model = Normed()
+        gated = gk.GatedEMA(model, measure=measure)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10) if scaled else None
+        base = torch.optim.SGD(model.parameters(), lr=0.05)
+        optimizer = gk.wrap(base, gated, model=model, scaler=scaler)
+        for t in range(1, 8):
+            if scaled and t == 4:
+                infinite = {name: loss * torch.inf for name, loss in two_losses(model, t).items()}
+                optimizer.step(lambda losses=infinite: losses)
+                assert not optimizer.last_step.applied
+            optimizer.step(lambda t=t: two_losses(model, t))
+        assert gated.state["t"] == 7
+        found.append(
+            [flat(gated.teacher.parameters()), gated.state["aligned"], optimizer.last_step.decay]
+        )
+    for plain, with_scaler in zip(*found, strict=True):
+        torch.testing.assert_close(with_scaler, plain, rtol=1e-12, atol=1e-15)
