@@ -16,7 +16,7 @@ empty :=
 space := $(empty) $(empty)
 INSTALLED := $(subst $(space),\$(space),$(VENV))/.installed
 
-.PHONY: demo demo-prostate test lint coverage docs gpu gpu-wheels clean
+.PHONY: demo demo-aneurysm demo-prostate test lint coverage docs gpu gpu-wheels clean
 
 demo: $(INSTALLED)
 	$(RUN) -m examples.fundus compare --statistics mixed:0.8 --lr 1e-3 --out "$(OUT)" $(RESUME)
@@ -25,6 +25,12 @@ demo-prostate: OUT = runs/demo-prostate
 demo-prostate: $(INSTALLED)
 	$(RUN) -m examples.prostate compare --size 48 --width 8 --iterations 240 --every 40 --labels 24 \
 		--test-images 36 --learning-rate 0.1 --decay 0.95 --consistency 0.3 --out "$(OUT)"
+
+# GS-EMA beside a plain teacher and none, on a centre held out; a later run continues or uses what is
+# there.
+demo-aneurysm: $(INSTALLED)
+	$(RUN) -m examples.aneurysm compare --methods none,ema,gsema,bacl --iterations 120 \
+		--out "$(OUT)-aneurysm" $(if $(wildcard $(OUT)-aneurysm/training),--resume)
 
 test: $(INSTALLED)
 	$(PYTEST)

@@ -147,6 +147,44 @@ def _surface_scores(
     return {"dice": overlap, "jaccard": jaccard, "hd95": hd95, "asd": asd}
 
 
+OVERLAPS = ("dsc", "sen", "jac", "vs")
+"""Names of the scores of `overlaps`."""
+
+
+def overlaps(
+    prediction: Bool[Tensor, "*space"], target: Float[Tensor, "*space"]
+) -> dict[str, float]:
+    """Dice, sensitivity, Jaccard index and volume similarity (%) of one structure of one case.
+
+    From counts of voxels: TP in both, FP in the prediction only, FN in the target only:
+
+        dsc = 2·TP / (2·TP + FP + FN)        sen = TP / (TP + FN)
+        jac = TP / (TP + FP + FN)            vs = 1 − |FN − FP| / (2·TP + FP + FN)
+
+    Where both are empty all are 100; where one of them is empty all are 0.
+
+    Raises:
+        ValueError: the shapes differ (they are not broadcast).
+
+    Example:
+        >>> overlaps(torch.tensor([True, True, False]), torch.tensor([1.0, 0.0, 0.0]))["vs"]
+        66.66666666666667
+    """
+    if prediction.shape != target.shape:
+        raise ValueError(
+            f"the prediction has shape {list(prediction.shape)} and the target "
+            f"{list(target.shape)}; give both the same shape"
+        )
+    actual = target > 0.5
+    tp = int((prediction & actual).sum())
+    fp, fn = int(prediction.sum()) - tp, int(actual.sum()) - tp
+    if tp + fp == 0 or tp + fn == 0:
+        return dict.fromkeys(OVERLAPS, 100.0 if fp + fn == 0 else 0.0)
+    size = 2 * tp + fp + fn
+    values = (2 * tp / size, tp / (tp + fn), tp / (tp + fp + fn), 1 - abs(fn - fp) / size)
+    return {name: 100 * value for name, value in zip(OVERLAPS, values, strict=True)}
+
+
 def mean(values: Sequence[float]) -> float:
     """The arithmetic mean, in float64.
 

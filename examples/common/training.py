@@ -110,6 +110,7 @@ def train(
     directory: Path,
     description: str | None = None,
     on_epoch: Callable[[Entry], None] | None = None,
+    writes: bool = True,
 ) -> Path:
     """Trains for the epochs that are left, and returns the path of the best one's checkpoint.
 
@@ -120,6 +121,7 @@ def train(
         directory: where the checkpoints go; made if missing.
         description: what lines of progress begin with; None shows none.
         on_epoch: called after each epoch's checkpoints are written.
+        writes: whether this process writes them; of several ranks that train together, one does.
 
     Raises:
         TrainingError: a loss is no longer finite.
@@ -143,9 +145,10 @@ def train(
             is_best = all(value > training.select(earlier) for earlier in training.history)
             training.history.append(entry)
             # The best first: if the run dies between the two files, the epoch is run again.
-            if is_best:
+            if is_best and writes:
                 save(training, directory / BEST, complete=False)
-            save(training, directory / LAST, complete=True)
+            if writes:
+                save(training, directory / LAST, complete=True)
             notes = [f"{name}={value:.3f}" for name, value in losses.items()]
             notes += [
                 f"{name}={value:.1f}%" for name, value in scores.items() if training.shown(name)

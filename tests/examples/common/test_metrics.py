@@ -5,7 +5,7 @@ import pytest
 import torch
 from monai.metrics import compute_dice
 
-from examples.common.metrics import dice, dice_of, segment, surface_scores_of
+from examples.common.metrics import OVERLAPS, dice, dice_of, overlaps, segment, surface_scores_of
 
 
 def test_dice_in_closed_form():
@@ -110,3 +110,37 @@ def test_surface_scores_of_empty_masks_and_of_two_structures():
         "cup_dice": 100.0, "cup_jaccard": 100.0, "cup_hd95": 0.0, "cup_asd": 0.0,
     }  # fmt: skip
     assert score(torch.stack([full, empty]) > 0, torch.stack([empty, full]))["asd"] == 10.0
+
+
+def test_overlaps_by_their_definitions():
+    """Sets of voxels, and volume similarity as 1 − |V_P − V_G| / (V_P + V_G)."""
+    generator = torch.Generator().manual_seed(1)
+    prediction, target = (torch.rand(5, 6, 7, generator=generator) > p for p in (0.7, 0.4))
+    p, g = ({tuple(voxel) for voxel in mask.nonzero().tolist()} for mask in (prediction, target))
+    expected = {
+        "dsc": 2 * len(p & g) / (len(p) + len(g)),
+        "sen": len(p & g) / len(g),
+        "jac": len(p & g) / len(p | g),
+        "vs": 1 - abs(len(p) - len(g)) / (len(p) + len(g)),
+    }
+    found = overlaps(prediction, target.float())
+    assert list(found) == list(OVERLAPS)
+    assert found == pytest.approx({name: 100 * value for name, value in expected.items()})
+
+
+@pytest.mark.parametrize(
+    ("prediction", "target", "score"), [(0, 0, 100.0), (1, 0, 0.0), (0, 1, 0.0), (1, 1, 100.0)]
+)
+def test_overlaps_of_empty_masks(prediction, target, score):
+    masks = torch.full((2, 3), bool(prediction)), torch.full((2, 3), float(target))
+    assert set(overlaps(*masks).values()) == {score}
+
+
+def test_disjoint_masks_of_one_size_have_volume_similarity_only():
+    found = overlaps(torch.tensor([True, False]), torch.tensor([0.0, 1.0]))
+    assert found == {"dsc": 0, "sen": 0, "jac": 0, "vs": 100}
+
+
+def test_overlaps_do_not_broadcast():
+    with pytest.raises(ValueError, match="same shape"):
+        overlaps(torch.ones(4, dtype=torch.bool), torch.ones(1, 4))

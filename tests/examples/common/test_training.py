@@ -383,3 +383,12 @@ def test_progress_shows_the_scores_that_it_is_to_show(tmp_path, capsys):
     assert "accuracy=1.0%" in line
     assert "other" not in line
     assert load(tmp_path / "last.pt")["history"][0]["other"] == 0.5
+
+
+def test_a_rank_that_does_not_write_trains_all_the_same(tmp_path):
+    silent, loud = make(epochs=2), make(epochs=2)
+    train(silent, tmp_path / "silent", writes=False)
+    train(loud, tmp_path / "loud")
+    assert list((tmp_path / "silent").iterdir()) == []
+    assert silent.history == loud.history
+    assert_equal_content(silent.model.state_dict(), loud.model.state_dict())

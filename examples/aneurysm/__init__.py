@@ -1,0 +1,1 @@
+"""Cerebral aneurysms in rotational angiograms: train at some centres, test at another."""

@@ -1,0 +1,165 @@
+"""Options that the commands share, and their checks."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.utils.data import Dataset
+
+from examples.aneurysm.data import SYNTHETIC, available_centres, check, open_centre
+from examples.aneurysm.networks import NetworkName
+from examples.aneurysm.settings import PresetName, Schedule, TrainingSettings
+from examples.common.datasets import Sample, length
+from examples.common.usage import UsageError, open_device, require
+
+SMALLEST_PATCH = 16
+RESUME = "go on with the same command and --resume"
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """What commands that train have in common."""
+
+    data_root: str = "synthetic"
+    """Folder of datalist.json, or "synthetic" for generated angiograms."""
+    volumes: int = 10
+    """Synthetic volumes of each centre, at least 2; all of a folder's are used."""
+    size: int = 32
+    """Voxels along the longest side of a volume, after resampling to cubic voxels."""
+    patch: int = 24
+    """Side of training patches and of sliding windows, voxels; a multiple of 8, at least 16."""
+    network: NetworkName = "unet"
+    """unet (small, for CPUs) or swin (two-stage Swin U-Net, as the paper's)."""
+    width: int = 8
+    """Channels of the network's first level; 24 is the published Swin U-Net."""
+    preset: PresetName = "paper"
+    """Whose loss weights, gate and optimizer GS-EMA has: the paper's text or the authors' code."""
+    iterations: int = 120
+    """Training steps."""
+    validations: int = 3
+    """How often the held-in cases are validated; the best time is kept."""
+    batch_size: int = 2
+    """Patches of a step (in each process)."""
+    learning_rate: float | None = 1e-2
+    """Of Adam, for short trainings; None takes the preset's. nnunet keeps its own optimizer."""
+    schedule: Schedule | None = "polynomial"
+    """How it falls: polynomial, steps or constant; None takes the preset's."""
+    checkpointing: bool = False
+    """Compute activations again in the backward pass: slower, less memory."""
+    workers: int = 0
+    """Processes that make patches; 0: none but the training's own."""
+    device: str = "auto"
+    """Where to compute: auto (GPU if there is one), cpu, cuda, cuda:1, …"""
+    threads: int = 1
+    """Threads of a CPU; more pay off for large patches on an idle machine."""
+
+    def check(self) -> None:
+        """Makes sure that all of them are in range.
+
+        Raises:
+            UsageError: One is not.
+        """
+        for name, least in (
+            ("volumes", 2), ("iterations", 1), ("validations", 1), ("batch_size", 1),
+            ("threads", 1), ("workers", 0), ("size", 16), ("width", 1),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            option = name.replace("_", "-")
+            require(value >= least, f"--{option} is {value}; choose at least {least}")
+        require(
+            self.patch >= SMALLEST_PATCH and self.patch % 8 == 0,
+            f"--patch is {self.patch}; choose a multiple of 8 voxels, at least {SMALLEST_PATCH}",
+        )
+        require(
+            self.network != "swin" or self.width % 3 == 0,
+            f"--width is {self.width}; the swin network needs a multiple of 3, such as 24",
+        )
+        require(
+            self.validations <= self.iterations,
+            f"--validations is {self.validations}; choose at most as many as --iterations "
+            f"({self.iterations})",
+        )
+        rate = self.learning_rate
+        require(
+            rate is None or (rate > 0 and math.isfinite(rate)),
+            f"--learning-rate is {rate}; choose a positive number",
+        )
+
+    def settings(self, method: str, seed: int) -> TrainingSettings:
+        """The settings of one training."""
+        return TrainingSettings(
+            method=method,
+            preset=self.preset,
+            epochs=self.validations,
+            interval=math.ceil(self.iterations / self.validations),
+            seed=seed,
+            network=self.network,
+            width=self.width,
+            patch=self.patch,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            schedule=self.schedule,
+            checkpointing=self.checkpointing,
+            workers=self.workers,
+        )
+
+    def kind(self) -> str:
+        """The kind of data root, `synthetic` or `folder`."""
+        return SYNTHETIC if self.data_root == SYNTHETIC else "folder"
+
+    def open_centres(self) -> dict[str, Dataset[Sample]]:
+        """All centres, checked; each has at least two volumes.
+
+        Raises:
+            DataError: Something is wrong with the data.
+            UsageError: A centre has a single volume.
+        """
+        names = available_centres(self.data_root)
+        require(
+            len(names) > 1,
+            f"--data-root {self.data_root} has only the centre {names[0]!r}; give volumes of at "
+            "least two centres, one of which is held out",
+        )
+        check(self.data_root, names)
+        centres = {
+            name: open_centre(self.data_root, name, self.size, length=self.volumes)
+            for name in names
+        }
+        for name, samples in centres.items():
+            require(
+                length(samples) > 1,
+                f"{name} has 1 volume in {self.data_root}; give at least 2, one of which validates",
+            )
+        return centres
+
+    def open_device(self) -> torch.device:
+        """The device, on which this process uses `threads` threads."""
+        return open_device(self.device, self.threads)
+
+
+def check_method(method: str, preset: PresetName) -> None:
+    """Refuses a method that a preset makes the same as another one.
+
+    Raises:
+        UsageError: It is the contrast of volumes, which the authors' code does not weigh.
+    """
+    if method == "bacl-v" and preset == "code":
+        raise UsageError(
+            "--preset code has no weight for bacl-v, the contrast of volumes; choose bacl, or "
+            "--preset paper"
+        )
+
+
+def refuse_earlier(folders: list[Path]) -> None:
+    """Makes sure that no training is in these folders.
+
+    Raises:
+        UsageError: There is one.
+    """
+    for folder in folders:
+        require(
+            not (folder / "last.pt").exists(),
+            f"{folder} holds a training; {RESUME}, choose another --out, or replace it with "
+            "--overwrite",
+        )

@@ -1,0 +1,260 @@
+"""Training by any of the methods at all centres but one.
+
+Network, split, patches' geometry and iterations are the same for all methods; what differs is the
+views of a patch, the losses and the update (`methods`).
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
+
+from examples.aneurysm.gate_log import GateLog
+from examples.aneurysm.inference import score_volumes
+from examples.aneurysm.methods import Batch, Method, make_method
+from examples.aneurysm.networks import NetworkName, build_network
+from examples.aneurysm.patches import PatchDataset
+from examples.aneurysm.ranks import gathered, rank, ranks
+from examples.aneurysm.settings import TrainingSettings, schedule_factor
+from examples.common.checkpoint import CheckpointError, load
+from examples.common.datasets import Sample, fingerprint, length
+from examples.common.metrics import OVERLAPS
+from examples.common.scores import mean_scores
+from examples.common.training import LAST, Entry, Objectives, Training, restore, train
+
+FORMAT = "aneurysm"
+HELD_IN = 0.2  # share of each source centre that chooses the best validation
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a checkpoint tells of its network and of the volumes that it takes.
+
+    Attributes:
+        network: Which network.
+        width: Channels of its first level.
+        deep_supervision: Whether it has logits of coarser stages.
+        patch: Side of the windows, voxels.
+        size: Longest side of the volumes, voxels.
+        held_out: The centre that was left out.
+        mirror: Whether volumes are also segmented mirrored.
+    """
+
+    network: NetworkName
+    width: int
+    deep_supervision: bool
+    patch: int
+    size: int
+    held_out: str
+    mirror: bool
+
+    def build(self, checkpointing: bool = False) -> nn.Module:
+        """The network, with weights drawn by torch's generator."""
+        return build_network(self.network, self.width, checkpointing, self.deep_supervision)
+
+
+@dataclass
+class Fitted:
+    """A training, and what to look at besides its weights.
+
+    Attributes:
+        training: As `examples.common.training` has it.
+        method: That is trained.
+        architecture: Of the network.
+        gate: What the gate did in each step.
+        best: Path of the best validation's weights.
+    """
+
+    training: Training[Batch]
+    method: Method
+    architecture: Architecture
+    gate: GateLog
+    best: Path
+
+
+def split_held_in(count: int, seed: int) -> tuple[list[int], list[int]]:
+    """Splits the volumes 0 … count−1 of a centre into those to train on and a fifth to validate.
+
+    Raises:
+        ValueError: There are fewer than two volumes.
+
+    Example:
+        >>> [len(part) for part in split_held_in(10, seed=0)]
+        [8, 2]
+    """
+    if count < 2:
+        raise ValueError(f"a centre has {count} volume(s); training needs at least 2 of each")
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    held_in = max(1, round(HELD_IN * count))
+    return sorted(order[held_in:]), sorted(order[:held_in])
+
+
+def fit(
+    centres: Mapping[str, Dataset[Sample]],
+    held_out: str,
+    size: int,
+    settings: TrainingSettings,
+    directory: Path,
+    device: torch.device,
+    root: str,
+    resume: bool = False,
+    description: str | None = None,
+    on_epoch: Callable[[Entry], None] | None = None,
+) -> Fitted:
+    """Trains at the given centres, keeps the best validation, and returns the training.
+
+    Every random number is a function of (seed, rank, epoch, index), so that a training that was
+    interrupted and resumed ends with the same bits as one that was not.
+
+    Args:
+        centres: The volumes of each source centre, of which a fifth is for validation.
+        held_out: Name of the centre that is left out.
+        size: Longest side of the volumes, voxels.
+        settings: Hyper-parameters.
+        directory: Where `last.pt` and `best.pt` go.
+        device: Where to compute.
+        root: Kind of data root, `synthetic` or `folder`.
+        resume: Go on from `last.pt` if there is one.
+        description: What progress begins with; None shows none.
+        on_epoch: Called after each validation.
+
+    Raises:
+        CheckpointError: `last.pt` is unreadable or of other settings.
+        TrainingError: It is of other data, or the loss is no longer finite.
+        ValueError: A centre has fewer than two volumes.
+    """
+    fitted = make_training(centres, held_out, size, settings, directory, device, root)
+    if resume and (directory / LAST).exists():
+        restore(fitted.training, directory / LAST)
+    main = rank() == 0
+    train(fitted.training, directory, description if main else None, on_epoch, writes=main)
+    return fitted
+
+
+def make_training(
+    centres: Mapping[str, Dataset[Sample]],
+    held_out: str,
+    size: int,
+    settings: TrainingSettings,
+    directory: Path,
+    device: torch.device,
+    root: str,
+) -> Fitted:
+    """A training before its first step; arguments are those of `fit`."""
+    method = make_method(settings)
+    architecture = Architecture(
+        settings.network, settings.width, method.deep_supervision, settings.patch, size, held_out,
+        method.mirror,
+    )  # fmt: skip
+    sources: list[Dataset[Sample]] = []
+    held_in: list[Dataset[Sample]] = []
+    for samples in centres.values():
+        train_indices, validation_indices = split_held_in(length(samples), settings.seed)
+        sources.append(Subset(samples, train_indices))
+        held_in.append(Subset(samples, validation_indices))
+    validation = ConcatDataset(held_in)
+    patches = PatchDataset(
+        sources, settings.patch, settings.interval * settings.batch_size, method.foreground,
+        method.views, settings.seed, rank(),
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        network = architecture.build(settings.checkpointing)
+    network.to(device)
+    student: nn.Module = network
+    if ranks() > 1:
+        student = DistributedDataParallel(network)
+    amp = device.type == "cuda" if settings.amp is None else settings.amp
+    scaler = torch.amp.GradScaler(device.type, enabled=amp) if amp else None
+    optimizer = method.wrap(student, scaler)
+    gate = GateLog(optimizer)
+    teacher = method.teacher
+    deployed = network if teacher is None else teacher.eval()
+    schedule = method.schedule()
+    scheduler = LambdaLR(
+        optimizer, lambda step: schedule_factor(schedule, step, settings.iterations)
+    )
+
+    def objectives(batch: Batch) -> Objectives:
+        moved = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+        return _autocast(method.objectives(student, moved), device, amp)
+
+    def batches(epoch: int) -> Iterable[Batch]:
+        patches.epoch = epoch
+        return DataLoader(patches, settings.batch_size, num_workers=settings.workers)
+
+    def validate() -> dict[str, float]:
+        count = length(validation)
+        mine, _ = score_volumes(
+            deployed, validation, settings.patch, device, method.mirror, amp,
+            range(rank(), count, ranks()),
+        )  # fmt: skip
+        means = mean_scores(gathered(mine, count))
+        return {name: means[name] for name in OVERLAPS}
+
+    # Workers have no say in the result.
+    shared = {name: value for name, value in asdict(settings).items() if name != "workers"}
+    extra: dict[str, Any] = {"gate_log": gate}
+    if teacher is not None:
+        extra = {"teacher": teacher, **extra}
+    training = Training(
+        network,
+        optimizer,
+        objectives,
+        batches,
+        validate,
+        select=lambda entry: entry["dsc"],
+        settings={**shared, "size": size, "held_out": held_out, "ranks": ranks()},
+        data=fingerprint(ConcatDataset(list(centres.values())), root),
+        details={"format": FORMAT, "architecture": asdict(architecture)},
+        scheduler=scheduler,
+        extra=extra,
+        kept=() if teacher is None else ("teacher",),
+        count=lambda batch: len(batch["label"]),
+    )
+    return Fitted(training, method, architecture, gate, directory / "best.pt")
+
+
+def load_network(path: Path) -> tuple[nn.Module, Architecture]:
+    """Reads the network that a training has kept, in evaluation mode on the CPU.
+
+    It is the teacher where there is one, else the student.
+
+    Raises:
+        CheckpointError: The file is missing, unreadable or of another kind.
+    """
+    content = load(path)
+    remedy = "pass the best.pt of a training of this example"
+    if content.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: not a network of this example; {remedy}")
+    try:
+        architecture = Architecture(**content["architecture"])
+        with torch.random.fork_rng(devices=[]):
+            network = architecture.build()
+        network.load_state_dict(content.get("teacher", content["model"]))
+    except (KeyError, TypeError, RuntimeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: its network cannot be restored; {remedy}") from error
+    return network.eval(), architecture
+
+
+def _autocast(objectives: Objectives, device: torch.device, enabled: bool) -> Objectives:
+    """Objectives whose closures compute in half precision, where `enabled`."""
+    if not enabled:
+        return objectives
+
+    def within(closure: Callable[[], Any]) -> Callable[[], Any]:
+        def run() -> Any:
+            with torch.autocast(device.type, torch.float16):
+                return closure()
+
+        return run
+
+    if callable(objectives):
+        return within(objectives)
+    return {name: within(closure) for name, closure in objectives.items()}

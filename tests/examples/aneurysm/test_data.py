@@ -1,0 +1,158 @@
+"""Lists and volumes of a folder: what is read, and every fault by its name."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from examples.aneurysm.data import (
+    DataError,
+    available_centres,
+    check,
+    normalise,
+    open_centre,
+    resample,
+    to_grid_of,
+    to_label,
+    to_target,
+)
+from examples.common.nifti import NiftiError, Volume, write
+
+SPACING = np.diag([0.5, 1.0, 2.0, 1.0])
+
+
+def volume(seed=0, shape=(8, 6, 4), affine=SPACING):
+    return Volume(np.random.default_rng(seed).normal(size=shape).astype("f4"), affine)
+
+
+def labels(shape=(8, 6, 4), affine=SPACING):
+    voxels = np.zeros(shape, "u1")
+    voxels[2:5], voxels[5:7, 2:4, 1:3] = 1, 2
+    return Volume(voxels, affine)
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Two centres of two volumes."""
+    rows = []
+    for number, centre in enumerate("ABAB"):
+        image, label = f"{number}.nii.gz", f"{number}_label.nii"
+        write(tmp_path / image, volume(number))
+        write(tmp_path / label, labels())
+        rows.append({"image": image, "label": label, "centre": centre})
+    save(tmp_path, rows)
+    return tmp_path
+
+
+def save(root, rows):
+    (root / "datalist.json").write_text(json.dumps({"training": rows}))
+
+
+def rows_of(root):
+    return json.loads((root / "datalist.json").read_text())["training"]
+
+
+def test_a_folder_is_read(root):
+    assert available_centres(root) == ["A", "B"]
+    check(root, ["A", "B"])
+    samples = open_centre(root, "B", 8)
+    assert [samples[index].name for index in range(len(samples))] == ["1.nii.gz", "3.nii.gz"]
+    # The longest side is 8 mm, the second axis 6 mm and the first 4 mm; voxels are cubes of 1 mm.
+    assert samples[0].image.shape == (1, 4, 6, 8)
+    assert samples[0].target.shape == (2, 4, 6, 8)
+    assert samples[0].target.flatten(1).sum(1).tolist() == [48, 8]  # 1×6×8 and 1×2×4
+
+
+def test_shrinking_averages_and_labels_keep_their_values():
+    grid = np.arange(16.0).reshape(4, 2, 2)
+    coarse = resample(Volume(grid, np.eye(4)), 2, nearest=False)
+    torch.testing.assert_close(coarse.flatten(), torch.tensor([5.5 - 2, 9.5 + 2]).float())
+    fine = resample(labels(affine=np.eye(4)), 16, nearest=True)
+    assert fine.shape == (1, 16, 12, 8)
+    assert fine.unique().tolist() == [0, 1, 2]
+
+
+def test_predictions_return_to_the_grid_of_their_image():
+    label = torch.arange(3).reshape(3, 1, 1).expand(3, 6, 8)
+    found = to_grid_of(volume(shape=(6, 6, 4)), label)
+    np.testing.assert_array_equal(found.voxels[:, 0, 0], [0, 0, 1, 1, 2, 2])
+    np.testing.assert_array_equal(found.affine, SPACING)
+    assert found.voxels.shape == (6, 6, 4)
+
+
+def test_labels_and_targets_are_inverse():
+    label = torch.tensor([[[[0, 1, 2, 2]]]])
+    assert torch.equal(to_label(to_target(label)), label[0])
+
+
+def test_normalisation_is_clipped_at_percentiles():
+    image = torch.arange(1000.0).reshape(1, 10, 10, 10)
+    image[0, 0, 0, 0] = 1e6
+    found = normalise(image)
+    values = image.numpy()
+    clipped = np.clip(values, *np.percentile(values, (0.5, 99.9)))
+    expected = (clipped - clipped.mean()) / clipped.std(ddof=1)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-4)
+
+
+def edit(key, value):
+    """Changes an entry of the first row."""
+
+    def spoil(root):
+        rows = rows_of(root)
+        rows[0][key] = value
+        save(root, rows)
+
+    return spoil
+
+
+def put(name, content):
+    """Replaces a volume."""
+    return lambda root: write(root / name, content)
+
+
+def changed(value):
+    voxels = labels().voxels.astype("f4")
+    voxels[0, 0, 0] = value
+    return Volume(voxels, SPACING)
+
+
+SHIFTED = SPACING + np.array([[0, 0, 0, 0.5], *3 * [[0, 0, 0, 0]]])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda root: (root / "datalist.json").unlink(), "datalist.json does not exist"),
+        (lambda root: (root / "datalist.json").write_text("{"), "no JSON"),
+        (lambda root: save(root, []), "no list 'training'"),
+        (lambda root: save(root, [3]), "volume 1 of .* no 'image'"),
+        (edit("centre", ""), "volume 1 of .* no 'centre'"),
+        (edit("label", None), "volume 1 of .* no 'label'"),
+        (edit("image", "../0.nii.gz"), "leads out of the root"),
+        (edit("label", "/tmp/0.nii"), "leads out of the root"),
+        (edit("image", "missing.nii.gz"), "missing.nii.gz does not exist"),
+        (edit("label", "missing.nii"), "missing.nii does not exist"),
+        (put("0_label.nii", labels((8, 6, 5))), "8x6x5 voxels but its image .* 8x6x4"),
+        (put("0_label.nii", labels(affine=SHIFTED)), "0.5 mm away"),
+        (put("0_label.nii", changed(3)), "unknown label 3"),
+        (put("0_label.nii", changed(1.5)), "unknown label 1.5"),
+        (put("0.nii.gz", Volume(np.ones((8, 6, 4), "f4"), SPACING)), "constant"),
+        (put("0.nii.gz", Volume(np.full((8, 6, 4), np.nan, "f4"), SPACING)), "not finite"),
+    ],
+)
+def test_faults_are_named(root, spoil, message):
+    spoil(root)
+    with pytest.raises((DataError, NiftiError), match=message):
+        check(root, ["A"])
+
+
+def test_other_roots_and_centres(root, tmp_path):
+    with pytest.raises(DataError, match=r"not a folder.*did you mean synthetic"):
+        available_centres("sythetic")
+    with pytest.raises(DataError, match="no centre 'C'; choose from A, B"):
+        check(root, ["C"])
+    with pytest.raises(DataError, match="no synthetic centre"):
+        open_centre("synthetic", "A", 16)
+    check("synthetic", ["centre_a"])
