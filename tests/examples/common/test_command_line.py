@@ -60,7 +60,7 @@ def test_the_example(capsys: pytest.CaptureFixture[str], words: str, message: st
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("aligment", "choose from fundus, speed, alignment; did you mean alignment? (see python"),
+        ("aligment", "alignment, gsema, sharpness; did you mean alignment? (see python -m"),
         ("alignment --problem toi", "choose from toy, fonseca, zdt, digits, fundus; did you mean "
          "toy? (see python -m benchmarks alignment --help)"),
         ("alignment --problem Digits", "did you mean digits?"),
