@@ -1,11 +1,19 @@
-"""Test-time adaptation: statistics × objectives × transforms × optimizer."""
+"""Test-time adaptation: statistics × objectives × transforms × optimizer × prediction."""
 
 from gradkit.tta.adapter import Adapter
 from gradkit.tta.augment import StrongAugmentation
+from gradkit.tta.cotta import CoTTA, TeacherTarget
+from gradkit.tta.diga import DIGA, PrototypePredictor
+from gradkit.tta.dua import DUA, DynamicStatistics
+from gradkit.tta.eata import EATA, ActiveEntropy
 from gradkit.tta.grata import GraTa
+from gradkit.tta.medbn import MedBN, Median
+from gradkit.tta.memo import MEMO, MarginalEntropy
 from gradkit.tta.no_adapt import NoAdapt
 from gradkit.tta.objectives import Consistency, binary_entropy, entropy, softmax_entropy
 from gradkit.tta.ptbn import PTBN
+from gradkit.tta.restore import PeriodicRestart, Pull, RestartBelow, StochasticRestore
+from gradkit.tta.sar import SAR, ReliableEntropy
 from gradkit.tta.statistics import (
     Mixed,
     Statistics,
@@ -16,16 +24,34 @@ from gradkit.tta.tent import TENT
 from gradkit.tta.views import WEAK_VIEWS, View
 
 __all__ = [
+    "DIGA",
+    "DUA",
+    "EATA",
+    "MEMO",
     "PTBN",
+    "SAR",
     "TENT",
     "WEAK_VIEWS",
+    "ActiveEntropy",
     "Adapter",
+    "CoTTA",
     "Consistency",
+    "DynamicStatistics",
     "GraTa",
+    "MarginalEntropy",
+    "MedBN",
+    "Median",
     "Mixed",
     "NoAdapt",
+    "PeriodicRestart",
+    "PrototypePredictor",
+    "Pull",
+    "ReliableEntropy",
+    "RestartBelow",
     "Statistics",
+    "StochasticRestore",
     "StrongAugmentation",
+    "TeacherTarget",
     "View",
     "binary_entropy",
     "entropy",

@@ -1,0 +1,169 @@
+"""Every published adapter: what it leaves alone, what it keeps, and which models it takes."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import gradkit as gk
+from gradkit.testing import bits as plain
+from tta.references import images, network
+
+# What an adapter takes beyond the model, so that it does something with a small network.
+ADAPTERS = {
+    "NoAdapt": {},
+    "PTBN": {},
+    "TENT": {"lr": 1e-2},
+    "GraTa": {"lr": 1e-2},
+    "DUA": {},
+    "MedBN": {},
+    "SAR": {"lr": 1e-2, "entropy_threshold": 0.66, "reset_threshold": 0.0},
+    "EATA": {"lr": 1e-2, "entropy_threshold": 0.66, "similarity": 0.99},
+    "MEMO": {"lr": 1e-2},
+    "CoTTA": {},
+    "DIGA": {"confidence": 0.5},
+}
+KEEPS_NOTHING = {"NoAdapt", "PTBN", "MedBN", "MEMO"}
+
+
+def make(name: str, model: nn.Module | None = None, **options) -> gk.tta.Adapter:
+    adapter = getattr(gk.tta, name)
+    return adapter(network() if model is None else model, **{**ADAPTERS[name], **options})
+
+
+def test_the_table_has_every_adapter() -> None:
+    made = [
+        name
+        for name in gk.tta.__all__
+        if getattr(getattr(gk.tta, name), "__annotations__", {}).get("return") == "Adapter"
+    ]
+    assert set(made) == set(ADAPTERS)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_it_is_made_from_a_model_alone(name: str) -> None:
+    """With its published defaults."""
+    x = images(1)[0]
+    logits = getattr(gk.tta, name)(network())(x)
+    assert logits.shape == (1, 2, 12, 16)
+    assert not logits.requires_grad
+    assert torch.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_the_source_model_and_the_images_are_never_changed(name: str) -> None:
+    model, stream = network(), images(2)
+    model.train()
+    model[0].weight.requires_grad_(False)
+    before, given, random = plain(model.state_dict()), plain(stream), torch.get_rng_state()
+    adapter = make(name, model)
+    for x in stream:
+        adapter(x)
+    assert plain(model.state_dict()) == before
+    assert plain(stream) == given
+    assert model.training
+    assert [p.requires_grad for p in model.parameters()].count(False) == 1
+    assert all(p.grad is None for p in model.parameters())
+    assert type(model[1]) is nn.BatchNorm2d
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_reset_and_loading_are_bit_exact(name: str) -> None:
+    stream, adapter = images(4), make(name)
+    start = plain(adapter.state_dict())
+    first = [adapter(x) for x in stream[:2]]
+    if name not in KEEPS_NOTHING:
+        assert plain(adapter.state_dict()) != start
+    file = io.BytesIO()
+    torch.save(adapter.state_dict(), file)
+    middle, twin = plain(adapter.state_dict()), copy.deepcopy(adapter)
+    rest = [adapter(x) for x in stream[2:]]
+
+    file.seek(0)
+    fresh = make(name)
+    fresh.load_state_dict(torch.load(file, weights_only=True))
+    assert plain(fresh.state_dict()) == middle
+    assert plain([fresh(x) for x in stream[2:]]) == plain(rest)
+    assert plain([twin(x) for x in stream[2:]]) == plain(rest)
+    assert plain(twin.state_dict()) == plain(adapter.state_dict())
+
+    adapter.reset()
+    assert plain(adapter.state_dict()) == start
+    assert adapter.last_step is None
+    assert plain([adapter(x) for x in stream[:2]]) == plain(first)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_pickled_adapters_go_on_alike(name: str) -> None:
+    stream, adapter = images(2), make(name)
+    adapter(stream[0])
+    twin = pickle.loads(pickle.dumps(adapter))
+    assert torch.equal(adapter(stream[1]), twin(stream[1]))
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_episodic_starts_anew_for_each_batch(name: str) -> None:
+    stream, adapter = images(2), make(name, episodic=True)
+    assert plain([adapter(x) for x in stream]) == plain([make(name)(x) for x in stream])
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_its_state_does_not_grow(name: str) -> None:
+    adapter, sizes = make(name), []
+    for x in [*images(3), *images(3)]:
+        adapter(x)
+        file = io.BytesIO()
+        torch.save(adapter.state_dict(), file)
+        sizes.append(len(file.getvalue()))
+    assert max(sizes[2:]) - min(sizes[2:]) < 256  # but for the lengths of numbers
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_a_model_that_raises_leaves_no_trace(name: str) -> None:
+    adapter = make(name)
+    adapter(images(1)[0])
+    before, last = plain(adapter.state_dict()), adapter.last_step
+    handle = adapter.model[7].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        adapter(images(2)[1])
+    handle.remove()
+    assert plain(adapter.state_dict()) == before
+    assert adapter.last_step is last
+
+
+@pytest.mark.parametrize("name", [name for name in ADAPTERS if name != "DIGA"])
+def test_classifiers(name: str) -> None:
+    torch.manual_seed(0)
+    classifier = nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 5),
+    )
+    logits = getattr(gk.tta, name)(classifier)(torch.rand(4, 3, 8, 8))
+    assert logits.shape == (4, 5)
+    assert torch.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_volumes_and_a_softmax_over_classes(name: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv3d(1, 4, 1), nn.BatchNorm3d(4), nn.ReLU(), nn.Conv3d(4, 3, 1))
+    options = {"probabilities": "softmax"} if "probabilities" in accepted(name) else {}
+    if name == "GraTa":  # its strong augmentation is for images of two dimensions
+        options["pseudo"] = gk.tta.softmax_entropy
+    logits = getattr(gk.tta, name)(model, **options)(torch.rand(1, 1, 4, 4, 4))
+    assert logits.shape == (1, 3, 4, 4, 4)
+    assert torch.isfinite(logits).all()
+
+
+def accepted(name: str) -> set[str]:
+    return set(getattr(gk.tta, name).__annotations__)
