@@ -3,10 +3,15 @@
 from gradkit.tta.adapter import Adapter
 from gradkit.tta.augment import StrongAugmentation
 from gradkit.tta.cotta import CoTTA, TeacherTarget
+from gradkit.tta.detta import Denoising, DeTTA
+from gradkit.tta.deyo import DeYO, ShapeEntropy
 from gradkit.tta.diga import DIGA, PrototypePredictor
+from gradkit.tta.dltta import DLTTA, DLTTAPreset
+from gradkit.tta.domain_adaptor import GEM, AdaMixBN, DomainAdaptor
 from gradkit.tta.dua import DUA, DynamicStatistics
 from gradkit.tta.eata import EATA, ActiveEntropy
 from gradkit.tta.grata import GraTa
+from gradkit.tta.intent import Integration, InTEnt, Interpolated
 from gradkit.tta.medbn import MedBN, Median
 from gradkit.tta.memo import MEMO, MarginalEntropy
 from gradkit.tta.no_adapt import NoAdapt
@@ -25,19 +30,30 @@ from gradkit.tta.views import WEAK_VIEWS, View
 
 __all__ = [
     "DIGA",
+    "DLTTA",
     "DUA",
     "EATA",
+    "GEM",
     "MEMO",
     "PTBN",
     "SAR",
     "TENT",
     "WEAK_VIEWS",
     "ActiveEntropy",
+    "AdaMixBN",
     "Adapter",
     "CoTTA",
     "Consistency",
+    "DLTTAPreset",
+    "DeTTA",
+    "DeYO",
+    "Denoising",
+    "DomainAdaptor",
     "DynamicStatistics",
     "GraTa",
+    "InTEnt",
+    "Integration",
+    "Interpolated",
     "MarginalEntropy",
     "MedBN",
     "Median",
@@ -48,6 +64,7 @@ __all__ = [
     "Pull",
     "ReliableEntropy",
     "RestartBelow",
+    "ShapeEntropy",
     "Statistics",
     "StochasticRestore",
     "StrongAugmentation",

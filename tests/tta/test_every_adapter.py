@@ -27,13 +27,31 @@ ADAPTERS = {
     "MEMO": {"lr": 1e-2},
     "CoTTA": {},
     "DIGA": {"confidence": 0.5},
+    "DomainAdaptor": {},
+    "InTEnt": {},
+    "DLTTA": {"preset": gk.tta.DLTTAPreset(2, 1, True, 4.0, False, True, False, 1e-2)},
+    "DeYO": {"lr": 1e-2, "entropy_share": 1.0, "difference": 0.0},
+    "DeTTA": {},
 }
-KEEPS_NOTHING = {"NoAdapt", "PTBN", "MedBN", "MEMO"}
+KEEPS_NOTHING = {"NoAdapt", "PTBN", "MedBN", "MEMO", "DomainAdaptor", "InTEnt"}
+# What an adapter cannot do without.
+
+
+def mean_of_logits(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    return model(images).mean() + images
+
+
+NEEDED = {"DeTTA": {"denoise": mean_of_logits}}
 
 
 def make(name: str, model: nn.Module | None = None, **options) -> gk.tta.Adapter:
     adapter = getattr(gk.tta, name)
-    return adapter(network() if model is None else model, **{**ADAPTERS[name], **options})
+    options = {**NEEDED.get(name, {}), **ADAPTERS[name], **options}
+    return adapter(network() if model is None else model, **options)
+
+
+def make_by_default(name: str, model: nn.Module, **options) -> gk.tta.Adapter:
+    return getattr(gk.tta, name)(model, **NEEDED.get(name, {}), **options)
 
 
 def test_the_table_has_every_adapter() -> None:
@@ -49,7 +67,7 @@ def test_the_table_has_every_adapter() -> None:
 def test_it_is_made_from_a_model_alone(name: str) -> None:
     """With its published defaults."""
     x = images(1)[0]
-    logits = getattr(gk.tta, name)(network())(x)
+    logits = make_by_default(name, network())(x)
     assert logits.shape == (1, 2, 12, 16)
     assert not logits.requires_grad
     assert torch.isfinite(logits).all()
@@ -148,7 +166,7 @@ def test_classifiers(name: str) -> None:
         nn.Flatten(),
         nn.Linear(4, 5),
     )
-    logits = getattr(gk.tta, name)(classifier)(torch.rand(4, 3, 8, 8))
+    logits = make_by_default(name, classifier)(torch.rand(4, 3, 8, 8))
     assert logits.shape == (4, 5)
     assert torch.isfinite(logits).all()
 
@@ -158,9 +176,13 @@ def test_volumes_and_a_softmax_over_classes(name: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv3d(1, 4, 1), nn.BatchNorm3d(4), nn.ReLU(), nn.Conv3d(4, 3, 1))
     options = {"probabilities": "softmax"} if "probabilities" in accepted(name) else {}
+    if name == "DeTTA":
+        options["noise"] = "gaussian"  # blind spots are for images of two dimensions
+    if name == "DomainAdaptor":
+        options["classes"] = lambda logits: logits
     if name == "GraTa":  # its strong augmentation is for images of two dimensions
         options["pseudo"] = gk.tta.softmax_entropy
-    logits = getattr(gk.tta, name)(model, **options)(torch.rand(1, 1, 4, 4, 4))
+    logits = make_by_default(name, model, **options)(torch.rand(1, 1, 4, 4, 4))
     assert logits.shape == (1, 3, 4, 4, 4)
     assert torch.isfinite(logits).all()
 
