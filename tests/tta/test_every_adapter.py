@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -189,3 +190,23 @@ def test_volumes_and_a_softmax_over_classes(name: str) -> None:
 
 def accepted(name: str) -> set[str]:
     return set(getattr(gk.tta, name).__annotations__)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_it_costs_what_the_documentation_says(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = Path(__file__).parents[2] / "docs" / "test-time-adaptation.md"
+    (row,) = [line for line in page.read_text().splitlines() if line.startswith(f"| `{name}` |")]
+    adapter, count = make(name), {"forward": 0, "backward": 0}
+    forward = nn.Conv2d.forward
+
+    def counted(self, x):
+        count["forward"] += self.out_channels == 2  # the last layer, also of a teacher
+        return forward(self, x)
+
+    def went_back(*_):
+        count["backward"] += 1
+
+    monkeypatch.setattr(nn.Conv2d, "forward", counted)
+    adapter.model[7].register_full_backward_hook(went_back)
+    adapter(images(1)[0])
+    assert row.split("|")[4].strip() == f"{count['forward']}, {count['backward']}"
