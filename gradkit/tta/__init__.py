@@ -10,6 +10,7 @@ from gradkit.tta.dltta import DLTTA, DLTTAPreset
 from gradkit.tta.domain_adaptor import GEM, AdaMixBN, DomainAdaptor
 from gradkit.tta.dua import DUA, DynamicStatistics
 from gradkit.tta.eata import EATA, ActiveEntropy
+from gradkit.tta.fuse import Alternatives, Fuse, Fusion
 from gradkit.tta.grata import GraTa
 from gradkit.tta.intent import Integration, InTEnt, Interpolated
 from gradkit.tta.medbn import MedBN, Median
@@ -42,6 +43,7 @@ __all__ = [
     "ActiveEntropy",
     "AdaMixBN",
     "Adapter",
+    "Alternatives",
     "CoTTA",
     "Consistency",
     "DLTTAPreset",
@@ -50,6 +52,8 @@ __all__ = [
     "Denoising",
     "DomainAdaptor",
     "DynamicStatistics",
+    "Fuse",
+    "Fusion",
     "GraTa",
     "InTEnt",
     "Integration",

@@ -73,9 +73,9 @@ class ActiveEntropy:
         trained = list(adapter.trained().values())
         fisher = [torch.zeros_like(parameter) for parameter in trained]
         for images in self.source_images:
-            logits = logits_of(adapter.model, images)
-            log_p = log_distributions(logits, self.probabilities)
             with torch.enable_grad():
+                logits = logits_of(adapter.model, images)
+                log_p = log_distributions(logits, self.probabilities)
                 loss = -log_p.max(dim=2).values.mean()
                 rows = torch.autograd.grad(loss, trained, allow_unused=True)
             for total, row in zip(fisher, rows, strict=True):

@@ -33,8 +33,9 @@ ADAPTERS = {
     "DLTTA": {"preset": gk.tta.DLTTAPreset(2, 1, True, 4.0, False, True, False, 1e-2)},
     "DeYO": {"lr": 1e-2, "entropy_share": 1.0, "difference": 0.0},
     "DeTTA": {},
+    "Fuse": {},
 }
-KEEPS_NOTHING = {"NoAdapt", "PTBN", "MedBN", "MEMO", "DomainAdaptor", "InTEnt"}
+KEEPS_NOTHING = {"NoAdapt", "PTBN", "MedBN", "MEMO", "DomainAdaptor", "InTEnt", "Fuse"}
 # What an adapter cannot do without.
 
 
