@@ -35,6 +35,7 @@ PUBLISHED: dict[str, tuple[str, Callable[[nn.Module, Generator], tta.Adapter]]] 
     "cotta": ("test", lambda model, generator: tta.CoTTA(model, generator=generator)),
     "memo": ("mixed:0.94", lambda model, _: tta.MEMO(model)),
     "deyo": ("test", lambda model, generator: tta.DeYO(model, generator=generator)),
+    "vptta": ("warm-up", lambda model, _: tta.VPTTA(model)),
     "intent": ("integrated", lambda model, _: tta.InTEnt(model)),
     "intent-balanced": ("integrated", lambda model, _: tta.InTEnt(model, score="balanced")),
 }

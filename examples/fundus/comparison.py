@@ -47,7 +47,7 @@ class Compare:
     """Centres to adapt to, separated by commas."""
     methods: str = ",".join(METHODS)
     """Methods, separated by commas: none, ptbn, tent, grata, and with their published settings dua,
-    diga, medbn, dltta, domainadaptor, sar, sar-scaled, eata, cotta, memo, deyo, intent,
+    diga, medbn, dltta, domainadaptor, sar, sar-scaled, eata, cotta, memo, deyo, vptta, intent,
     intent-balanced."""
     statistics: str = "test"
     """Where tent and grata take batch normalisation's statistics: source, test, mixed:SHARE."""

@@ -28,6 +28,7 @@ from gradkit.tta.statistics import (
 )
 from gradkit.tta.tent import TENT
 from gradkit.tta.views import WEAK_VIEWS, View
+from gradkit.tta.vptta import VPTTA, WarmUp
 
 __all__ = [
     "DIGA",
@@ -39,6 +40,7 @@ __all__ = [
     "PTBN",
     "SAR",
     "TENT",
+    "VPTTA",
     "WEAK_VIEWS",
     "ActiveEntropy",
     "AdaMixBN",
@@ -74,6 +76,7 @@ __all__ = [
     "StrongAugmentation",
     "TeacherTarget",
     "View",
+    "WarmUp",
     "binary_entropy",
     "entropy",
     "install_statistics",

@@ -229,6 +229,7 @@ class Adapter:
             with torch.no_grad():
                 if self._observes:
                     self.statistics.observe(self.model, images)
+                tell(self._parts(), "begin_batch", images)
                 if self.predict == "before":
                     logits = self.model(images)
             if self.optimizer is not None:

@@ -5,6 +5,7 @@ those that it has:
 
 - `attach(adapter)`: once, when the adapter is made, to reach its model, teacher and other parts;
 - `check_images(images)`: before anything runs for a batch; it may raise;
+- `begin_batch(images)`: once per batch, before the first step and without gradients;
 - `begin_step(images)`: before each optimizer step, which may evaluate an objective several times;
 - `state_dict()`, `load_state_dict(state)`: the state, which is saved and reset with the adapter;
 - `facts`, a dict: what the part did for the last batch (`Adapter.facts`).
