@@ -216,6 +216,6 @@ def test_it_costs_what_the_documentation_says(name: str, monkeypatch: pytest.Mon
         count["backward"] += 1
 
     monkeypatch.setattr(nn.Conv2d, "forward", counted)
-    layers_of(adapter)[5].register_full_backward_hook(went_back)
+    layers_of(adapter)[4].register_full_backward_hook(went_back)
     adapter(images(1)[0])
     assert row.split("|")[4].strip() == f"{count['forward']}, {count['backward']}"
