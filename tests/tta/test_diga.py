@@ -89,6 +89,18 @@ def test_a_softmax_has_a_prototype_for_each_class_that_was_seen() -> None:
     assert p[0, :, 0, 2].tolist() == pytest.approx([0.4 + 0.2 / 3] * 2 + [0.2 / 3], rel=1e-5)
 
 
+def test_a_class_that_is_first_seen_later_has_its_own_mean() -> None:
+    predictor = gk.tta.PrototypePredictor(probabilities="softmax", confidence=0.9)
+    layer = nn.Conv2d(2, 2, 1, bias=False).requires_grad_(False)
+    layer.weight.copy_(20 * torch.eye(2).view(2, 2, 1, 1))
+    first, second = torch.tensor([[1.0, 0.8], [0.0, 0.0]]), torch.tensor([[0.6, 0.0], [0.0, 1.0]])
+    predictor(layer, first.view(1, 2, 1, 2))
+    assert predictor.exists.tolist() == [[True, False]]
+    predictor(layer, second.view(1, 2, 1, 2))
+    expected = torch.tensor([[[0.9 * 0.9 + 0.1 * 0.6, 0.0], [0.0, 1.0]]])
+    torch.testing.assert_close(predictor.prototypes, expected)
+
+
 def test_a_failing_prediction_keeps_the_prototypes() -> None:
     adapter = gk.tta.DIGA(network(), confidence=CONFIDENCE)
     adapter(images(1)[0])
