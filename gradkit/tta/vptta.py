@@ -57,7 +57,7 @@ class Prompted(nn.Module):
         factor = torch.ones_like(amplitude[0])
         rows, columns = self._low(images)
         factor = factor.index_put(
-            (torch.arange(len(factor))[:, None, None], rows[:, None], columns),
+            (torch.arange(len(factor), device=rows.device)[:, None, None], rows[:, None], columns),
             self.prompt.to(factor.dtype),
         )
         amplitude = torch.fft.ifftshift(amplitude * factor, dim=(-2, -1))
