@@ -4,7 +4,7 @@ Chen et al., https://arxiv.org/abs/2408.07343: images come one at a time in list
 adapts by one step on each and then predicts it; what it has learnt stays until the target ends.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -21,6 +21,27 @@ from gradkit import tta
 
 METHODS = ("none", "ptbn", "tent", "grata")
 LEARNING_METHODS = ("tent", "grata")  # those with a learning rate and a choice of statistics
+
+Generator = torch.Generator
+PUBLISHED: dict[str, tuple[str, Callable[[nn.Module, Generator], tta.Adapter]]] = {
+    "dua": ("running", lambda model, _: tta.DUA(model)),
+    "diga": ("mixed:0.8", lambda model, _: tta.DIGA(model)),
+    "medbn": ("median", lambda model, _: tta.MedBN(model)),
+    "dltta": ("test", lambda model, _: tta.DLTTA(model)),
+    "domainadaptor": ("mixed:0.5", lambda model, _: tta.DomainAdaptor(model)),
+    "sar": ("test", lambda model, _: tta.SAR(model)),
+    "sar-scaled": ("test", lambda model, _: tta.SAR(model, reset_threshold="scaled")),
+    "eata": ("test", lambda model, _: tta.EATA(model)),
+    "cotta": ("test", lambda model, generator: tta.CoTTA(model, generator=generator)),
+    "memo": ("mixed:0.94", lambda model, _: tta.MEMO(model)),
+    "deyo": ("test", lambda model, generator: tta.DeYO(model, generator=generator)),
+    "vptta": ("warm-up", lambda model, _: tta.VPTTA(model)),
+    "intent": ("integrated", lambda model, _: tta.InTEnt(model)),
+    "intent-balanced": ("integrated", lambda model, _: tta.InTEnt(model, score="balanced")),
+}
+"""Further methods with their published defaults: their statistics, and how they are made."""
+
+CHOICES = (*METHODS, *PUBLISHED)
 
 
 def parse_statistics(text: str) -> str | tta.Mixed:
@@ -58,6 +79,8 @@ def statistics_of(method: str, chosen: str) -> str:
         >>> statistics_of("ptbn", "mixed:0.8")
         'test'
     """
+    if method in PUBLISHED:
+        return PUBLISHED[method][0]
     return {"none": "source", "ptbn": "test"}.get(method, chosen)
 
 
@@ -67,11 +90,11 @@ def build_adapter(
     """A fresh adapter of a copy of the source model.
 
     Args:
-        method: one of `METHODS`.
+        method: one of `CHOICES`.
         model: the source model, which is not changed.
         statistics: see `parse_statistics`; for `LEARNING_METHODS`.
-        lr: learning rate of Adam; for `LEARNING_METHODS`.
-        seed: of GraTa's strong augmentation.
+        lr: learning rate of Adam; for `LEARNING_METHODS`. `PUBLISHED` have their own.
+        seed: of the random numbers that a method draws.
 
     Raises:
         ValueError: an argument is out of range.
@@ -82,10 +105,12 @@ def build_adapter(
         return tta.PTBN(model)
     if method == "tent":
         return tta.TENT(model, lr=lr, statistics=parse_statistics(statistics))
+    generator = torch.Generator().manual_seed(seed)
+    if method in PUBLISHED:
+        return PUBLISHED[method][1](model, generator)
     if method == "grata":
-        generator = torch.Generator().manual_seed(seed)
         return tta.GraTa(model, lr=lr, statistics=parse_statistics(statistics), generator=generator)
-    raise ValueError(f"there is no method {method!r}; choose one of {', '.join(METHODS)}")
+    raise ValueError(f"there is no method {method!r}; choose one of {', '.join(CHOICES)}")
 
 
 @dataclass

@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from examples.common.adaptation import METHODS, adapt_online, build_adapter
+from examples.common.adaptation import CHOICES, adapt_online, build_adapter
 from examples.common.command_line import interruptible
 from examples.common.datasets import length
 from examples.common.results import remove_results, write_json
@@ -149,7 +149,7 @@ class Adapt:
     target: str = "centre_b"
     """Centre to adapt to."""
     method: str = "grata"
-    """Method: none, ptbn, tent or grata."""
+    """Method: none, ptbn, tent, grata, or one of the published methods that compare knows."""
     data_root: str = "synthetic"
     """Folder of the lists and images, or "synthetic" for generated photographs."""
     statistics: str = "test"
@@ -174,7 +174,7 @@ class Adapt:
     def run(self) -> None:
         """Adapts, and prints the table."""
         split_names("--target", self.target, available_domains(self.data_root), single=True)
-        split_names("--method", self.method, METHODS, single=True)
+        split_names("--method", self.method, CHOICES, single=True)
         check_adaptation(self.statistics, self.lr)
         check_counts(seed=self.seed, threads=self.threads, target_images=self.target_images)
         model, architecture = load_source_model(self.checkpoint, size=self.size, source=self.source)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset
 
-from examples.common.adaptation import METHODS, Stream, adapt_online, build_adapter
+from examples.common.adaptation import CHOICES, METHODS, Stream, adapt_online, build_adapter
 from examples.common.command_line import interruptible
 from examples.common.contours import spread
 from examples.common.datasets import Sample, length
@@ -47,7 +47,9 @@ class Compare:
     targets: str = "centre_b,centre_d,centre_e"
     """Centres to adapt to, separated by commas."""
     methods: str = ",".join(METHODS)
-    """Methods, separated by commas."""
+    """Methods, separated by commas: none, ptbn, tent, grata, and with their published settings dua,
+    diga, medbn, dltta, domainadaptor, sar, sar-scaled, eata, cotta, memo, deyo, vptta, intent,
+    intent-balanced."""
     statistics: str = "test"
     """Where tent and grata take batch normalisation's statistics: source, test, mixed:SHARE."""
     lr: float = 1e-4
@@ -86,7 +88,7 @@ class Compare:
         split_names("--source", self.source, domains, single=True)
         others = [domain for domain in domains if domain != self.source]
         targets = split_names("--targets", self.targets, others, source=self.source)
-        methods = split_names("--methods", self.methods, METHODS)
+        methods = split_names("--methods", self.methods, CHOICES)
         training = Train(
             self.data_root,
             self.source,

@@ -28,7 +28,7 @@ def make_result(
     Args:
         source: centre of the training.
         target: centre of the test.
-        method: one of `METHODS`.
+        method: one of `CHOICES`.
         statistics: where normalisation was to take mean and variance.
         lr: learning rate that was chosen.
         seed: of the experiment.

@@ -5,16 +5,18 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gradkit.core.arguments import check_count
 from gradkit.core.transform import Transform
 from gradkit.optimizer.gradient_optimizer import GradientOptimizer
 from gradkit.optimizer.record import StepRecord
 from gradkit.optimizer.wrapping import wrap
+from gradkit.tta.parts import Objective, Predictor, Restore, Stateful, own, tell
 from gradkit.tta.statistics import (
     Statistics,
     install_statistics,
@@ -22,7 +24,6 @@ from gradkit.tta.statistics import (
     resolve_statistics,
 )
 
-Objective = Callable[[nn.Module, Tensor], Tensor]
 OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
 
 
@@ -34,14 +35,19 @@ class Adapter:
     happens on a copy: the model passed in is never changed. The copy is in evaluation mode;
     BatchNorm layers take mean and variance from `statistics`, and only `parameters` are trained.
 
+    Objectives, predictors and restores are plain functions, or objects with further methods
+    (`gradkit.tta.parts`): a state, a check of the images, access to the adapter and its teacher.
+    Those with a state are copied, so that adapters share nothing.
+
     Args:
         model: The source model, from images [N, C, H, W] to logits.
         statistics: Where BatchNorm layers take mean and variance: "source" (running statistics),
-            "test" (the current images), `Mixed(share)` or another `Statistics`.
-        objectives: Functions `(model, images) -> loss` by name; without any, only the statistics
-            adapt. Objectives with a state (a generator) are copied, so that adapters share nothing.
-            An objective may have a method `check_images(images)`, which can raise before anything
-            runs.
+            "test" (the current images), `Mixed(share)` or another `Statistics`. Those that learn do
+            so once per batch, before the step.
+        objectives: Functions `(model, images) -> loss` by name, or a function that makes them for
+            the model's copy; without any, only the statistics adapt. An objective that returns None
+            leaves nothing to step on: with `on_empty="skip"` no step is taken, and
+            `last_step.applied` is False.
         transforms: gradkit's transforms between the objectives' gradients and the optimizer, or a
             function that makes them for the model's copy (needed for a teacher).
         optimizer: Makes the base optimizer from the list of trained parameters, for example
@@ -50,18 +56,27 @@ class Adapter:
             random number generators.
         parameters: Chooses the trained parameters of the model's copy; by default the scales and
             shifts of all normalisation layers.
+        predict: What is returned: "after" for the logits with the updated weights, "before" for
+            those with the weights before the step, or a function `(model, images) -> logits` that
+            is called after the step.
+        steps: How many optimizer steps to take on each batch.
+        restore: Called with the adapter after each applied step, to move weights back to the
+            source's: `Pull`, `StochasticRestore`, `PeriodicRestart` or another function.
         **options: Further arguments of `gradkit.wrap`, `nonfinite="skip"` for example.
 
     Attributes:
         model: The adapted copy.
         optimizer: The wrapped optimizer; None without objectives.
+        statistics: The adapter's own statistics.
+        objectives: The adapter's own objectives, by name.
 
     Raises:
         RuntimeError: If there are objectives, but `torch.inference_mode()` is on.
-        TypeError: If objectives are not a mapping.
+        TypeError: If objectives are not a mapping, or `steps` is no integer.
         ValueError: If there are objectives but no optimizer or nothing to train, if there is an
-            optimizer or a transform but no objective, if parameters or a teacher's student are not
-            the copy's, or if the statistics do not fit the model.
+            optimizer, a transform, a restore or several steps but no objective, if parameters or a
+            teacher's student are not the copy's, or if an argument has no valid value or the
+            statistics do not fit the model.
 
     Examples:
         >>> import torch, gradkit as gk
@@ -72,6 +87,8 @@ class Adapter:
         ...     objectives={"loss": gk.tta.entropy},
         ...     transforms=(gk.SAM(rho=0.05),),
         ...     optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-3),
+        ...     steps=2,
+        ...     restore=gk.tta.Pull(0.01),
         ... )
         >>> adapter(torch.rand(1, 3, 8, 8)).shape
         torch.Size([1, 2, 8, 8])
@@ -82,32 +99,44 @@ class Adapter:
         model: nn.Module,
         *,
         statistics: str | Statistics = "source",
-        objectives: Mapping[str, Objective] | None = None,
+        objectives: Mapping[str, Objective]
+        | Callable[[nn.Module], Mapping[str, Objective]]
+        | None = None,
         transforms: Sequence[Transform] | Callable[[nn.Module], Sequence[Transform]] = (),
         optimizer: OptimizerFactory | None = None,
         episodic: bool = False,
         parameters: Callable[[nn.Module], Iterable[nn.Parameter]] | None = None,
+        predict: Literal["after", "before"] | Predictor = "after",
+        steps: int = 1,
+        restore: Restore | None = None,
         **options: Any,
     ) -> None:
         if objectives:
             _refuse_inference_mode()
+        check_count("steps", steps)
+        if isinstance(predict, str) and predict not in ("after", "before"):
+            raise ValueError(
+                f'predict is {predict!r}; choose "after", "before" or a function of (model, images)'
+            )
         # Statistics may have state of their own, which must not be shared between adapters.
         self.statistics = copy.deepcopy(resolve_statistics(statistics))
         with torch.no_grad():  # scripted modules copy their parameters as operations
             self.model = copy.deepcopy(model).eval()
         install_statistics(self.model, self.statistics)
-        self.objectives = _own(objectives or {})
-        self.episodic = episodic
+        self.objectives = _own(objectives(self.model) if callable(objectives) else objectives or {})
+        self.episodic, self.steps = episodic, steps
+        self.predict, self.restore = own(predict), own(restore)
         self.optimizer: GradientOptimizer | None = None
         self.model.requires_grad_(False)
         if self.objectives:
             trained = self._choose(parameters or _norm_affine)
             self.optimizer = self._make_optimizer(optimizer, trained, transforms, options)
-        elif transforms or optimizer is not None:
+        elif transforms or optimizer is not None or restore is not None or steps > 1:
             raise ValueError(
                 "there are no objectives for the optimizer and the transforms to work on; pass "
                 "objectives={name: function of (model, images)}"
             )
+        tell(self._parts(), "attach", self)
         self._start = self.state_dict()
 
     def _choose(
@@ -172,37 +201,103 @@ class Adapter:
             _refuse_inference_mode()
             if images.is_inference():  # made under inference mode: autograd cannot save them
                 images = images.clone()
-            for objective in self.objectives.values():
-                check = getattr(objective, "check_images", None)
-                if check is not None:
-                    check(images)
-            self._adapt(images, self.optimizer)
-        elif self.episodic:
-            self.reset()
-        with torch.no_grad():
-            logits: Tensor = self.model(images)
+        tell(self._parts(), "check_images", images)
+        logits = self._adapt(images)
+        if logits is None:
+            with torch.no_grad():
+                if isinstance(self.predict, str):
+                    logits = self.model(images)
+                else:
+                    logits = self.predict(self.model, images)
         return _plain(logits)
 
-    def _adapt(self, images: Tensor, optimizer: GradientOptimizer) -> None:
-        # The optimizer undoes its own step; everything else is restored here.
-        before = self.state_dict() if self.episodic else self._beside_optimizer()
-        last = optimizer.last_step
+    def _adapt(self, images: Tensor) -> Tensor | None:
+        """Adapt to the images.
+
+        Returns:
+            The logits before the step, if these are the prediction.
+        """
+        # The optimizer undoes a step of its own; the rest is restored here.
+        whole = self.episodic or self.steps > 1 or self.restore is not None or self._observes
+        saved = self.state_dict() if whole else self._beside_optimizer()
+        last = start = self.last_step
+        logits: Tensor | None = None
         try:
             if self.episodic:
                 self.reset()
-            start = optimizer.last_step
-            optimizer.step(
-                {
-                    name: functools.partial(objective, self.model, images)
-                    for name, objective in self.objectives.items()
-                }
-            )
+                start = self.last_step
+            with torch.no_grad():
+                if self._observes:
+                    self.statistics.observe(self.model, images)
+                tell(self._parts(), "begin_batch", images)
+                if self.predict == "before":
+                    logits = self.model(images)
+            if self.optimizer is not None:
+                for _ in range(self.steps):
+                    self._step(images, self.optimizer)
         except BaseException:
             # A delayed interrupt comes after a step that was applied.
-            if optimizer.last_step is start:
-                self._load(before)
-                optimizer.last_step = last
+            if whole or self.last_step is start:
+                self._load(saved)
+                if self.optimizer is not None:
+                    self.optimizer.last_step = last
             raise
+        return logits
+
+    def _step(self, images: Tensor, optimizer: GradientOptimizer) -> None:
+        tell(self._parts(), "begin_step", images)
+        optimizer.step(
+            {
+                name: functools.partial(objective, self.model, images)
+                for name, objective in self.objectives.items()
+            }
+        )
+        record = optimizer.last_step
+        if self.restore is not None and record is not None and record.applied:
+            self.restore(self)
+
+    @property
+    def _observes(self) -> bool:
+        return type(self.statistics).observe is not Statistics.observe
+
+    def _parts(self) -> list[object]:
+        """Everything that may have a part's further methods."""
+        chain = () if self.optimizer is None else self.optimizer.transforms
+        return [*self.objectives.values(), *chain, self.predict, self.restore]
+
+    @property
+    def teacher(self) -> nn.Module | None:
+        """The teacher of the first transform that has one; None if none has."""
+        return next(iter(self._teachers()), None)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the parts tell of the last batch, by name: a distance, weights of a mixture, a gate.
+
+        `last_step` is the record of the optimizer's step.
+        """
+        found: dict[str, Any] = {}
+        for part in self._parts():
+            found.update(getattr(part, "facts", {}))
+        return found
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The trained parameters, by their names in the model."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def source_weights(self) -> dict[str, Tensor]:
+        """The values that the trained parameters had at the start; only to be read."""
+        return {name: self._start["model"][name] for name in self.trained()}
+
+    def restart(self) -> None:
+        """Restore weights, buffers, optimizer and teachers; parts and statistics keep their state.
+
+        For restores; `reset` restores everything.
+        """
+        record = self.last_step
+        self._load({key: self._start[key] for key in ("model", "optimizer", "teachers")})
+        if self.optimizer is not None:
+            self.optimizer.last_step = record
 
     @property
     def last_step(self) -> StepRecord | None:
@@ -231,14 +326,20 @@ class Adapter:
         return copy.deepcopy(state)
 
     def _beside_optimizer(self) -> dict[str, Any]:
-        return copy.deepcopy(
-            {
-                "objectives": {
-                    name: objective.state_dict() for name, objective in self._stateful().items()
-                },
-                "statistics": self.statistics.state_dict(),
-            }
-        )
+        objectives: dict[str, Any] = dict(self.objectives)
+        beside: dict[str, Any] = {
+            "objectives": {
+                name: objective.state_dict()
+                for name, objective in objectives.items()
+                if isinstance(objective, Stateful)
+            },
+            "statistics": self.statistics.state_dict(),
+        }
+        for name in ("predict", "restore"):
+            part = getattr(self, name)
+            if isinstance(part, Stateful):
+                beside[name] = part.state_dict()
+        return copy.deepcopy(beside)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load what `state_dict` returned.
@@ -280,21 +381,17 @@ class Adapter:
             changing = self._changing()
             for name, tensor in state.get("model", {}).items():
                 changing[name].copy_(tensor)
-        for name, objective in self._stateful().items():
-            objective.load_state_dict(state["objectives"][name])
-        self.statistics.load_state_dict(state["statistics"])
+        for name, values in state.get("objectives", {}).items():
+            _load_part(self.objectives[name], values)
+        for name in ("predict", "restore"):
+            if name in state:
+                _load_part(getattr(self, name), state[name])
+        if "statistics" in state:
+            self.statistics.load_state_dict(state["statistics"])
 
     def _changing(self) -> dict[str, Tensor]:
-        trained = {
-            name: parameter.detach()
-            for name, parameter in self.model.named_parameters()
-            if parameter.requires_grad
-        }
+        trained = {name: parameter.detach() for name, parameter in self.trained().items()}
         return {**trained, **dict(self.model.named_buffers())}
-
-    def _stateful(self) -> dict[str, Stateful]:
-        found: dict[str, Any] = {**self.objectives}
-        return {name: item for name, item in found.items() if isinstance(item, Stateful)}
 
     def _teachers(self) -> list[nn.Module]:
         chain = () if self.optimizer is None else self.optimizer.transforms
@@ -309,7 +406,7 @@ class Adapter:
 
 
 def _own(objectives: Mapping[str, Objective]) -> dict[str, Objective]:
-    """The objectives; those with a state are copied.
+    """The objectives; those that keep something are copied.
 
     Raises:
         TypeError: If they are not a mapping.
@@ -319,10 +416,12 @@ def _own(objectives: Mapping[str, Objective]) -> dict[str, Objective]:
             f"objectives is a {type(objectives).__name__}; pass a mapping from names to functions "
             "of (model, images)"
         )
-    return {
-        name: copy.deepcopy(objective) if isinstance(objective, Stateful) else objective
-        for name, objective in objectives.items()
-    }
+    return {name: own(objective) for name, objective in objectives.items()}
+
+
+def _load_part(part: object, state: Mapping[str, Any]) -> None:
+    assert isinstance(part, Stateful)
+    part.load_state_dict(state)
 
 
 def _plain(value: Tensor) -> Tensor:
@@ -354,14 +453,3 @@ def _outline(part: Mapping[str, Any]) -> dict[str, str]:
         else f"a {type(value).__name__}"
         for name, value in part.items()
     }
-
-
-@runtime_checkable
-class Stateful(Protocol):
-    """An objective with a state, such as a random number generator."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state."""
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load what `state_dict` returned."""

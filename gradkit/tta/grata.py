@@ -10,13 +10,14 @@ from torch import nn
 
 from gradkit.alignment.cosine_lr import Activation, CosineLR
 from gradkit.alignment.look_ahead import LookAhead
-from gradkit.tta.adapter import Adapter, Objective, OptimizerFactory
+from gradkit.tta.adapter import Adapter, OptimizerFactory
 from gradkit.tta.objectives import (
     Consistency,
     Probabilities,
     check_probabilities,
     prediction_entropy,
 )
+from gradkit.tta.parts import Objective
 from gradkit.tta.statistics import Statistics
 
 

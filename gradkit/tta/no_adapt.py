@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from gradkit.tta.adapter import Adapter
@@ -9,7 +11,7 @@ from gradkit.tta.statistics import Statistics
 
 
 def NoAdapt(  # noqa: N802 # the method's name
-    model: nn.Module, statistics: str | Statistics = "source"
+    model: nn.Module, statistics: str | Statistics = "source", **options: Any
 ) -> Adapter:
     """The unchanged source model, in evaluation mode.
 
@@ -18,6 +20,7 @@ def NoAdapt(  # noqa: N802 # the method's name
     Args:
         model: The source model; see `Adapter`.
         statistics: Where mean and variance come from; see `Adapter`.
+        **options: Further arguments of `Adapter`, such as `predict`.
 
     Returns:
         The adapter.
@@ -32,4 +35,4 @@ def NoAdapt(  # noqa: N802 # the method's name
         >>> torch.equal(gk.tta.NoAdapt(model)(images), model(images))
         True
     """
-    return Adapter(model, statistics=statistics)
+    return Adapter(model, statistics=statistics, **options)

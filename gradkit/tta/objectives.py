@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gradkit.tta.augment import StrongAugmentation, minmax
+from gradkit.tta.statistics import at_least_float32
 from gradkit.tta.views import WEAK_VIEWS, View, check_views
 
 Image = Float[Tensor, "batch channels *spatial"]
@@ -39,7 +40,7 @@ def one_sided_entropy(logits: Logits, eps: float = 1e-6) -> Scalar:
         >>> one_sided_entropy(torch.zeros(1, 2, 4, 4)).item() / 2  # ½·log 2
         0.346...
     """
-    p = torch.sigmoid(_at_least_float32(logits))
+    p = torch.sigmoid(at_least_float32(logits))
     return -(p * torch.log(p + eps)).sum(dim=1).mean()
 
 
@@ -52,7 +53,7 @@ def two_sided_entropy(logits: Logits) -> Scalar:
         >>> two_sided_entropy(torch.zeros(1, 2, 4, 4)).item() / 2  # log 2
         0.693...
     """
-    z = _at_least_float32(logits)
+    z = at_least_float32(logits)
     # 1 − p is sigmoid(−z): every product below keeps its relative precision for large |z|.
     terms = torch.sigmoid(z) * F.logsigmoid(z) + torch.sigmoid(-z) * F.logsigmoid(-z)
     return -terms.sum(dim=1).mean()
@@ -72,7 +73,7 @@ def categorical_entropy(logits: Logits) -> Scalar:
         1.386...
     """
     # With m the largest logit's class and d = z − z_m: H = log Σ e^d − Σ d·e^d / Σ e^d.
-    below, weights, log_total = _below_the_largest(_at_least_float32(logits))
+    below, weights, log_total = _below_the_largest(at_least_float32(logits))
     # A d of −∞ contributes 0, but 0·∞ would be NaN.
     finite = below.clamp_min(torch.finfo(below.dtype).min)
     mean_below = (weights * finite).sum(dim=1) * torch.exp(-log_total.squeeze(1))
@@ -108,7 +109,7 @@ def log_softmax(logits: Logits) -> Logits:
         >>> log_softmax(torch.tensor([[0.0, -20.0]]))
         tensor([[-2.0612e-09, -2.0000e+01]])
     """
-    below, _, log_total = _below_the_largest(_at_least_float32(logits))
+    below, _, log_total = _below_the_largest(at_least_float32(logits))
     return below - log_total
 
 
@@ -167,7 +168,7 @@ def entropy(model: Model, image: Image) -> Scalar:
         >>> entropy(lambda image: 100 * image, torch.ones(1, 2, 4, 4)).abs() < 1e-5  # certain
         tensor(True)
     """
-    return one_sided_entropy(_logits(model, image))
+    return one_sided_entropy(logits_of(model, image))
 
 
 def binary_entropy(model: Model, image: Image) -> Scalar:
@@ -180,7 +181,7 @@ def binary_entropy(model: Model, image: Image) -> Scalar:
         >>> binary_entropy(lambda image: -image, torch.zeros(1, 1, 4, 4))
         tensor(0.6931)
     """
-    return two_sided_entropy(_logits(model, image))
+    return two_sided_entropy(logits_of(model, image))
 
 
 def softmax_entropy(model: Model, image: Image) -> Scalar:
@@ -196,7 +197,7 @@ def softmax_entropy(model: Model, image: Image) -> Scalar:
         >>> softmax_entropy(lambda image: image.mean((2, 3)), torch.zeros(2, 4, 8, 8))  # log 4
         tensor(1.3863)
     """
-    return categorical_entropy(_logits(model, image))
+    return categorical_entropy(logits_of(model, image))
 
 
 def prediction_entropy(model: Model, image: Image, probabilities: Probabilities = "auto") -> Scalar:
@@ -216,7 +217,7 @@ def prediction_entropy(model: Model, image: Image, probabilities: Probabilities 
         >>> prediction_entropy(classifier, image) == softmax_entropy(classifier, image)
         tensor(True)
     """
-    logits = _logits(model, image)
+    logits = logits_of(model, image)
     if resolve_probabilities(probabilities, logits) == "softmax":
         return categorical_entropy(logits)
     return two_sided_entropy(logits) if is_classifier(logits) else one_sided_entropy(logits)
@@ -267,9 +268,9 @@ def mean_prediction(
     with torch.no_grad(), autocast:
         predictions = []
         for view in views:
-            logits = _logits(model, view.forward(image))
+            logits = logits_of(model, view.forward(image))
             predicted = _predicted(logits, probabilities)
-            aligned = _has_axes_of(image, logits)
+            aligned = has_axes_of(image, logits)
             predictions.append(view.inverse(predicted) if aligned else predicted)
         return torch.stack(predictions).mean(dim=0)
 
@@ -277,10 +278,10 @@ def mean_prediction(
 def _predicted(logits: Tensor, probabilities: Probabilities) -> Tensor:
     if resolve_probabilities(probabilities, logits) == "softmax":
         return log_softmax(logits).exp()
-    return torch.sigmoid(_at_least_float32(logits))
+    return torch.sigmoid(at_least_float32(logits))
 
 
-def _has_axes_of(image: Tensor, logits: Tensor) -> bool:
+def has_axes_of(image: Tensor, logits: Tensor) -> bool:
     """Whether the last two axes of logits [N, C, ...] are the image's.
 
     Raises:
@@ -352,7 +353,7 @@ class Consistency:
         """
         strong = minmax(self.augmentation(image, self.generator))  # first, since it may raise
         target = mean_prediction(model, image, self.views, self.probabilities)
-        logits = _at_least_float32(_logits(model, strong))
+        logits = at_least_float32(logits_of(model, strong))
         if resolve_probabilities(self.probabilities, logits) == "sigmoid":
             return F.binary_cross_entropy_with_logits(logits, target)
         log_p = log_softmax(logits)
@@ -388,11 +389,15 @@ class Consistency:
         self.generator.set_state(state_dict["generator"].cpu())
 
 
-def _logits(model: Model, image: Tensor) -> Tensor:
+def logits_of(model: Model, image: Tensor) -> Tensor:
     """The model's logits.
 
     Raises:
         ValueError: If the output is not of shape [N, C, ...].
+
+    Examples:
+        >>> logits_of(torch.nn.Conv2d(3, 2, 1), torch.rand(1, 3, 8, 8)).shape
+        torch.Size([1, 2, 8, 8])
     """
     logits = model(image)
     if not isinstance(logits, Tensor) or logits.dim() < 2 or len(logits) != len(image):
@@ -409,7 +414,3 @@ def _logits(model: Model, image: Tensor) -> Tensor:
             "returns logits.unsqueeze(1), [N, 1, H, W]."
         )
     return logits
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

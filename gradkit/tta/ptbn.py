@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from gradkit.tta.adapter import Adapter
@@ -9,7 +11,7 @@ from gradkit.tta.statistics import Statistics
 
 
 def PTBN(  # noqa: N802 # the method's name
-    model: nn.Module, statistics: str | Statistics = "test"
+    model: nn.Module, statistics: str | Statistics = "test", **options: Any
 ) -> Adapter:
     """Prediction-time batch normalisation ([Nado et al., 2020](https://arxiv.org/abs/2006.10963)).
 
@@ -21,6 +23,7 @@ def PTBN(  # noqa: N802 # the method's name
     Args:
         model: The source model; see `Adapter`.
         statistics: Where mean and variance come from; see `Adapter`.
+        **options: Further arguments of `Adapter`, such as `predict`.
 
     Returns:
         The adapter.
@@ -35,4 +38,4 @@ def PTBN(  # noqa: N802 # the method's name
         >>> logits.mean().abs() < 1e-6
         tensor(True)
     """
-    return Adapter(model, statistics=statistics)
+    return Adapter(model, statistics=statistics, **options)

@@ -36,7 +36,7 @@ def batch_moments(x: Activations) -> tuple[PerChannel, PerChannel]:
         (4.0, 5.0)
     """
     dims = [0, *range(2, x.dim())]
-    var, mean = torch.var_mean(_at_least_float32(x), dim=dims, correction=0)
+    var, mean = torch.var_mean(at_least_float32(x), dim=dims, correction=0)
     return mean, var
 
 
@@ -84,7 +84,7 @@ def source_moments(layer: AdaptedBatchNorm) -> tuple[PerChannel, PerChannel]:
     mean, var = layer.running_mean, layer.running_var
     if mean is None or var is None:
         raise ValueError(_no_source(layer.name))
-    return _at_least_float32(mean), _at_least_float32(var)
+    return at_least_float32(mean), at_least_float32(var)
 
 
 class Statistics:
@@ -128,6 +128,13 @@ class Statistics:
         """The layer's output: `x` normalised by `moments`, then scaled by γ and shifted by β."""
         mean, var = self.moments(layer, x)
         return normalise_with(x, mean, var, layer.weight, layer.bias, layer.eps)
+
+    def observe(self, model: nn.Module, images: Tensor) -> None:
+        """Learn from a batch, in statistics that keep state; nothing by default.
+
+        An adapter calls it once per batch, before the step and without gradients. After that,
+        `moments` only reads the state, however often the model is evaluated.
+        """
 
     def reset(self) -> None:
         """Clear the state; does nothing unless a subclass keeps state."""
@@ -495,5 +502,11 @@ def norm_affine_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if id(p) in chosen}
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
+    """The tensor, in float32 if its precision is lower.
+
+    Examples:
+        >>> at_least_float32(torch.zeros(1, dtype=torch.bfloat16)).dtype
+        torch.float32
+    """
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradkit.tta.adapter import Adapter, Objective, OptimizerFactory
+from gradkit.tta.adapter import Adapter, OptimizerFactory
 from gradkit.tta.objectives import Probabilities, check_probabilities, prediction_entropy
+from gradkit.tta.parts import Objective
 from gradkit.tta.statistics import Statistics
 
 

@@ -35,10 +35,16 @@ def images(count: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]
 # An independent GraTa: explicit weights, no gradkit, BatchNorm by its formula.
 
 
-def reference_forward(weights: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+def reference_moments(x: torch.Tensor, layer: str) -> tuple[torch.Tensor, torch.Tensor]:
+    mean = x.mean(dim=(0, 2, 3))
+    return mean, ((x - mean.view(1, -1, 1, 1)) ** 2).mean(dim=(0, 2, 3))
+
+
+def reference_forward(
+    weights: dict[str, torch.Tensor], x: torch.Tensor, moments=reference_moments
+) -> torch.Tensor:
     def normalised(x: torch.Tensor, layer: str) -> torch.Tensor:
-        mean = x.mean(dim=(0, 2, 3), keepdim=True)
-        var = ((x - mean) ** 2).mean(dim=(0, 2, 3), keepdim=True)
+        mean, var = (each.view(1, -1, 1, 1) for each in moments(x, layer))
         scale, shift = (weights[f"{layer}.{name}"].view(1, -1, 1, 1) for name in ("weight", "bias"))
         return (x - mean) / (var + 1e-5).sqrt() * scale + shift
 
@@ -85,3 +91,37 @@ def reference_views(x: torch.Tensor) -> list[tuple[torch.Tensor, object]]:
         (x.rot90(turns, (-2, -1)), lambda y, k=turns: y.rot90(-k, (-2, -1))) for turns in (1, 2, 3)
     ]
     return views
+
+
+AFFINE = [f"{layer}.{part}" for layer in (1, 5) for part in ("weight", "bias")]
+
+
+def source_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in model.named_parameters()}
+
+
+def running(model: nn.Module) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Mean and variance of the source, by layer."""
+    return {
+        name: (model[int(name)].running_mean.clone(), model[int(name)].running_var.clone())
+        for name in ("1", "5")
+    }
+
+
+def binary(logits: torch.Tensor) -> torch.Tensor:
+    """Entropy of each sigmoid, in nats."""
+    p = 1 / (1 + (-logits).exp())
+    return -(p * p.log() + (1 - p) * (1 - p).log())
+
+
+class ReferenceMomentum:
+    """SGD with a momentum of 0.9, as torch's: the first step is the gradient's."""
+
+    def __init__(self, lr: float) -> None:
+        self.lr = lr
+        self.m: dict[str, torch.Tensor] = {}
+
+    def step(self, weights, grads) -> None:
+        for name, grad in grads.items():
+            self.m[name] = 0.9 * self.m[name] + grad if name in self.m else grad
+            weights[name] = (weights[name] - self.lr * self.m[name]).detach()

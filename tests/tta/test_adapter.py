@@ -448,3 +448,126 @@ def test_repr_names_the_choices() -> None:
     assert "Mixed(share=0.7)" in text
     assert "'pseudo', 'auxiliary'" in text
     assert "LookAhead" in text
+
+
+# --- parts ----------------------------------------------------------------------------------------
+
+
+def test_the_prediction_is_a_choice() -> None:
+    stream = images(2)
+    source, after = gk.tta.PTBN(network()), gk.tta.TENT(network(), lr=1e-2)
+    before = gk.tta.TENT(network(), lr=1e-2, predict="before")
+    own = gk.tta.TENT(network(), lr=1e-2, predict=lambda model, x: 2 * model(x))
+    assert torch.equal(before(stream[0]), source(stream[0]))
+    first = after(stream[0])
+    assert not torch.allclose(first, source(stream[0]))
+    assert torch.equal(own(stream[0]), 2 * first)
+    assert torch.equal(before(stream[0]), first)
+    with as_users_run_it(), pytest.raises(ValueError, match="predict is 'later'"):
+        gk.tta.TENT(network(), predict="later")
+
+
+def test_several_steps_for_each_batch() -> None:
+    one, three = gk.tta.TENT(network(), lr=1e-2), gk.tta.TENT(network(), lr=1e-2, steps=3)
+    x = images(1)[0]
+    expected = [one(x) for _ in range(3)][-1]
+    assert torch.equal(three(x), expected)
+    with pytest.raises(ValueError, match="steps is 0"):
+        gk.tta.TENT(network(), steps=0)
+    with pytest.raises(ValueError, match="no objectives"):
+        gk.tta.PTBN(network(), steps=2)
+
+
+def test_a_later_step_that_raises_undoes_the_earlier_ones() -> None:
+    failing, calls = Failing(KeyError("mine")), []
+
+    def objective(model, x):
+        calls.append(1)
+        failing.armed = len(calls) == 2
+        return failing(model, x)
+
+    adapter = gk.tta.Adapter(
+        network(), objectives={"loss": objective}, optimizer=make_adam, steps=2
+    )
+    before = plain(adapter.state_dict())
+    with pytest.raises(KeyError):
+        adapter(images(1)[0])
+    assert plain(adapter.state_dict()) == before
+    assert adapter.last_step is None
+
+
+def test_objectives_are_made_for_the_copy() -> None:
+    source, copies = network(), []
+
+    def objectives(model):
+        copies.append(model)
+        return {"loss": lambda _, x: gk.tta.entropy(model, x)}
+
+    adapter = gk.tta.Adapter(source, objectives=objectives, optimizer=make_adam)
+    twin = gk.tta.Adapter(source, objectives={"loss": gk.tta.entropy}, optimizer=make_adam)
+    assert copies == [adapter.model]
+    for x in images(2):
+        assert torch.equal(adapter(x), twin(x))
+    with as_users_run_it(), pytest.raises(TypeError, match="objectives is a list"):
+        gk.tta.Adapter(source, objectives=lambda model: [], optimizer=make_adam)
+
+
+class Part:
+    """An objective that uses all that a part may have."""
+
+    def __init__(self) -> None:
+        self.facts: dict[str, float] = {}
+        self.log: list[str] = []
+
+    def attach(self, adapter) -> None:
+        self.teacher, self.model = adapter.teacher, adapter.model
+        self.log.append("attach")
+
+    def check_images(self, x) -> None:
+        self.log.append("check")
+
+    def begin_step(self, x) -> None:
+        self.log.append("begin")
+
+    def __call__(self, model, x):
+        self.log.append("call")
+        assert model is self.model
+        with torch.no_grad():
+            target = torch.sigmoid(self.teacher(x))
+        loss = (torch.sigmoid(model(x)) - target + 0.1).square().mean()
+        self.facts = {"distance": float(loss.detach())}
+        return loss
+
+
+def test_a_part_sees_the_teacher_and_is_called_in_order() -> None:
+    given = Part()
+    adapter = gk.tta.Adapter(
+        network(),
+        objectives={"loss": given},
+        transforms=lambda model: (gk.EMA(model, decay=0.9),),
+        optimizer=make_adam,
+        steps=2,
+    )
+    part = adapter.objectives["loss"]
+    assert part is not given  # it keeps something, so each adapter has its own
+    assert given.log == []
+    assert part.teacher is adapter.teacher is adapter.optimizer.transforms[0].teacher
+    adapter(images(1)[0])
+    assert part.log == ["attach", "check", "begin", "call", "begin", "call"]
+    assert adapter.facts == {"distance": float(adapter.last_step.losses)}
+    twin = copy.deepcopy(adapter)
+    assert twin.objectives["loss"].teacher is twin.teacher is not adapter.teacher
+
+
+def test_an_objective_may_abstain() -> None:
+    adapter = gk.tta.Adapter(
+        network(),
+        objectives={"loss": lambda model, x: None},
+        optimizer=make_adam,
+        restore=lambda adapter: 1 / 0,  # which is for applied steps
+        on_empty="skip",
+    )
+    before = plain(adapter.state_dict())
+    adapter(images(1)[0])
+    assert not adapter.last_step.applied
+    assert plain(adapter.state_dict()) == before

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from examples.common.adaptation import METHODS, adapt_online, build_adapter, parse_statistics
+from examples.common.adaptation import CHOICES, adapt_online, build_adapter, parse_statistics
 from examples.common.datasets import Sample
 from examples.common.metrics import dice_of
 from gradkit import tta
@@ -49,7 +49,7 @@ def test_one_image_at_a_time_in_order_and_no_label_is_read():
     assert set(stream.predictions) == {1, 3}
 
     unlabelled = [Sample(s.name, s.image, torch.zeros_like(s.target)) for s in samples]
-    for method in METHODS:
+    for method in CHOICES:
         adapted = [
             adapt_online(build_adapter(method, model, lr=0.01), data, CPU, DICE, keep=range(4))
             for data in (samples, unlabelled)

@@ -42,8 +42,8 @@ EXAMPLE = "python -m examples.fundus"
         ("train --epochs 1e3", "--epochs is '1e3'; give a whole number"),
         ("compare --lr fast", "--lr is 'fast'; give a number"),
         ("adapt", f"adapt needs --checkpoint (see {EXAMPLE} adapt --help)"),
-        ("compare --methods none,tnet", "'tnet'; choose from none, ptbn, tent, grata; did you mean "
-         "tent?"),
+        ("compare --methods none,tnet", "'tnet'; choose from none, ptbn, tent, grata, dua"),
+        ("compare --methods none,tnet", "; did you mean tent?"),
         ("compare --methods GraTA", "did you mean grata?"),
         ("train --source centra_b", "did you mean centre_b?"),
         ("train --source centre_z", "centre_e\n"),  # as near to one as to another

@@ -319,7 +319,7 @@ def complaint(capsys, *words):
         ("compare --train-images 1", "--train-images is 1; choose at least 2"),
         ("compare --target-images 0", "--target-images is 0; choose at least 1"),
         ("compare --statistics mixed:2", "mixed:SHARE with the source's share between 0 and 1"),
-        ("compare --methods none,cotta", "'cotta'; choose from none, ptbn, tent, grata"),
+        ("compare --methods none,norm", "'norm'; choose from none, ptbn, tent, grata, dua, diga"),
         ("compare --methods none,none", "--methods contains 'none' twice"),
         ("compare --targets centre_b,centre_a", "the source 'centre_a'; choose from centre_b"),
         ("compare --targets centre_b,centre_b", "--targets contains 'centre_b' twice"),

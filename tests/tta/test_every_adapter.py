@@ -1,0 +1,221 @@
+"""Every published adapter: what it leaves alone, what it keeps, and which models it takes."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import gradkit as gk
+from gradkit.testing import bits as plain
+from tta.references import images, network
+
+# What an adapter takes beyond the model, so that it does something with a small network.
+ADAPTERS = {
+    "NoAdapt": {},
+    "PTBN": {},
+    "TENT": {"lr": 1e-2},
+    "GraTa": {"lr": 1e-2},
+    "DUA": {},
+    "MedBN": {},
+    "SAR": {"lr": 1e-2, "entropy_threshold": 0.66, "reset_threshold": 0.0},
+    "EATA": {"lr": 1e-2, "entropy_threshold": 0.66, "similarity": 0.99},
+    "MEMO": {"lr": 1e-2},
+    "CoTTA": {},
+    "DIGA": {"confidence": 0.5},
+    "DomainAdaptor": {},
+    "InTEnt": {},
+    "DLTTA": {"preset": gk.tta.DLTTAPreset(2, 1, True, 4.0, False, True, False, 1e-2)},
+    "DeYO": {"lr": 1e-2, "entropy_share": 1.0, "difference": 0.0},
+    "DeTTA": {},
+    "Fuse": {},
+    "VPTTA": {"prompt_size": 3, "memory": 2, "neighbours": 1},
+}
+KEEPS_NOTHING = {"NoAdapt", "PTBN", "MedBN", "MEMO", "DomainAdaptor", "InTEnt", "Fuse"}
+# What an adapter cannot do without.
+
+
+def mean_of_logits(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    return model(images).mean() + images
+
+
+NEEDED = {"DeTTA": {"denoise": mean_of_logits}}
+
+
+def make(name: str, model: nn.Module | None = None, **options) -> gk.tta.Adapter:
+    adapter = getattr(gk.tta, name)
+    options = {**NEEDED.get(name, {}), **ADAPTERS[name], **options}
+    return adapter(network() if model is None else model, **options)
+
+
+def layers_of(adapter: gk.tta.Adapter) -> nn.Sequential:
+    """The layers of the adapted network."""
+    model = adapter.model
+    return model.model if isinstance(model, gk.tta.vptta.Prompted) else model
+
+
+def make_by_default(name: str, model: nn.Module, **options) -> gk.tta.Adapter:
+    return getattr(gk.tta, name)(model, **NEEDED.get(name, {}), **options)
+
+
+def test_the_table_has_every_adapter() -> None:
+    made = [
+        name
+        for name in gk.tta.__all__
+        if getattr(getattr(gk.tta, name), "__annotations__", {}).get("return") == "Adapter"
+    ]
+    assert set(made) == set(ADAPTERS)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_it_is_made_from_a_model_alone(name: str) -> None:
+    """With its published defaults."""
+    x = images(1)[0]
+    logits = make_by_default(name, network())(x)
+    assert logits.shape == (1, 2, 12, 16)
+    assert not logits.requires_grad
+    assert torch.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_the_source_model_and_the_images_are_never_changed(name: str) -> None:
+    model, stream = network(), images(2)
+    model.train()
+    model[0].weight.requires_grad_(False)
+    before, given, random = plain(model.state_dict()), plain(stream), torch.get_rng_state()
+    adapter = make(name, model)
+    for x in stream:
+        adapter(x)
+    assert plain(model.state_dict()) == before
+    assert plain(stream) == given
+    assert model.training
+    assert [p.requires_grad for p in model.parameters()].count(False) == 1
+    assert all(p.grad is None for p in model.parameters())
+    assert type(model[1]) is nn.BatchNorm2d
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_reset_and_loading_are_bit_exact(name: str) -> None:
+    stream, adapter = images(4), make(name)
+    start = plain(adapter.state_dict())
+    first = [adapter(x) for x in stream[:2]]
+    if name not in KEEPS_NOTHING:
+        assert plain(adapter.state_dict()) != start
+    file = io.BytesIO()
+    torch.save(adapter.state_dict(), file)
+    middle, twin = plain(adapter.state_dict()), copy.deepcopy(adapter)
+    rest = [adapter(x) for x in stream[2:]]
+
+    file.seek(0)
+    fresh = make(name)
+    fresh.load_state_dict(torch.load(file, weights_only=True))
+    assert plain(fresh.state_dict()) == middle
+    assert plain([fresh(x) for x in stream[2:]]) == plain(rest)
+    assert plain([twin(x) for x in stream[2:]]) == plain(rest)
+    assert plain(twin.state_dict()) == plain(adapter.state_dict())
+
+    adapter.reset()
+    assert plain(adapter.state_dict()) == start
+    assert adapter.last_step is None
+    assert plain([adapter(x) for x in stream[:2]]) == plain(first)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_pickled_adapters_go_on_alike(name: str) -> None:
+    stream, adapter = images(2), make(name)
+    adapter(stream[0])
+    twin = pickle.loads(pickle.dumps(adapter))
+    assert torch.equal(adapter(stream[1]), twin(stream[1]))
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_episodic_starts_anew_for_each_batch(name: str) -> None:
+    stream, adapter = images(2), make(name, episodic=True)
+    assert plain([adapter(x) for x in stream]) == plain([make(name)(x) for x in stream])
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_its_state_does_not_grow(name: str) -> None:
+    adapter, sizes = make(name), []
+    for x in [*images(3), *images(3)]:
+        adapter(x)
+        file = io.BytesIO()
+        torch.save(adapter.state_dict(), file)
+        sizes.append(len(file.getvalue()))
+    assert max(sizes[2:]) - min(sizes[2:]) < 256  # but for the lengths of numbers
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_a_model_that_raises_leaves_no_trace(name: str) -> None:
+    adapter = make(name)
+    adapter(images(1)[0])
+    before, last = plain(adapter.state_dict()), adapter.last_step
+    handle = layers_of(adapter)[7].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        adapter(images(2)[1])
+    handle.remove()
+    assert plain(adapter.state_dict()) == before
+    assert adapter.last_step is last
+
+
+@pytest.mark.parametrize("name", [name for name in ADAPTERS if name != "DIGA"])
+def test_classifiers(name: str) -> None:
+    count = 1 if name == "VPTTA" else 4  # a prompt is one image's
+    torch.manual_seed(0)
+    classifier = nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 5),
+    )
+    logits = make_by_default(name, classifier)(torch.rand(count, 3, 8, 8))
+    assert logits.shape == (count, 5)
+    assert torch.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("name", [name for name in ADAPTERS if name != "VPTTA"])
+def test_volumes_and_a_softmax_over_classes(name: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv3d(1, 4, 1), nn.BatchNorm3d(4), nn.ReLU(), nn.Conv3d(4, 3, 1))
+    options = {"probabilities": "softmax"} if "probabilities" in accepted(name) else {}
+    if name == "DeTTA":
+        options["noise"] = "gaussian"  # blind spots are for images of two dimensions
+    if name == "DomainAdaptor":
+        options["classes"] = lambda logits: logits
+    if name == "GraTa":  # its strong augmentation is for images of two dimensions
+        options["pseudo"] = gk.tta.softmax_entropy
+    logits = make_by_default(name, model, **options)(torch.rand(1, 1, 4, 4, 4))
+    assert logits.shape == (1, 3, 4, 4, 4)
+    assert torch.isfinite(logits).all()
+
+
+def accepted(name: str) -> set[str]:
+    return set(getattr(gk.tta, name).__annotations__)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_it_costs_what_the_documentation_says(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = Path(__file__).parents[2] / "docs" / "test-time-adaptation.md"
+    (row,) = [line for line in page.read_text().splitlines() if line.startswith(f"| `{name}` |")]
+    adapter, count = make(name), {"forward": 0, "backward": 0}
+    forward = nn.Conv2d.forward
+
+    def counted(self, x):
+        count["forward"] += self.out_channels == 2  # the last layer, also of a teacher
+        return forward(self, x)
+
+    def went_back(*_):
+        count["backward"] += 1
+
+    monkeypatch.setattr(nn.Conv2d, "forward", counted)
+    layers_of(adapter)[4].register_full_backward_hook(went_back)
+    adapter(images(1)[0])
+    assert row.split("|")[4].strip() == f"{count['forward']}, {count['backward']}"
