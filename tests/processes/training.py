@@ -38,9 +38,9 @@ def network(seed: int = 0) -> Network:
     return Network().double()
 
 
-def batches() -> list[Tensor]:
+def batches(count: int = STEPS) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
-    return [torch.randn(BATCH, 3, generator=generator, dtype=torch.float64) for _ in range(STEPS)]
+    return [torch.randn(BATCH, 3, generator=generator, dtype=torch.float64) for _ in range(count)]
 
 
 def share(batch: Tensor) -> Tensor:
@@ -204,7 +204,7 @@ def train_at_hand(kind: str) -> dict[str, Tensor]:
     gated = gk.GatedEMA(model, teacher, only=lambda name, parameter: name.startswith("body"))
     base = torch.optim.SGD(model.parameters(), lr=0.1)
     gates = []
-    for batch in batches():
+    for batch in batches(20):  # of which some open the gate
         rows: list[list[Tensor | None]] = []
         for name in ("source", "target"):
             base.zero_grad()
