@@ -101,7 +101,7 @@ def _bare(problem: Problem) -> tuple[nn.Module, list[nn.Parameter], torch.optim.
 
 
 def _step_on(
-    base: torch.optim.Optimizer, parameters: list[nn.Parameter], grads: tuple[Tensor, "..."]
+    base: torch.optim.Optimizer, parameters: list[nn.Parameter], grads: tuple[Tensor, ...]
 ) -> None:
     for parameter, grad in zip(parameters, grads, strict=True):
         parameter.grad = grad

@@ -62,7 +62,7 @@ def graphed_passes(problem: Problem, count: int) -> Step:
     model, base = problem.pair()
     parameters = list(model.parameters())
 
-    def passes() -> list[tuple[torch.Tensor, "..."]]:
+    def passes() -> list[tuple[torch.Tensor, ...]]:
         losses = problem.losses(model, count)
         return [
             torch.autograd.grad(loss, parameters, retain_graph=number < count - 1)

@@ -39,7 +39,7 @@ class Output(NamedTuple):
     logits: Float[Tensor, "n 3 d h w"]
     latent: Float[Tensor, "n c d2 h2 w2"]
     features: Float[Tensor, "n f d h w"]
-    auxiliary: tuple[Tensor, "..."] = ()
+    auxiliary: tuple[Tensor, ...] = ()
 
 
 class UNet3D(nn.Module):
@@ -178,7 +178,7 @@ def _heads(channels: Sequence[int]) -> nn.ModuleList:
     return nn.ModuleList(UnetOutBlock(3, count, CLASSES) for count in channels)
 
 
-def _auxiliary(heads: nn.ModuleList, coarse: Sequence[Tensor]) -> tuple[Tensor, "..."]:
+def _auxiliary(heads: nn.ModuleList, coarse: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Logits of the decoder stages that have a head, from fine to coarse."""
     if not heads:
         return ()

@@ -58,7 +58,7 @@ class Layout:
         [torch.Size([2, 3]), torch.Size([2])]
     """
 
-    parameters: tuple[Tensor, "..."]
+    parameters: tuple[Tensor, ...]
     groups: tuple[int, ...]
     offsets: tuple[int, ...]
     shapes: tuple[tuple[int, ...], ...]

@@ -73,7 +73,7 @@ def retrieved(
     values: Float[Tensor, "entries ..."],
     neighbours: int,
     cosine: bool,
-) -> Float[Tensor, "..."]:
+) -> Float[Tensor, "*value"]:
     """The mean of the values whose keys are most similar.
 
     Examples:

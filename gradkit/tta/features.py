@@ -54,7 +54,7 @@ def captured_inputs(module: nn.Module) -> Iterator[list[Tensor]]:
     """
     seen: list[Tensor] = []
 
-    def hook(module: nn.Module, inputs: tuple[Tensor, "..."]) -> None:
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         seen.append(inputs[0])
 
     handle = module.register_forward_pre_hook(hook)

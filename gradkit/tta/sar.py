@@ -61,7 +61,7 @@ class ReliableEntropy:
         self.last: Tensor | None = None
         self.limit = math.inf if threshold is None else float(threshold)
         self.facts: dict[str, Tensor] = {}
-        self._first: Bool[Tensor, "..."] | None = None
+        self._first: Bool[Tensor, "*outcomes"] | None = None
 
     def begin_step(self, images: Tensor) -> None:
         """Forget what the last step has kept."""

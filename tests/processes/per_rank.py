@@ -163,7 +163,7 @@ def sam(w: Tensor, x: Tensor, rho: float) -> Tensor:
     return rows(w + rho * unit(rows(w, x).sum(0)), x).sum(0)
 
 
-def geometric(first: Tensor, second: Tensor, halves: tuple[Tensor, "..."]) -> Tensor:
+def geometric(first: Tensor, second: Tensor, halves: tuple[Tensor, ...]) -> Tensor:
     """The weights of the geometric loss strategy, from the mean losses of two ranks."""
     model, every = network(), []
     for w, x in zip((first, second), halves, strict=True):
