@@ -84,6 +84,7 @@ class Sharpness:
         plot_digits(
             lines_of(record, "default"),
             lines_of(record, "chosen"),
+            record["times"],
             self.out / "sharpness-digits.png",
         )
         print(text)

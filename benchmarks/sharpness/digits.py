@@ -14,6 +14,7 @@ gets a learning rate of its own in the same way.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from itertools import islice
 from statistics import mean
 from time import process_time
 from typing import Any, Literal, NamedTuple
@@ -42,6 +43,8 @@ PLAIN_LRS = (0.02, 0.05, 0.1, 0.2)
 """For bases without momentum."""
 FACTORS = (0.5, 1.0, 2.0, 4.0)
 """The radii that are tried, as multiples of the default."""
+TIMED, UNTIMED = 60, 5
+"""Steps whose time is taken, and steps before them."""
 TUNING_SEED = 1000
 """The first seed of the choices."""
 RADIUS = 0.1
@@ -118,46 +121,66 @@ class Job:
     measured: bool = True
 
 
+class Training:
+    """A job's network, data and optimizer.
+
+    Attributes:
+        model: The network.
+        images: All training images.
+        labels: Their partly wrong labels.
+        gradients: How many have been evaluated.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._generator = torch.Generator().manual_seed(job.seed)
+        self.images, right = examples("train")
+        self.labels = with_wrong_labels(right, self._generator)
+        self.gradients = 0
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(job.seed)
+            self.model = network()
+        plain = job.method in METHODS and METHODS[job.method].plain
+        momentum, weight_decay = (0.0, 0.0) if plain else (MOMENTUM, job.weight_decay)
+        base = torch.optim.SGD(
+            self.model.parameters(), lr=job.lr, momentum=momentum, weight_decay=weight_decay
+        )
+        arguments = {} if job.rho is None else {"rho": job.rho}
+        chain = build(
+            job.method, steps=job.steps, examples=len(self.labels), seed=job.seed, **arguments
+        )
+        self._optimizer = gk.wrap(base, *chain, model=self.model)
+
+    def steps(self) -> Iterator[None]:
+        """Takes the steps, one each time it is asked for the next item."""
+        steps = self._job.steps
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self._optimizer, steps)
+        for places in islice(batches(len(self.labels), self._generator), steps):
+            self._optimizer.step(partial(self._objective, places))
+            schedule.step()
+            yield
+
+    def _objective(self, places: Tensor) -> Tensor:
+        self.gradients += 1
+        return F.cross_entropy(self.model(self.images[places]), self.labels[places])
+
+
 def train(job: Job) -> dict[str, Any]:
     """Runs one training.
 
     Returns:
         The job, the accuracies in % on its part and on the (partly wrong) training labels, the
-        gradients of a step and its milliseconds of processor time on average, the sharpness report
-        over all training examples, and why it ended early if it did.
+        gradients of a step on average, the sharpness report over all training examples, and why it
+        ended early if it did.
     """
-    generator = torch.Generator().manual_seed(job.seed)
-    images, right = examples("train")
-    labels = with_wrong_labels(right, generator)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(job.seed)
-        model = network()
-    gradients, seconds, taken, error = 0, 0.0, 0, None
-
-    def objective(places: Tensor) -> Tensor:
-        nonlocal gradients
-        gradients += 1
-        return F.cross_entropy(model(images[places]), labels[places])
-
-    plain = job.method in METHODS and METHODS[job.method].plain
-    momentum, weight_decay = (0.0, 0.0) if plain else (MOMENTUM, job.weight_decay)
-    base = torch.optim.SGD(
-        model.parameters(), lr=job.lr, momentum=momentum, weight_decay=weight_decay
-    )
-    arguments = {} if job.rho is None else {"rho": job.rho}
-    chain = build(job.method, steps=job.steps, examples=len(labels), seed=job.seed, **arguments)
-    optimizer = gk.wrap(base, *chain, model=model)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, job.steps)
+    training = Training(job)
+    taken, error = 0, None
     measures: dict[str, float] = {}
     try:
-        for _, places in zip(range(job.steps), batches(len(labels), generator), strict=False):
-            began = process_time()
-            optimizer.step(partial(objective, places))
-            seconds += process_time() - began
+        for _ in training.steps():
             taken += 1
-            schedule.step()
         if job.measured:
-            measures = sharpness_of(model, images, labels)
+            measures = sharpness_of(training.model, training.images, training.labels)
     except FAILURES as failure:
         error = one_line(failure)
     scored = examples(job.part)
@@ -167,13 +190,33 @@ def train(job: Job) -> dict[str, Any]:
         "rho": job.rho,
         "lr": job.lr,
         "steps": job.steps,
-        "accuracy": accuracy(model, scored.images, scored.classes),
-        "fit": accuracy(model, images, labels),
-        "gradients": gradients / max(taken, 1),
-        "milliseconds": 1000 * seconds / max(taken, 1),
+        "accuracy": accuracy(training.model, scored.images, scored.classes),
+        "fit": accuracy(training.model, training.images, training.labels),
+        "gradients": training.gradients / max(taken, 1),
         **measures,
         "error": error,
     }
+
+
+def step_times(jobs: Sequence[Job], rounds: int) -> dict[str, float]:
+    """Each method's time of a step in units of the first job's, of processor time.
+
+    All take a step in turn, so that they see the same machine; totals over the rounds are compared,
+    since steps of some methods differ in cost.
+
+    Args:
+        jobs: One for each method, of at least as many steps.
+        rounds: How many steps of each are timed, after some that are not.
+    """
+    trainings = [Training(job).steps() for job in jobs]
+    seconds = [0.0] * len(jobs)
+    for number in range(-UNTIMED, rounds):
+        for place, training in enumerate(trainings):
+            began = process_time()
+            next(training)
+            if number >= 0:
+                seconds[place] += process_time() - began
+    return {job.method: spent / seconds[0] for job, spent in zip(jobs, seconds, strict=True)}
 
 
 def sharpness_of(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, float]:
@@ -253,7 +296,7 @@ def compare(
     Returns:
         The rows of the trainings, each with its variant: "default", "chosen" (the radius, where it
         is not the default one) or, for plain training, "longer" with as many gradients as a method;
-        and what the choices were made from.
+        the times of a step; and what the choices were made from.
     """
     select = partial(choose, seeds=tuning_seeds, steps=steps, workers=workers)
     plain = [name for name in names if name in METHODS and METHODS[name].plain]
@@ -291,8 +334,11 @@ def compare(
         for job in reference
     ]
     rows += _run(longer, workers, "longer")
+    firsts = {job.method: job for _, job in reversed(jobs)}  # with the default radius
+    timed = [replace(firsts[name], steps=TIMED + UNTIMED) for name in [REFERENCE, *names]]
     return {
         "rows": rows,
+        "times": step_times(timed, TIMED),
         "setting": dict(common[REFERENCE]),
         "tried": [*tried, *tried_radii],
     }

@@ -77,13 +77,13 @@ def _digits(record: Mapping[str, Any]) -> list[str]:
                 ("largest eigenvalue", lambda row: f"{row['eigenvalue']:.1f}"),
                 ("Hessian trace", lambda row: f"{row['trace']:.0f}"),
                 ("gradients a step", lambda row: f"{row['gradients']:.2f}"),
-                ("ms a step", lambda row: f"{row['milliseconds']:.2f}"),
+                (f"time / {REFERENCE}", lambda row: f"{record['times'][row['method']]:.2f}"),
             ],
         ),
         "Means over seeds with the chosen radius. The loss is that of all training digits with "
         "their partly wrong labels; sharpness, eigenvalue and trace are `gk.sharpness.report`'s of "
-        "it. Milliseconds are of a step, in processor time of one thread; they are not "
-        "reproducible.",
+        f"it. Times are those of {digits.TIMED} steps, which all methods take in turn, in "
+        "processor time of one thread; the network is so small that bookkeeping is most of it.",
         "### Plain SGD for longer" if longer else "",
         _table(
             longer,

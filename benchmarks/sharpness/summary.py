@@ -8,7 +8,7 @@ from benchmarks.alignment.intervals import mean_interval, paired_interval
 from benchmarks.sharpness.methods import REFERENCE
 
 Row = Mapping[str, Any]
-MEASURES = ("fit", "loss", "sharpness", "eigenvalue", "trace", "gradients", "milliseconds")
+MEASURES = ("fit", "loss", "sharpness", "eigenvalue", "trace", "gradients")
 """What is averaged over seeds."""
 
 
