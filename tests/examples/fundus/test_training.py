@@ -215,7 +215,7 @@ def test_half_precision_trains_and_resumes(tmp_path):
 
 def test_resuming_another_training_is_refused(tmp_path):
     fit(tmp_path, replace(SETTINGS, epochs=2))
-    with pytest.raises(CheckpointError, match=r"last\.pt: .* epochs 2, not 1; .*--resume"):
+    with pytest.raises(CheckpointError, match=r"last\.pt: .* epochs 2, not 1; .*--overwrite"):
         fit(tmp_path, replace(SETTINGS, epochs=1), resume=True)
     with pytest.raises(CheckpointError, match="seed 3, not 4"):
         fit(tmp_path, replace(SETTINGS, epochs=2, seed=4), resume=True)
