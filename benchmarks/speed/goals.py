@@ -71,7 +71,8 @@ GOALS = (
     *(Goal(MEMORY, None, None, f"PCGrad, K = {count}", count + 1.0) for count in (2, 4, 8, 16)),
     *(Goal(RATIO, RESUNET, None, f"{name}, K = 4", 1.1) for name in WEIGHTINGS),
     *(Goal(TO_PASSES, RESUNET, case, name, limit) for name, case, limit in limits()),
-    *(Goal(MEMORY, None, None, name, method.memory) for name, method in SHARP.items()),
+    # Their documentation gives whole numbers.
+    *(Goal(MEMORY, None, None, name, method.memory + 0.1) for name, method in SHARP.items()),
 )
 
 

@@ -31,7 +31,8 @@ from benchmarks.speed.sharpness import METHODS as SHARP
 from benchmarks.speed.sharpness import compare
 from benchmarks.speed.stream import many_objectives
 
-STEPS = 3
+STEPS = 6
+"""More than the five after which slow weights follow."""
 CONTROL = "control: plain training that also makes 3 P numbers"
 
 
