@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import jaxtyping
 import torch
@@ -228,3 +229,19 @@ def jacobians(draw, minimum: int = 2, maximum: int = 6) -> Tensor:
             factor = {"equal": 1.0, "opposite": -1.0, "parallel": -2.5}[kind]
             rows.append([factor * number for number in draw(st.sampled_from(rows))])
     return torch.tensor(rows, dtype=torch.float64)
+
+
+def complaint_of(capsys: Any, main: Callable[[list[str]], int], *words: object) -> str:
+    """The one line that a command with bad input leaves on standard error, with exit status 2."""
+    capsys.readouterr()
+    try:
+        status: Any = main([str(word) for word in words])
+    except SystemExit as stop:
+        status = stop.code
+    output = capsys.readouterr()
+    assert status == 2, output.err
+    assert output.out == ""
+    assert output.err.startswith("error: ")
+    assert output.err.endswith("\n")
+    assert output.err.count("\n") == 1
+    return str(output.err)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from children import run_python
+from helpers import complaint_of
 from PIL import Image
 
 from examples.common import adaptation
@@ -290,19 +291,7 @@ def nothing_is_computed(monkeypatch):
 
 
 def complaint(capsys, *words):
-    """The one line that a call with bad input leaves."""
-    capsys.readouterr()
-    try:
-        status = run(*words)
-    except SystemExit as stop:
-        status = stop.code
-    output = capsys.readouterr()
-    assert status == 2, output.err
-    assert output.out == ""
-    assert output.err.startswith("error: ")
-    assert output.err.endswith("\n")
-    assert output.err.count("\n") == 1
-    return output.err
+    return complaint_of(capsys, main, *words)
 
 
 @pytest.mark.parametrize(

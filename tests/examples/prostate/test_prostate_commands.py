@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+from helpers import complaint_of
 from PIL import Image
 
 from examples.common import training as common_training
@@ -250,17 +251,7 @@ def nothing_is_computed(monkeypatch):
 
 
 def complaint(capsys, *words):
-    capsys.readouterr()
-    try:
-        status = run(*words)
-    except SystemExit as stop:
-        status = stop.code
-    output = capsys.readouterr()
-    assert status == 2, output.err
-    assert output.out == ""
-    assert output.err.startswith("error: ")
-    assert output.err.count("\n") == 1
-    return output.err
+    return complaint_of(capsys, prostate, *words)
 
 
 @pytest.mark.parametrize(
