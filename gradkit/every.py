@@ -35,9 +35,8 @@ def Every(k: int, transform: Transform) -> Transform:  # noqa: N802 # it stands 
     A rule that weights objectives (`gk.PCGrad`, `gk.MGDA`, …, and those by losses) needs no inner
     products in between. If it comes first, if no other transform reads single gradients, and if one
     closure returns all losses, one backward pass of their weighted sum takes the place of K passes.
-    (Fernando et al. and others analyse rules with weights of earlier steps; this one keeps them for
-    k steps.) Objectives that were absent in the last k-th step get the weight 1. Elementwise rules
-    have no weights: the plain sum takes their place.
+    Objectives that were absent in the last k-th step get the weight 1. Elementwise rules have no
+    weights: the plain sum takes their place.
 
     `gk.LookSAM` and `gk.AESAM` are methods of their own, which do better in between than a plain
     step.

@@ -26,8 +26,8 @@ def mesa(
     positions where there are any (ours: the paper classifies images).
 
     The authors take the average with a decay of 0.9998 per step, in evaluation mode, with its
-    buffers copied (`gk.EMA(model, decay=0.9998)`), λ = 0.3 in the paper and 0.8 in a script, and
-    apply the loss from the sixth epoch on, until four fifths of a training of 450 epochs.
+    buffers copied (`gk.EMA(model, decay=0.9998)`), λ = 0.3, in a script 0.8,
+    and apply the loss in epochs 6 to 359.
 
     It is computed in float32 or wider, whatever autocast says. No gradient reaches `averaged`.
 
