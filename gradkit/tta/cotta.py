@@ -21,8 +21,8 @@ from gradkit.tta.objectives import (
     Probabilities,
     Scalar,
     check_probabilities,
-    has_axes_of,
     logits_of,
+    logits_of_views,
 )
 from gradkit.tta.restore import StochasticRestore
 from gradkit.tta.statistics import Statistics
@@ -38,6 +38,8 @@ class TeacherTarget:
         confidence: Below which mean confidence of the source model to average over views.
         views: The views of the images.
         probabilities: The meaning of the logits; see `TENT`.
+        batched_views: Whether views take one forward pass together; see
+            `gradkit.tta.objectives.logits_of_views`.
 
     Attributes:
         target: The teacher's logits for the last batch.
@@ -66,12 +68,14 @@ class TeacherTarget:
         confidence: int | float = 0.92,
         views: Sequence[View] = WEAK_VIEWS,
         probabilities: Probabilities = "auto",
+        batched_views: bool = False,
     ) -> None:
         check_number("confidence", confidence, least=0)
         if not views:
             raise ValueError("views is empty; pass one view at least, such as gk.tta.WEAK_VIEWS[0]")
         check_probabilities(probabilities)
         self.confidence, self.views, self.probabilities = confidence, tuple(views), probabilities
+        self.batched_views = batched_views
         self.teacher: nn.Module | None = None
         self.source: nn.Module | None = None
         self.target: Logits | None = None
@@ -112,10 +116,7 @@ class TeacherTarget:
     def _mean(self, images: Tensor) -> Tensor:
         """The teacher's mean logits over views, each mapped back."""
         assert self.teacher is not None
-        outputs = []
-        for view in self.views:
-            logits = logits_of(self.teacher, view.forward(images))
-            outputs.append(view.inverse(logits) if has_axes_of(images, logits) else logits)
+        outputs = logits_of_views(self.teacher, images, self.views, self.batched_views)
         return torch.stack(outputs).mean(dim=0)
 
     def __call__(self, model: Model, image: Image) -> Scalar:
@@ -147,6 +148,7 @@ def CoTTA(  # noqa: N802 # the method's name
     views: Sequence[View] = WEAK_VIEWS,
     probabilities: Probabilities = "auto",
     generator: torch.Generator | None = None,
+    batched_views: bool = False,
     **options: Any,
 ) -> Adapter:
     """Continual test-time adaptation (CoTTA, CVPR 2022).
@@ -181,6 +183,7 @@ def CoTTA(  # noqa: N802 # the method's name
         probabilities: The meaning of the logits; see `TENT`.
         generator: The generator of the restored weights, on the CPU; by default a new one with
             seed 0.
+        batched_views: Whether the teacher evaluates views together, with each one's own statistics.
         **options: Further arguments of `Adapter`.
 
     Returns:
@@ -201,7 +204,7 @@ def CoTTA(  # noqa: N802 # the method's name
     return Adapter(
         model,
         statistics=statistics,
-        objectives={"loss": TeacherTarget(confidence, views, probabilities)},
+        objectives={"loss": TeacherTarget(confidence, views, probabilities, batched_views)},
         transforms=lambda student: (EMA(student, decay=decay),),
         **{
             "optimizer": functools.partial(torch.optim.Adam, lr=lr),

@@ -18,10 +18,10 @@ from gradkit.tta.objectives import (
     Logits,
     Model,
     Scalar,
-    has_axes_of,
     is_classifier,
     log_softmax,
     logits_of,
+    logits_of_views,
 )
 from gradkit.tta.statistics import (
     Activations,
@@ -180,6 +180,8 @@ class GEM:
         classes: From the model's logits to those of exclusive classes [N, K, ...], K > 2; by
             default the logits themselves for a classifier, and `nested_classes` for dense logits.
         views: The views of "gem-aug".
+        batched_views: Whether these views take one forward pass together; see
+            `gradkit.tta.objectives.logits_of_views`.
 
     Raises:
         ValueError: If the loss is unknown, or there is no view; in a call, if there are fewer than
@@ -195,12 +197,14 @@ class GEM:
         loss: Loss = "gem-t",
         classes: Callable[[Tensor], Tensor] | None = None,
         views: Sequence[View] = WEAK_VIEWS,
+        batched_views: bool = False,
     ) -> None:
         if loss not in ("gem-t", "gem-skd", "gem-aug"):
             raise ValueError(f"loss is {loss!r}; choose gem-t, gem-skd or gem-aug")
         if not views:
             raise ValueError("views is empty; pass one view at least, such as gk.tta.WEAK_VIEWS[0]")
         self.loss, self.classes, self.views = loss, classes, tuple(views)
+        self.batched_views = batched_views
 
     def check_images(self, images: Tensor) -> None:
         """Check that the views can be applied to these images.
@@ -240,12 +244,8 @@ class GEM:
 
     def _mean_logits(self, model: Model, image: Tensor) -> Tensor:
         with torch.no_grad():
-            outputs = []
-            for view in self.views:
-                logits = logits_of(model, view.forward(image))
-                aligned = view.inverse(logits) if has_axes_of(image, logits) else logits
-                outputs.append(self._class_logits(aligned))
-            return torch.stack(outputs).mean(dim=0)
+            outputs = logits_of_views(model, image, self.views, self.batched_views)
+            return torch.stack([self._class_logits(each) for each in outputs]).mean(dim=0)
 
 
 def DomainAdaptor(  # noqa: N802 # the method's name
@@ -254,6 +254,7 @@ def DomainAdaptor(  # noqa: N802 # the method's name
     loss: Loss = "gem-t",
     classes: Callable[[Tensor], Tensor] | None = None,
     views: Sequence[View] = WEAK_VIEWS,
+    batched_views: bool = False,
     **options: Any,
 ) -> Adapter:
     """Test-time adaptation by AdaMixBN and GEM (DomainAdaptor, ICCV 2023).
@@ -283,6 +284,7 @@ def DomainAdaptor(  # noqa: N802 # the method's name
         loss: Which loss.
         classes: From the model's logits to those of at least three exclusive classes.
         views: The views of "gem-aug".
+        batched_views: Whether these views are evaluated together, with each one's own statistics.
         **options: Further arguments of `Adapter`.
 
     Returns:
@@ -309,7 +311,7 @@ def DomainAdaptor(  # noqa: N802 # the method's name
     return Adapter(
         model,
         statistics=AdaMixBN(),
-        objectives={"loss": GEM(loss, classes, views)},
+        objectives={"loss": GEM(loss, classes, views, batched_views)},
         **{
             "optimizer": functools.partial(torch.optim.SGD, lr=lr),
             "episodic": True,

@@ -16,8 +16,8 @@ from gradkit.tta.objectives import (
     Logits,
     Probabilities,
     check_probabilities,
-    has_axes_of,
     logits_of,
+    logits_of_views,
     resolve_probabilities,
 )
 from gradkit.tta.statistics import (
@@ -92,6 +92,8 @@ class Fusion:
         image_share: The share of the image itself against the mean over views.
         gate: Chooses the weights for each image, instead of `weights`.
         probabilities: The meaning of the logits; see `TENT`.
+        batched_views: Whether views take one forward pass together; see
+            `gradkit.tta.objectives.logits_of_views`.
 
     Attributes:
         facts: The "weights" [R, N, C] of the last batch.
@@ -119,6 +121,7 @@ class Fusion:
         image_share: int | float = 0.5,
         gate: Gate | None = None,
         probabilities: Probabilities = "auto",
+        batched_views: bool = False,
     ) -> None:
         check_number("image_share", image_share, least=0, most=1)
         check_probabilities(probabilities)
@@ -136,6 +139,7 @@ class Fusion:
                     )
         self.weights, self.views, self.image_share = weights, tuple(views), image_share
         self.gate, self.probabilities = gate, probabilities
+        self.batched_views = batched_views
         self.facts: dict[str, Tensor] = {}
 
     def attach(self, adapter: Adapter) -> None:
@@ -185,14 +189,10 @@ class Fusion:
         p = log_distributions(logits, self.probabilities).exp()
         if not self.views:
             return p, logits
-        seen = []
-        for view in self.views:
-            if view.forward is identity:
-                seen.append(p)
-                continue
-            z = logits_of(model, view.forward(images))
-            aligned = view.inverse(z) if has_axes_of(images, z) else z
-            seen.append(log_distributions(aligned, self.probabilities).exp())
+        others = [view for view in self.views if view.forward is not identity]
+        seen = [p] * (len(self.views) - len(others))
+        for z in logits_of_views(model, images, others, self.batched_views):
+            seen.append(log_distributions(z, self.probabilities).exp())
         share = self.image_share
         return share * p + (1 - share) * torch.stack(seen).mean(dim=0), logits
 
@@ -223,6 +223,7 @@ def Fuse(  # noqa: N802 # named like the methods
     image_share: int | float = 0.5,
     gate: Gate | None = None,
     probabilities: Probabilities = "auto",
+    batched_views: bool = False,
     **options: Any,
 ) -> Adapter:
     """A composition without gradients: candidates under several statistics, fused class by class.
@@ -238,7 +239,7 @@ def Fuse(  # noqa: N802 # named like the methods
     method. Which weights are good depends on the task, and has to be found on other data than those
     on which it is reported; the default weighs all candidates alike.
 
-    Cost: 12 forward passes; no gradients. State: none.
+    Cost: 12 forward passes, or 4 with `batched_views` on square images; no gradients. State: none.
 
     Args:
         model: The source model; see `Adapter`.
@@ -248,6 +249,7 @@ def Fuse(  # noqa: N802 # named like the methods
         image_share: The share of the image itself against the mean over views.
         gate: Chooses the weights for each image, instead of `weights`.
         probabilities: The meaning of the logits; see `TENT`.
+        batched_views: Whether views are evaluated together, with each one's own statistics.
         **options: Further arguments of `Adapter`.
 
     Returns:
@@ -267,5 +269,5 @@ def Fuse(  # noqa: N802 # named like the methods
         tensor([[0.0000, 0.6000],
                 [1.0000, 0.4000]])
     """
-    fusion = Fusion(weights, views, image_share, gate, probabilities)
+    fusion = Fusion(weights, views, image_share, gate, probabilities, batched_views)
     return Adapter(model, statistics=Alternatives(*statistics), **{"predict": fusion, **options})

@@ -33,6 +33,7 @@ def GraTa(  # noqa: N802 # the method's name
     optimizer: OptimizerFactory | None = None,
     episodic: bool = False,
     probabilities: Probabilities = "auto",
+    batched_views: bool = False,
     **options: Any,
 ) -> Adapter:
     """Gradient alignment-based test-time adaptation (GraTa, AAAI 2025).
@@ -59,8 +60,9 @@ def GraTa(  # noqa: N802 # the method's name
     softmaxes. Choose otherwise with `probabilities`: "sigmoid" for a classifier with several
     labels, "softmax" for pixels of exactly one class. A single logit [N, 1] is a sigmoid.
 
-    Cost: 9 forward passes and 2 backward passes per batch. State: φ, Adam's moments and the
-    augmentation's generator.
+    Cost: 9 forward passes and 2 backward passes per batch; with `batched_views` the six of the
+    views are one, or two if images are not square. State: φ, Adam's moments and the augmentation's
+    generator.
 
     Args:
         model: The source model; see `Adapter`.
@@ -74,6 +76,8 @@ def GraTa(  # noqa: N802 # the method's name
         optimizer: Makes a base optimizer other than Adam with `lr`.
         episodic: Whether to reset before each batch.
         probabilities: The meaning of the logits in the built-in objectives; see above.
+        batched_views: Whether the six views are evaluated together, with each one's own statistics;
+            see `gradkit.tta.objectives.logits_of_views`.
         **options: Further arguments of `Adapter`.
 
     Returns:
@@ -81,8 +85,8 @@ def GraTa(  # noqa: N802 # the method's name
 
     Raises:
         RuntimeError: If `torch.inference_mode()` is on.
-        ValueError: If both `pseudo` and `generator` are given, if `probabilities` is given with
-            both objectives, or if an argument has no valid value.
+        ValueError: If `pseudo` is given with `generator` or `batched_views`, if `probabilities` is
+            given with both objectives, or if an argument has no valid value.
 
     Examples:
         >>> import torch, gradkit as gk
@@ -98,6 +102,11 @@ def GraTa(  # noqa: N802 # the method's name
             "generator is for the built-in consistency objective, which pseudo replaces; give "
             "your own objective its generator yourself"
         )
+    if pseudo is not None and batched_views:
+        raise ValueError(
+            "batched_views is for the built-in consistency objective, which pseudo replaces; pass "
+            "it to your own objective"
+        )
     check_probabilities(probabilities)
     if pseudo is not None and auxiliary is not None and probabilities != "auto":
         raise ValueError(
@@ -105,7 +114,9 @@ def GraTa(  # noqa: N802 # the method's name
             "replaced; leave it out"
         )
     if pseudo is None:
-        pseudo = Consistency(generator=generator, probabilities=probabilities)
+        pseudo = Consistency(
+            generator=generator, probabilities=probabilities, batched_views=batched_views
+        )
     if auxiliary is None:
         auxiliary = functools.partial(prediction_entropy, probabilities=probabilities)
     return Adapter(

@@ -18,8 +18,7 @@ from gradkit.tta.objectives import (
     Probabilities,
     Scalar,
     check_probabilities,
-    has_axes_of,
-    logits_of,
+    logits_of_views,
 )
 from gradkit.tta.statistics import Mixed, Statistics
 from gradkit.tta.views import WEAK_VIEWS, View, check_views
@@ -31,6 +30,8 @@ class MarginalEntropy:
     Args:
         views: The views of the images.
         probabilities: The meaning of the logits; see `TENT`.
+        batched_views: Whether views take one forward and one backward pass together; see
+            `gradkit.tta.objectives.logits_of_views`.
 
     Raises:
         ValueError: If there is no view, or `probabilities` has no valid value.
@@ -42,12 +43,16 @@ class MarginalEntropy:
     """
 
     def __init__(
-        self, views: Sequence[View] = WEAK_VIEWS, probabilities: Probabilities = "auto"
+        self,
+        views: Sequence[View] = WEAK_VIEWS,
+        probabilities: Probabilities = "auto",
+        batched_views: bool = False,
     ) -> None:
         if not views:
             raise ValueError("views is empty; pass one view at least, such as gk.tta.WEAK_VIEWS[0]")
         check_probabilities(probabilities)
         self.views, self.probabilities = tuple(views), probabilities
+        self.batched_views = batched_views
 
     def check_images(self, images: Tensor) -> None:
         """Check that the views can be applied to these images.
@@ -59,11 +64,10 @@ class MarginalEntropy:
 
     def __call__(self, model: Model, image: Image) -> Scalar:
         """The loss."""
-        predictions = []
-        for view in self.views:
-            logits = logits_of(model, view.forward(image))
-            aligned = view.inverse(logits) if has_axes_of(image, logits) else logits
-            predictions.append(log_distributions(aligned, self.probabilities))
+        predictions = [
+            log_distributions(logits, self.probabilities)
+            for logits in logits_of_views(model, image, self.views, self.batched_views)
+        ]
         log_mean = torch.stack(predictions).logsumexp(dim=0) - math.log(len(self.views))
         return entropies(log_mean).mean()
 
@@ -74,6 +78,7 @@ def MEMO(  # noqa: N802 # the method's name
     statistics: str | Statistics = Mixed(16 / 17),  # noqa: B008 # immutable
     views: Sequence[View] = WEAK_VIEWS,
     probabilities: Probabilities = "auto",
+    batched_views: bool = False,
     **options: Any,
 ) -> Adapter:
     """Marginal entropy minimisation with one test point (MEMO, NeurIPS 2022).
@@ -91,8 +96,8 @@ def MEMO(  # noqa: N802 # the method's name
     inverse is not applied to a classifier's logits. Here each view is normalised on its own, and
     there is no weight decay.
 
-    Cost: 7 forward passes and 6 backward passes per batch, and the memory of six passes. State:
-    none.
+    Cost: 7 forward passes and 6 backward passes per batch, and the memory of six passes; with
+    `batched_views` those of the views are one each, or two if images are not square. State: none.
 
     Args:
         model: The source model; see `Adapter`.
@@ -101,6 +106,7 @@ def MEMO(  # noqa: N802 # the method's name
             takes "source".
         views: The views of the images.
         probabilities: The meaning of the logits; see `TENT`.
+        batched_views: Whether views are evaluated together, with each one's own statistics.
         **options: Further arguments of `Adapter`.
 
     Returns:
@@ -121,7 +127,7 @@ def MEMO(  # noqa: N802 # the method's name
     return Adapter(
         model,
         statistics=statistics,
-        objectives={"loss": MarginalEntropy(views, probabilities)},
+        objectives={"loss": MarginalEntropy(views, probabilities, batched_views)},
         **{
             "optimizer": functools.partial(torch.optim.SGD, lr=lr),
             "parameters": nn.Module.parameters,

@@ -9,8 +9,10 @@ sigmoid and no softmax.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from gradkit.tta.augment import StrongAugmentation, minmax
 from gradkit.tta.statistics import at_least_float32
+from gradkit.tta.vectorised import in_autocast, vectorised
 from gradkit.tta.views import WEAK_VIEWS, View, check_views
 
 Image = Float[Tensor, "batch channels *spatial"]
@@ -228,6 +231,7 @@ def mean_prediction(
     image: Image,
     views: Sequence[View] = WEAK_VIEWS,
     probabilities: Probabilities = "sigmoid",
+    batched_views: bool = False,
 ) -> Logits:
     """Probabilities, averaged over views of the image; each prediction is mapped back.
 
@@ -242,6 +246,7 @@ def mean_prediction(
         image: [N, channels, *spatial].
         views: Weak views with their inverses.
         probabilities: See `resolve_probabilities`.
+        batched_views: Whether all views of one shape take one forward pass; see `logits_of_views`.
 
     Raises:
         ValueError: If there is no view, if a view does not fit the image, if the model does not
@@ -266,12 +271,8 @@ def mean_prediction(
         cache_enabled=False,
     )
     with torch.no_grad(), autocast:
-        predictions = []
-        for view in views:
-            logits = logits_of(model, view.forward(image))
-            predicted = _predicted(logits, probabilities)
-            aligned = has_axes_of(image, logits)
-            predictions.append(view.inverse(predicted) if aligned else predicted)
+        predicted = functools.partial(_predicted, probabilities=probabilities)
+        predictions = logits_of_views(model, image, views, batched_views, predicted)
         return torch.stack(predictions).mean(dim=0)
 
 
@@ -319,6 +320,7 @@ class Consistency:
         generator: The generator of random numbers; by default a new one with seed 0.
         probabilities: "sigmoid", "softmax", or "auto" for the one that fits the logits (see
             `resolve_probabilities`).
+        batched_views: Whether views take one forward pass together; see `logits_of_views`.
 
     Raises:
         ValueError: If `probabilities` has no valid value.
@@ -337,9 +339,10 @@ class Consistency:
         augmentation: Augmentation | None = None,
         generator: torch.Generator | None = None,
         probabilities: Probabilities = "sigmoid",
+        batched_views: bool = False,
     ) -> None:
         check_probabilities(probabilities)
-        self.probabilities = probabilities
+        self.probabilities, self.batched_views = probabilities, batched_views
         self.views = tuple(views)
         self.augmentation = StrongAugmentation() if augmentation is None else augmentation
         self.generator = torch.Generator().manual_seed(0) if generator is None else generator
@@ -351,8 +354,25 @@ class Consistency:
             ValueError: If the augmentation or a view refuses the image, if there is no view, or if
                 the model does not return logits [N, C, ...].
         """
-        strong = minmax(self.augmentation(image, self.generator))  # first, since it may raise
-        target = mean_prediction(model, image, self.views, self.probabilities)
+        return self.given(model, image, self.draw(image))
+
+    def draw(self, image: Image) -> Image:
+        """The strongly augmented images, scaled to [0, 1]; the part with random numbers.
+
+        Raises:
+            ValueError: If the augmentation refuses the image.
+        """
+        strong: Tensor = minmax(self.augmentation(image, self.generator))
+        return strong
+
+    def given(self, model: Model, image: Image, strong: Image) -> Scalar:
+        """The loss with strongly augmented images at hand.
+
+        Raises:
+            ValueError: If a view refuses the image, if there is no view, or if the model does not
+                return logits [N, C, ...].
+        """
+        target = mean_prediction(model, image, self.views, self.probabilities, self.batched_views)
         logits = at_least_float32(logits_of(model, strong))
         if resolve_probabilities(self.probabilities, logits) == "sigmoid":
             return F.binary_cross_entropy_with_logits(logits, target)
@@ -387,6 +407,76 @@ class Consistency:
                 f"{sorted(state_dict)}."
             )
         self.generator.set_state(state_dict["generator"].cpu())
+
+
+def logits_of_views(
+    model: Model,
+    image: Image,
+    views: Sequence[View],
+    batched: bool = False,
+    predicted: Callable[[Tensor], Tensor] | None = None,
+) -> list[Tensor]:
+    """The model's logits of each view of the images, mapped back where they have their axes.
+
+    With `batched` there is one forward pass for all views of one shape, and statistics are still
+    those of each view: the passes are vectorised (`torch.vmap`), so that the results are those of
+    one pass per view up to rounding errors, whatever layers there are. Their activations are in
+    memory at the same time. What `torch.vmap` cannot run goes view by view: everything under
+    `torch.autocast`, and, with a warning, a model that branches on values, calls `.item()` or draws
+    random numbers.
+
+    Args:
+        model: From images to logits.
+        image: [N, channels, *spatial].
+        views: The views, with their inverses.
+        batched: Whether to evaluate views of one shape together.
+        predicted: What to make of logits before they are mapped back, elementwise or over classes.
+
+    Raises:
+        ValueError: If the model does not return logits [N, C, ...], or if pixels lie in one axis,
+            on which views cannot be undone.
+
+    Examples:
+        >>> image = torch.tensor([[[[0.0, 9.0]]]])
+        >>> for logits in logits_of_views(lambda x: 2 * x, image, WEAK_VIEWS[:2], batched=True):
+        ...     logits.flatten()
+        tensor([ 0., 18.])
+        tensor([ 0., 18.])
+    """
+    mapped = []
+    seen = [view.forward(image) for view in views]
+    for view, logits in zip(views, _of_all(model, seen, batched), strict=True):
+        made = logits if predicted is None else predicted(logits)
+        mapped.append(view.inverse(made) if has_axes_of(image, logits) else made)
+    return mapped
+
+
+def _of_all(model: Model, images: Sequence[Tensor], batched: bool) -> Iterable[Tensor]:
+    """The model's logits of each of the images."""
+    if batched and len(images) > 1 and not in_autocast(images[0].device):
+        try:
+            return _of_each_shape(model, images)
+        except RuntimeError as error:
+            outputs = [logits_of(model, each) for each in images]  # may be the model's own error
+            reason = str(error).strip().split("\n")[0]
+            warnings.warn(
+                f"the model cannot take several views at once ({reason}), so that it took them "
+                "one by one; pass batched_views=False",
+                stacklevel=3,
+            )
+            return outputs
+    return (logits_of(model, each) for each in images)
+
+
+def _of_each_shape(model: Model, images: Sequence[Tensor]) -> list[Tensor]:
+    """Logits of all images, with one vectorised pass for each of their shapes."""
+    outputs: dict[int, Tensor] = {}
+    for shape in {each.shape: None for each in images}:
+        chosen = [k for k, each in enumerate(images) if each.shape == shape]
+        stacked = torch.stack([images[k] for k in chosen])
+        logits = vectorised(lambda each: logits_of(model, each), stacked)
+        outputs.update(zip(chosen, logits, strict=True))
+    return [outputs[k] for k in range(len(images))]
 
 
 def logits_of(model: Model, image: Tensor) -> Tensor:
