@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
 
 from gradkit.core.context import Context
@@ -75,23 +76,33 @@ class CosineLR(Transform):
                 "or pass a callable from the cosine to the factor"
             )
 
-    def around(self, inner: Oracle, context: Context) -> Oracle:
-        activation = self.activation if callable(self.activation) else ACTIVATIONS[self.activation]
+    def factor(self, cosine: Float[Tensor, ""]) -> int | float | Float[Tensor, ""]:
+        """The learning rate's factor for a cosine.
 
+        Raises:
+            TypeError: If the activation returns something else than a number.
+            ValueError: If it returns more than one number.
+
+        Examples:
+            >>> CosineLR(activation="quadratic").factor(torch.tensor(0.0))
+            tensor(0.2500)
+        """
+        activation = self.activation if callable(self.activation) else ACTIVATIONS[self.activation]
+        factor: int | float | Tensor = activation(cosine)
+        if not isinstance(factor, (int, float, Tensor)):
+            raise TypeError(f"the activation returned a {type(factor).__name__}; return one number")
+        if isinstance(factor, Tensor) and factor.dim() != 0:
+            raise ValueError(
+                f"the activation returned a tensor of shape {tuple(factor.shape)}; "
+                "return one number, a 0-d tensor"
+            )
+        return factor
+
+    def around(self, inner: Oracle, context: Context) -> Oracle:
         def oracle(at: Point | None = None, only: Container[str] | None = None) -> Gradients:
             context.require(self, self.a, self.b)
             gradients = inner(at, Selection(only, include=(self.a, self.b)))
             context.require(self, self.a, self.b)
-            factor = activation(gradients.cosine(self.a, self.b))
-            if not isinstance(factor, (int, float, Tensor)):
-                raise TypeError(
-                    f"the activation returned a {type(factor).__name__}; return one number"
-                )
-            if isinstance(factor, Tensor) and factor.dim() != 0:
-                raise ValueError(
-                    f"the activation returned a tensor of shape {tuple(factor.shape)}; "
-                    "return one number, a 0-d tensor"
-                )
-            return gradients.with_lr_scale(factor)
+            return gradients.with_lr_scale(self.factor(gradients.cosine(self.a, self.b)))
 
         return oracle

@@ -16,6 +16,7 @@ from gradkit.core.transform import Transform
 from gradkit.optimizer.gradient_optimizer import GradientOptimizer
 from gradkit.optimizer.record import StepRecord
 from gradkit.optimizer.wrapping import wrap
+from gradkit.tta.episodes import Episodes
 from gradkit.tta.parts import Objective, Predictor, Restore, Stateful, own, tell
 from gradkit.tta.statistics import (
     Statistics,
@@ -25,6 +26,7 @@ from gradkit.tta.statistics import (
 )
 
 OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
+Episodic = bool | Literal["image"]
 
 
 class Adapter:
@@ -53,7 +55,12 @@ class Adapter:
         optimizer: Makes the base optimizer from the list of trained parameters, for example
             `lambda parameters: torch.optim.Adam(parameters, lr=1e-4)`.
         episodic: Whether to reset before each batch: to the source model and the initial state of
-            random number generators.
+            random number generators. With "image" each image of a batch is an episode of its own,
+            as if it had been passed alone, and all of them are computed at once: faster where small
+            operations dominate. The adapter itself then never changes, `last_step` is None, and
+            `facts` has losses and factors of the learning rate by image. It takes elementwise
+            optimizers (SGD, Adam, AdamW, ...), `LookAhead` and `CosineLR`, statistics and
+            objectives without a state (`Consistency` included); others are an error.
         parameters: Chooses the trained parameters of the model's copy; by default the scales and
             shifts of all normalisation layers.
         predict: What is returned: "after" for the logits with the updated weights, "before" for
@@ -75,7 +82,8 @@ class Adapter:
         TypeError: If objectives are not a mapping, or `steps` is no integer.
         ValueError: If there are objectives but no optimizer or nothing to train, if there is an
             optimizer, a transform, a restore or several steps but no objective, if parameters or a
-            teacher's student are not the copy's, or if an argument has no valid value or the
+            teacher's student are not the copy's, if `episodic` is "image" and something cannot be
+            computed for several images at once, or if an argument has no valid value or the
             statistics do not fit the model.
 
     Examples:
@@ -104,7 +112,7 @@ class Adapter:
         | None = None,
         transforms: Sequence[Transform] | Callable[[nn.Module], Sequence[Transform]] = (),
         optimizer: OptimizerFactory | None = None,
-        episodic: bool = False,
+        episodic: Episodic = False,
         parameters: Callable[[nn.Module], Iterable[nn.Parameter]] | None = None,
         predict: Literal["after", "before"] | Predictor = "after",
         steps: int = 1,
@@ -118,6 +126,8 @@ class Adapter:
             raise ValueError(
                 f'predict is {predict!r}; choose "after", "before" or a function of (model, images)'
             )
+        if not isinstance(episodic, bool) and episodic != "image":
+            raise ValueError(f'episodic is {episodic!r}; choose False, True or "image"')
         # Statistics may have state of their own, which must not be shared between adapters.
         self.statistics = copy.deepcopy(resolve_statistics(statistics))
         with torch.no_grad():  # scripted modules copy their parameters as operations
@@ -127,6 +137,7 @@ class Adapter:
         self.episodic, self.steps = episodic, steps
         self.predict, self.restore = own(predict), own(restore)
         self.optimizer: GradientOptimizer | None = None
+        self._episodes: Episodes | None = None
         self.model.requires_grad_(False)
         if self.objectives:
             trained = self._choose(parameters or _norm_affine)
@@ -138,6 +149,28 @@ class Adapter:
             )
         tell(self._parts(), "attach", self)
         self._start = self.state_dict()
+        if episodic == "image":
+            self._episodes = self._make_episodes(options)
+
+    def _make_episodes(self, options: Mapping[str, Any]) -> Episodes:
+        if self.optimizer is None:
+            raise ValueError(
+                'episodic is "image", but there are no objectives, so that nothing is learnt from '
+                "an image that another could see; leave episodic out, and pass single images if "
+                "statistics are of the batch"
+            )
+        return Episodes(
+            self.model,
+            self.objectives,
+            self.optimizer.transforms,
+            self.optimizer.base,
+            self.statistics,
+            steps=self.steps,
+            predict=self.predict,
+            restore=self.restore,
+            start=self._start,
+            options=options,
+        )
 
     def _choose(
         self, parameters: Callable[[nn.Module], Iterable[nn.Parameter]]
@@ -193,7 +226,8 @@ class Adapter:
         If an objective raises, the adapter does not change.
 
         Raises:
-            RuntimeError: If there are objectives, but `torch.inference_mode()` is on.
+            RuntimeError: If there are objectives, but `torch.inference_mode()` is on; or if
+                `episodic` is "image", and something cannot be computed for several images at once.
             ValueError: If an objective cannot work with these images.
         """
         images = _plain(images)
@@ -202,6 +236,8 @@ class Adapter:
             if images.is_inference():  # made under inference mode: autograd cannot save them
                 images = images.clone()
         tell(self._parts(), "check_images", images)
+        if self._episodes is not None:
+            return _plain(self._episodes(images))
         logits = self._adapt(images)
         if logits is None:
             with torch.no_grad():
@@ -263,7 +299,7 @@ class Adapter:
     def _parts(self) -> list[object]:
         """Everything that may have a part's further methods."""
         chain = () if self.optimizer is None else self.optimizer.transforms
-        return [*self.objectives.values(), *chain, self.predict, self.restore]
+        return [*self.objectives.values(), *chain, self.predict, self.restore, self._episodes]
 
     @property
     def teacher(self) -> nn.Module | None:

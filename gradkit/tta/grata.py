@@ -10,7 +10,7 @@ from torch import nn
 
 from gradkit.alignment.cosine_lr import Activation, CosineLR
 from gradkit.alignment.look_ahead import LookAhead
-from gradkit.tta.adapter import Adapter, OptimizerFactory
+from gradkit.tta.adapter import Adapter, Episodic, OptimizerFactory
 from gradkit.tta.objectives import (
     Consistency,
     Probabilities,
@@ -31,7 +31,7 @@ def GraTa(  # noqa: N802 # the method's name
     pseudo: Objective | None = None,
     auxiliary: Objective | None = None,
     optimizer: OptimizerFactory | None = None,
-    episodic: bool = False,
+    episodic: Episodic = False,
     probabilities: Probabilities = "auto",
     batched_views: bool = False,
     **options: Any,
@@ -74,7 +74,7 @@ def GraTa(  # noqa: N802 # the method's name
         pseudo: Replaces the consistency objective, a function `(model, images) -> loss`.
         auxiliary: Replaces the entropy, along whose gradient the look-ahead step is made.
         optimizer: Makes a base optimizer other than Adam with `lr`.
-        episodic: Whether to reset before each batch.
+        episodic: Whether to reset before each batch, or "image": before each image; see `Adapter`.
         probabilities: The meaning of the logits in the built-in objectives; see above.
         batched_views: Whether the six views are evaluated together, with each one's own statistics;
             see `gradkit.tta.objectives.logits_of_views`.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradkit.tta.adapter import Adapter, OptimizerFactory
+from gradkit.tta.adapter import Adapter, Episodic, OptimizerFactory
 from gradkit.tta.objectives import Probabilities, check_probabilities, prediction_entropy
 from gradkit.tta.parts import Objective
 from gradkit.tta.statistics import Statistics
@@ -20,7 +20,7 @@ def TENT(  # noqa: N802 # the method's name
     statistics: str | Statistics = "test",
     objective: Objective | None = None,
     optimizer: OptimizerFactory | None = None,
-    episodic: bool = False,
+    episodic: Episodic = False,
     probabilities: Probabilities = "auto",
     **options: Any,
 ) -> Adapter:
@@ -45,7 +45,7 @@ def TENT(  # noqa: N802 # the method's name
         statistics: Where mean and variance come from; see `Adapter`.
         objective: Replaces the entropy, a function `(model, images) -> loss`.
         optimizer: Makes a base optimizer other than Adam with `lr`.
-        episodic: Whether to reset before each batch.
+        episodic: Whether to reset before each batch, or "image": before each image; see `Adapter`.
         probabilities: The meaning of the logits, "sigmoid", "softmax" or "auto"; see above.
         **options: Further arguments of `Adapter`.
 

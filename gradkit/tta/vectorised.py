@@ -35,9 +35,16 @@ def vectorised(function: Callable[..., Any], *inputs: Any) -> Any:
         tensor([[ -1.,   1.],
                 [-10.,  10.]])
     """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="There is a performance drop")
-        return torch.vmap(function)(*inputs)
+    fused = torch.backends.mha.get_fastpath_enabled()
+    # Transformer layers take a kernel without derivative where no input has requires_grad, which
+    # torch.vmap hides.
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="There is a performance drop")
+            return torch.vmap(function)(*inputs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 def in_autocast(device: torch.device) -> bool:
