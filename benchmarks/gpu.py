@@ -32,6 +32,7 @@ from benchmarks.speed.overhead import measure_overhead
 from benchmarks.speed.problem import Problem, resunet, transformer, wide_mlp
 from benchmarks.speed.tables import interval, section, table
 from benchmarks.speed.timing import Clock, Rounds, bandwidth, summarise, time_in_turn
+from benchmarks.speed.tta import ABOUT, GOALS_ON_CUDA, measure_tta, tta_table
 
 MEMORY = "peak memory above plain training, P numbers"
 SEED = 0
@@ -105,6 +106,7 @@ def main() -> int:
             "overhead": [],
             "memory": [],
             "waits": [],
+            "adaptation": [],
             "launches": [],
             "errors": [],
             "left out for want of time": [],
@@ -122,6 +124,12 @@ def main() -> int:
             report.record["waits"] = cuda.host_waits(small)
     with report.part("memory"):
         measure_memory(report, 32 if options.tiny else 2048)
+    for problem in adapted_problems(options.tiny, device):
+        what = f"adaptation at once, {problem.case}"
+        if report.due(what):
+            with report.part(what):
+                rounds = Rounds(2 if options.tiny else 3, 0, 0.0)
+                report.record["adaptation"] += measure_tta(problem, Clock(device), rounds, SEED)
     for problem in problems(options.tiny, device):
         for name, make in comparisons(problem).items():
             what = f"{problem.network}, {problem.case}, {name}"
@@ -179,6 +187,11 @@ def problems(tiny: bool, device: torch.device) -> list[Problem]:
         resunet("16x256", 64, device),
         transformer("8x256", 512, 12, device),
     ]
+
+
+def adapted_problems(tiny: bool, device: torch.device) -> list[Problem]:
+    """Batches of images that are adapted to at once, each by itself."""
+    return [resunet(case, 4 if tiny else 32, device) for case in (["2x64"] if tiny else ["16x128"])]
 
 
 def comparisons(problem: Problem) -> dict[str, Callable[[], Comparison]]:
@@ -312,6 +325,7 @@ def as_markdown(record: Mapping[str, Any]) -> str:
         "Milliseconds above the same passes by hand, on a 3-layer MLP.",
         table(("method", "variant", "ms"), 1, overhead),
     )
+    parts += section("Adaptation at once", ABOUT, tta_table(record["adaptation"], GOALS_ON_CUDA))
     memory = [(r["method"], r["variant"], f"{r['value']:.2f}") for r in record["memory"]]
     parts += section("Peak memory", MEMORY, table(("method", "variant", "P numbers"), 1, memory))
     waits = [(row["method"], row["variant"], row["waits"]) for row in record["waits"]]

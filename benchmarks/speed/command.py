@@ -33,6 +33,7 @@ from benchmarks.speed.sharpness import measure_sharpness
 from benchmarks.speed.slope import plot_slopes
 from benchmarks.speed.stream import WEIGHTINGS, exported, measure_many
 from benchmarks.speed.timing import RATIO, Clock, Rounds, bandwidth, summarise, time_in_turn
+from benchmarks.speed.tta import measure_tta
 from benchmarks.speed.weights import measure_weights
 from examples.common.usage import (
     UsageError,
@@ -44,7 +45,7 @@ from examples.common.usage import (
 from gradkit.surgery import PCGrad, Rule
 
 METHODS = ("pcgrad", "sam", "grata", "gs_ema", "gated_ema")
-PARTS = (*METHODS, "sharpness", "rules", "weights", "stream", "overhead", "memory")
+PARTS = (*METHODS, "sharpness", "rules", "weights", "stream", "tta", "overhead", "memory")
 NETWORKS = ("resunet", "transformer")
 
 
@@ -57,7 +58,8 @@ class Speed:
 
     parts: str = ",".join(PARTS)
     """What to measure, separated by commas: methods; every sharpness-aware step; every rule's step;
-    weights by themselves; many objectives and loss weighting; the engine's overhead; memory."""
+    weights by themselves; many objectives and loss weighting; adaptation of views and of images at
+    once; the engine's overhead; memory."""
     networks: str = ",".join(NETWORKS)
     """On which networks; GraTa's step is measured on images only."""
     objectives: str = "2,4,8,16"
@@ -98,6 +100,10 @@ class Speed:
     """Width of this classifier."""
     stream_resunet_width: int = 16
     """Width of the ResUNet-34 with 32 objectives, at the first of its cases."""
+    tta_cases: str = "8x64,4x128"
+    """BATCHxSIDE: images that are adapted to at once, each by itself."""
+    tta_width: int = 32
+    """Width of the ResUNet-34 that adapts to them."""
     overhead_pairs: int = 1000
     """Pairs of steps for the engine's overhead."""
     memory_width: int = 1024
@@ -163,6 +169,11 @@ class Speed:
             for problem, count, width in self._with_many(many, device):
                 rows += measure_many(problem, count, clock, rounds, self.seed)
                 rows += measure_memory_of_many(problem, count, width, device, self.threads)
+                networks[problem.network] = problem.parameters()
+        if "tta" in parts:
+            for case in _cases(self.tta_cases):
+                problem = resunet(case, self.tta_width, device)
+                rows += measure_tta(problem, clock, rounds, self.seed)
                 networks[problem.network] = problem.parameters()
         if "overhead" in parts:
             rows += measure_overhead(self.overhead_pairs, device, self.seed)

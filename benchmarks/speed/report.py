@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.speed import rules, sharpness, slope, stream, weights
+from benchmarks.speed import rules, sharpness, slope, stream, tta, weights
 from benchmarks.speed.comparison import FLOOR
 from benchmarks.speed.goals import verdict
 from benchmarks.speed.memory import MEMORY, RESOLUTION
@@ -15,6 +15,7 @@ from benchmarks.speed.slope import slope_table
 from benchmarks.speed.stream import stream_table
 from benchmarks.speed.tables import Row, interval, section, table
 from benchmarks.speed.timing import RATIO
+from benchmarks.speed.tta import tta_table
 from benchmarks.speed.weights import weights_tables
 
 
@@ -38,6 +39,7 @@ def report(record: Mapping[str, Any]) -> str:
     sections += section("Every rule's step", rules.ABOUT, rules_table(rows))
     sections += section("Rules by themselves", weights.ABOUT, weights_tables(rows))
     sections += section("Many objectives", stream.ABOUT, stream_table(rows))
+    sections += section("Adaptation at once", tta.ABOUT, tta_table(rows))
     overhead = [row for row in rows if row["measure"] == OVERHEAD]
     sections += section("Overhead per step", _ABOUT_OVERHEAD, _values(overhead, 3))
     memory = [row for row in rows if row["measure"] == MEMORY]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 
 import gradkit as gk
 from benchmarks.__main__ import main
-from benchmarks.speed import command, memory, rules, stream, timing, weights
+from benchmarks.speed import command, memory, rules, stream, timing, tta, weights
 from benchmarks.speed.comparison import FLOOR
 from benchmarks.speed.goals import judge, rule_goals, weight_goals
 from benchmarks.speed.methods import gradkit_name, pcgrad, weighting
@@ -273,3 +274,30 @@ def test_batched_passes_are_the_floors(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in models[0].state_dict().items():
         torch.testing.assert_close(value, models[1].state_dict()[name], rtol=1e-4, atol=1e-5)
     assert not torch.equal(start["res.conv1.weight"], models[0].state_dict()["res.conv1.weight"])
+
+
+def test_adaptation_at_once(tmp_path: Path) -> None:
+    arguments = [
+        *("--parts", "tta", "--tta-cases", "2x64", "--tta-width", "2", "--networks", "resunet"),
+        *("--rounds", "1", "--seconds", "0", "--threads", "1", "--out", str(tmp_path)),
+    ]
+    assert main(["speed", *arguments]) == 0
+    record = json.loads((tmp_path / "speed.json").read_text())
+    rows = [row for row in record["rows"] if row["measure"] == tta.TO_ONE_BY_ONE]
+    assert len(rows) == len(record["rows"]) == 7
+    assert {row["method"] for row in rows} == tta.GOALS_ON_CUDA.keys()
+    assert "## Adaptation at once" in report(record)
+    row = {**rows[1], "value": 0.5, "low": 0.4, "high": 0.6}
+    *_, line = tta.tta_table([row], tta.GOALS_ON_CUDA).splitlines()
+    assert line.endswith("| 0.50 [0.40, 0.60] | 2.00 | ≥ 1.5: met |")
+    slow = {**row, "low": 0.9, "value": 1.0}
+    assert tta.tta_table([slow], tta.GOALS_ON_CUDA).endswith("≥ 1.5: missed |")
+
+
+def test_adaptation_at_once_does_what_one_by_one_does() -> None:
+    single = resunet("2x64", 2, CPU)
+    problem = replace(single, x=single.x.double(), build=lambda: single.build().double())
+    for comparison in tta.comparisons(problem):
+        expected = torch.cat(comparison.floor()())
+        for make in comparison.ours.values():
+            torch.testing.assert_close(torch.cat(make()()), expected, rtol=1e-7, atol=1e-7)
