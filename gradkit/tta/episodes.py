@@ -239,7 +239,7 @@ class Episodes:
             function, inputs = objective.given, (*inputs, _drawn_alike(objective, each))
 
         def loss(values: dict[str, Tensor], *arguments: Tensor) -> Tensor:
-            found = functional_call(self._call, self._at(values), (function, *arguments))
+            found = self._evaluated(values, function, *arguments)
             if not isinstance(found, Tensor) or found.dim() != 0:
                 got = f"shape {list(found.shape)}" if isinstance(found, Tensor) else repr(found)
                 raise ValueError(
@@ -250,35 +250,51 @@ class Episodes:
 
         with torch.enable_grad():
             losses = _explained(loss, f"the objective {name!r}", *inputs)
-            if not losses.requires_grad:
-                raise RuntimeError(
-                    f"the objective {name!r} has no gradient with respect to the trained "
-                    "parameters; return a loss that depends on the model's output"
-                )
-            found = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True)
-        return losses.detach(), list(found)
+            found: Rows = [None]
+            if losses.requires_grad:
+                leaf = list(leaves.values())
+                found = list(torch.autograd.grad(losses.sum(), leaf, allow_unused=True))
+        if all(row is None for row in found):
+            raise RuntimeError(
+                f"the objective {name!r} has no gradient with respect to the trained parameters; "
+                "return a loss that depends on the model's output"
+            )
+        return losses.detach(), found
 
     @torch.no_grad()
     def _logits(self, weights: _Weights, images: Tensor) -> Tensor:
         def predict(values: dict[str, Tensor], image: Tensor) -> Tensor:
-            logits: Tensor = functional_call(self._call, self._at(values), (_forward, image))
+            logits = self._evaluated(values, nn.Module.__call__, image)
+            if not isinstance(logits, Tensor):
+                raise ValueError(
+                    f"the model returned a {type(logits).__name__}; several images at once need a "
+                    "tensor: wrap it in a module that returns its logits only"
+                )
             return logits
 
         values = {name: value.detach() for name, value in weights.parameters.items()}
         logits: Tensor = _explained(predict, "the model", values, images.unsqueeze(1))
         return logits.flatten(0, 1)
 
-    def _at(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The model's trained parameters and buffers, by their names in `_Call`.
+    def _evaluated(
+        self, values: Mapping[str, Tensor], function: Callable[..., Any], *arguments: Tensor
+    ) -> Any:
+        """`function(model, *arguments)`, with other trained parameters and the initial buffers.
 
-        Buffers are the initial ones, cloned, since each episode starts from them.
+        Raises:
+            RuntimeError: If a buffer is written.
         """
-        tensors = {
+        buffers = {
             name: value.clone()
             for name, value in self._start["model"].items()
             if name not in self._trained
         }
-        return {f"model.{name}": tensor for name, tensor in {**tensors, **values}.items()}
+        tensors = {f"model.{name}": tensor for name, tensor in {**buffers, **values}.items()}
+        result = functional_call(self._call, tensors, (function, *arguments))
+        for name, buffer in buffers.items():
+            if buffer._version:
+                raise RuntimeError(f"the model writes its buffer {name!r}, which is one for all")
+        return result
 
 
 class _Call(nn.Module):
@@ -290,10 +306,6 @@ class _Call(nn.Module):
 
     def forward(self, function: Callable[..., Any], *arguments: Tensor) -> Any:
         return function(self.model, *arguments)
-
-
-def _forward(model: nn.Module, image: Tensor) -> Any:
-    return model(image)
 
 
 def _explained(function: Callable[..., Any], what: str, *inputs: Any) -> Tensor:

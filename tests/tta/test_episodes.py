@@ -24,6 +24,8 @@ from tta.references import (
     reference_forward,
 )
 from tta.references import source_weights as weights_of
+from tta.test_every_adapter import ADAPTERS
+from tta.test_every_adapter import make as make_adapter
 from tta.test_vectorised import ViT
 
 
@@ -114,6 +116,7 @@ def _entropy_of(weights, x):
     return reference_entropy(reference_forward(weights, x))
 
 
+SERVED = {"TENT", "GraTa", "MEMO"}
 OPTIONS = {
     "SGD": {"momentum": 0.9, "weight_decay": 1e-2, "nesterov": True},
     "Adam": {"amsgrad": True},
@@ -281,6 +284,19 @@ def test_what_cannot_be_exact_is_refused_at_once(what: str) -> None:
         gk.tta.Adapter(network(), **arguments)
 
 
+@pytest.mark.parametrize("name", sorted(SERVED))
+def test_adapters_that_are_served(name: str) -> None:
+    x, alone = batch(2), make_adapter(name, episodic=True)
+    expected = torch.cat([alone(image) for image in x.split(1)])
+    assert relative_error(make_adapter(name, episodic="image")(x), expected) < 1e-10
+
+
+@pytest.mark.parametrize("name", sorted(ADAPTERS.keys() - SERVED))
+def test_all_other_adapters_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="one image at a time|there are no objectives"):
+        make_adapter(name, episodic="image")
+
+
 def branching(model, x):
     return model(x).mean() if float(x.sum()) > 0 else model(x).sum()
 
@@ -297,9 +313,10 @@ def drawing(model, x):
         (lambda model, x: None, ValueError, "returned None for one image"),
         (lambda model, x: model(x).mean((2, 3)), ValueError, r"returned shape \[1, 2\]"),
         (lambda model, x: x.mean(), RuntimeError, "has no gradient"),
+        (lambda model, x: x.mean() * torch.ones((), requires_grad=True), RuntimeError, "has no gr"),
         (lambda model, x: (model(x) / 0).mean(), gk.NonFiniteError, "for image 0 of the batch"),
     ],
-    ids=["branch", "random", "none", "shape", "constant", "not finite"],
+    ids=["branch", "random", "none", "shape", "constant", "elsewhere", "not finite"],
 )
 def test_objectives_that_cannot_be_vectorised_leave_all_as_it_was(
     objective, error, message
@@ -331,6 +348,30 @@ def test_a_model_that_cannot_be_vectorised() -> None:
 
     adapter = gk.tta.TENT(nn.Sequential(network(), Branching()), episodic="image")
     with pytest.raises(RuntimeError, match=r"cannot be evaluated for several images at once"):
+        adapter(batch())
+
+
+def test_a_model_whose_buffers_or_results_are_of_another_kind() -> None:
+    class Counting(nn.BatchNorm2d):
+        def forward(self, x):
+            self.num_batches_tracked.add_(1)
+            return super().forward(x)
+
+    model = network()
+    model[1] = Counting(4).double()
+    adapter = gk.tta.TENT(model, episodic="image", statistics="source")
+    with pytest.raises(RuntimeError, match=r"writes its buffer '1.num_batches_tracked'"):
+        adapter(batch())
+    assert adapter.model[1].num_batches_tracked == 0
+
+    class Named(nn.Sequential):
+        def forward(self, x):
+            return {"logits": super().forward(x)}
+
+    adapter = gk.tta.TENT(
+        Named(*network()), objective=lambda model, x: model(x)["logits"].mean(), episodic="image"
+    )
+    with pytest.raises(ValueError, match="returned a dict; several images at once need a tensor"):
         adapter(batch())
 
 
