@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -123,21 +123,21 @@ class Episodes:
         self._start = start
         self._call = _Call(model)
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._trained = list(trained)
         # The optimizer's groups and settings, with its parameters' names in their places.
         self._base = copy.deepcopy(base, {id(p): name for name, p in trained.items()})
         self.facts: dict[str, Any] = {}
-        self._check_names()
+        self._check_names(chain)
 
-    def _check_names(self) -> None:
-        for part in (self.look_ahead, self.cosine_lr):
-            wanted = [] if part is None else list(vars(part).values())[:2]
-            for name in wanted:
-                if name not in self.objectives:
-                    raise ValueError(
-                        f"{part!r} needs an objective {name!r}, but there are "
-                        f"{', '.join(map(repr, self.objectives))}"
-                    )
+    def _check_names(self, chain: Sequence[Transform]) -> None:
+        ahead, cosine = self.look_ahead, self.cosine_lr
+        wanted = [] if ahead is None else [ahead.along, ahead.update]
+        wanted += [] if cosine is None else [cosine.a, cosine.b]
+        for name in wanted:
+            if name not in self.objectives:
+                raise ValueError(
+                    f"the transforms {', '.join(map(repr, chain))} need an objective {name!r}, but "
+                    f"there are {', '.join(map(repr, self.objectives))}"
+                )
 
     def __call__(self, images: Tensor) -> Tensor:
         """The logits of all images, each adapted to by itself.
@@ -164,15 +164,19 @@ class Episodes:
 
     def _fresh(self, count: int) -> _Weights:
         """The source's weights for each image, and an optimizer of them."""
-        parameters = {}
-        for name in self._trained:
-            value = self._start["model"][name]
-            stacked = value.expand(count, *value.shape).clone()
-            parameters[name] = nn.Parameter(stacked)
+        parameters = {
+            name: nn.Parameter(value.expand(count, *value.shape).clone())
+            for name, value in self._initial(self._call.model.named_parameters()).items()
+        }
         base = copy.deepcopy(self._base)
         for group in base.param_groups:
             group["params"] = [parameters[name] for name in group["params"]]
         return _Weights(parameters, base)
+
+    def _initial(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        """The initial values of those that adaptation changes, where the model is now."""
+        start = self._start["model"]
+        return {name: start[name].to(tensor) for name, tensor in tensors if name in start}
 
     @contextmanager
     def _objectives_at_start(self) -> Iterator[None]:
@@ -284,11 +288,8 @@ class Episodes:
         Raises:
             RuntimeError: If a buffer is written.
         """
-        buffers = {
-            name: value.clone()
-            for name, value in self._start["model"].items()
-            if name not in self._trained
-        }
+        initial = self._initial(self._call.model.named_buffers())
+        buffers = {name: value.clone() for name, value in initial.items()}
         tensors = {f"model.{name}": tensor for name, tensor in {**buffers, **values}.items()}
         result = functional_call(self._call, tensors, (function, *arguments))
         for name, buffer in buffers.items():
@@ -430,6 +431,21 @@ def _check_objectives(objectives: Mapping[str, Objective]) -> None:
                 f"{_ONE_BY_ONE}. If the state is of a random number generator only, give it "
                 "draw(images) and given(model, images, drawn), as gk.tta.Consistency has"
             )
+        if isinstance(objective, Drawing) and _calls_anew(type(objective)):
+            raise ValueError(
+                f"the objective {name!r} is a {type(objective).__name__}, which has a __call__ of "
+                "its own, but inherits draw and given, by which several images at once are "
+                "evaluated: write given(model, images, drawn) instead of __call__"
+            )
+
+
+def _calls_anew(kind: type) -> bool:
+    """Whether a class overrides `__call__`, but neither `draw` nor `given`."""
+
+    def depth(method: str) -> int:
+        return next(k for k, each in enumerate(kind.__mro__) if method in vars(each))
+
+    return depth("__call__") < min(depth("draw"), depth("given"))
 
 
 def _check_chain(chain: Sequence[Transform]) -> None:

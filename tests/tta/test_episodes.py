@@ -213,6 +213,14 @@ def test_nothing_is_kept() -> None:
     assert torch.equal(adapter(x), expected)
 
 
+def test_an_adapter_that_has_moved_to_another_precision() -> None:
+    adapter = gk.tta.TENT(network(), lr=1e-2, episodic="image")
+    adapter.model.float()
+    x = batch(dtype=torch.float32)
+    expected = gk.tta.TENT(network().float(), lr=1e-2, episodic="image")(x)
+    assert relative_error(adapter(x), expected) < 1e-5
+
+
 def test_facts_are_by_image() -> None:
     adapter, x = gk.tta.GraTa(network(), lr=1e-1, episodic="image"), batch()
     adapter(x)
@@ -245,6 +253,11 @@ def test_a_parameter_that_nothing_reaches_is_left_alone() -> None:
     agree(functools.partial(gk.tta.TENT, optimizer=optimizer), WithSpare(), batch())
 
 
+class Halved(gk.tta.Consistency):
+    def __call__(self, model, image):
+        return super().__call__(model, image) / 2
+
+
 REFUSED = {
     "transform": ({"transforms": (gk.SAM(),)}, r"transforms are SAM.*one image at a time"),
     "order": (
@@ -262,7 +275,8 @@ REFUSED = {
     "max_norm": ({"max_norm": 1.0}, r"max_norm is 1\.0"),
     "state": ({"objectives": {"loss": gk.tta.ReliableEntropy()}}, "one image at a time"),
     "teacher": ({"objectives": {"loss": gk.tta.TeacherTarget()}}, "one image at a time"),
-    "missing": ({"transforms": (gk.CosineLR("loss", "other"),)}, "needs an objective 'other'"),
+    "overridden": ({"objectives": {"loss": Halved()}}, "Halved, which has a __call__ of its own"),
+    "missing": ({"transforms": (gk.CosineLR("loss", "other"),)}, "need an objective 'other'"),
     "nothing": ({"objectives": None, "optimizer": None}, "there are no objectives"),
     "choice": ({"episodic": "batch"}, 'choose False, True or "image"'),
 }
@@ -293,7 +307,7 @@ def test_adapters_that_are_served(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(ADAPTERS.keys() - SERVED))
 def test_all_other_adapters_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match="one image at a time|there are no objectives"):
+    with pytest.raises(ValueError, match=r"one image at a time|there are no objectives"):
         make_adapter(name, episodic="image")
 
 
