@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -174,3 +174,18 @@ def test_adapts_as_on_the_cpu(engine: str) -> None:
         again = adapter(images.to(where)).cpu()
         assert torch.equal(again, logits[0])
     assert_close(*results, 1e-7)
+
+
+@pytest.mark.parametrize("recipe", [gk.tta.TENT, gk.tta.GraTa, gk.tta.MEMO])
+def test_adapts_to_images_at_once_as_one_by_one(recipe: Callable[..., gk.tta.Adapter]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Tanh(), nn.Conv2d(4, 2, 1)
+    )
+    model = model.double().to(DEVICE)
+    images = torch.rand(3, 3, 16, 16, dtype=torch.float64, generator=torch.Generator()).to(DEVICE)
+    alone = recipe(model, lr=1e-2, episodic=True)
+    expected = {"logits": torch.cat([alone(image) for image in images.split(1)])}
+    options = {} if recipe is gk.tta.TENT else {"batched_views": True}
+    at_once = recipe(model, lr=1e-2, episodic="image", **options)
+    assert_close({"logits": at_once(images)}, expected, 1e-7)
