@@ -124,6 +124,7 @@ class Speed:
         parts = split_names("--parts", self.parts, PARTS)
         device = open_device(self.device, self.threads)
         problems = self._problems(device)
+        adapted = self._adapted(device)
         objectives = _numbers("--objectives", self.objectives)
         rule_objectives = _numbers("--rule-objectives", self.rule_objectives)
         many = _numbers("--stream-objectives", self.stream_objectives)
@@ -171,8 +172,7 @@ class Speed:
                 rows += measure_memory_of_many(problem, count, width, device, self.threads)
                 networks[problem.network] = problem.parameters()
         if "tta" in parts:
-            for case in _cases(self.tta_cases):
-                problem = resunet(case, self.tta_width, device)
+            for problem in adapted:
                 rows += measure_tta(problem, clock, rounds, self.seed)
                 networks[problem.network] = problem.parameters()
         if "overhead" in parts:
@@ -242,6 +242,14 @@ class Speed:
         except ValueError as error:
             raise UsageError(str(error)) from error
         return problems
+
+    def _adapted(self, device: torch.device) -> list[Problem]:
+        """Batches of images that are adapted to at once."""
+        try:
+            cases = _cases(self.tta_cases)
+        except ValueError as error:
+            raise UsageError(f"--tta-cases: {error}") from error
+        return [resunet(case, self.tta_width, device) for case in cases]
 
     def _rule_steps(
         self, rules: Mapping[str, type[Rule]], objectives: list[int], device: torch.device

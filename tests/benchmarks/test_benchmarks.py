@@ -171,6 +171,7 @@ def test_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ("option", "value", "message"),
     [
         ("--resunet-cases", "64", "is not BATCHxSIZE"),
+        ("--tta-cases", "8", "--tta-cases: the case '8' is not BATCHxSIZE"),
         ("--objectives", "1,2", "give numbers from 2 on"),
         ("--parts", "pcgrad,speed", "unknown name 'speed'"),
     ],

@@ -1,4 +1,4 @@
-"""The benchmark's parts about rules, their weights and many objectives."""
+"""The benchmark's parts about rules, their weights, many objectives, and adaptation at once."""
 
 from __future__ import annotations
 
