@@ -56,9 +56,9 @@ class Adapter:
             `lambda parameters: torch.optim.Adam(parameters, lr=1e-4)`.
         episodic: Whether to reset before each batch: to the source model and the initial state of
             random number generators. With "image" each image of a batch is an episode of its own,
-            as if it had been passed alone, and all of them are computed at once: faster where small
-            operations dominate. The adapter itself then never changes, `last_step` is None, and
-            `facts` has losses and factors of the learning rate by image. It takes elementwise
+            as if it had been passed alone, and all of them are computed at once, which takes less
+            time and the memory of all. The adapter itself then never changes, `last_step` is None,
+            and `facts` has losses and factors of the learning rate by image. It takes elementwise
             optimizers (SGD, Adam, AdamW, ...), `LookAhead` and `CosineLR`, statistics and
             objectives without a state (`Consistency` included); others are an error.
         parameters: Chooses the trained parameters of the model's copy; by default the scales and

@@ -423,7 +423,7 @@ def logits_of_views(
     one pass per view up to rounding errors, whatever layers there are. Their activations are in
     memory at the same time. What `torch.vmap` cannot run goes view by view: everything under
     `torch.autocast`, and, with a warning, a model that branches on values, calls `.item()` or draws
-    random numbers.
+    random numbers. A buffer that the forward itself counts up counts one pass.
 
     Args:
         model: From images to logits.
