@@ -200,6 +200,33 @@ def test_all_images_have_the_same_draws_as_alone() -> None:
     assert drawn == [one, one, two, two]
 
 
+class NoiseConsistency:
+    """An objective of one's own, with a generator."""
+
+    def __init__(self) -> None:
+        self.generator = seeded(5)
+
+    def draw(self, image):
+        return image + 0.1 * torch.randn(image.shape, generator=self.generator).to(image)
+
+    def given(self, model, image, drawn):
+        return (model(drawn) - model(image).detach()).square().mean()
+
+    def __call__(self, model, image):
+        return self.given(model, image, self.draw(image))
+
+    def state_dict(self):
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state_dict):
+        self.generator.set_state(state_dict["generator"])
+
+
+def test_an_objective_of_ones_own_that_draws() -> None:
+    make = functools.partial(gk.tta.TENT, objective=NoiseConsistency(), lr=1e-2, steps=2)
+    agree(make, network(), batch())
+
+
 def test_nothing_is_kept() -> None:
     model = network()
     adapter, x = gk.tta.GraTa(model, lr=1e-1, episodic="image"), batch(2)
