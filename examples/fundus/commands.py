@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from examples.common.adaptation import CHOICES, adapt_online, build_adapter
-from examples.common.checkpoint import load
 from examples.common.command_line import interruptible
 from examples.common.datasets import length
 from examples.common.results import remove_results, write_json
@@ -20,7 +19,7 @@ from examples.fundus.earlier import (
     check_earlier,
     resumption_note,
 )
-from examples.fundus.heads import HeadSettings, heads_of, train_heads, with_heads
+from examples.fundus.heads import HeadSettings, train_heads
 from examples.fundus.masks import save_masks
 from examples.fundus.network import ENCODER_STRIDE, HEADS, ResUNet34
 from examples.fundus.results import RESULT_FILES, SCORES, make_result, markdown_table
@@ -156,7 +155,7 @@ class Heads:
     """Side of the square images, pixels, a multiple of 64, at least 128; default: as the checkpoint
     tells."""
     epochs: int | None = None
-    """Passes over the training images; default 40, with --resume as many as the training has. More
+    """Passes over the training images; default 20, with --resume as many as the training has. More
     extend it: further epochs take the learning rates of the longer schedule."""
     train_images: int | None = None
     """Images of the source's train list to use; default all (synthetic: 100)."""
@@ -200,7 +199,7 @@ class Heads:
         note = resumption_note(last, epochs) if self.resume else ""
         kept = [self.resume]
         with interruptible(RESUME, lambda: any(kept)):
-            best = train_heads(
+            headed, entry = train_heads(
                 samples,
                 model,
                 architecture,
@@ -212,12 +211,8 @@ class Heads:
                 on_resume=lambda: print(note, file=sys.stderr),
                 root=SYNTHETIC if self.data_root == SYNTHETIC else "folder",
             )
-        content = load(best)
-        headed = with_heads(model, self.seed)
-        heads_of(headed).load_state_dict(content["model"])
         path = self.out / f"{source}.pt"
         save_source_model(path, replace(architecture, auxiliary_heads=True), headed.state_dict())
-        entry = content["history"][-1]
         print(f"source model with heads: {path}")
         print(f"on images that were held out, after epoch {entry['epoch']:g}:")
         for head in HEADS:

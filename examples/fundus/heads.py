@@ -16,10 +16,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 import gradkit as gk
+from examples.common.checkpoint import load
 from examples.common.datasets import Sample, fingerprint, length
 from examples.common.training import Entry, Training, polynomial_learning_rate
 from examples.fundus.augmentation import AugmentedDataset
@@ -45,10 +47,10 @@ class HeadSettings:
         learning_rate: Adam's, of the first epoch.
     """
 
-    epochs: int = 40
+    epochs: int = 20
     seed: int = 0
     batch_size: int = 4
-    learning_rate: float = 3e-3
+    learning_rate: float = 1e-2
 
 
 def with_heads(source: ResUNet34, seed: int) -> ResUNet34:
@@ -56,13 +58,7 @@ def with_heads(source: ResUNet34, seed: int) -> ResUNet34:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = ResUNet34(source.width, auxiliary_heads=True)
-    heads = {f"{name}." for name in heads_of(model)}
-    weights = {
-        name: tensor
-        for name, tensor in source.state_dict().items()
-        if not name.startswith(tuple(heads))
-    }
-    model.load_state_dict({**model.state_dict(), **weights})
+    model.load_state_dict({**model.state_dict(), **source.without_heads().state_dict()})
     return model.eval()
 
 
@@ -71,6 +67,49 @@ def heads_of(model: ResUNet34) -> nn.ModuleDict:
     return nn.ModuleDict(
         {name: module for name, module in model.named_children() if name.startswith(MODULES)}
     )
+
+
+@dataclass(frozen=True)
+class Standardised:
+    """The features that the rotation head reads, brought to mean 0 and standard deviation 1.
+
+    Without it the head stays at chance for hundreds of steps: the features of an image differ much
+    less from those of its turned copies than from 0. After the training it becomes part of the
+    head's first layer, which then reads the features as they are.
+
+    Attributes:
+        mean: of each feature over six transformations of all training images.
+        std: likewise.
+    """
+
+    mean: Float[Tensor, " features"]
+    std: Float[Tensor, " features"]
+
+    @classmethod
+    def over(cls, samples: Dataset[Sample], model: ResUNet34) -> "Standardised":
+        """Mean and deviation over samples, computed on the model's device."""
+        device, features = model.seg_head.weight.device, []
+        for index in range(length(samples)):
+            image = samples[index].image.unsqueeze(0).to(device)
+            turned = torch.cat([view.forward(image) for view in ROTATION_VIEWS])
+            with torch.no_grad():
+                features.append(model.encode(turned)[-1].mean(dim=(2, 3)))
+        seen = torch.cat(features)
+        return cls(seen.mean(dim=0), seen.std(dim=0).clamp_min(1e-3))
+
+    def attach(self, model: ResUNet34) -> None:
+        """Makes the rotation head of a network read standardised features."""
+        model.get_submodule("rotate_head.0").register_forward_pre_hook(
+            lambda _, inputs: ((inputs[0] - self.mean) / self.std,)
+        )
+
+    @torch.no_grad()
+    def fold(self, model: ResUNet34) -> None:
+        """Changes the first layer of a rotation head that was trained with it, to do without."""
+        layer = model.get_submodule("rotate_head.0")
+        assert isinstance(layer, nn.Linear)
+        layer.weight /= self.std.to(layer.weight.device)
+        layer.bias -= layer.weight @ self.mean.to(layer.weight.device)
 
 
 def train_heads(
@@ -85,11 +124,13 @@ def train_heads(
     on_epoch: Callable[[Entry], None] | None = None,
     on_resume: Callable[[], None] | None = None,
     root: str = "folder",
-) -> Path:
-    """Trains heads for a source model and returns the path of their best epoch's weights.
+) -> tuple[ResUNet34, Entry]:
+    """Trains heads for a source model; returns both as one network, and how good the heads are.
 
-    The files hold the heads only, by their names in the network. A training that was interrupted
-    and resumed ends with the same bits as one that was not.
+    The heads are those of the best epoch, by the mean of the scores of `evaluate_heads`. The
+    network is on the CPU and in evaluation mode. Files in `directory` hold the heads only, by their
+    names in the network, the rotation head for `Standardised` features. A training that was
+    interrupted and resumed ends with the same bits as one that was not.
 
     Args:
         samples: the source's train list.
@@ -110,11 +151,15 @@ def train_heads(
         ValueError: there are fewer than two samples.
     """
     architecture = replace(architecture, auxiliary_heads=True)
-    training = make_training(samples, source, architecture, settings, device, root)
+    training, standardised = make_training(samples, source, architecture, settings, device, root)
     description = f"train heads of {architecture.source}" if progress else None
-    return start_or_resume(
-        training, architecture, directory, description, resume, on_epoch, on_resume
+    best = load(
+        start_or_resume(training, architecture, directory, description, resume, on_epoch, on_resume)
     )
+    model = with_heads(source, settings.seed)
+    heads_of(model).load_state_dict(best["model"])
+    standardised.fold(model)
+    return model, best["history"][-1]
 
 
 def make_training(
@@ -124,12 +169,14 @@ def make_training(
     settings: HeadSettings,
     device: torch.device,
     root: str,
-) -> Training[Batch]:
+) -> tuple[Training[Batch], Standardised]:
     """A training of heads before its first epoch; arguments are those of `train_heads`."""
     train_indices, held_out_indices = split_held_out(length(samples), settings.seed)
     augmented = AugmentedDataset(Subset(samples, train_indices), settings.seed, mirror=False)
     held_out = Subset(samples, held_out_indices)
     model = with_heads(source, settings.seed).to(device)
+    standardised = Standardised.over(Subset(samples, train_indices), model)
+    standardised.attach(model)
     model.requires_grad_(False)
     heads = heads_of(model).requires_grad_(True)
     generator = torch.Generator().manual_seed(settings.seed)
@@ -154,7 +201,7 @@ def make_training(
         heads.eval()
         return evaluate_heads(model, held_out, device)
 
-    return Training(
+    training = Training(
         heads,
         gk.wrap(
             torch.optim.Adam(heads.parameters(), lr=settings.learning_rate),
@@ -174,6 +221,7 @@ def make_training(
         generators={"heads": generator},
         count=lambda batch: len(batch[0]),
     )
+    return training, standardised
 
 
 def digest(model: nn.Module) -> str:
