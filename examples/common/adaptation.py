@@ -6,6 +6,7 @@ adapts by one step on each and then predicts it; what it has learnt stays until 
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Bool
@@ -22,6 +23,15 @@ from gradkit import tta
 METHODS = ("none", "ptbn", "tent", "grata")
 LEARNING_METHODS = ("tent", "grata")  # those with a learning rate and a choice of statistics
 
+HEADED_METHODS = ("detta",)  # those that need a network with auxiliary heads
+
+
+def denoise(model: Any, images: Tensor) -> Tensor:
+    """Logits of the images without noise, by a network's denoising head."""
+    logits: Tensor = model.auxiliary(images, "denoising")
+    return logits
+
+
 Generator = torch.Generator
 PUBLISHED: dict[str, tuple[str, Callable[[nn.Module, Generator], tta.Adapter]]] = {
     "dua": ("running", lambda model, _: tta.DUA(model)),
@@ -29,6 +39,10 @@ PUBLISHED: dict[str, tuple[str, Callable[[nn.Module, Generator], tta.Adapter]]] 
     "medbn": ("median", lambda model, _: tta.MedBN(model)),
     "dltta": ("test", lambda model, _: tta.DLTTA(model)),
     "domainadaptor": ("mixed:0.5", lambda model, _: tta.DomainAdaptor(model)),
+    "detta": (
+        "test",
+        lambda model, generator: tta.DeTTA(model, denoise, noise="gaussian", generator=generator),
+    ),
     "sar": ("test", lambda model, _: tta.SAR(model)),
     "sar-scaled": ("test", lambda model, _: tta.SAR(model, reset_threshold="scaled")),
     "eata": ("test", lambda model, _: tta.EATA(model)),
@@ -91,7 +105,9 @@ def build_adapter(
 
     Args:
         method: one of `CHOICES`.
-        model: the source model, which is not changed.
+        model: the source model, which is not changed; for `HEADED_METHODS` one with trained heads,
+            whose outputs are `model.auxiliary(images, head)`. Of such a model, the other methods
+            adapt `model.without_heads()`: no head takes part in what they do or draw.
         statistics: see `parse_statistics`; for `LEARNING_METHODS`.
         lr: learning rate of Adam; for `LEARNING_METHODS`. `PUBLISHED` have their own.
         seed: of the random numbers that a method draws.
@@ -99,6 +115,8 @@ def build_adapter(
     Raises:
         ValueError: an argument is out of range.
     """
+    if method not in HEADED_METHODS and getattr(model, "auxiliary_heads", False):
+        model = model.without_heads()
     if method == "none":
         return tta.NoAdapt(model)
     if method == "ptbn":
@@ -106,6 +124,11 @@ def build_adapter(
     if method == "tent":
         return tta.TENT(model, lr=lr, statistics=parse_statistics(statistics))
     generator = torch.Generator().manual_seed(seed)
+    if method in HEADED_METHODS and not hasattr(model, "auxiliary"):
+        raise ValueError(
+            f"{method} adapts by an auxiliary head, which {type(model).__name__} lacks: give it "
+            "a method auxiliary(images, head)"
+        )
     if method in PUBLISHED:
         return PUBLISHED[method][1](model, generator)
     if method == "grata":

@@ -1,4 +1,7 @@
-"""Command line of the fundus example: `python -m examples.fundus train|adapt|compare|export`."""
+"""Command line of the fundus example.
+
+`python -m examples.fundus train|heads|adapt|compare|export`
+"""
 
 import sys
 from collections.abc import Sequence
@@ -7,11 +10,17 @@ from examples.common.checkpoint import CheckpointError
 from examples.common.command_line import parse, run
 from examples.common.training import TrainingError
 from examples.common.usage import UsageError
-from examples.fundus.commands import Adapt, Export, Train
+from examples.fundus.commands import Adapt, Export, Heads, Train
 from examples.fundus.comparison import Compare
 from examples.fundus.data import DataError
 
-COMMANDS = {"compare": Compare, "train": Train, "adapt": Adapt, "export": Export}
+COMMANDS = {
+    "compare": Compare,
+    "train": Train,
+    "heads": Heads,
+    "adapt": Adapt,
+    "export": Export,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

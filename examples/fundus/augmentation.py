@@ -27,7 +27,7 @@ BOTH = (IMAGE, TARGET)
 MODES = ("bilinear", "nearest")  # a mask stays {0, 1}
 
 
-def build_augmentation(size: int) -> Compose:
+def build_augmentation(size: int, mirror: bool = True) -> Compose:
     """The random transformations of a dictionary of `image` [3, S, S] and `target` [2, S, S].
 
     In order: shift by up to 15% of the side and, jointly with it, rotation by up to 15° and
@@ -39,6 +39,7 @@ def build_augmentation(size: int) -> Compose:
 
     Args:
         size: side of the image, pixels.
+        mirror: whether images are mirrored.
     """
     shift = 0.15 * size
     return Compose(
@@ -60,8 +61,7 @@ def build_augmentation(size: int) -> Compose:
                 mode=MODES,
                 padding_mode="border",
             ),
-            RandFlipd(BOTH, prob=0.5, spatial_axis=0),
-            RandFlipd(BOTH, prob=0.5, spatial_axis=1),
+            *(RandFlipd(BOTH, prob=0.5, spatial_axis=axis) for axis in (0, 1) if mirror),
             RandScaleIntensityd(IMAGE, factors=(-0.3, 0.5), prob=0.15, channel_wise=True),
             RandGaussianNoised(IMAGE, prob=0.15, std=0.1),
         ]
@@ -77,14 +77,15 @@ class AugmentedDataset(Dataset[tuple[Tensor, Tensor]]):
     Args:
         samples: the originals, square and of one size.
         seed: of the whole training.
+        mirror: whether images are mirrored; not where the network is to tell how they lie.
 
     Attributes:
         epoch: set it before each pass over the data.
     """
 
-    def __init__(self, samples: Dataset[Sample], seed: int) -> None:
+    def __init__(self, samples: Dataset[Sample], seed: int, mirror: bool = True) -> None:
         self.samples, self.seed, self.epoch = samples, seed, 0
-        self._augment = build_augmentation(samples[0].image.shape[-1])
+        self._augment = build_augmentation(samples[0].image.shape[-1], mirror)
 
     def __len__(self) -> int:
         return length(self.samples)

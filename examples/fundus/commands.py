@@ -1,10 +1,10 @@
-"""The four commands of the fundus example, as typed options and what they do.
+"""The commands of the fundus example, but for the comparison, as typed options and what they do.
 
 Each command checks everything it was given before it computes or writes anything.
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from examples.common.adaptation import CHOICES, adapt_online, build_adapter
@@ -16,18 +16,24 @@ from examples.common.usage import UsageError, check_writable, open_device, requi
 from examples.fundus.data import SYNTHETIC, available_domains, check, open_domain
 from examples.fundus.earlier import (
     EPOCHS,
-    check_resumption,
-    refuse_to_replace_training,
+    check_earlier,
     resumption_note,
 )
+from examples.fundus.heads import HeadSettings, train_heads
 from examples.fundus.masks import save_masks
-from examples.fundus.network import ResUNet34
+from examples.fundus.network import ENCODER_STRIDE, HEADS, ResUNet34
 from examples.fundus.results import RESULT_FILES, SCORES, make_result, markdown_table
 from examples.fundus.sample import DICE
 from examples.fundus.source_model import Architecture, load_source_model, save_source_model
 from examples.fundus.synthetic.export import export as export_domains
 from examples.fundus.training import TrainingSettings, train_source
-from examples.fundus.validation import check_adaptation, check_counts, check_training, open_source
+from examples.fundus.validation import (
+    check_adaptation,
+    check_counts,
+    check_heads,
+    check_training,
+    open_source,
+)
 
 RESUME = "continue with --resume"
 REPLACED = "the results of an earlier run in {} are replaced"
@@ -91,15 +97,9 @@ class Train:
         Raises:
             UsageError: there is nothing to resume, or something that would be replaced.
         """
-        require(
-            not (self.resume and self.overwrite),
-            "--resume continues the training in --out, --overwrite replaces it; choose one",
+        return check_earlier(
+            self.out, self.source, self.epochs, self.resume, self.overwrite, EPOCHS
         )
-        if self.resume:
-            return check_resumption(self.out, self.epochs)
-        if not self.overwrite:
-            refuse_to_replace_training(self.out, self.source)
-        return EPOCHS if self.epochs is None else self.epochs
 
     def fit(self, epochs: int) -> ResUNet34:
         """Trains without further checks, keeps the best epoch and returns it.
@@ -136,6 +136,104 @@ class Train:
 
 
 @dataclass(frozen=True)
+class Heads:
+    """Train auxiliary heads for a source model; keep both at OUT/SOURCE.pt.
+
+    The heads reproduce the image, remove noise from it, enlarge a smaller one, and tell how it was
+    turned; detta and GraTa with other objectives adapt by them. The model segments as before, bit
+    for bit. A folder that holds a training or the centre's model is refused, unless --resume goes
+    on with the training or --overwrite replaces it.
+    """
+
+    checkpoint: Path
+    """Source model, as `train` writes it."""
+    data_root: str = "synthetic"
+    """Folder of the lists and images, or "synthetic" for generated photographs."""
+    source: str | None = None
+    """Centre of the source model; default: as the checkpoint tells."""
+    size: int | None = None
+    """Side of the square images, pixels, a multiple of 64, at least 128; default: as the checkpoint
+    tells."""
+    epochs: int | None = None
+    """Passes over the training images; default 20, with --resume as many as the training has. More
+    extend it: further epochs take the learning rates of the longer schedule."""
+    train_images: int | None = None
+    """Images of the source's train list to use; default all (synthetic: 100)."""
+    seed: int = 0
+    """Seed of synthetic data, weights and training; that of the source training keeps the same
+    images held out."""
+    device: str = "auto"
+    """Where to compute: auto (GPU if there is one), cpu, cuda, cuda:1, …"""
+    threads: int = 1
+    """Threads of a CPU; more pay off for large images on an idle machine."""
+    out: Path = Path("runs/fundus-heads")
+    """Folder of the results; made if missing."""
+    resume: bool = False
+    """Continue the training that is in OUT/training."""
+    overwrite: bool = False
+    """Train anew where OUT holds a training or model already."""
+
+    def run(self) -> None:
+        """Trains, and prints where the checkpoint is and how good the heads are."""
+        check_training(epochs=self.epochs)
+        check_counts(seed=self.seed, threads=self.threads, train_images=self.train_images)
+        model, architecture = load_source_model(self.checkpoint, size=self.size, source=self.source)
+        size, source = told(self.checkpoint, architecture)
+        # The super-resolution head reads images of half the size, whose deepest map needs variance.
+        require(
+            size >= 4 * ENCODER_STRIDE and size % (2 * ENCODER_STRIDE) == 0,
+            f"the images of {self.checkpoint} are {size} pixels wide; heads need a multiple of "
+            f"{2 * ENCODER_STRIDE} pixels, at least {4 * ENCODER_STRIDE}: train a source model "
+            "with such a --size",
+        )
+        split_names("--source", source, available_domains(self.data_root), single=True)
+        check(self.data_root, [source])
+        samples, _ = open_source(self.data_root, source, size, self.seed, self.train_images)
+        device = open_device(self.device, self.threads)
+        epochs = check_earlier(
+            self.out, source, self.epochs, self.resume, self.overwrite, HeadSettings.epochs
+        )
+        check_writable(self.out)
+        # A file of an earlier training does not count, unless it is what this one started from.
+        last = self.out / "training" / LAST
+        note = resumption_note(last, epochs) if self.resume else ""
+        kept = [self.resume]
+        with interruptible(RESUME, lambda: any(kept)):
+            headed, entry = train_heads(
+                samples,
+                model,
+                architecture,
+                HeadSettings(epochs, self.seed),
+                last.parent,
+                device,
+                self.resume,
+                on_epoch=lambda entry: kept.append(True),
+                on_resume=lambda: print(note, file=sys.stderr),
+                root=SYNTHETIC if self.data_root == SYNTHETIC else "folder",
+            )
+        path = self.out / f"{source}.pt"
+        save_source_model(path, replace(architecture, auxiliary_heads=True), headed.state_dict())
+        print(f"source model with heads: {path}")
+        print(f"on images that were held out, after epoch {entry['epoch']:g}:")
+        for head in HEADS:
+            what = "right, of six" if head == "rotation" else "of the variance explained"
+            print(f"  {head}: {entry[head]:.1f}% {what}")
+
+
+def told(checkpoint: Path, architecture: Architecture) -> tuple[int, str]:
+    """Size of the images and source of a model, which a file or an option must tell.
+
+    Raises:
+        UsageError: neither does.
+    """
+    size, source = architecture.size, architecture.source
+    if size is None or source is None:
+        unknown = "size" if size is None else "source"
+        raise UsageError(f"{checkpoint} does not tell its {unknown}; pass --{unknown}")
+    return size, source
+
+
+@dataclass(frozen=True)
 class Adapt:
     """Adapt a source model to one target centre by one method, and keep the predicted masks.
 
@@ -149,7 +247,8 @@ class Adapt:
     target: str = "centre_b"
     """Centre to adapt to."""
     method: str = "grata"
-    """Method: none, ptbn, tent, grata, or one of the published methods that compare knows."""
+    """Method: none, ptbn, tent, grata, or one of the published methods that compare knows; detta
+    needs a checkpoint with auxiliary heads."""
     data_root: str = "synthetic"
     """Folder of the lists and images, or "synthetic" for generated photographs."""
     statistics: str = "test"
@@ -178,10 +277,8 @@ class Adapt:
         check_adaptation(self.statistics, self.lr)
         check_counts(seed=self.seed, threads=self.threads, target_images=self.target_images)
         model, architecture = load_source_model(self.checkpoint, size=self.size, source=self.source)
-        size, source = architecture.size, architecture.source
-        if size is None or source is None:
-            unknown = "size" if size is None else "source"
-            raise UsageError(f"{self.checkpoint} does not tell its {unknown}; pass --{unknown}")
+        check_heads([self.method], architecture.auxiliary_heads)
+        size, source = told(self.checkpoint, architecture)
         require(source != self.target, f"--target is {source}, the checkpoint's own source")
         check_training(size=size)
         check(self.data_root, [self.target])

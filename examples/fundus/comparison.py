@@ -28,7 +28,13 @@ from examples.fundus.results import (
 from examples.fundus.sample import DICE
 from examples.fundus.source_model import load_source_model, save_source_model
 from examples.fundus.training import evaluate
-from examples.fundus.validation import check_adaptation, check_counts, check_training, open_source
+from examples.fundus.validation import (
+    check_adaptation,
+    check_counts,
+    check_heads,
+    check_training,
+    open_source,
+)
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,7 @@ class Compare:
     methods: str = ",".join(METHODS)
     """Methods, separated by commas: none, ptbn, tent, grata, and with their published settings dua,
     diga, medbn, dltta, domainadaptor, sar, sar-scaled, eata, cotta, memo, deyo, vptta, intent,
-    intent-balanced."""
+    intent-balanced; with a checkpoint that has auxiliary heads (see the command heads), detta."""
     statistics: str = "test"
     """Where tent and grata take batch normalisation's statistics: source, test, mixed:SHARE."""
     lr: float = 1e-4
@@ -120,6 +126,7 @@ class Compare:
         device = open_device(self.device, self.threads)
         kept = self.out / f"{self.source}.pt"
         if self.checkpoint is None:
+            check_heads(methods, trained=False)
             epochs = training.check_earlier()
             check_writable(self.out)
             model = training.fit(epochs)
@@ -132,6 +139,7 @@ class Compare:
             model, architecture = load_source_model(
                 self.checkpoint, self.width, self.size, self.source
             )
+            check_heads(methods, architecture.auxiliary_heads)
             if not self.overwrite:
                 refuse_to_replace_model(kept, model)
             check_writable(self.out)

@@ -57,6 +57,34 @@ def read_training(last: Path) -> EarlierTraining:
         raise CheckpointError(f"{last}: not a complete state of a training; {ANEW}") from error
 
 
+def check_earlier(
+    out: Path, source: str, epochs: int | None, resume: bool, overwrite: bool, default: int
+) -> int:
+    """Makes sure that nothing of an earlier run is lost; returns the number of epochs in all.
+
+    Args:
+        out: folder of the results.
+        source: centre to train on.
+        epochs: as asked for; None is as many as the training was to have, or `default`.
+        resume: whether to go on with an earlier training.
+        overwrite: whether to replace it.
+        default: epochs of a new training for which no number is given.
+
+    Raises:
+        UsageError: there is nothing to resume, or something that would be replaced.
+        CheckpointError: what is to be resumed cannot be read.
+    """
+    require(
+        not (resume and overwrite),
+        "--resume continues the training in --out, --overwrite replaces it; choose one",
+    )
+    if resume:
+        return check_resumption(out, epochs)
+    if not overwrite:
+        refuse_to_replace_training(out, source)
+    return default if epochs is None else epochs
+
+
 def check_resumption(out: Path, epochs: int | None) -> int:
     """How many epochs a resumed training has in all.
 

@@ -185,6 +185,16 @@ class ResUNet34(nn.Module):
             nn.PixelShuffle(2),
         )
 
+    def without_heads(self) -> "ResUNet34":
+        """The segmentation network alone, with the same tensors; itself if it has no heads."""
+        if not self.auxiliary_heads:
+            return self
+        with torch.device("meta"):
+            alone = ResUNet34(self.width, num_classes=self.num_classes)
+        tensors = self.state_dict(keep_vars=True)
+        alone.load_state_dict({name: tensors[name] for name in alone.state_dict()}, assign=True)
+        return alone.train(self.training)
+
     def forward(self, image: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n c h w"]:
         """The segmentation logits of an image; see `segment`."""
         return self.segment(image).logits

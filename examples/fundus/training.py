@@ -141,6 +141,36 @@ def train_source(
         ValueError: there are fewer than two samples.
     """
     training = make_training(samples, architecture, settings, device, root)
+    description = f"train {architecture.source}" if progress else None
+    return start_or_resume(
+        training, architecture, directory, description, resume, on_epoch, on_resume
+    )
+
+
+def start_or_resume(
+    training: Training[Batch],
+    architecture: Architecture,
+    directory: Path,
+    description: str | None,
+    resume: bool,
+    on_epoch: Callable[[Entry], None] | None,
+    on_resume: Callable[[], None] | None,
+) -> Path:
+    """Trains to the end and returns the path of the best epoch's checkpoint.
+
+    Args:
+        training: before its first epoch.
+        architecture: of the network that it trains, or of which it trains a part.
+        directory: where the checkpoints go; made if missing.
+        description: what lines of progress begin with; None shows none.
+        resume: go on from `last.pt` if there is one; otherwise start anew.
+        on_epoch: called after each epoch's checkpoints are written.
+        on_resume: called once an earlier training is restored, before it goes on.
+
+    Raises:
+        CheckpointError: `last.pt` is unreadable or belongs to another training.
+        TrainingError: `last.pt` belongs to other data, or the loss is no longer finite.
+    """
     last = directory / LAST
     if resume and last.exists():
         found = read_architecture(last, load(last))
@@ -148,9 +178,7 @@ def train_source(
         restore(training, last)
         if on_resume is not None:
             on_resume()
-    return train(
-        training, directory, f"train {architecture.source}" if progress else None, on_epoch
-    )
+    return train(training, directory, description, on_epoch)
 
 
 def make_training(

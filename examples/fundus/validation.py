@@ -1,10 +1,11 @@
 """Checks of command-line options, before anything is computed or written."""
 
 import math
+from collections.abc import Iterable
 
 from torch.utils.data import Dataset
 
-from examples.common.adaptation import parse_statistics
+from examples.common.adaptation import HEADED_METHODS, parse_statistics
 from examples.common.datasets import Sample, length
 from examples.common.usage import UsageError, require
 from examples.fundus.data import DataError, open_domain
@@ -55,6 +56,24 @@ def check_adaptation(statistics: str, lr: float) -> None:
     except ValueError as error:
         raise UsageError(f"--{error}") from error
     require(lr >= 0 and math.isfinite(lr), f"--lr is {lr}; choose a number of at least 0")
+
+
+def check_heads(methods: Iterable[str], trained: bool) -> None:
+    """Makes sure that methods which adapt by an auxiliary head get a network with heads.
+
+    Args:
+        methods: that are to run.
+        trained: whether the network has heads.
+
+    Raises:
+        UsageError: one needs a head, and there is none.
+    """
+    needed = [method for method in methods if method in HEADED_METHODS]
+    require(
+        trained or not needed,
+        f"{', '.join(needed)} needs auxiliary heads; train them with `python -m examples.fundus "
+        "heads --checkpoint MODEL`, and pass what it writes as --checkpoint",
+    )
 
 
 def check_counts(

@@ -12,6 +12,7 @@ from gradkit.tta.dua import DUA, DynamicStatistics
 from gradkit.tta.eata import EATA, ActiveEntropy
 from gradkit.tta.fuse import Alternatives, Fuse, Fusion
 from gradkit.tta.grata import GraTa
+from gradkit.tta.heads import ROTATION_VIEWS, Reconstruction, Rotation, SuperResolution
 from gradkit.tta.intent import Integration, InTEnt, Interpolated
 from gradkit.tta.medbn import MedBN, Median
 from gradkit.tta.memo import MEMO, MarginalEntropy
@@ -38,6 +39,7 @@ __all__ = [
     "GEM",
     "MEMO",
     "PTBN",
+    "ROTATION_VIEWS",
     "SAR",
     "TENT",
     "VPTTA",
@@ -68,12 +70,15 @@ __all__ = [
     "PeriodicRestart",
     "PrototypePredictor",
     "Pull",
+    "Reconstruction",
     "ReliableEntropy",
     "RestartBelow",
+    "Rotation",
     "ShapeEntropy",
     "Statistics",
     "StochasticRestore",
     "StrongAugmentation",
+    "SuperResolution",
     "TeacherTarget",
     "View",
     "WarmUp",

@@ -133,6 +133,23 @@ def gaussian_blur(image: Images, sigma: PerChannel, radius: int | None = None) -
     return image
 
 
+def range_outside(image: Tensor) -> tuple[float, float] | None:
+    """The least and the largest value of images that are not in [0, 1]; None if they are.
+
+    Values may exceed the range by a tenth, as after interpolation. Images that are not finite
+    count as inside.
+
+    Examples:
+        >>> range_outside(torch.eye(4)), range_outside(2 * torch.eye(4))
+        (None, (0.0, 2.0))
+    """
+    if not image.numel():
+        return None
+    low, high = torch.stack(torch.aminmax(image.detach())).tolist()
+    outside = (low < -_OVERSHOOT or high > 1 + _OVERSHOOT) and math.isfinite(high - low)
+    return (low, high) if outside else None
+
+
 @dataclass(frozen=True)
 class StrongAugmentation:
     """GraTa's strong augmentation of images in [0, 1] (https://arxiv.org/abs/2408.07343).
@@ -213,10 +230,9 @@ class StrongAugmentation:
                 "the augmentation needs floating-point images [N, C, H, W] in [0, 1], but got "
                 f"{image.dtype} of shape {list(image.shape)}."
             )
-        if not image.numel():
-            return
-        low, high = torch.stack(torch.aminmax(image.detach())).tolist()
-        if (low < -_OVERSHOOT or high > 1 + _OVERSHOOT) and math.isfinite(high - low):
+        outside = range_outside(image)
+        if outside is not None:
+            low, high = outside
             raise ValueError(
                 f"the strong augmentation works on images in [0, 1], but these lie in [{low:.4g}, "
                 f"{high:.4g}]: scale them to [0, 1]. If the model was trained on images that are "

@@ -1,9 +1,9 @@
-"""Adaptation by a denoising head that was trained on the source."""
+"""Adaptation by a denoising head that was trained on the source; for other heads see `heads`."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -12,11 +12,9 @@ from torch import Tensor, nn
 
 from gradkit.core.arguments import check_number, own_generator
 from gradkit.tta.adapter import Adapter
+from gradkit.tta.heads import Head, check_restorable, restoration_error
 from gradkit.tta.objectives import Image, Scalar
 from gradkit.tta.statistics import Statistics
-
-Denoise = Callable[[Any, Tensor], Tensor]
-"""From the model and noisy images to logits of the images without noise."""
 
 Noise = Literal["blind_spots", "gaussian"]
 
@@ -63,8 +61,8 @@ class Denoising:
 
     Raises:
         TypeError: If an argument is of the wrong type.
-        ValueError: If an argument has no valid value; in a call, if the head's output has not the
-            images' shape.
+        ValueError: If an argument has no valid value; in a call, if the images are not in [0, 1],
+            or the head's output has not their shape.
 
     Examples:
         >>> objective = Denoising(lambda model, images: torch.logit(images), strength=1.0)
@@ -74,7 +72,7 @@ class Denoising:
 
     def __init__(
         self,
-        denoise: Denoise,
+        denoise: Head,
         noise: Noise = "blind_spots",
         strength: int | float = 0.1,
         generator: torch.Generator | None = None,
@@ -92,18 +90,21 @@ class Denoising:
         """Draw new noise."""
         self._noisy = None
 
+    def check_images(self, image: Tensor) -> None:
+        """Check that these are floating-point images in [0, 1].
+
+        Raises:
+            ValueError: If they are not.
+        """
+        check_restorable("denoising", image)
+
     def __call__(self, model: Any, image: Image) -> Scalar | None:
         """The loss; None if no pixel is blind."""
+        self.check_images(image)
         if self._noisy is None:
             self._noisy = self._draw(image)
         noisy, chosen = self._noisy
-        output = self.denoise(model, noisy)
-        if output.shape != image.shape:
-            raise ValueError(
-                f"denoise returned a tensor of shape {list(output.shape)} for images of shape "
-                f"{list(image.shape)}; it must return logits of the images, of their shape"
-            )
-        error = torch.sigmoid(output) - image
+        error = restoration_error("denoise", self.denoise(model, noisy), image)
         if self.noise == "gaussian":
             return error.square().mean()
         errors = error.abs()[chosen.expand_as(error)]
@@ -126,7 +127,7 @@ class Denoising:
 
 def DeTTA(  # noqa: N802 # the method's name
     model: nn.Module,
-    denoise: Denoise,
+    denoise: Head,
     lr: float = 1e-4,
     statistics: str | Statistics = "test",
     noise: Noise = "blind_spots",

@@ -44,6 +44,9 @@ def classifier_of(model: nn.Module, name: str | None = None) -> nn.Module:
 def captured_inputs(module: nn.Module) -> Iterator[list[Tensor]]:
     """A context that records the first input of each call of a module.
 
+    Raises:
+        ValueError: If the module was not called, as that of an auxiliary head is not.
+
     Examples:
         >>> import torch
         >>> layer = nn.Linear(2, 1)
@@ -62,3 +65,8 @@ def captured_inputs(module: nn.Module) -> Iterator[list[Tensor]]:
         yield seen
     finally:
         handle.remove()
+    if not seen:
+        raise ValueError(
+            f"the forward pass does not call {module}, which was taken for the classifier; pass "
+            "the name of the module whose features count: classifier= of DIGA, features= of DLTTA"
+        )

@@ -60,6 +60,12 @@ def GraTa(  # noqa: N802 # the method's name
     softmaxes. Choose otherwise with `probabilities`: "sigmoid" for a classifier with several
     labels, "softmax" for pixels of exactly one class. A single logit [N, 1] is a sigmoid.
 
+    Both objectives may be replaced, by those of auxiliary heads for example: `Reconstruction`,
+    `Rotation`, `SuperResolution` and `Denoising`, which the paper's Table 5 pairs with each other.
+    φ then includes the normalisation layers of the heads, as in the authors' code, and the cosine
+    is taken over all of φ; theirs leaves out of the auxiliary gradient's norm the layers that only
+    the auxiliary objective reaches.
+
     Cost: 9 forward passes and 2 backward passes per batch; with `batched_views` the six of the
     views are one, or two if images are not square. State: φ, Adam's moments and the augmentation's
     generator.
@@ -71,7 +77,8 @@ def GraTa(  # noqa: N802 # the method's name
         look_ahead: The step size of the look-ahead step.
         activation: f; see `gradkit.CosineLR`.
         generator: The strong augmentation's generator; by default a new one with seed 0.
-        pseudo: Replaces the consistency objective, a function `(model, images) -> loss`.
+        pseudo: Replaces the consistency objective, along whose gradient φ is updated; a function
+            `(model, images) -> loss`.
         auxiliary: Replaces the entropy, along whose gradient the look-ahead step is made.
         optimizer: Makes a base optimizer other than Adam with `lr`.
         episodic: Whether to reset before each batch, or "image": before each image; see `Adapter`.

@@ -131,3 +131,11 @@ def test_bad_arguments() -> None:
     pooled = nn.Sequential(network(torch.float32), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     with pytest.raises(ValueError, match="need features at each position"):
         gk.tta.DIGA(pooled)(torch.rand(1, 3, 8, 8))
+
+
+def test_a_layer_that_the_forward_pass_does_not_call_is_named() -> None:
+    """The last one that is registered may be an auxiliary head's."""
+    model = network()
+    model.forward = lambda x: nn.Sequential.forward(model[:-1], x)
+    with pytest.raises(ValueError, match=r"does not call Conv2d\(4, 2.*pass the name of the"):
+        gk.tta.DIGA(model)(images(1)[0])

@@ -13,13 +13,21 @@ CPU = torch.device("cpu")
 DICE = dice_of(("large", "small"))
 
 
+class Network(nn.Sequential):
+    """Has a denoising head, as methods that adapt by one need."""
+
+    def auxiliary(self, images, head):
+        assert head == "denoising"
+        return images + self(images).mean(dim=1, keepdim=True)
+
+
 def network(dimensions=2):
     """Three channels in, two structures out."""
     convolution = nn.Conv2d if dimensions == 2 else nn.Conv3d
     normalisation = nn.BatchNorm2d if dimensions == 2 else nn.BatchNorm3d
     torch.manual_seed(0)
     first, last = convolution(3, 4, 3, padding=1), convolution(4, 2, 1)
-    return nn.Sequential(first, normalisation(4), nn.ReLU(), last).eval()
+    return Network(first, normalisation(4), nn.ReLU(), last).eval()
 
 
 class Recorder(tta.Adapter):
@@ -67,6 +75,27 @@ def test_the_source_model_is_never_changed_and_learning_persists():
         logits = [adapter(sample.image[None]) for sample in samples]
         assert not torch.equal(*logits)
     assert all(torch.equal(model.state_dict()[name], before[name]) for name in before)
+
+
+def test_a_method_that_needs_a_head_says_so():
+    model = nn.Sequential(*network())
+    with pytest.raises(ValueError, match="auxiliary head, which Sequential lacks: give"):
+        build_adapter("detta", model)
+
+
+def test_heads_take_no_part_in_other_methods():
+    class Headed(Network):
+        auxiliary_heads = True
+
+        def without_heads(self):
+            return network()
+
+    images = torch.rand(2, 1, 3, 64, 64)
+    for method in ("tent", "diga", "dltta"):  # diga and dltta look for the last layer
+        headed = Headed(*network(), nn.Identity(), nn.Conv2d(2, 2, 1))
+        adapted = build_adapter(method, headed, lr=0.01), build_adapter(method, network(), lr=0.01)
+        for image in images:
+            assert torch.equal(*[adapter(image) for adapter in adapted])
 
 
 def test_grata_records_cosines_and_scales_and_others_do_not():

@@ -328,7 +328,7 @@ def complaint(capsys, *words):
         ("export --count 1", "--count is 1; choose at least 2"),
         ("export --size 8", "--size is 8; choose at least 16"),
         ("export --domains centre_a,moon", "'moon'; choose from centre_a"),
-        ("evaluate", "there is no command 'evaluate'; choose from compare, train, adapt, export"),
+        ("evaluate", "there is no command 'evaluate'; choose from compare, train, heads, adapt"),
     ],
 )
 def test_bad_options(capsys, tmp_path, nothing_is_computed, words, message):
@@ -338,12 +338,15 @@ def test_bad_options(capsys, tmp_path, nothing_is_computed, words, message):
     assert not out.exists()
 
 
-@pytest.mark.parametrize("command", ["train", "compare", "adapt", "export"])
+@pytest.mark.parametrize("command", ["train", "heads", "compare", "adapt", "export"])
 def test_unwritable_output(capsys, tmp_path, checkpoint, nothing_is_computed, command):
     blocked = tmp_path / "file"
     blocked.write_text("in the way")
-    words = ["--checkpoint", checkpoint] if command == "adapt" else []
-    message = complaint(capsys, command, *words, "--out", blocked / "out")
+    larger = tmp_path / "larger.pt"  # heads need images of 128 pixels
+    content = load(checkpoint)
+    torch.save(content | {"architecture": content["architecture"] | {"size": 128}}, larger)
+    words = {"adapt": ["--checkpoint", checkpoint], "heads": ["--checkpoint", larger]}
+    message = complaint(capsys, command, *words.get(command, []), "--out", blocked / "out")
     assert f"{blocked / 'out'} cannot be written to" in message
     assert "choose another --out" in message
 
@@ -547,7 +550,7 @@ def test_module_is_a_program(tmp_path):
     assert done.stderr == "error: --epochs is 0; choose at least 1\n"
 
 
-@pytest.mark.parametrize("command", ["train", "adapt", "compare", "export"])
+@pytest.mark.parametrize("command", ["train", "heads", "adapt", "compare", "export"])
 def test_help_shows_defaults_and_units(capsys, command):
     with pytest.raises(SystemExit) as stop:
         run(command, "--help")
