@@ -23,7 +23,7 @@ from gradkit.engines.backward import (
     may_hand_on,
     take_grads,
 )
-from gradkit.engines.choice import ParameterPlaces
+from gradkit.engines.choice import ParameterPlaces, modules_of
 
 
 class InplaceSession:
@@ -55,7 +55,10 @@ class InplaceSession:
         self._pool = pool
         self._saved: Float[Tensor, " P"] | None = None
         self._at_start = layout.flatten(layout.local_parameters()) if writes_weights else None
-        self._modules = [] if model is None else list(model.modules())
+        if places is not None:
+            self._modules = places.modules  # which were listed anew for this step
+        else:
+            self._modules = [] if model is None else modules_of(model)
         self._buffers = _BufferValues(self._modules)
         self._discarded: _BufferValues | None = None
         self._sharded_modules: list[Any] = (
