@@ -254,7 +254,10 @@ def combined(
 ) -> Gradients:
     """A copy whose direction is the sum of directions, each times a factor."""
     update = context.sum_of(*((each.vector, factor) for each, factor in terms))
-    bounds: list[Tensor] = [each.norm() * abs(factor) for each, factor in terms]
+    bounds = [
+        each.norm() * (factor.abs() if isinstance(factor, Tensor) else abs(factor))
+        for each, factor in terms
+    ]
     return gradients.with_update(update, bound=torch.stack(bounds).sum())
 
 
