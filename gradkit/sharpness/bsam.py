@@ -32,7 +32,7 @@ class BSAM(Transform):
     weight decay, which the rule has by itself. The authors draw eight perturbations for each batch,
     of which this takes one, and take N as four times the number of images, for augmentation.
 
-    Cost: two gradients of each objective. Memory: eleven flat vectors, state included. State: m and
+    Cost: two gradients of each objective. Memory: seven flat vectors, state included. State: m and
     s, two flat vectors; the generator.
 
     Args:

@@ -22,7 +22,7 @@ class CRSAM(Ascent):
 
     The second term is that of the normalised Hessian trace, by finite differences.
 
-    Cost: three gradients of each objective. Memory: five flat vectors. State: none.
+    Cost: three gradients of each objective. Memory: three flat vectors. State: none.
 
     Args:
         rho: The ascent radius ρ ≥ 0.

@@ -39,7 +39,7 @@ class ESAM(Ascent):
     of a whole backward pass.
 
     Cost: 1 + γ gradients and a forward pass for a closure that takes `samples`, else 2. Memory:
-    four flat vectors. State: the generator.
+    two flat vectors. State: the generator.
 
     Args:
         rho: The ascent radius ρ ≥ 0.

@@ -24,7 +24,7 @@ class GSAM(Ascent):
     losses without raising L(θ + ε). The authors let ρ follow the learning rate; here a schedule may
     write the entry "rho" of the base optimizer's groups.
 
-    Cost: two gradients of each objective. Memory: three flat vectors. State: none.
+    Cost: two gradients of each objective. Memory: two flat vectors. State: none.
 
     Args:
         rho: The ascent radius ρ ≥ 0.

@@ -28,7 +28,7 @@ class LookSAM(Ascent):
     g_v, the part of SAM's gradient that is orthogonal to g, changes slowly, and is used again.
     There is no code of the authors'; k = 10 and α = 0.7 are other libraries'.
 
-    Cost: 1 + 1/k gradients of each objective. Memory: four flat vectors, state included. State:
+    Cost: 1 + 1/k gradients of each objective. Memory: three flat vectors, state included. State:
     g_v, one flat vector; the number of steps.
 
     Args:

@@ -23,7 +23,7 @@ class SAGM(Ascent):
 
     The term −α·g asks the gradients at θ and at θ + ρ·g/‖g‖ to agree, to first order.
 
-    Cost: two gradients of each objective. Memory: three flat vectors. State: none.
+    Cost: two gradients of each objective. Memory: two flat vectors. State: none.
 
     Args:
         rho: The ascent radius ρ ≥ 0.

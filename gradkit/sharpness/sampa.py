@@ -28,7 +28,7 @@ class SAMPa(Ascent):
     one after the other.) η is each parameter group's learning rate. The first step, which has no
     g_y yet, takes ∇L(x).
 
-    Cost: two gradients of each objective; three in the first step. Memory: seven flat vectors,
+    Cost: two gradients of each objective; three in the first step. Memory: five flat vectors,
     state included. State: g_y, one flat vector; whether there is one.
 
     Args:

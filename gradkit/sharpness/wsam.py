@@ -28,7 +28,7 @@ class WSAM(Ascent):
     code clips each gradient before they are combined; here `wrap(max_norm=)` clips what the base
     gets.
 
-    Cost: two gradients of each objective. Memory: five flat vectors. State: none.
+    Cost: two gradients of each objective. Memory: two flat vectors. State: none.
 
     Args:
         rho: The ascent radius ρ ≥ 0.
