@@ -35,7 +35,7 @@ CORE = [
     {"arguments", "interrupts", "random", "ranks"},
     {"flat", "gram"},
     {"combine", "noise", "storage"},
-    {"displacement", "gradients"},
+    {"blocks", "displacement", "gradients"},
     {"joining", "oracle", "samples"},
     {"context", "transform"},
 ]

@@ -11,7 +11,7 @@ radius, among multiples of its default. A method whose base has neither momentum
 gets a learning rate of its own in the same way.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import islice
@@ -128,7 +128,7 @@ class Training:
         model: The network.
         images: All training images.
         labels: Their partly wrong labels.
-        gradients: How many have been evaluated.
+        gradients: How many have been evaluated; that of a part of a batch counts as that part.
     """
 
     def __init__(self, job: Job) -> None:
@@ -136,7 +136,7 @@ class Training:
         self._generator = torch.Generator().manual_seed(job.seed)
         self.images, right = examples("train")
         self.labels = with_wrong_labels(right, self._generator)
-        self.gradients = 0
+        self.gradients = 0.0
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(job.seed)
             self.model = network()
@@ -150,19 +150,36 @@ class Training:
             job.method, steps=job.steps, examples=len(self.labels), seed=job.seed, **arguments
         )
         self._optimizer = gk.wrap(base, *chain, model=self.model)
+        by_sample = job.method in METHODS and METHODS[job.method].samples
+        self._make_objective = self._by_sample if by_sample else self._mean
 
     def steps(self) -> Iterator[None]:
         """Takes the steps, one each time it is asked for the next item."""
         steps = self._job.steps
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self._optimizer, steps)
         for places in islice(batches(len(self.labels), self._generator), steps):
-            self._optimizer.step(partial(self._objective, places))
+            self._optimizer.step(self._make_objective(places))
             schedule.step()
             yield
 
-    def _objective(self, places: Tensor) -> Tensor:
-        self.gradients += 1
-        return F.cross_entropy(self.model(self.images[places]), self.labels[places])
+    def _mean(self, places: Tensor) -> Callable[[], Tensor]:
+        """The mean loss of a batch."""
+        return lambda: self._loss(places, 1.0, "mean")
+
+    def _by_sample(self, places: Tensor) -> Callable[..., Tensor]:
+        """A loss for each sample of a batch, or for each that is chosen."""
+
+        def losses(samples: Tensor | None = None) -> Tensor:
+            chosen = places if samples is None else places[samples]
+            return self._loss(chosen, len(chosen) / len(places), "none")
+
+        return losses
+
+    def _loss(self, places: Tensor, share: float, reduction: str) -> Tensor:
+        """The loss at places, which count as a share of a gradient where there is one."""
+        self.gradients += share * torch.is_grad_enabled()
+        output = self.model(self.images[places])
+        return F.cross_entropy(output, self.labels[places], reduction=reduction)
 
 
 def train(job: Job) -> dict[str, Any]:

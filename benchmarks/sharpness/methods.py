@@ -20,20 +20,28 @@ class Method:
     """A method and what it needs.
 
     Attributes:
-        kind: Its class.
+        kind: Its class, or a function that makes it.
         landscape: Arguments on the landscape of two wells; by default ρ = 0.75.
         plain: Whether its base optimizer has no momentum and no weight decay.
+        samples: Whether it chooses samples by their losses, so that the objective returns one for
+            each; not on the landscape, which has none.
     """
 
     kind: Callable[..., gk.Transform]
     landscape: Mapping[str, float] = field(default_factory=lambda: {"rho": 0.75})
     plain: bool = False
+    samples: bool = False
 
     @property
     def radius(self) -> float | None:
         """The default of its argument `rho`; None if it has none."""
         argument = inspect.signature(self.kind).parameters.get("rho")
         return None if argument is None else float(argument.default)
+
+
+def every_fifth_sam(rho: float = 0.05) -> gk.Transform:
+    """SAM in every fifth step, and plain steps in between."""
+    return gk.Every(5, gk.SAM(rho))
 
 
 # The radius on the landscape is 0.75 where it is one in the space of weights. ASAM's is in units of
@@ -47,9 +55,11 @@ METHODS: dict[str, Method] = {
     "FriendlySAM": Method(gk.FriendlySAM),
     "VaSSO": Method(gk.VaSSO),
     "SAMPa": Method(gk.SAMPa),
+    "ESAM": Method(gk.ESAM, {"rho": 0.75, "gamma": 1.0}, samples=True),
     "CRSAM": Method(gk.CRSAM),
     "GAM": Method(gk.GAM, {"rho": 0.75, "rho_inner": 0.75}),
     "LookSAM": Method(gk.LookSAM),
+    "Every": Method(every_fifth_sam),
     "AESAM": Method(gk.AESAM),
     "MSAM": Method(gk.MSAM),
     "BSAM": Method(gk.BSAM, {"rho": 0.5}, plain=True),

@@ -1,13 +1,14 @@
 """The step of every sharpness-aware method, beside as many plain passes and beside peers.
 
-`AESAM`, whose cost depends on the data, and `DISAM`, which needs several domains, are left out.
+What a step of AESAM costs depends on the data, and is measured where it climbs in every step. DISAM
+has two domains, each half of the batch, and so does its floor.
 """
 
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +25,22 @@ TO_PASSES = "a sharpness-aware step / plain passes"
 VARIANT = gradkit_name("inplace")
 EXAMPLES = 1000
 LOOK = 5
-"""k of LookSAM."""
+"""k of LookSAM and of Every."""
+DOMAINS = 2
+"""Of DISAM."""
 ABOUT = (
     "Beside as many forward and backward passes as the method needs, with one step of the base; "
-    f"LookSAM (k = {LOOK}) beside one pass a step, with {LOOK} steps timed together. Methods of "
-    "the same number of passes, and the peers, take turns in one process, in the in-place engine."
+    f"LookSAM and Every (k = {LOOK}) beside one pass a step, with {LOOK} steps timed together. "
+    "AESAM climbs in every step here. ESAM has its default arguments, losses per sample and a "
+    "closure that takes `samples`: its second pass is on half of the batch, that of the floor on "
+    "all of it, and it has one more forward pass without a graph. "
+    f"DISAM and its floor take a gradient of each of {DOMAINS} domains, which are parts of the "
+    "batch. Methods of the same number of passes, and the peers, take turns in one process, in the "
+    "in-place engine."
 )
+
+
+Form = Literal["loss", "samples", "domains"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +53,7 @@ class Sharp:
         memory: Flat vectors beyond plain training, as its documentation says.
         momentum: Its base's, and the floor's.
         cycle: How many steps are timed together.
+        form: What the objectives are: one loss, one per sample, or one per domain.
     """
 
     make: Callable[[], gk.Transform]
@@ -49,23 +61,28 @@ class Sharp:
     memory: float
     momentum: float = 0.0
     cycle: int = 1
+    form: Form = "loss"
 
 
 METHODS: Mapping[str, Sharp] = {
     "SAM": Sharp(gk.SAM, 2, 1),
-    "ASAM": Sharp(gk.ASAM, 2, 5),
-    "GSAM": Sharp(gk.GSAM, 2, 3),
-    "SAGM": Sharp(gk.SAGM, 2, 3),
-    "WSAM": Sharp(gk.WSAM, 2, 5),
+    "ASAM": Sharp(gk.ASAM, 2, 2),
+    "GSAM": Sharp(gk.GSAM, 2, 2),
+    "SAGM": Sharp(gk.SAGM, 2, 2),
+    "WSAM": Sharp(gk.WSAM, 2, 2),
     "FriendlySAM": Sharp(gk.FriendlySAM, 2, 5),
     "VaSSO": Sharp(gk.VaSSO, 2, 4),
-    "SAMPa": Sharp(gk.SAMPa, 2, 7),
-    "BSAM": Sharp(functools.partial(gk.BSAM, EXAMPLES), 2, 11),
+    "SAMPa": Sharp(gk.SAMPa, 2, 5),
+    "BSAM": Sharp(functools.partial(gk.BSAM, EXAMPLES), 2, 7),
     "MSAM": Sharp(gk.MSAM, 1, 1, momentum=0.9),
     "SlowWeights": Sharp(gk.SlowWeights, 1, 2, momentum=0.9),
-    "LookSAM": Sharp(functools.partial(gk.LookSAM, k=LOOK), 1, 4, cycle=LOOK),
-    "CRSAM": Sharp(gk.CRSAM, 3, 5),
-    "GAM": Sharp(gk.GAM, 4, 8),
+    "LookSAM": Sharp(functools.partial(gk.LookSAM, k=LOOK), 1, 3, cycle=LOOK),
+    "CRSAM": Sharp(gk.CRSAM, 3, 3),
+    "GAM": Sharp(gk.GAM, 4, 7),
+    "ESAM": Sharp(gk.ESAM, 2, 2, form="samples"),
+    "AESAM": Sharp(functools.partial(gk.AESAM, lambda_1=-1e9, lambda_2=-1e9), 2, 2),
+    "DISAM": Sharp(gk.DISAM, 2, DOMAINS + 2, form="domains"),
+    "Every": Sharp(lambda: gk.Every(LOOK, gk.SAM()), 1, 1, cycle=LOOK),
 }
 LIMITS: Mapping[str, float] = {"2x64": 1.10, "4x128": 1.07, "8x192": 1.03}
 """What methods of one and of two passes may cost at each case of ResUNet-34."""
@@ -87,24 +104,51 @@ def ours(problem: Problem, name: str) -> Step:
     method = METHODS[name]
     model, base = problem.pair(method.momentum)
     optimizer = gk.wrap(base, method.make(), model=model)
+    objectives = objectives_of(problem, model, method.form)
 
     def step() -> None:
         for _ in range(method.cycle):
-            optimizer.step(lambda: problem.loss(model))
+            optimizer.step(objectives)
             optimizer.zero_grad()
 
     return step
 
 
-def floor(problem: Problem, passes: int, momentum: float, cycle: int) -> Step:
+def objectives_of(problem: Problem, model: nn.Module, form: Form) -> Any:
+    """The objectives of a step."""
+    if form == "samples":
+
+        def losses(samples: Tensor | None = None) -> Tensor:
+            output: Tensor = model(problem.x if samples is None else problem.x[samples])
+            return output.square().flatten(1).mean(1)
+
+        return losses
+    if form == "domains":
+        parts = problem.x.chunk(DOMAINS)
+        return {
+            str(number): functools.partial(_loss, model, part) for number, part in enumerate(parts)
+        }
+    return lambda: problem.loss(model)
+
+
+def _loss(model: nn.Module, x: Tensor) -> Tensor:
+    output: Tensor = model(x)
+    return output.square().mean()
+
+
+def floor(problem: Problem, passes: int, momentum: float, cycle: int, form: Form = "loss") -> Step:
     """Plain passes and one step of the base, as often as the methods' steps are timed together."""
     model, base = problem.pair(momentum)
+    whole = [functools.partial(problem.loss, model)]
+    parts = [functools.partial(_loss, model, part) for part in problem.x.chunk(DOMAINS)]
+    closures = parts if form == "domains" else whole
 
     def step() -> None:
         for _ in range(cycle):
             for _ in range(passes):
-                base.zero_grad()
-                problem.loss(model).backward()
+                for closure in closures:
+                    base.zero_grad()
+                    closure().backward()
             base.step()
             base.zero_grad()
 
@@ -190,7 +234,9 @@ def compare(problem: Problem, names: list[str]) -> Comparison:
     return Comparison(
         method=", ".join(names),
         passes=f"{method.passes} forward, {method.passes} backward, base step (2R 1W)",
-        floor=functools.partial(floor, problem, method.passes, method.momentum, method.cycle),
+        floor=functools.partial(
+            floor, problem, method.passes, method.momentum, method.cycle, method.form
+        ),
         ours={name: functools.partial(ours, problem, name) for name in names},
         peers={key: make for key, make in others.items() if key.partition(": ")[2] in names},
         traffic=Traffic((), problem.parameters()),
@@ -199,10 +245,11 @@ def compare(problem: Problem, names: list[str]) -> Comparison:
 
 def groups(most_passes: int) -> list[list[str]]:
     """The methods that need at most so many passes, those of one floor together."""
-    by_floor: dict[tuple[int, float, int], list[str]] = {}
+    by_floor: dict[tuple[int, float, int, bool], list[str]] = {}
     for name, method in METHODS.items():
         if method.passes <= most_passes:
-            by_floor.setdefault((method.passes, method.momentum, method.cycle), []).append(name)
+            key = (method.passes, method.momentum, method.cycle, method.form == "domains")
+            by_floor.setdefault(key, []).append(name)
     return list(by_floor.values())
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gradkit.core.displacement import Displacement, Point
 from gradkit.core.flat import Layout, Pool, copy_all
 from gradkit.core.gradients import Gradients
-from gradkit.core.gram import inner_products
+from gradkit.core.gram import inner_products, product_of_parts, squared_norm
 from gradkit.core.joining import join
 from gradkit.core.noise import noise_by_parameter
 from gradkit.core.ranks import local
@@ -94,6 +94,16 @@ class Context:
         Displacement.of(at, self.layout).add_to(values, self.layout.views(result))
         return result
 
+    def weight_parts(self, at: Point | None = None) -> Parts:
+        """The weights plus `at`, one tensor per parameter; only read.
+
+        Without a displacement they are the weights themselves, and not copied.
+        """
+        point = self.point(at)
+        if not point.terms:
+            return self.layout.local_parameters()
+        return self.layout.views(self.weights(point))
+
     def set_weights(self, weights: Float[Tensor, " P"]) -> None:
         """Write the weights, in `after_step`.
 
@@ -104,11 +114,7 @@ class Context:
             RuntimeError: If the base optimizer has not stepped yet.
             ValueError: If the vector has another length than the weights.
         """
-        if self.gradients is None:
-            raise RuntimeError(
-                "the weights can be written in after_step() only, once the base optimizer has "
-                "stepped; to evaluate at other weights, call the oracle at a displacement"
-            )
+        self._check_stepped()
         if weights.shape != (self.layout.numel,):
             raise ValueError(
                 f"the weights to be written have shape {tuple(weights.shape)}; pass a flat vector "
@@ -116,6 +122,24 @@ class Context:
             )
         with torch.no_grad():
             copy_all(self.layout.local_parameters(), self.layout.views(weights))
+
+    def move_weights(self, by: Displacement) -> None:
+        """Add a displacement to the weights, in `after_step`.
+
+        Raises:
+            RuntimeError: If the base optimizer has not stepped yet.
+        """
+        self._check_stepped()
+        values = self.layout.local_parameters()
+        with torch.no_grad():
+            by.add_to(values, values)
+
+    def _check_stepped(self) -> None:
+        if self.gradients is None:
+            raise RuntimeError(
+                "the weights can be written in after_step() only, once the base optimizer has "
+                "stepped; to evaluate at other weights, call the oracle at a displacement"
+            )
 
     def displaced(
         self,
@@ -132,6 +156,30 @@ class Context:
             factor: The factor of the vector.
         """
         return Displacement.of(at, self.layout).plus(vector, factor)
+
+    def displaced_by_group(
+        self,
+        at: Point | None,
+        vector: Float[Tensor, " P"] | Parts,
+        factors: Sequence[Float[Tensor, ""] | float],
+    ) -> Displacement:
+        """The point `at` plus a vector with a factor for each parameter.
+
+        Args:
+            at: The point to start from; None for the weights themselves.
+            vector: A flat vector, or one tensor per parameter. It is only read.
+            factors: One factor per parameter, as from `group_values`.
+        """
+        keys = [id(each) if isinstance(each, Tensor) else each for each in factors]
+        distinct = dict(zip(keys, factors, strict=True))
+        point = self.point(at)
+        if len(distinct) == 1:
+            return point.plus(vector, *distinct.values())
+        parts = self._views(vector)
+        for key, factor in distinct.items():
+            own = [part if k == key else None for part, k in zip(parts, keys, strict=True)]
+            point = point.plus(own, factor)
+        return point
 
     def point(self, at: Point | None) -> Displacement:
         """A point in any of the forms in which an oracle is given one; it adds up and scales."""
@@ -167,8 +215,32 @@ class Context:
         self, a: Float[Tensor, " P"] | Parts, b: Float[Tensor, " P"] | Parts
     ) -> Float[Tensor, ""]:
         """The inner product of two vectors, summed over the ranks that hold parts; in float64."""
+        found = self._dot_of_parts(a, b)
+        if found is not None:
+            return found if self.layout.shards is None else self.layout.shards.add_up(found)
         rows = [self._flat(vector)[None] for vector in ((a,) if a is b else (a, b))]
         return inner_products(rows[0], rows[-1], over=self.layout.shards)[0, 0]
+
+    def _dot_of_parts(
+        self, a: Float[Tensor, " P"] | Parts, b: Float[Tensor, " P"] | Parts
+    ) -> Float[Tensor, ""] | None:
+        """This rank's inner product where parts need not be copied to a flat vector, else None."""
+        on_cpu = self.layout.device.type == "cpu"
+        if isinstance(a, Tensor) and isinstance(b, Tensor):
+            return None
+        if not on_cpu and not (a is b and self.layout.device.type == "cuda"):
+            return None
+        pairs = [
+            (u, v)
+            for u, v in zip(self._views(a), self._views(b), strict=True)
+            if u is not None and v is not None
+        ]
+        if a is b:
+            return squared_norm([u for u, _ in pairs])
+        return product_of_parts([u for u, _ in pairs], [v for _, v in pairs])
+
+    def _views(self, vector: Float[Tensor, " P"] | Parts) -> Parts:
+        return self.layout.views(vector) if isinstance(vector, Tensor) else vector
 
     def _flat(self, vector: Float[Tensor, " P"] | Parts) -> Float[Tensor, " P"]:
         if isinstance(vector, Tensor):
@@ -188,7 +260,7 @@ class Context:
         draw = noise_by_parameter(kind, seed, self.layout)
         result = self.pool.take_vector()
         for t, (start, stop) in enumerate(self.layout.segments("tensor")):
-            result[start:stop] = draw(t)
+            draw(t, result[start:stop])
         return result
 
     def group_values(self, name: str, default: Any) -> tuple[Any, ...]:

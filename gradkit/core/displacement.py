@@ -10,7 +10,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gradkit.core.combine import scaled
 from gradkit.core.flat import Layout
 from gradkit.core.gram import at_least_single
 from gradkit.core.storage import Parts
@@ -62,11 +61,19 @@ class Displacement:
         self, vector: Float[Tensor, " P"] | Parts, factor: Float[Tensor, ""] | float = 1.0
     ) -> Displacement:
         """The displacement plus `factor` times `vector`, which is only read."""
-        return Displacement((*self.terms, (vector, factor)), self.layout)
+        terms = list(self.terms)
+        for number, (known, other) in enumerate(terms):
+            if known is vector:  # one pass over memory less
+                terms[number] = (vector, other + factor)
+                return Displacement(tuple(terms), self.layout)
+        return Displacement((*terms, (vector, factor)), self.layout)
 
     def __add__(self, other: Point) -> Displacement:
         terms = other.terms if isinstance(other, Displacement) else ((other, 1.0),)
-        return Displacement((*self.terms, *terms), self.layout)
+        total = self
+        for vector, factor in terms:
+            total = total.plus(vector, factor)
+        return total
 
     def __mul__(self, number: Float[Tensor, ""] | float) -> Displacement:
         terms = tuple((vector, factor * number) for vector, factor in self.terms)
@@ -100,30 +107,20 @@ class Displacement:
         layout = self.layout
         if out is None:
             out = torch.empty(layout.numel, dtype=layout.dtype, device=layout.device)
-        if not self.terms:
-            return out.zero_()
-        for number, (vector, factor) in enumerate(self.terms):
-            if isinstance(vector, Tensor):
-                if number == 0 and isinstance(factor, Tensor):
-                    scaled(vector, factor, out)
-                elif number == 0:
-                    torch.mul(vector, factor, out=out)
-                elif not isinstance(factor, Tensor):
-                    out.add_(vector, alpha=factor)
-                elif out.dtype == at_least_single(out.dtype):
-                    torch.addcmul(out, vector, factor.to(out.dtype), out=out)
-                else:
-                    out.add_(vector * factor)
-                continue
-            for view, part in zip(layout.views(out), vector, strict=True):
-                if part is None:
-                    if number == 0:
-                        view.zero_()
-                elif number == 0:
-                    torch.mul(part, factor, out=view)
-                else:
-                    view.add_(part * factor)
+        wide = out.dtype == at_least_single(out.dtype)
+        whole = wide and all(isinstance(vector, Tensor) for vector, _ in self.terms)
+        factors = [_Factor(factor) for _, factor in self.terms]
+        if whole:
+            parts = [vector for vector, _ in self.terms if isinstance(vector, Tensor)]
+            return _write_sum(list(zip(parts, factors, strict=True)), out)
+        terms = [self._views(vector) for vector, _ in self.terms]
+        for t, view in enumerate(layout.views(out)):
+            there = [(part[t], factor) for part, factor in zip(terms, factors, strict=True)]
+            _write_sum([(part, factor) for part, factor in there if part is not None], view)
         return out
+
+    def _views(self, vector: Float[Tensor, " P"] | Parts) -> Parts:
+        return self.layout.views(vector) if isinstance(vector, Tensor) else vector
 
     def add_to(self, weights: Sequence[Tensor], out: Sequence[Tensor]) -> None:
         """Write weights plus displacement to `out`, one tensor at a time.
@@ -132,10 +129,7 @@ class Displacement:
             weights: One tensor per parameter.
             out: Memory for the results, which may be the weights themselves.
         """
-        terms = [
-            (self.layout.views(vector) if isinstance(vector, Tensor) else vector, _Factor(factor))
-            for vector, factor in self.terms
-        ]
+        terms = [(self._views(vector), _Factor(factor)) for vector, factor in self.terms]
         for t, (value, weight) in enumerate(zip(out, weights, strict=True)):
             found = [(vector[t], factor) for vector, factor in terms]
             there = [(part, factor) for part, factor in found if part is not None]
@@ -172,11 +166,58 @@ class _Factor:
         self.value = value
         self._cast: dict[torch.dtype, Tensor] = {}
 
+    @property
+    def is_one(self) -> bool:
+        """Whether the host knows that the factor is 1."""
+        return isinstance(self.value, (int, float)) and self.value == 1
+
+    def adds_to_one(self, other: _Factor) -> bool:
+        """Whether the host knows that the sum with another factor is 1, up to rounding."""
+        known = all(isinstance(each.value, (int, float)) for each in (self, other))
+        return known and abs(float(self.value + other.value) - 1) < 1e-15
+
     def add(self, weight: Tensor, part: Tensor, out: Tensor) -> None:
         """Write `weight + value * part` to `out`."""
-        if not isinstance(self.value, Tensor):
+        if isinstance(self.value, Tensor):
+            torch.addcmul(weight, part, self._in(out.dtype), out=out)
+        else:
             torch.add(weight, part, alpha=self.value, out=out)
-            return
-        if out.dtype not in self._cast:
-            self._cast[out.dtype] = self.value.to(out.dtype)
-        torch.addcmul(weight, part, self._cast[out.dtype], out=out)
+
+    def multiply(self, part: Tensor, out: Tensor) -> None:
+        """Write `value * part` to `out`."""
+        factor = self._in(out.dtype) if isinstance(self.value, Tensor) else self.value
+        torch.mul(part, factor, out=out)
+
+    def _in(self, dtype: torch.dtype) -> Tensor:
+        assert isinstance(self.value, Tensor)
+        if dtype not in self._cast:
+            self._cast[dtype] = self.value.to(dtype)
+        return self._cast[dtype]
+
+
+def _write_sum(terms: list[tuple[Tensor, _Factor]], out: Tensor) -> Tensor:
+    """Write the sum of tensors times factors to `out`.
+
+    In half precision it is computed in float32 and rounded once.
+    """
+    if not terms:
+        return out.zero_()
+    if out.dtype != at_least_single(out.dtype):
+        wide = [part.float() * factor.value for part, factor in terms]
+        return out.copy_(sum(wide[1:], start=wide[0]))
+    # A term whose factor is 1 takes no pass of its own.
+    first = next((number for number, (_, factor) in enumerate(terms) if factor.is_one), 0)
+    (start, factor), *others = (terms[first], *terms[:first], *terms[first + 1 :])
+    if not others:
+        factor.multiply(start, out)
+    for number, (part, other) in enumerate(others):
+        if number == 0 and factor.is_one:
+            other.add(start, part, out)
+            continue
+        if number == 0 and factor.adds_to_one(other) and start.dtype == part.dtype == out.dtype:
+            torch.lerp(start, part, other.value, out=out)
+            continue
+        if number == 0:
+            factor.multiply(start, out)
+        other.add(out, part, out)
+    return out

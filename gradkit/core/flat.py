@@ -332,20 +332,20 @@ class _Buffer:
         self.rows = torch.empty(count, layout.numel, dtype=layout.dtype, device=layout.device)
         self.was_taken = False
         self._layout = layout
-        self._own_uses = _uses(self.rows)
+        self._own_uses = memory_uses(self.rows)
 
     @functools.cached_property
     def views(self) -> list[list[Tensor]]:
         """Each row's parameter-shaped views, made on first use."""
-        before = _uses(self.rows)
+        before = memory_uses(self.rows)
         views = [self._layout.views(row) for row in self.rows]
-        after = _uses(self.rows)
+        after = memory_uses(self.rows)
         if self._own_uses is not None and before is not None and after is not None:
             self._own_uses += after - before
         return views
 
     def is_free(self) -> bool:
-        return self._own_uses is not None and _uses(self.rows) == self._own_uses
+        return self._own_uses is not None and memory_uses(self.rows) == self._own_uses
 
 
 # Not part of torch's public interface. Without this function no buffer counts as free, and each
@@ -371,8 +371,26 @@ def are_unshared(tensors: Sequence[Tensor | None]) -> bool:
     return all(tensor is None or _has_own_memory(tensor) for tensor in tensors)
 
 
+def is_only_held_by(count: int, tensor: Tensor) -> bool:
+    """Whether exactly so many tensors, this one included, share its memory, all in this process.
+
+    False if that cannot be known.
+
+    Examples:
+        >>> vector = torch.zeros(2)
+        >>> is_only_held_by(1, vector)
+        True
+        >>> view = vector[:1]
+        >>> is_only_held_by(1, vector), is_only_held_by(2, view)
+        (False, True)
+    """
+    if _ONE is None or tensor.is_shared():  # type: ignore[no-untyped-call]  # untyped in torch
+        return False
+    return memory_uses(tensor) == _ONE + count - 1
+
+
 def _has_own_memory(tensor: Tensor) -> bool:
-    uses = _uses(tensor)
+    uses = memory_uses(tensor)
     if uses == _ONE:
         return True
     if _ONE is None or uses != _ONE + 1 or not tensor._is_view() or _ONE_VIEW is None:
@@ -384,7 +402,7 @@ def _references(tensors: Sequence[Tensor | None]) -> list[int]:
     return [sys.getrefcount(tensor) for tensor in tensors if tensor is not None]
 
 
-def _uses(tensor: Tensor) -> int | None:
+def memory_uses(tensor: Tensor) -> int | None:
     """How many tensors share the storage of `tensor`; None if that cannot be known."""
     return None if _use_count is None else _use_count(tensor.untyped_storage()._cdata)
 
@@ -398,6 +416,6 @@ def _holders(tensor: Tensor | None) -> tuple[int, int] | None:
 # The results of these functions for a tensor that only a list references, and for the base of a
 # view that only the view references.
 _IN_A_LIST = _references([torch.empty(1)])[0]
-_ONE = _uses(torch.empty(1))
+_ONE = memory_uses(torch.empty(1))
 _VIEW = torch.empty(1, 1).t()
 _ONE_VIEW = _holders(_VIEW._base)

@@ -59,13 +59,15 @@ class Gradients:
         rows: Their gradients [K, P], or the storage of their gradients.
         weights: One weight for each objective; None for 1, and 0 for observers.
         lr_scale: The factor of the learning rate; None for 1.
-        update: The direction where it is not a weighted sum of the rows.
+        update: The direction where it is not a weighted sum of the rows: a flat vector, or a
+            storage of one row.
         layout: Where each parameter lies in the flat vector; needed with a matrix of rows, and only
             for scopes other than "global".
         observers: The objectives whose weight is 0.
         reached: Whether each objective's graph reached each parameter.
         parameter_names: The parameters' names.
         seen_gram: The Gram matrix that a rule on shared parameters has used.
+        bound: An upper bound of the norm of `update`; None if it is not known.
 
     Examples:
         >>> rows = torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
@@ -87,7 +89,9 @@ class Gradients:
     # None where the host knows the values: 1, and 0 for observers.
     _weights: Float[Tensor, " K"] | None
     _lr_scale: Float[Tensor, ""] | None
-    _update: Float[Tensor, " P"] | None
+    _update: Float[Tensor, " P"] | Storage | None
+    # An upper bound of the norm of `_update`.
+    _bound: Float[Tensor, ""] | None
     # Of a rule on shared parameters, which ignores all other parameters.
     _seen_gram: Float[Tensor, "K K"] | None
 
@@ -98,12 +102,13 @@ class Gradients:
         rows: Float[Tensor, "K P"] | Storage,
         weights: Float[Tensor, " K"] | None = None,
         lr_scale: Float[Tensor, ""] | None = None,
-        update: Float[Tensor, " P"] | None = None,
+        update: Float[Tensor, " P"] | Storage | None = None,
         layout: Layout | None = None,
         observers: frozenset[str] = frozenset(),
         reached: tuple[tuple[bool, ...], ...] | None = None,
         parameter_names: tuple[str | int, ...] | None = None,
         seen_gram: Float[Tensor, "K K"] | None = None,
+        bound: Float[Tensor, ""] | None = None,
     ) -> None:
         given = {
             "names": names,
@@ -116,6 +121,7 @@ class Gradients:
             "_lr_scale": lr_scale,
             "_update": update,
             "_seen_gram": seen_gram,
+            "_bound": bound,
         }
         for name, value in given.items():
             object.__setattr__(self, name, value)
@@ -142,6 +148,7 @@ class Gradients:
             "reached": self.reached,
             "parameter_names": self.parameter_names,
             "seen_gram": None if "rows" in changes else self._seen_gram,
+            "bound": None if "update" in changes else self._bound,
         }
         return Gradients(**{**kept, **changes})
 
@@ -149,9 +156,17 @@ class Gradients:
         """A copy whose weights are multiplied by these factors."""
         return self.replace(weights=self.weights * factors)
 
-    def with_update(self, update: Float[Tensor, " P"]) -> Gradients:
-        """A copy whose direction is `update` instead of the weighted sum of the rows."""
-        return self.replace(update=update)
+    def with_update(
+        self, update: Float[Tensor, " P"] | Storage, *, bound: Float[Tensor, ""] | None = None
+    ) -> Gradients:
+        """A copy whose direction is `update` instead of the weighted sum of the rows.
+
+        Args:
+            update: A flat vector, or a storage of one row, such as another evaluation's `stored()`.
+            bound: An upper bound of its norm, if there is one; it saves the check for values that
+                are not finite a pass over the vector.
+        """
+        return self.replace(update=update, bound=bound)
 
     def with_lr_scale(self, factor: Float[Tensor, ""] | float) -> Gradients:
         """A copy whose `lr_scale` is multiplied by this factor."""
@@ -169,7 +184,7 @@ class Gradients:
             if self._total is not None:
                 total = Dense(mean(self._total.rows), self.layout)
                 storage = self.storage.with_total(total, len(self.names))
-            update = None if self._update is None else mean(self._update)
+            update = None if self._update is None else mean(self.direction())
         else:
             storage = Dense(mean(self.rows), self.layout)
             plain = self._update is None and self._weights is None
@@ -236,9 +251,8 @@ class Gradients:
         It is set by elementwise rules, by rules per group or tensor, and in a step that has
         differentiated the weighted sum of the losses.
         """
-        if self._update is None and self._total is not None:
-            return self._total.rows[0]
-        return self._update
+        held = self._total if self._update is None else self._update
+        return held.rows[0] if isinstance(held, Storage) else held
 
     @property
     def has_update(self) -> bool:
@@ -253,7 +267,7 @@ class Gradients:
     def parts(self) -> Parts | None:
         """The direction as one tensor per parameter, if it was not copied to a flat vector."""
         if self._update is not None:
-            return None
+            return self._update.parts if isinstance(self._update, Storage) else None
         is_direction = self._total is not None or (self._weights is None and self._declared == [0])
         return self.storage.parts if is_direction else None
 
@@ -442,11 +456,34 @@ class Gradients:
         result = out() if out is not None else torch.empty_like(self.rows[0])
         return combine(self.rows, self.weights, declared, result)
 
+    def stored(self) -> Storage:
+        """The direction as it is stored, flat or in parts, without the rows it was made of.
+
+        Its norm is computed once.
+        """
+        if isinstance(self._update, Storage):
+            return self._update
+        if self._update is None:
+            if self._total is not None:
+                return self._total
+            if self.parts is not None:
+                return self.storage
+        direction, known = self.direction(), None
+        if self._update is None and self._weights is None and len(self._declared) == 1:
+            k = self._declared[0]
+            known = self.gram()[k : k + 1, k : k + 1]
+        return Dense(direction[None], self.layout, known)
+
+    def direction_bound(self) -> Float[Tensor, ""]:
+        """An upper bound of the norm of `direction()`, or the norm itself."""
+        return self.direction_norm() if self._bound is None else self._bound
+
     def direction_norm(self, direction: Float[Tensor, " P"] | None = None) -> Float[Tensor, ""]:
         """The Euclidean norm of `direction()`, which may be passed in if it is already computed."""
         declared = self._declared
-        if self._update is None and self._total is not None:
-            return self._total.gram("global", signs=False)[0, 0].sqrt()
+        held = self._total if self._update is None else self._update
+        if isinstance(held, Storage):
+            return held.norm()
         if self._update is None and self._weights is None and len(declared) == 1:
             return self.gram().diagonal()[declared[0]].sqrt()
         # wᵀGw would suffer from cancellation where gradients conflict.

@@ -39,6 +39,16 @@ class Storage(ABC):
         """A single gradient as one tensor per parameter, if it was not copied to a flat vector."""
         return None
 
+    @cached_property
+    def vector(self) -> Float[Tensor, " P"] | Parts:
+        """The only row, flat or in parts, as it is stored."""
+        parts = self.parts
+        return self.rows[0] if parts is None else parts
+
+    def norm(self) -> Float[Tensor, ""]:
+        """The Euclidean norm of the only row, in float64; computed once."""
+        return self.gram("global", signs=False)[0, 0].sqrt()
+
     @property
     def device(self) -> torch.device:
         """The device of the gradients."""

@@ -40,7 +40,7 @@ class ParameterPlaces:
         self.missing = [index for index, found in enumerate(self._places) if not found]
         self.layout = layout
         self._model = model
-        self.modules = list(model.modules())
+        self.modules = modules_of(model)
         self.writes_weights = any(
             getattr(module, "max_norm", None) is not None for module in model.modules()
         )
@@ -72,7 +72,7 @@ class ParameterPlaces:
         Raises:
             RuntimeError: If one has been replaced.
         """
-        self.modules = list(self._model.modules())
+        self.modules = modules_of(self._model)
         self._look_beside()
         present = set(map(id, self.modules))
         for places, parameter in zip(self._places, self.layout.parameters, strict=True):
@@ -84,6 +84,29 @@ class ParameterPlaces:
                         "holds, so stepping would not change the model; make a new optimizer and "
                         "wrap that"
                     )
+
+
+def modules_of(model: nn.Module) -> list[nn.Module]:
+    """The modules of a model, each once, in the order of `model.modules()`.
+
+    That method passes each module through as many generators as it is deep inside the model, which
+    takes much of a step where modules are small.
+
+    Examples:
+        >>> block = nn.Sequential(nn.ReLU(), nn.Linear(2, 2))
+        >>> model = nn.Sequential(block, nn.Sequential(block, nn.Tanh()))
+        >>> modules_of(model) == list(model.modules())
+        True
+    """
+    found: dict[int, nn.Module] = {}
+    ahead: list[nn.Module] = [model]
+    while ahead:
+        module = ahead.pop()
+        if id(module) in found:
+            continue
+        found[id(module)] = module
+        ahead += [child for _, child in reversed(module._modules.items()) if child is not None]
+    return list(found.values())
 
 
 def choose_engine(

@@ -1,4 +1,4 @@
-"""The engine that displaces the live weights and restores them from a copy.
+"""The engine that displaces the live weights and restores them.
 
 It computes gradients by `backward`, so parameter hooks run and compiled modules work.
 """
@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gradkit.core.displacement import Displacement
-from gradkit.core.flat import Layout, Pool, copy_all
+from gradkit.core.flat import Layout, Pool, copy_all, is_only_held_by, memory_uses
 from gradkit.core.ranks import is_expanded
 from gradkit.engines.backward import (
     Receivers,
@@ -23,13 +23,17 @@ from gradkit.engines.backward import (
     may_hand_on,
     take_grads,
 )
-from gradkit.engines.choice import ParameterPlaces
+from gradkit.engines.choice import ParameterPlaces, modules_of
 
 
 class InplaceSession:
-    """A session that displaces the weights in place and restores them from a copy.
+    """A session that displaces the weights in place and restores them.
 
     Subtracting the displacement again would change a few percent of the weights in their last bit.
+    On a CPU the displaced weights are written to other memory, to which the parameters point for
+    the time of the evaluation; that needs neither a copy nor a restoration of the weights. Where
+    anything else may refer to the weights' memory, they are displaced where they are and restored
+    from a copy.
 
     Args:
         layout: Where each parameter lies in the flat vector.
@@ -51,7 +55,10 @@ class InplaceSession:
         self._pool = pool
         self._saved: Float[Tensor, " P"] | None = None
         self._at_start = layout.flatten(layout.local_parameters()) if writes_weights else None
-        self._modules = [] if model is None else list(model.modules())
+        if places is not None:
+            self._modules = places.modules  # which were listed anew for this step
+        else:
+            self._modules = [] if model is None else modules_of(model)
         self._buffers = _BufferValues(self._modules)
         self._discarded: _BufferValues | None = None
         self._sharded_modules: list[Any] = (
@@ -74,19 +81,70 @@ class InplaceSession:
         if at is None:
             yield parameters
             return
-        saved = self._pool.take_vector()
+        rows, (views,) = self._pool.take(1)
+        if self._may_exchange(views):
+            with torch.no_grad():
+                at.add_to(parameters, views)
+            del at  # maybe the last reference; its memory is free now
+            yield from self._exchanged(rows, views)
+            return
+        saved = rows[0]
         try:
             with torch.no_grad():
                 values = self._layout.local_parameters()
-                copy_all(self._layout.views(saved), values)
+                copy_all(views, values)
                 self._saved = saved
                 at.add_to(values, values)
-                del at  # maybe the last reference; its memory is free now
+                del at
             self._forget_copies()
             yield parameters
         finally:
             self._restore_weights(self._saved)
             self._saved = None
+
+    def _may_exchange(self, views: Sequence[Tensor]) -> bool:
+        """Whether parameters may point to other memory: nothing else refers to theirs."""
+        if self._layout.device.type != "cpu" or self._layout.shards is not None:
+            return False
+        return all(
+            type(parameter) in (Tensor, nn.Parameter)
+            and parameter.data_ptr() == data.data_ptr()
+            and parameter.dtype == view.dtype
+            and parameter.stride() == view.stride()
+            and is_only_held_by(2, data)  # the parameter and `_data`
+            for parameter, data, view in zip(
+                self._layout.parameters, self._data, views, strict=True
+            )
+        )
+
+    def _exchanged(
+        self, rows: Float[Tensor, "1 P"], views: Sequence[Tensor]
+    ) -> Iterator[Sequence[Tensor]]:
+        """Yield the parameters once, while they point to `views` of the memory of `rows`."""
+        parameters, uses = self._layout.parameters, memory_uses(rows)
+        try:
+            for parameter, view in zip(parameters, views, strict=True):
+                parameter.data = view
+            self._forget_copies()
+            self._count_write()
+            yield parameters
+        finally:
+            for parameter, data in zip(parameters, self._data, strict=True):
+                parameter.data = data
+            if memory_uses(rows) != uses:
+                # A closure has kept a view of the weights, which stays one of the live weights.
+                with torch.no_grad():
+                    copy_all(views, self._data)
+                for parameter, view in zip(parameters, views, strict=True):
+                    parameter.data = view
+                self._data = [parameter.data for parameter in parameters]
+            self._forget_copies()
+            self._count_write()
+
+    def _count_write(self) -> None:
+        """Let autograd notice that the weights have changed, as after a write in place."""
+        for parameter in self._layout.parameters:
+            torch.autograd.graph.increment_version(parameter)
 
     def _put_data_back(self) -> None:
         """Undo a closure's `parameter.data = ...`."""

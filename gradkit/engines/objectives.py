@@ -110,9 +110,23 @@ def checked_loss(loss: object, name: str) -> Tensor | None:
     return loss.reshape(())
 
 
+# Not part of torch's public interface.
+_next_number: Callable[[], int] | None = getattr(torch._C._autograd, "_get_sequence_nr", None)
+
+
 @functools.cache
 def _probe() -> Tensor:
     return torch.zeros((), requires_grad=True, device="cpu")
+
+
+def _sequence_number() -> int:
+    """A number that is above those of all autograd nodes of this thread so far."""
+    if _next_number is not None:
+        return _next_number()
+    with torch.enable_grad():
+        node: Any = _probe().clone().grad_fn
+    number: int = node._sequence_nr()
+    return number
 
 
 @dataclass
@@ -121,7 +135,7 @@ class GraphCheck:
 
     Attributes:
         leaves: The ids of the tensors to differentiate with respect to.
-        begin: The sequence number of an autograd node that was made just before the closure ran.
+        begin: A sequence number above those of all autograd nodes made before the closure ran.
         outside: A node from before the closure ran through which a loss depends on a leaf; None if
             none was found. Such a loss would be the same at other weights.
         known: Such a node found in an earlier evaluation.
@@ -147,9 +161,7 @@ class GraphCheck:
         """
         if not suspicious:
             return cls((), 0, known=known)
-        with torch.enable_grad():
-            node: Any = _probe().clone().grad_fn
-        return cls(set(map(id, leaves)), node._sequence_nr(), known=known)
+        return cls(set(map(id, leaves)), _sequence_number(), known=known)
 
     def forget(self) -> None:
         """Drop the references to the nodes that have been visited."""

@@ -80,7 +80,7 @@ def check_finite(
     if scale is not None:
         parts.append(scale[None])
     if gradients.has_update:
-        parts.append(gradients.direction_norm()[None])
+        parts.append(gradients.direction_bound()[None])
     else:
         parts.append(gradients.gram().diagonal())
     for one in source.measured:

@@ -644,10 +644,10 @@ class GradientOptimizer(Optimizer):
         self._vector_layout = None
 
     def _present_layout(self) -> Layout:
+        if self._pool is not None and self._pool.layout.fits(self.base.param_groups):
+            return self._pool.layout  # of plain tensors, of which nothing can be gathered
         if self.model is not None:
             reshard(self.model)
-        if self._pool is not None and self._pool.layout.fits(self.base.param_groups):
-            return self._pool.layout
         return self._new_layout(Layout.of(self.base.param_groups))
 
     def _new_layout(self, layout: Layout) -> Layout:

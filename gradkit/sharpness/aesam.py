@@ -76,7 +76,7 @@ class AESAM(Ascent):
                 context.propose(self, **state)
             if not climbs:
                 return first
-            g = first.direction()
+            g = first.stored()
             del first  # and its rows, before the second evaluation
             return self.climbed(inner, at, only, context, g)
 

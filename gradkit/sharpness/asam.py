@@ -20,7 +20,7 @@ class ASAM(Ascent):
     down. It is `SAM(adaptive=True)` with the authors' radius. Weights are parameters called
     "weight", as in the authors' code; `adaptive="all"` scales biases, too.
 
-    Cost: two gradients of each objective. Memory: five flat vectors. State: none.
+    Cost: two gradients of each objective. Memory: two flat vectors. State: none.
 
     Args:
         rho: The ascent radius ρ ≥ 0; about ten times that of SAM.

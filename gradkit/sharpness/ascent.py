@@ -11,11 +11,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gradkit.core.arguments import check_count, check_number
+from gradkit.core.blocks import in_blocks
 from gradkit.core.context import Context
 from gradkit.core.displacement import Displacement, Point
 from gradkit.core.gradients import Gradients
 from gradkit.core.oracle import Oracle
-from gradkit.core.storage import Parts
+from gradkit.core.storage import Parts, Storage
 from gradkit.core.transform import Transform
 
 Only = Literal["norm"] | Callable[[str, nn.Parameter], bool]
@@ -113,7 +114,7 @@ class Ascent(Transform):
         at: Point | None,
         only: Container[str] | None,
         context: Context,
-        first: Float[Tensor, " P"] | None = None,
+        first: Storage | None = None,
     ) -> Gradients:
         """The gradients at the end of the ascent.
 
@@ -125,14 +126,14 @@ class Ascent(Transform):
             at: Where the ascent starts.
             only: The objectives to back-propagate.
             context: The step's context.
-            first: The direction there, if the gradients have been evaluated.
+            first: The direction there (`gradients.stored()`), if it has been evaluated.
         """
         if first is None and self._plain_radius(context) == 0:
             return inner(at, only)
         if first is None and self.steps == 1:
             return inner(self.above(inner(at, only), at, context), only)
         if first is None:
-            first = inner(at, only).direction()
+            first = inner(at, only).stored()
         point: Point = context.point(at) + self.rise_along(first, at, context)
         for _ in range(self.steps - 1):
             point = self.above(inner(point, only), point, context)
@@ -140,44 +141,50 @@ class Ascent(Transform):
 
     def above(self, gradients: Gradients, at: Point | None, context: Context) -> Displacement:
         """The end of one step of the ascent along the direction of gradients."""
-        parts = gradients.parts
-        direction = gradients.direction() if parts is None else parts
-        radius = self._plain_radius(context)
-        if radius is None:
-            return context.point(at) + self.rise_along(direction, at, context)
-        norm = gradients.direction_norm(direction if isinstance(direction, Tensor) else None)
-        return context.displaced(at, direction, radius / self.steps / (norm + _TINY))
+        return context.point(at) + self.rise_along(gradients.stored(), at, context)
 
     def rise_along(
-        self, vector: Float[Tensor, " P"] | Parts, at: Point | None, context: Context
+        self, vector: Float[Tensor, " P"] | Parts | Storage, at: Point | None, context: Context
     ) -> Displacement:
         """One step of the ascent along a vector, which starts at `at`."""
-        radius = self._plain_radius(context)
-        if radius is not None:
-            factor = radius / self.steps / (context.norm(vector) + _TINY)
-            return context.displaced(None, vector, factor)
+        moved = along = vector.vector if isinstance(vector, Storage) else vector
+        if self._takes_whole:
+            norm = vector.norm() if isinstance(vector, Storage) else context.norm(vector)
+        else:
+            moved = self._moved(along, at, context)
+            norm = context.dot(along, moved).sqrt()
+        found = self._radii(context)
+        radii = [found[group] for group in context.layout.groups]
+        factor = 1 / (self.steps * (norm + _TINY))
+        return context.displaced_by_group(None, moved, radii) * factor
+
+    @property
+    def _takes_whole(self) -> bool:
+        """Whether all parameters are displaced, along the direction itself."""
+        return self.only is None and not self.adaptive
+
+    def _moved(
+        self, vector: Float[Tensor, " P"] | Parts, at: Point | None, context: Context
+    ) -> Parts:
+        """T² times the parts of a vector that are displaced; times the vector it is ‖T·d‖²."""
         layout = context.layout
         parts = layout.views(vector) if isinstance(vector, Tensor) else vector
-        weights = layout.views(context.weights(at)) if self.adaptive else None
-        found = self._radii(context)
-        radii = [found[group] for group in layout.groups]
-        chosen = self._chosen(context)
-        scaled: list[Tensor | None] = []
-        moved: list[Tensor | None] = []
-        for t, part in enumerate(parts):
-            if part is None or not chosen[t]:
-                scaled.append(None)
-                moved.append(None)
-                continue
-            if weights is not None and self._is_scaled(context, t):
-                size = weights[t].abs() + self.eta
-                part = part * size
-                scaled.append(part)
-                moved.append(part * size * radii[t])
-            else:
-                scaled.append(part)
-                moved.append(part * radii[t])
-        return context.displaced(None, moved, 1 / self.steps / (context.norm(scaled) + _TINY))
+        moved = [
+            part if flag else None for part, flag in zip(parts, self._chosen(context), strict=True)
+        ]
+        if not self.adaptive:
+            return moved
+        weights = [
+            weight if part is not None and self._is_scaled(context, t) else None
+            for t, (weight, part) in enumerate(zip(context.weight_parts(at), moved, strict=True))
+        ]
+        room = layout.views(context.pool.take_vector())
+        for w, d, out in in_blocks(layout, weights, parts, room):
+            torch.mul(torch.abs(w).add_(self.eta).square_(), d, out=out)
+        return [
+            part if weight is None else new
+            for part, weight, new in zip(moved, weights, room, strict=True)
+        ]
 
     def _is_scaled(self, context: Context, t: int) -> bool:
         name = context.parameter_names[t]
@@ -208,7 +215,7 @@ class Ascent(Transform):
 
     def _plain_radius(self, context: Context) -> float | None:
         """The radius, if ε is a multiple of the direction; else None."""
-        if self.only is not None or self.adaptive:
+        if not self._takes_whole:
             return None
         first, *others = self._radii(context)
         return None if any(radius != first for radius in others) else first
@@ -242,12 +249,22 @@ def is_norm(module: nn.Module | None) -> bool:
     return isinstance(module, known) or "Norm" in type(module).__name__
 
 
-def projected_out(
-    vector: Float[Tensor, " P"], on: Float[Tensor, " P"], context: Context
-) -> Float[Tensor, ""]:
+def combined(
+    gradients: Gradients, context: Context, *terms: tuple[Storage, Float[Tensor, ""] | float]
+) -> Gradients:
+    """A copy whose direction is the sum of directions, each times a factor."""
+    update = context.sum_of(*((each.vector, factor) for each, factor in terms))
+    bounds = [
+        each.norm() * (factor.abs() if isinstance(factor, Tensor) else abs(factor))
+        for each, factor in terms
+    ]
+    return gradients.with_update(update, bound=torch.stack(bounds).sum())
+
+
+def projected_out(vector: Storage, on: Storage, context: Context) -> Float[Tensor, ""]:
     """The factor with which `vector - factor * on` is orthogonal to `on`; 0 if `on` is 0."""
-    square = context.dot(on, on)
-    product = context.dot(vector, on)
+    square = on.norm().square()
+    product = context.dot(vector.vector, on.vector)
     return torch.where(square > 0, product / square, torch.zeros_like(square))
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gradkit.core.arguments import check_count, check_number, own_generator
+from gradkit.core.blocks import in_blocks
 from gradkit.core.context import Context
 from gradkit.core.displacement import Point
 from gradkit.core.flat import Layout
@@ -31,7 +32,7 @@ class BSAM(Transform):
     weight decay, which the rule has by itself. The authors draw eight perturbations for each batch,
     of which this takes one, and take N as four times the number of images, for augmentation.
 
-    Cost: two gradients of each objective. Memory: eleven flat vectors, state included. State: m and
+    Cost: two gradients of each objective. Memory: seven flat vectors, state included. State: m and
     s, two flat vectors; the generator.
 
     Args:
@@ -82,18 +83,27 @@ class BSAM(Transform):
     def around(self, inner: Oracle, context: Context) -> Oracle:
         self._check_base(context)
         assert self.generator is not None
-        noise = context.noise(self.generator)
+        e = context.noise(self.generator)
         m, s = self.vectors["momentum"], self.vectors["scale"]
+        for part, scale in in_blocks(context.layout, e, s):
+            part.mul_(torch.mul(scale, self.num_data).rsqrt_())
         delta = 40 / self.num_data if self.delta is None else self.delta
 
         def oracle(at: Point | None = None, only: Container[str] | None = None) -> Gradients:
-            g = inner(context.displaced(at, noise / (self.num_data * s).sqrt()), only).direction()
+            g = inner(context.displaced(at, e), only).direction()
             above = inner(context.displaced(at, g / s, self.rho), only)
-            g_s = context.sum_of((above.direction(), 1.0), (context.weights(at), delta))
-            new = torch.lerp(m, g_s, 1 - self.beta_1)
+            share = 1 - self.beta_1
+            new = context.sum_of(
+                (m, self.beta_1),
+                (above.stored().vector, share),
+                (context.weight_parts(at), share * delta),
+            )
             if not context.proposed(self):  # later evaluations are at displaced weights
-                target = s.sqrt() * g.abs() + (self.damping + delta)
-                context.propose(self, momentum=new, scale=torch.lerp(s, target, 1 - self.beta_2))
+                scale = context.pool.take_vector()
+                for part, now, out in in_blocks(context.layout, g, s, scale):
+                    target = now.sqrt().mul_(part.abs()).add_(self.damping + delta)
+                    torch.lerp(now, target, 1 - self.beta_2, out=out)
+                context.propose(self, momentum=new, scale=scale)
             return above.with_update(new / s)
 
         return oracle

@@ -10,7 +10,7 @@ from gradkit.core.context import Context
 from gradkit.core.displacement import Point
 from gradkit.core.gradients import Gradients
 from gradkit.core.oracle import Oracle
-from gradkit.sharpness.ascent import Ascent, Radius, check_one_step
+from gradkit.sharpness.ascent import Ascent, Radius, check_one_step, combined
 
 
 @dataclass(eq=False, repr=False)
@@ -22,7 +22,7 @@ class CRSAM(Ascent):
 
     The second term is that of the normalised Hessian trace, by finite differences.
 
-    Cost: three gradients of each objective. Memory: five flat vectors. State: none.
+    Cost: three gradients of each objective. Memory: three flat vectors. State: none.
 
     Args:
         rho: The ascent radius ρ ≥ 0.
@@ -57,16 +57,16 @@ class CRSAM(Ascent):
 
     def around(self, inner: Oracle, context: Context) -> Oracle:
         def oracle(at: Point | None = None, only: Container[str] | None = None) -> Gradients:
-            g = inner(at, only).direction()
+            g = inner(at, only).stored()
             rise, here = self.rise_along(g, at, context), context.point(at)
             above = inner(here + rise, only)
-            up, down = above.direction(), inner(here - rise, only).direction()
-            return above.with_update(
-                context.sum_of(
-                    (up, 1 + self.gamma + self.beta),
-                    (down, self.gamma - self.beta),
-                    (g, -2 * self.gamma),
-                )
+            down = inner(here - rise, only).stored()
+            return combined(
+                above,
+                context,
+                (above.stored(), 1 + self.gamma + self.beta),
+                (down, self.gamma - self.beta),
+                (g, -2 * self.gamma),
             )
 
         return oracle

@@ -15,7 +15,7 @@ from gradkit.core.context import Context
 from gradkit.core.displacement import Displacement, Point
 from gradkit.core.gradients import Gradients
 from gradkit.core.oracle import Oracle
-from gradkit.core.storage import Parts
+from gradkit.core.storage import Parts, Storage
 from gradkit.sharpness.ascent import Ascent
 
 
@@ -39,7 +39,7 @@ class ESAM(Ascent):
     of a whole backward pass.
 
     Cost: 1 + γ gradients and a forward pass for a closure that takes `samples`, else 2. Memory:
-    four flat vectors. State: the generator.
+    two flat vectors. State: the generator.
 
     Args:
         rho: The ascent radius ρ ≥ 0.
@@ -95,7 +95,7 @@ class ESAM(Ascent):
             sign = -1.0 if context.ascends_everywhere else 1.0
             before = _Before(self, sign)
             with context.sampling(before):
-                first = inner(at, only).direction()
+                first = inner(at, only).stored()
             point: Point = context.point(at) + self.rise_along(first, at, context)
             for _ in range(self.steps - 1):
                 with context.sampling(_Before(self, sign)):
@@ -106,12 +106,13 @@ class ESAM(Ascent):
         return oracle
 
     def rise_along(
-        self, vector: Float[Tensor, " P"] | Parts, at: Point | None, context: Context
+        self, vector: Float[Tensor, " P"] | Parts | Storage, at: Point | None, context: Context
     ) -> Displacement:
         return super().rise_along(vector, at, context) * (1 / self.beta)
 
-    def _plain_radius(self, context: Context) -> float | None:
-        return super()._plain_radius(context) if self.beta == 1 else None
+    @property
+    def _takes_whole(self) -> bool:
+        return super()._takes_whole and self.beta == 1
 
     def _chosen(self, context: Context) -> list[bool]:
         drawn = self._perturbed or [True] * len(context.layout.parameters)

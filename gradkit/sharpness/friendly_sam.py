@@ -65,7 +65,7 @@ class FriendlySAM(Ascent):
     def around(self, inner: Oracle, context: Context) -> Oracle:
 
         def oracle(at: Point | None = None, only: Container[str] | None = None) -> Gradients:
-            g, mean = inner(at, only).direction(), self.vectors["mean"]
+            g, mean = inner(at, only).stored().vector, self.vectors["mean"]
             if not context.proposed(self):  # later evaluations are at displaced weights
                 context.propose(self, mean=context.sum_of((mean, self.lmbda), (g, 1 - self.lmbda)))
             d = context.sum_of((g, 1.0), (mean, -self.sigma))

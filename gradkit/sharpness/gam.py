@@ -10,7 +10,8 @@ from gradkit.core.context import Context
 from gradkit.core.displacement import Point
 from gradkit.core.gradients import Gradients
 from gradkit.core.oracle import Oracle
-from gradkit.sharpness.ascent import Ascent, Radius, check_one_step, projected_out
+from gradkit.core.storage import Dense
+from gradkit.sharpness.ascent import Ascent, Radius, check_one_step, combined, projected_out
 
 
 @dataclass(eq=False, repr=False)
@@ -27,7 +28,7 @@ class GAM(Ascent):
     for a ResNet on CIFAR-100; others are ρ = 0.2, ρ' = 0.03, β = 0.1, α = 0.1, γ = 0.05 for
     CIFAR-10, and ρ = 0.2, ρ' = 0.04, β = 0.3, α = 0.5, γ = 0.05 for a PyramidNet.
 
-    Cost: four gradients of each objective. Memory: eight flat vectors. State: none.
+    Cost: four gradients of each objective. Memory: seven flat vectors. State: none.
 
     Args:
         rho: ρ ≥ 0, how far the gradient's norm is maximised.
@@ -73,15 +74,21 @@ class GAM(Ascent):
         def oracle(at: Point | None = None, only: Container[str] | None = None) -> Gradients:
             assert not callable(self.rho)  # __post_init__
             here, share = context.point(at), self.rho_inner / self.rho
-            g0 = inner(at, only).direction()
-            g1 = inner(here + self.rise_along(g0, at, context) * share, only).direction()
-            h = context.sum_of((g1, 1.0), (g0, -1.0))
+            g0 = inner(at, only).stored()
+            g1 = inner(here + self.rise_along(g0, at, context) * share, only).stored()
+            h = context.sum_of((g1.vector, 1.0), (g0.vector, -1.0))
             there = here + self.rise_along(h, at, context)
-            g2 = inner(there, only).direction()
+            g2 = inner(there, only).stored()
             last = inner(there + self.rise_along(g2, there, context) * share, only)
-            a = context.sum_of((g1, self.alpha), (last.direction(), 1 - self.alpha))
-            m = context.sum_of((g0, 1.0), (g2, 1 - self.beta))
+            g3 = last.stored().vector
+            a, m = (
+                Dense(context.sum_of(*terms)[None], context.layout)
+                for terms in (
+                    ((g1.vector, self.alpha), (g3, 1 - self.alpha)),
+                    ((g0.vector, 1.0), (g2.vector, 1 - self.beta)),
+                )
+            )
             factor = projected_out(m, a, context)
-            return last.with_update(context.sum_of((a, 1 + self.gamma * factor), (m, -self.gamma)))
+            return combined(last, context, (a, 1 + self.gamma * factor), (m, -self.gamma))
 
         return oracle

@@ -10,7 +10,7 @@ from gradkit.core.context import Context
 from gradkit.core.displacement import Point
 from gradkit.core.gradients import Gradients
 from gradkit.core.oracle import Oracle
-from gradkit.sharpness.ascent import Ascent, projected_out
+from gradkit.sharpness.ascent import Ascent, combined, projected_out
 
 
 @dataclass(eq=False, repr=False)
@@ -24,7 +24,7 @@ class GSAM(Ascent):
     losses without raising L(θ + ε). The authors let ρ follow the learning rate; here a schedule may
     write the entry "rho" of the base optimizer's groups.
 
-    Cost: two gradients of each objective. Memory: three flat vectors. State: none.
+    Cost: two gradients of each objective. Memory: two flat vectors. State: none.
 
     Args:
         rho: The ascent radius ρ ≥ 0.
@@ -53,12 +53,10 @@ class GSAM(Ascent):
 
     def around(self, inner: Oracle, context: Context) -> Oracle:
         def oracle(at: Point | None = None, only: Container[str] | None = None) -> Gradients:
-            g = inner(at, only).direction()
+            g = inner(at, only).stored()
             above = self.climbed(inner, at, only, context, g)
-            g_s = above.direction()
+            g_s = above.stored()
             share = projected_out(g, g_s, context)
-            return above.with_update(
-                context.sum_of((g_s, 1 + self.alpha * share), (g, -self.alpha))
-            )
+            return combined(above, context, (g_s, 1 + self.alpha * share), (g, -self.alpha))
 
         return oracle

@@ -14,7 +14,8 @@ from gradkit.core.displacement import Point
 from gradkit.core.flat import Layout
 from gradkit.core.gradients import Gradients
 from gradkit.core.oracle import Oracle
-from gradkit.sharpness.ascent import Ascent, projected_out
+from gradkit.core.storage import Dense
+from gradkit.sharpness.ascent import Ascent, combined, projected_out
 
 
 @dataclass(eq=False, repr=False)
@@ -27,7 +28,7 @@ class LookSAM(Ascent):
     g_v, the part of SAM's gradient that is orthogonal to g, changes slowly, and is used again.
     There is no code of the authors'; k = 10 and α = 0.7 are other libraries'.
 
-    Cost: 1 + 1/k gradients of each objective. Memory: four flat vectors, state included. State:
+    Cost: 1 + 1/k gradients of each objective. Memory: three flat vectors, state included. State:
     g_v, one flat vector; the number of steps.
 
     Args:
@@ -70,19 +71,20 @@ class LookSAM(Ascent):
 
         def oracle(at: Point | None = None, only: Container[str] | None = None) -> Gradients:
             first = inner(at, only)
-            g = first.direction()
+            g = first.stored()
             if steps % self.k:
-                v = self.vectors["orthogonal"]
-                size = context.norm(v)
-                factor = torch.where(size > 0, self.alpha * context.norm(g) / size, 0 * size)
-                return first.with_update(context.sum_of((g, 1.0), (v, factor)))
+                known = Dense(self.vectors["orthogonal"][None], context.layout)
+                size = known.norm()
+                factor = torch.where(size > 0, self.alpha * g.norm() / size, 0 * size)
+                return combined(first, context, (g, 1.0), (known, factor))
             del first  # and its rows, before the second evaluation
             above = self.climbed(inner, at, only, context, g)
             # Later evaluations are at displaced weights.
             if "orthogonal" not in context.proposed(self):
-                share = projected_out(above.direction(), g, context)
-                v = context.sum_of((above.direction(), 1.0), (g, -share))
+                g_s = above.stored()
+                share = projected_out(g_s, g, context)
+                v = context.sum_of((g_s.vector, 1.0), (g.vector, -share))
                 context.propose(self, orthogonal=v)
-            return above.with_update(above.direction())
+            return above.with_update(above.stored())
 
         return oracle

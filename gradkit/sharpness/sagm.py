@@ -10,7 +10,7 @@ from gradkit.core.context import Context
 from gradkit.core.displacement import Point
 from gradkit.core.gradients import Gradients
 from gradkit.core.oracle import Oracle
-from gradkit.sharpness.ascent import Ascent, check_one_step
+from gradkit.sharpness.ascent import Ascent, check_one_step, combined
 
 
 @dataclass(eq=False, repr=False)
@@ -23,7 +23,7 @@ class SAGM(Ascent):
 
     The term −α·g asks the gradients at θ and at θ + ρ·g/‖g‖ to agree, to first order.
 
-    Cost: two gradients of each objective. Memory: three flat vectors. State: none.
+    Cost: two gradients of each objective. Memory: two flat vectors. State: none.
 
     Args:
         rho: The ascent radius ρ ≥ 0.
@@ -53,9 +53,9 @@ class SAGM(Ascent):
 
     def around(self, inner: Oracle, context: Context) -> Oracle:
         def oracle(at: Point | None = None, only: Container[str] | None = None) -> Gradients:
-            g = inner(at, only).direction()
-            point = context.displaced(at, g, -self.alpha) + self.rise_along(g, at, context)
+            g = inner(at, only).stored()
+            point = context.displaced(at, g.vector, -self.alpha) + self.rise_along(g, at, context)
             above = inner(point, only)
-            return above.with_update(context.sum_of((g, 0.5), (above.direction(), 0.5)))
+            return combined(above, context, (g, 0.5), (above.stored(), 0.5))
 
         return oracle

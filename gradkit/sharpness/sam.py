@@ -20,8 +20,8 @@ class SAM(Ascent):
 
     Cost: two gradients of each objective; one more for each further ascent step; one in all where
     the radius is 0 in every group, so that a schedule can let it begin later. Memory: one flat
-    vector (a copy of the weights; in the engine "functional" θ + ε); with `only` or radii by group
-    one more, with `adaptive` four. State: none.
+    vector (θ + ε, or a copy of the weights where they are displaced in place), with `adaptive` two.
+    State: none.
 
     Args:
         rho: The ascent radius ρ ≥ 0. 0.05 is the authors' default for image classification.

@@ -13,7 +13,7 @@ from gradkit.core.displacement import Point
 from gradkit.core.flat import Layout
 from gradkit.core.gradients import Gradients
 from gradkit.core.oracle import Oracle
-from gradkit.sharpness.ascent import Ascent, Radius, check_one_step
+from gradkit.sharpness.ascent import Ascent, Radius, check_one_step, combined
 
 
 @dataclass(eq=False, repr=False)
@@ -28,7 +28,7 @@ class SAMPa(Ascent):
     one after the other.) η is each parameter group's learning rate. The first step, which has no
     g_y yet, takes ∇L(x).
 
-    Cost: two gradients of each objective; three in the first step. Memory: seven flat vectors,
+    Cost: two gradients of each objective; three in the first step. Memory: five flat vectors,
     state included. State: g_y, one flat vector; whether there is one.
 
     Args:
@@ -66,17 +66,14 @@ class SAMPa(Ascent):
 
         def oracle(at: Point | None = None, only: Container[str] | None = None) -> Gradients:
             known = self.state["seen"]
-            before = self.vectors["gradient"] if known else inner(at, only).direction()
-            parts = [
-                part * rate for part, rate in zip(context.layout.views(before), rates, strict=True)
-            ]
-            rise = self.rise_along(before, at, context)
-            behind = inner(context.displaced(at, parts, -1.0), only)
-            g_y = behind.direction()
+            before = self.vectors["gradient"] if known else inner(at, only).stored().vector
+            here, rise = context.point(at), self.rise_along(before, at, context)
+            behind = inner(here - context.displaced_by_group(None, before, rates), only)
             if not context.proposed(self):  # later evaluations are at displaced weights
-                context.propose(self, gradient=g_y, seen=True)
-            ahead = inner(context.point(at) + rise, only)
-            mixed = context.sum_of((ahead.direction(), 1 - self.lmbda), (g_y, self.lmbda))
-            return ahead.with_update(mixed)
+                context.propose(self, gradient=behind.direction(), seen=True)
+            g_y = behind.stored()
+            del behind
+            ahead = inner(here + rise, only)
+            return combined(ahead, context, (ahead.stored(), 1 - self.lmbda), (g_y, self.lmbda))
 
         return oracle

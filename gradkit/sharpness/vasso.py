@@ -59,7 +59,7 @@ class VaSSO(Ascent):
     def around(self, inner: Oracle, context: Context) -> Oracle:
 
         def oracle(at: Point | None = None, only: Container[str] | None = None) -> Gradients:
-            g = inner(at, only).direction()
+            g = inner(at, only).stored().vector
             d = context.sum_of((self.vectors["mean"], 1 - self.theta), (g, self.theta))
             if not context.proposed(self):  # later evaluations are at displaced weights
                 context.propose(self, mean=d)

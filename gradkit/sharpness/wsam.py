@@ -12,7 +12,7 @@ from gradkit.core.context import Context
 from gradkit.core.displacement import Point
 from gradkit.core.gradients import Gradients
 from gradkit.core.oracle import Oracle
-from gradkit.sharpness.ascent import Ascent, check_synchronised
+from gradkit.sharpness.ascent import Ascent, check_synchronised, combined
 
 
 @dataclass(eq=False, repr=False)
@@ -28,7 +28,7 @@ class WSAM(Ascent):
     code clips each gradient before they are combined; here `wrap(max_norm=)` clips what the base
     gets.
 
-    Cost: two gradients of each objective. Memory: five flat vectors. State: none.
+    Cost: two gradients of each objective. Memory: two flat vectors. State: none.
 
     Args:
         rho: The ascent radius ρ ≥ 0.
@@ -65,12 +65,12 @@ class WSAM(Ascent):
         self._difference = None
 
         def oracle(at: Point | None = None, only: Container[str] | None = None) -> Gradients:
-            g = inner(at, only).direction()
+            g = inner(at, only).stored()
             above = self.climbed(inner, at, only, context, g)
-            g_s = above.direction()
+            g_s = above.stored()
             if not self.decouple:
-                return above.with_update(context.sum_of((g, 1 - a), (g_s, a)))
-            self._difference = context.sum_of((g_s, a), (g, -a))
+                return combined(above, context, (g, 1 - a), (g_s, a))
+            self._difference = context.sum_of((g_s.vector, 1.0), (g.vector, -1.0))
             return above.with_update(g)
 
         return oracle
@@ -79,10 +79,6 @@ class WSAM(Ascent):
         if self._difference is None or context.gradients is None:
             return
         rates = context.group_values("lr", 0.0)
-        scale = context.gradients.lr_scale
-        parts = [
-            part * (rate * scale)
-            for part, rate in zip(context.layout.views(self._difference), rates, strict=True)
-        ]
-        context.set_weights(context.weights(context.displaced(None, parts, -1.0)))
+        factor = self.gamma / (1 - self.gamma) * context.gradients.lr_scale
+        context.move_weights(context.displaced_by_group(None, self._difference, rates) * -factor)
         self._difference = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -184,14 +183,23 @@ def test_speed_refuses(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_step_that_sleeps_longer_has_that_ratio() -> None:
-    sleeps = _comparison(
-        floor=lambda: time.sleep(0.01), other=lambda: time.sleep(0.03), peer=lambda: None
-    )
-    times = time_in_turn(sleeps, Clock(CPU), Rounds(5, 5, seconds=0))
+def test_a_step_that_takes_longer_has_that_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+
+    def taking(seconds: float) -> Step:
+        def step() -> None:
+            nonlocal now
+            now += seconds
+
+        return step
+
+    monkeypatch.setattr("benchmarks.speed.timing.perf_counter", lambda: now)
+    comparison = _comparison(floor=taking(0.01), other=taking(0.03), peer=taking(0.5))
+    times = time_in_turn(comparison, Clock(CPU), Rounds(5, 5, seconds=0))
     summary = summarise(times, seed=0)
-    assert summary["other"]["value"] == pytest.approx(3, rel=0.3)
-    assert summary["other"]["excess"] == pytest.approx(20, rel=0.3)
+    assert summary["other"]["value"] == pytest.approx(3)
+    assert summary["other"]["excess"] == pytest.approx(20)
+    assert summary["peer"]["value"] == pytest.approx(50)
 
 
 def test_ratios_are_taken_within_rounds() -> None:

@@ -66,6 +66,91 @@ def test_norms_and_inner_products_are_of_flat_vectors_and_of_parts():
     inside(look)
 
 
+def test_products_of_vectors_in_parts_that_float32_cannot_hold():
+    def look(context):
+        a, b = (torch.rand(context.layout.numel, dtype=torch.float64) for _ in range(2))
+        parts = context.layout.views(1e-20 * a)
+        expected = (1e-20 * a) @ (1e-15 * b)
+        assert float(context.dot(parts, 1e-15 * b)) == pytest.approx(float(expected), rel=1e-6)
+        nothing = [None] * len(parts)
+        assert float(context.dot(nothing, b)) == float(context.norm(nothing)) == 0
+
+    inside(look)
+
+
+def test_a_vector_with_a_factor_for_each_group():
+    def look(context):
+        at, v = (torch.randn(context.layout.numel, dtype=torch.float64) for _ in range(2))
+        rates = context.group_values("rho", 0.05)
+        expected = torch.cat([v[:8] * 0.5, v[8:] * 0.05])
+        tensors = [torch.tensor(rate) for rate in (0.5, 0.05)]
+        for vector in (v, context.layout.views(v)):
+            for factors in (rates, [tensors[0]] * 2 + [tensors[1]] * 2):
+                point = context.displaced_by_group(at, vector, factors)
+                assert len(point.terms) == 3
+                torch.testing.assert_close(point.flat(), at + expected, rtol=1e-7, atol=1e-7)
+        whole = context.displaced_by_group(None, v, [2.0] * 4)
+        assert len(whole.terms) == 1
+        torch.testing.assert_close(whole.flat(), 2 * v)
+
+    inside(look, rho=0.5)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_weights_in_parts_are_copied_only_where_they_are_displaced(engine):
+    found = []
+
+    def look(context):
+        weights = context.weight_parts()
+        assert all(a is b for a, b in zip(weights, context.layout.parameters, strict=True))
+        at = torch.ones(context.layout.numel, dtype=torch.float64)
+        moved = context.weight_parts(at)
+        torch.testing.assert_close(flat(moved), flat(weights) + 1)
+        found.append(flat(weights))
+
+    inside(look, engine)
+    assert len(found) == 2
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_weights_are_moved_once_the_base_has_stepped(engine):
+    class Moves(gk.Transform):
+        def after_step(self, context):
+            v = torch.ones(context.layout.numel, dtype=torch.float64)
+            context.move_weights(context.displaced(2 * v, v, torch.tensor(-0.5)))
+
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2).double()
+    optimizer = gk.wrap(
+        torch.optim.SGD(model.parameters(), lr=0.1), Moves(), model=model, engine=engine
+    )
+    start = flat(model.parameters())
+    optimizer.step(lambda: model(torch.ones(1, 3, dtype=torch.float64)).sum())
+    torch.testing.assert_close(flat(model.parameters()), start - 0.1 + 1.5)
+    with pytest.raises(RuntimeError, match=r"in after_step\(\) only"):
+        inside(lambda context: context.move_weights(context.point(None)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_noise_does_not_depend_on_memory_layout(dtype):
+    """Large enough for the fast path, which fills memory in place."""
+
+    class Looks(gk.Transform):
+        def around(self, inner, context):
+            noise = context.layout.views(context.noise(torch.Generator().manual_seed(3)))
+            found.append([part.clone() for part in noise])
+            return inner
+
+    found: list[list[torch.Tensor]] = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        model = nn.Conv2d(3, 4, 5).to(dtype=dtype, memory_format=memory_format)
+        base = torch.optim.SGD(model.parameters(), lr=0.1)
+        x = torch.ones(1, 3, 5, 5, dtype=dtype)
+        gk.wrap(base, Looks(), model=model).step(lambda m=model, x=x: m(x).sum())
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("kind", ["normal", "uniform"])
 def test_noise_is_drawn_from_the_generator_alone(kind):
     found = []

@@ -71,6 +71,42 @@ def test_sums_with_weights_are_those_of_the_flat_vector(dtypes):
     torch.testing.assert_close(point.flat().double(), flat(wide), **tolerance)
 
 
+FACTORS = {
+    "the first is 1": (1.0, -0.3, 0.7),
+    "the last is 1": (0.5, torch.tensor(-0.3, dtype=torch.float64), 1.0),
+    "they add up to 1": (0.3, 0.7, torch.tensor(2.0)),
+    "none is 1": (torch.tensor(0.5), 0.25, -3.0),
+    "one term": (1.0,),
+    "zero and one": (0.0, 1.0),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("factors", FACTORS.values(), ids=FACTORS.keys())
+@pytest.mark.parametrize("parts", [False, True])
+def test_sums_with_any_factors(parts, factors, dtype):
+    of = layout(dtype, dtype)
+    vectors = [vector(of) for _ in factors]
+    expected = sum(v.double() * float(f) for v, f in zip(vectors, factors, strict=True))
+    held = [of.views(v) for v in vectors] if parts else vectors
+    if parts:
+        held[0] = [None, held[0][1]]
+        expected[:6] -= vectors[0][:6].double() * float(factors[0])
+    found = gk.Displacement(tuple(zip(held, factors, strict=True)), of).flat()
+    assert found.dtype == dtype
+    rounding = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2**-8}[dtype]
+    torch.testing.assert_close(found.double(), expected, rtol=rounding, atol=rounding)
+
+
+def test_a_vector_that_comes_twice_is_one_term():
+    of = layout(torch.float64)
+    a, b = vector(of), vector(of)
+    point = gk.Displacement((), of).plus(a, 2.0).plus(b).plus(a, torch.tensor(-0.5))
+    point = point + gk.Displacement(((b, -3.0),), of)
+    assert len(point.terms) == 2
+    torch.testing.assert_close(point.flat(), 1.5 * a - 2 * b)
+
+
 @pytest.mark.parametrize("engine", ["inplace", "functional"])
 def test_a_users_transform_may_compute_with_the_point(engine):
     """SAM, and then a fixed offset, from a transform that knows flat vectors only."""

@@ -123,3 +123,48 @@ def test_a_bare_matrix_has_one_scope(scope):
         bare.gram(scope)
     with pytest.raises(ValueError, match="'tensor' needs to know where the parameters lie"):
         bare.cosines_by_parameter("a", "b")
+
+
+# The direction as it is stored.
+
+
+def test_a_single_gradient_is_stored_in_parts_and_a_combination_flat():
+    model = nn.Linear(3, 2).double()
+    x = torch.randn(4, 3, dtype=torch.float64)
+    optimizer = gk.wrap(torch.optim.SGD(model.parameters(), lr=0.1), model=model)
+    single = optimizer.gradients(lambda: model(x).square().mean())
+    stored = single.stored()
+    assert stored.parts is not None
+    assert [part.shape for part in stored.vector] == [(2, 3), (2,)]
+    both = optimizer.gradients({"a": lambda: model(x).mean(), "b": lambda: model(x).square().sum()})
+    one = both.observe("a")
+    changed = both.reweighted(torch.tensor([2.0, -1.0], dtype=torch.float64))
+    other = single.with_update(changed.direction())
+    for gradients in (single, both, one, changed, other):
+        held = gradients.stored()
+        torch.testing.assert_close(held.rows[0], gradients.direction())
+        torch.testing.assert_close(held.norm(), gradients.direction().norm())
+        torch.testing.assert_close(gradients.direction_norm(), gradients.direction().norm())
+
+
+def test_another_evaluations_direction_as_the_update():
+    a, b = (torch.randn(1, 5, dtype=torch.float64) for _ in range(2))
+    first, second = (gk.Gradients(("loss",), torch.zeros(1), row) for row in (a, b))
+    changed = second.with_update(first.stored())
+    assert changed.has_update
+    torch.testing.assert_close(changed.direction(), a[0])
+    torch.testing.assert_close(changed.update, a[0])
+    torch.testing.assert_close(changed.direction_norm(), a[0].norm())
+    torch.testing.assert_close(changed.rows, b)
+
+
+def test_a_bound_is_of_the_update_it_came_with():
+    row = torch.randn(1, 5, dtype=torch.float64)
+    gradients = gk.Gradients(("loss",), torch.zeros(1), row)
+    torch.testing.assert_close(gradients.direction_bound(), row[0].norm())
+    bounded = gradients.with_update(2 * row[0], bound=torch.tensor(9.0, dtype=torch.float64))
+    assert float(bounded.direction_bound()) == 9
+    torch.testing.assert_close(bounded.direction_norm(), 2 * row[0].norm())
+    assert float(bounded.with_lr_scale(2.0).direction_bound()) == 9
+    for changed in (bounded.with_update(row[0]), bounded.replace(update=row[0])):
+        torch.testing.assert_close(changed.direction_bound(), row[0].norm())

@@ -17,6 +17,7 @@ from gradkit.core.gram import (
     gram,
     inner_products,
     norm,
+    product_of_parts,
     squared_norm,
 )
 
@@ -363,6 +364,27 @@ def test_the_norm_of_a_vector_in_parts(dtype):
     assert squared_norm([1e-20 * part for part in parts]) is None
     assert squared_norm([torch.full((5000,), torch.inf, dtype=dtype), *parts]) is None
     assert squared_norm([]) is None
+
+
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float64,), (torch.float32,), (torch.bfloat16, torch.float32)]
+)
+def test_the_product_of_two_vectors_in_parts(dtypes):
+    generator = seeded(6)
+    shapes = [(3,), (), (0,), (70, 90), (4096,), (4097,), (2, 640, 10)]
+    a, b = (
+        [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+        for dtype in (dtypes[0], dtypes[-1])
+    )
+    a[3], b[3] = a[3].t().contiguous().t(), b[3].t()
+    b[3] = b[3].reshape(70, 90)
+    products = [u.double() * v.double() for u, v in zip(a, b, strict=True)]
+    expected = sum(float(product.sum()) for product in products)
+    scale = sum(float(product.abs().sum()) for product in products)
+    assert float(product_of_parts(a, b)) == pytest.approx(expected, abs=1e-7 * scale)
+    assert product_of_parts([1e-20 * part for part in a], [1e-20 * part for part in b]) is None
+    assert product_of_parts(a, [part * torch.inf for part in b]) is None
+    assert product_of_parts([], []) is None
 
 
 # Signs.

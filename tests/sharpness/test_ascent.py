@@ -288,3 +288,14 @@ def test_on_one_process_it_makes_no_difference_who_perturbs() -> None:
         optimizer.step(lambda: w.pow(4).sum())
         ends.append(w.detach().clone())
     assert torch.equal(*ends)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: gk.GSAM(alpha=1e38), lambda: gk.CRSAM(gamma=1e38)], ids=["GSAM", "CRSAM"]
+)
+def test_a_combination_that_overflows_is_not_applied(make: Any) -> None:
+    w = nn.Parameter(torch.tensor([30.0, 400.0]))
+    optimizer = gk.wrap(torch.optim.SGD([w], lr=0.1), make())
+    with pytest.raises(gk.NonFiniteError, match="the transforms' result is not finite"):
+        optimizer.step(lambda: w[0] ** 2 + 3 * w[1].abs() ** 3)
+    assert w.tolist() == [30.0, 400.0]
