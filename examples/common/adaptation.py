@@ -33,6 +33,7 @@ PUBLISHED: dict[str, tuple[str, Callable[[nn.Module, Generator], tta.Adapter]]] 
     "sar-scaled": ("test", lambda model, _: tta.SAR(model, reset_threshold="scaled")),
     "eata": ("test", lambda model, _: tta.EATA(model)),
     "cotta": ("test", lambda model, generator: tta.CoTTA(model, generator=generator)),
+    "rotta": ("running", lambda model, generator: tta.RoTTA(model, generator=generator)),
     "memo": ("mixed:0.94", lambda model, _: tta.MEMO(model)),
     "deyo": ("test", lambda model, generator: tta.DeYO(model, generator=generator)),
     "vptta": ("warm-up", lambda model, _: tta.VPTTA(model)),

@@ -19,6 +19,8 @@ from gradkit.tta.no_adapt import NoAdapt
 from gradkit.tta.objectives import Consistency, binary_entropy, entropy, softmax_entropy
 from gradkit.tta.ptbn import PTBN
 from gradkit.tta.restore import PeriodicRestart, Pull, RestartBelow, StochasticRestore
+from gradkit.tta.rotta import MemoryConsistency, RoTTA
+from gradkit.tta.running import RunningStatistics
 from gradkit.tta.sar import SAR, ReliableEntropy
 from gradkit.tta.statistics import (
     Mixed,
@@ -63,6 +65,7 @@ __all__ = [
     "MarginalEntropy",
     "MedBN",
     "Median",
+    "MemoryConsistency",
     "Mixed",
     "NoAdapt",
     "PeriodicRestart",
@@ -70,6 +73,8 @@ __all__ = [
     "Pull",
     "ReliableEntropy",
     "RestartBelow",
+    "RoTTA",
+    "RunningStatistics",
     "ShapeEntropy",
     "Statistics",
     "StochasticRestore",

@@ -218,7 +218,9 @@ class Adapter:
             The logits before the step, if these are the prediction.
         """
         # The optimizer undoes a step of its own; the rest is restored here.
-        whole = self.episodic or self.steps > 1 or self.restore is not None or self._observes
+        # A teacher's statistics may learn when it is asked.
+        whole = self.episodic or self.steps > 1 or self._observes
+        whole = whole or self.restore is not None or self.teacher is not None
         saved = self.state_dict() if whole else self._beside_optimizer()
         last = start = self.last_step
         logits: Tensor | None = None

@@ -16,6 +16,7 @@ from gradkit.tta.statistics import (
     PerChannel,
     Statistics,
     batch_moments,
+    check_variance,
     source_moments,
 )
 from gradkit.tta.views import WEAK_VIEWS, View
@@ -80,12 +81,8 @@ class DynamicStatistics(Statistics):
         if self._seen is None:
             return source_moments(layer)
         mean, var = batch_moments(x)
+        check_variance(layer, x)
         count = x.numel() // x.shape[1]
-        if count < 2:
-            raise ValueError(
-                f"layer {layer.name!r} got an input of shape {list(x.shape)}: the variance of a "
-                "batch needs at least 2 values a channel. Use a larger batch or image."
-            )
         unbiased = var * (count / (count - 1))
         self._seen.setdefault(layer.name, []).append((mean, unbiased))
         return mean, var

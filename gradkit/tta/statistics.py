@@ -281,6 +281,13 @@ class AdaptedBatchNorm(_BatchNorm):
         self.predecessor_type._check_input_dim(self, x)  # type: ignore[no-untyped-call]  # untyped in torch
         return self.statistics.normalise(self, x)
 
+    def keep(self, mean: PerChannel, var: PerChannel) -> None:
+        """Write the layer's running mean and variance, for statistics that move them."""
+        layer = vars(self).get("called_by", self)
+        with torch.no_grad():
+            layer.running_mean.copy_(mean)
+            layer.running_var.copy_(var)
+
     def extra_repr(self) -> str:
         """BatchNorm's own text, with the statistics."""
         line = super().extra_repr()  # type: ignore[no-untyped-call]  # untyped in torch
@@ -298,6 +305,7 @@ def _answer(layer: nn.Module, adaptation: Adaptation, call: NormalisationCall) -
         _parameters={"weight": call.weight, "bias": call.bias},
         _buffers={"running_mean": call.mean, "running_var": call.var},
         eps=call.eps,
+        called_by=layer,  # the call's buffers may be converted copies of the layer's
         name=adaptation.name,
         statistics=adaptation.statistics,
         predecessor_type=adaptation.predecessor_type,
@@ -305,6 +313,49 @@ def _answer(layer: nn.Module, adaptation: Adaptation, call: NormalisationCall) -
     batches = torch.split(call.x, 1) if call.by_image and len(call.x) else (call.x,)
     normalised = [called.statistics.normalise(called, batch) for batch in batches]
     return normalised[0] if len(normalised) == 1 else torch.cat(normalised)
+
+
+def statistics_of(layer: nn.Module) -> Statistics | None:
+    """Where a layer takes mean and variance; None if it was not adapted.
+
+    Examples:
+        >>> statistics_of(install_statistics(nn.BatchNorm1d(2), Mixed(0.8)))
+        Mixed(share=0.8)
+    """
+    if isinstance(layer, AdaptedForward):
+        layer = layer._adaptation  # type: ignore[assignment]  # has the same attribute
+    found = getattr(layer, "statistics", None)
+    return found if isinstance(found, Statistics) else None
+
+
+def check_variance(layer: AdaptedBatchNorm, x: Activations) -> None:
+    """Check that a variance can be estimated without bias.
+
+    Raises:
+        ValueError: If a channel has fewer than two values.
+    """
+    if x.numel() < 2 * x.shape[1]:
+        raise ValueError(
+            f"layer {layer.name!r} got an input of shape {list(x.shape)}: the variance of a "
+            "batch needs at least 2 values a channel. Use a larger batch or image."
+        )
+
+
+def unbiased_moments(layer: AdaptedBatchNorm, x: Activations) -> tuple[PerChannel, PerChannel]:
+    """Mean and unbiased variance of each channel over the batch and all positions.
+
+    Raises:
+        ValueError: If a channel has fewer than two values.
+
+    Examples:
+        >>> layer = install_statistics(nn.BatchNorm1d(1), "test")
+        >>> unbiased_moments(layer, torch.tensor([[1.0], [3.0]]))
+        (tensor([2.]), tensor([2.]))
+    """
+    check_variance(layer, x)
+    dims = [0, *range(2, x.dim())]
+    var, mean = torch.var_mean(at_least_float32(x), dim=dims, correction=1)
+    return mean, var
 
 
 def resolve_statistics(statistics: str | Statistics) -> Statistics:

@@ -21,6 +21,7 @@ from gradkit.tta.statistics import (
     Statistics,
     at_least_float32,
     source_moments,
+    unbiased_moments,
 )
 
 Images = Float[Tensor, "batch channels height width"]
@@ -120,12 +121,7 @@ class WarmUp(Statistics):
     def moments(self, layer: AdaptedBatchNorm, x: Activations) -> tuple[PerChannel, PerChannel]:
         """The mixture, without a gradient."""
         values = at_least_float32(x).flatten(2)
-        if values.shape[0] * values.shape[2] < 2:
-            raise ValueError(
-                f"layer {layer.name!r} got an input of shape {list(x.shape)}: the variance of a "
-                "batch needs at least 2 values a channel. Use a larger image."
-            )
-        var, mean = torch.var_mean(values.detach(), dim=(0, 2), correction=1)
+        mean, var = unbiased_moments(layer, x.detach())
         m = self.momentum_of(self.k)
         source_mean, source_var = source_moments(layer)
         mean = m * mean + (1 - m) * source_mean
