@@ -22,6 +22,8 @@ from gradkit import tta
 METHODS = ("none", "ptbn", "tent", "grata")
 LEARNING_METHODS = ("tent", "grata")  # those with a learning rate and a choice of statistics
 
+DECODER = ("up1", "up2", "up3", "up4", "bnout")  # of ResUNet-34, which PASS does not align
+
 Generator = torch.Generator
 PUBLISHED: dict[str, tuple[str, Callable[[nn.Module, Generator], tta.Adapter]]] = {
     "dua": ("running", lambda model, _: tta.DUA(model)),
@@ -35,6 +37,12 @@ PUBLISHED: dict[str, tuple[str, Callable[[nn.Module, Generator], tta.Adapter]]] 
     "cotta": ("test", lambda model, generator: tta.CoTTA(model, generator=generator)),
     "rotta": ("running", lambda model, generator: tta.RoTTA(model, generator=generator)),
     "memo": ("mixed:0.94", lambda model, _: tta.MEMO(model)),
+    "pass": (
+        "running",
+        lambda model, generator: tta.PASS(
+            model, excluded=DECODER, class_weights=(5, 1), generator=generator
+        ),
+    ),
     "deyo": ("test", lambda model, generator: tta.DeYO(model, generator=generator)),
     "vptta": ("warm-up", lambda model, _: tta.VPTTA(model)),
     "intent": ("integrated", lambda model, _: tta.InTEnt(model)),

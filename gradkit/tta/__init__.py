@@ -13,10 +13,12 @@ from gradkit.tta.eata import EATA, ActiveEntropy
 from gradkit.tta.fuse import Alternatives, Fuse, Fusion
 from gradkit.tta.grata import GraTa
 from gradkit.tta.intent import Integration, InTEnt, Interpolated
+from gradkit.tta.lower_entropy import LowerEntropy
 from gradkit.tta.medbn import MedBN, Median
 from gradkit.tta.memo import MEMO, MarginalEntropy
 from gradkit.tta.no_adapt import NoAdapt
 from gradkit.tta.objectives import Consistency, binary_entropy, entropy, softmax_entropy
+from gradkit.tta.pass_tta import PASS, MomentumStart, SourceAlignment
 from gradkit.tta.ptbn import PTBN
 from gradkit.tta.restore import PeriodicRestart, Pull, RestartBelow, StochasticRestore
 from gradkit.tta.rotta import MemoryConsistency, RoTTA
@@ -39,6 +41,7 @@ __all__ = [
     "EATA",
     "GEM",
     "MEMO",
+    "PASS",
     "PTBN",
     "SAR",
     "TENT",
@@ -62,11 +65,13 @@ __all__ = [
     "InTEnt",
     "Integration",
     "Interpolated",
+    "LowerEntropy",
     "MarginalEntropy",
     "MedBN",
     "Median",
     "MemoryConsistency",
     "Mixed",
+    "MomentumStart",
     "NoAdapt",
     "PeriodicRestart",
     "PrototypePredictor",
@@ -76,6 +81,7 @@ __all__ = [
     "RoTTA",
     "RunningStatistics",
     "ShapeEntropy",
+    "SourceAlignment",
     "Statistics",
     "StochasticRestore",
     "StrongAugmentation",

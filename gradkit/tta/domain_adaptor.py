@@ -73,7 +73,7 @@ class AdaMixBN(Statistics):
 
     def moments(self, layer: AdaptedBatchNorm, x: Activations) -> tuple[PerChannel, PerChannel]:
         """Mean and unbiased variance of `x`."""
-        return unbiased_moments(layer, x)
+        return unbiased_moments(layer.name, x)
 
     def normalise(self, layer: AdaptedBatchNorm, x: Activations) -> Activations:
         """The layer's output; in the pass that rewrites, with the new scales and shifts."""

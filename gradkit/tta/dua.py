@@ -81,7 +81,7 @@ class DynamicStatistics(Statistics):
         if self._seen is None:
             return source_moments(layer)
         mean, var = batch_moments(x)
-        check_variance(layer, x)
+        check_variance(layer.name, x)
         count = x.numel() // x.shape[1]
         unbiased = var * (count / (count - 1))
         self._seen.setdefault(layer.name, []).append((mean, unbiased))

@@ -65,7 +65,7 @@ class Interpolated(Statistics):
         """The mixture; in the measuring pass the moments of `x`."""
         if self._measuring:
             mean, var = batch_moments(x)
-            check_variance(layer, x)
+            check_variance(layer.name, x)
             count = x.numel() // x.shape[1]
             self._measured.setdefault(layer.name, []).append((mean, var * (count / (count - 1))))
             return mean, var

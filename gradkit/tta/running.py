@@ -72,7 +72,7 @@ class RunningStatistics(Statistics):
         batch = batch_moments(x)
         if layer.name not in self._waiting:
             return running if self.uses_moved else batch
-        towards = batch if self.uses_moved else unbiased_moments(layer, x)
+        towards = batch if self.uses_moved else unbiased_moments(layer.name, x)
         mean, var = (
             (1 - self.momentum) * here + self.momentum * there
             for here, there in zip(running, towards, strict=True)

@@ -328,31 +328,30 @@ def statistics_of(layer: nn.Module) -> Statistics | None:
     return found if isinstance(found, Statistics) else None
 
 
-def check_variance(layer: AdaptedBatchNorm, x: Activations) -> None:
-    """Check that a variance can be estimated without bias.
+def check_variance(name: str, x: Activations) -> None:
+    """Check that the variance of a layer's input can be estimated without bias.
 
     Raises:
         ValueError: If a channel has fewer than two values.
     """
     if x.numel() < 2 * x.shape[1]:
         raise ValueError(
-            f"layer {layer.name!r} got an input of shape {list(x.shape)}: the variance of a "
+            f"layer {name!r} got an input of shape {list(x.shape)}: the variance of a "
             "batch needs at least 2 values a channel. Use a larger batch or image."
         )
 
 
-def unbiased_moments(layer: AdaptedBatchNorm, x: Activations) -> tuple[PerChannel, PerChannel]:
-    """Mean and unbiased variance of each channel over the batch and all positions.
+def unbiased_moments(name: str, x: Activations) -> tuple[PerChannel, PerChannel]:
+    """Mean and unbiased variance of each channel of a layer's input.
 
     Raises:
         ValueError: If a channel has fewer than two values.
 
     Examples:
-        >>> layer = install_statistics(nn.BatchNorm1d(1), "test")
-        >>> unbiased_moments(layer, torch.tensor([[1.0], [3.0]]))
+        >>> unbiased_moments("norm", torch.tensor([[1.0], [3.0]]))
         (tensor([2.]), tensor([2.]))
     """
-    check_variance(layer, x)
+    check_variance(name, x)
     dims = [0, *range(2, x.dim())]
     var, mean = torch.var_mean(at_least_float32(x), dim=dims, correction=1)
     return mean, var

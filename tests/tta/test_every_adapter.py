@@ -34,6 +34,7 @@ ADAPTERS = {
     "DeYO": {"lr": 1e-2, "entropy_share": 1.0, "difference": 0.0},
     "DeTTA": {},
     "Fuse": {},
+    "PASS": {"hidden": 4},
     "RoTTA": {"lr": 1e-2, "memory": 2, "every": 2},
     "VPTTA": {"prompt_size": 3, "memory": 2, "neighbours": 1},
 }
@@ -57,7 +58,8 @@ def make(name: str, model: nn.Module | None = None, **options) -> gk.tta.Adapter
 def layers_of(adapter: gk.tta.Adapter) -> nn.Sequential:
     """The layers of the adapted network."""
     model = adapter.model
-    return model.model if isinstance(model, gk.tta.vptta.Prompted) else model
+    wrappers = (gk.tta.vptta.Prompted, gk.tta.pass_tta.Decorated)
+    return model.model if isinstance(model, wrappers) else model
 
 
 def make_by_default(name: str, model: nn.Module, **options) -> gk.tta.Adapter:
@@ -182,7 +184,7 @@ def test_classifiers(name: str) -> None:
     assert torch.isfinite(logits).all()
 
 
-@pytest.mark.parametrize("name", [name for name in ADAPTERS if name != "VPTTA"])
+@pytest.mark.parametrize("name", [name for name in ADAPTERS if name not in ("VPTTA", "PASS")])
 def test_volumes_and_a_softmax_over_classes(name: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv3d(1, 4, 1), nn.BatchNorm3d(4), nn.ReLU(), nn.Conv3d(4, 3, 1))
