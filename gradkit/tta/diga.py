@@ -28,7 +28,8 @@ def prototypes_of(
     """Mean features of the positions whose most probable outcome has at least this probability.
 
     Returns:
-        The means, 0 for outcomes without any such position, and which outcomes have one.
+        The means, 0 for outcomes without any such position, and which outcomes have one; none has
+        where a feature is not finite.
 
     Examples:
         >>> features = torch.tensor([[[1.0, 3.0, 9.0]]])
@@ -43,7 +44,8 @@ def prototypes_of(
     chosen = (q == largest) & (largest >= confidence)
     counts = chosen.sum(dim=(0, 3))
     sums = torch.einsum("nukm,ndm->ukd", chosen.to(f.dtype), f)
-    return sums / counts.clamp_min(1).unsqueeze(2), counts > 0
+    means = sums / counts.clamp_min(1).unsqueeze(2)
+    return means, (counts > 0) & means.isfinite().all(dim=2)
 
 
 def weights_by_distance(
@@ -84,6 +86,10 @@ class PrototypePredictor:
         temperature: τ.
         probabilities: The meaning of the logits; see `TENT`.
 
+    Attributes:
+        facts: Of which outcomes there were pseudo-labels in the last batch, "seen" [units,
+            outcomes], and in the stream, "known".
+
     Raises:
         TypeError: If a number is none.
         ValueError: If an argument has no valid value; or, when the adapter is made, if there is no
@@ -120,6 +126,7 @@ class PrototypePredictor:
         self.classifier, self.confidence, self.decay = classifier, confidence, decay
         self.stream_share, self.prototype_share = stream_share, prototype_share
         self.temperature, self.probabilities = temperature, probabilities
+        self.facts: dict[str, Tensor] = {}
         self.prototypes: Prototypes | None = None
         self.exists: Exists | None = None
 
@@ -152,6 +159,7 @@ class PrototypePredictor:
         blended = self.prototype_share * near + (1 - self.prototype_share) * p
         result = to_logits(blended, self.probabilities, logits)
         self.prototypes, self.exists = stream, known
+        self.facts = {"seen": exists, "known": known}
         return result
 
     def _moved(self, present: Prototypes, exists: Exists) -> tuple[Prototypes, Exists]:

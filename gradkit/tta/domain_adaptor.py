@@ -71,6 +71,11 @@ class AdaMixBN(Statistics):
     def __repr__(self) -> str:
         return "AdaMixBN()"
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The "shares" λ of the source by layer, of the last batch."""
+        return {"shares": self.shares}
+
     def moments(self, layer: AdaptedBatchNorm, x: Activations) -> tuple[PerChannel, PerChannel]:
         """Mean and unbiased variance of `x`."""
         return unbiased_moments(layer.name, x)

@@ -36,6 +36,9 @@ class DynamicStatistics(Statistics):
         views: The views of the images that a pass sees; those that change the images' shape are
             left out.
 
+    Attributes:
+        facts: The "momentum" of the last batch.
+
     Raises:
         TypeError: If a number is none.
         ValueError: If a number is not between 0 and 1, if momentum and bound exceed 1 together, or
@@ -64,6 +67,7 @@ class DynamicStatistics(Statistics):
         self.momentum, self.decay, self.least = momentum, decay, least
         self.views = tuple(views)
         self.k = 0
+        self.facts: dict[str, float] = {}
         # Of a pass that learns: each layer's moments, of each call.
         self._seen: dict[str, list[tuple[PerChannel, PerChannel]]] | None = None
 
@@ -88,17 +92,23 @@ class DynamicStatistics(Statistics):
         return mean, var
 
     def observe(self, model: nn.Module, images: Tensor) -> None:
-        """Learn from the views of a batch, in one pass."""
+        """Learn from the views of a batch, in one pass; nothing, if a moment is not finite."""
         views = [view.forward(images) for view in self.views]
         seen = self._seen = {}
         try:
             model(torch.cat([view for view in views if view.shape == images.shape]))
         finally:
             self._seen = None
+        moments = {
+            name: tuple(torch.stack(each).mean(dim=0) for each in zip(*calls, strict=True))
+            for name, calls in seen.items()
+        }
+        if not _all_finite([each for pair in moments.values() for each in pair]):
+            return  # nothing could be predicted ever after
         self.k += 1
+        self.facts = {"momentum": self.momentum_of(self.k)}
         layers: dict[str, Any] = dict(model.named_modules())
-        for name, calls in seen.items():
-            means, variances = (torch.stack(each).mean(dim=0) for each in zip(*calls, strict=True))
+        for name, (means, variances) in moments.items():
             layer = layers[name]
             layer.running_mean.lerp_(means.to(layer.running_mean), self.momentum_of(self.k))
             layer.running_var.lerp_(variances.to(layer.running_var), self.momentum_of(self.k))
@@ -113,6 +123,10 @@ class DynamicStatistics(Statistics):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load what `state_dict` returned."""
         self.k = state_dict["k"]
+
+
+def _all_finite(tensors: Sequence[Tensor]) -> bool:
+    return not tensors or bool(torch.stack([each.isfinite().all() for each in tensors]).all())
 
 
 def DUA(  # noqa: N802 # the method's name

@@ -144,7 +144,7 @@ class MemoryConsistency:
         labels = log_p.flatten(1).argmax(dim=1).tolist() if single else [0] * len(images)
         if self.memory is None:
             self.memory = BalancedMemory(self.size, outcomes if single else 1)
-        self._due = None
+        self._due = self._view = self._target = None
         for image, label, uncertainty in zip(images, labels, uncertainties.tolist(), strict=True):
             if not math.isfinite(uncertainty):
                 continue
