@@ -38,8 +38,8 @@ def prototypes_of(
         (tensor([[[2.],
                  [0.]]]), tensor([[ True, False]]))
     """
-    f = features.flatten(2)
-    q = p.flatten(3)
+    f = features.reshape(*features.shape[:2], -1)
+    q = p.reshape(*p.shape[:3], -1)
     largest = q.amax(dim=2, keepdim=True)
     chosen = (q == largest) & (largest >= confidence)
     counts = chosen.sum(dim=(0, 3))
@@ -63,7 +63,7 @@ def weights_by_distance(
         tensor([[[[0.7311, 0.2689],
                   [0.2689, 0.7311]]]])
     """
-    f = features.flatten(2).transpose(1, 2)
+    f = features.reshape(*features.shape[:2], -1).transpose(1, 2)
     units, outcomes, _ = prototypes.shape
     near = -torch.cdist(f, prototypes.flatten(0, 1).expand(len(f), -1, -1)) / temperature
     near = near.transpose(1, 2).reshape(len(f), units, outcomes, *features.shape[2:])

@@ -117,6 +117,9 @@ class MemoryConsistency:
         Raises:
             ValueError: If they cannot.
         """
+        check = getattr(self.augmentation, "check_images", None)
+        if check is not None:
+            check(images)
         if len(images) > self.every:
             raise ValueError(
                 f"a batch has {len(images)} images, but there is an update after every "
@@ -129,9 +132,6 @@ class MemoryConsistency:
                 f"{list(images.shape[1:])}: images of a stream must be of one size; call reset() "
                 "before those of another"
             )
-        check = getattr(self.augmentation, "check_images", None)
-        if check is not None:
-            check(images)
 
     def begin_batch(self, images: Tensor) -> None:
         """Let the teacher predict, and remember the images."""
@@ -140,7 +140,9 @@ class MemoryConsistency:
         log_p = log_distributions(self.prediction, self.probabilities)
         outcomes = log_p.shape[2]
         uncertainties = (entropies(log_p) / math.log(outcomes)).flatten(1).mean(dim=1)
-        single = log_p[0].numel() == outcomes  # one prediction for each image, which has a class
+        single = (
+            math.prod(log_p.shape[1:]) == outcomes
+        )  # one prediction for each image, which has a class
         labels = log_p.flatten(1).argmax(dim=1).tolist() if single else [0] * len(images)
         if self.memory is None:
             self.memory = BalancedMemory(self.size, outcomes if single else 1)

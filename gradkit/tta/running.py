@@ -32,7 +32,8 @@ class RunningStatistics(Statistics):
     through the batch's moments, and what is stored comes from the first evaluation in a step.
 
     The running statistics are the model's buffers. A teacher is a copy of the model, so it has
-    buffers of its own; with `gk.EMA(..., buffers="skip")` they do not follow the student's.
+    buffers of its own; with `gk.EMA(..., buffers="skip")` they do not follow the student's. In an
+    InstanceNorm with running statistics each image is a batch, and the first of them moves.
 
     Args:
         momentum: The batch's share.

@@ -122,8 +122,8 @@ class WarmUp(Statistics):
 
     def moments(self, layer: AdaptedBatchNorm, x: Activations) -> tuple[PerChannel, PerChannel]:
         """The mixture, without a gradient."""
-        values = at_least_float32(x).flatten(2)
         mean, var = unbiased_moments(layer.name, x.detach())
+        values = at_least_float32(x).flatten(2)
         m = self.momentum_of(self.k)
         source_mean, source_var = source_moments(layer)
         mean = m * mean + (1 - m) * source_mean

@@ -216,7 +216,7 @@ def test_a_model_that_raises_leaves_no_trace(name: str) -> None:
     assert adapter.last_step is last
 
 
-@pytest.mark.parametrize("name", [name for name in ADAPTERS if name != "DIGA"])
+@pytest.mark.parametrize("name", ADAPTERS)
 def test_classifiers(name: str) -> None:
     count = 1 if name == "VPTTA" else 4  # a prompt is one image's
     torch.manual_seed(0)
