@@ -140,9 +140,8 @@ class MemoryConsistency:
         log_p = log_distributions(self.prediction, self.probabilities)
         outcomes = log_p.shape[2]
         uncertainties = (entropies(log_p) / math.log(outcomes)).flatten(1).mean(dim=1)
-        single = (
-            math.prod(log_p.shape[1:]) == outcomes
-        )  # one prediction for each image, which has a class
+        # One prediction for each image, which has a class.
+        single = math.prod(log_p.shape[1:]) == outcomes
         labels = log_p.flatten(1).argmax(dim=1).tolist() if single else [0] * len(images)
         if self.memory is None:
             self.memory = BalancedMemory(self.size, outcomes if single else 1)
