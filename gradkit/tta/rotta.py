@@ -244,7 +244,8 @@ def RoTTA(  # noqa: N802 # the method's name
 
     Defaults are the authors' for CIFAR, except for the augmentation: theirs also moves, rotates and
     mirrors, which a segmentation would have to undo. Here it is `StrongAugmentation`, which changes
-    intensities of images in [0, 1]. Pass `augmentation` for another.
+    intensities of images in [0, 1]. Pass `augmentation` for another; with the same one, a
+    classifier's logits were those of the authors' code.
 
     Cost: 1 forward pass per image; every 64 images 1 forward pass of the teacher, 1 forward and 1
     backward pass of the student, of 64 images each. State: φ, φ', both models' statistics, Adam's
