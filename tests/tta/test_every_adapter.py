@@ -183,7 +183,10 @@ def test_a_long_stream_takes_no_more_memory(name: str) -> None:
             file = io.BytesIO()
             torch.save(adapter.state_dict(), file)
             sizes.append(len(file.getvalue()))
-    assert len(held) == 1
+    # An image that was learnt from may hold a few tensors more than one that was not.
+    counts, numbers = zip(*held, strict=True)
+    assert max(counts) - min(counts) < 5
+    assert max(numbers) - min(numbers) < 1024
     assert max(sizes) - min(sizes) < 256  # but for the lengths of numbers
 
 
