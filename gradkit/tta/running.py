@@ -46,6 +46,7 @@ class RunningStatistics(Statistics):
         ValueError: If it is not between 0 and 1.
 
     Examples:
+        >>> import torch
         >>> from gradkit.tta import install_statistics
         >>> layer = install_statistics(nn.BatchNorm1d(1), RunningStatistics(0.5, uses_moved=True))
         >>> with learning(layer):
@@ -99,6 +100,7 @@ def learning(model: nn.Module) -> Iterator[set[str]]:
         The names of the layers that have not moved yet.
 
     Examples:
+        >>> import torch
         >>> from gradkit.tta import install_statistics
         >>> model = install_statistics(nn.Sequential(nn.BatchNorm1d(2)), RunningStatistics())
         >>> with learning(model) as waiting:
