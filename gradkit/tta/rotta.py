@@ -240,7 +240,8 @@ def RoTTA(  # noqa: N802 # the method's name
     A classifier's memory is balanced over its predicted classes. Dense predictions, and those of
     several labels, have no class: there the memory is one of recent and certain images, with the
     mean entropy over pixels, and CE is the mean over pixels. This port is not the authors'. Images
-    whose prediction is not finite are not remembered.
+    whose prediction is not finite are not remembered. A stream of fewer than 64 images is predicted
+    as by the source model: for small ones choose smaller `memory` and `every`.
 
     Defaults are the authors' for CIFAR, except for the augmentation: theirs also moves, rotates and
     mirrors, which a segmentation would have to undo. Here it is `StrongAugmentation`, which changes
