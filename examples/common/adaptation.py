@@ -32,6 +32,8 @@ def denoise(model: Any, images: Tensor) -> Tensor:
     return logits
 
 
+DECODER = ("up1", "up2", "up3", "up4", "bnout")  # of ResUNet-34, which PASS does not align
+
 Generator = torch.Generator
 PUBLISHED: dict[str, tuple[str, Callable[[nn.Module, Generator], tta.Adapter]]] = {
     "dua": ("running", lambda model, _: tta.DUA(model)),
@@ -47,7 +49,14 @@ PUBLISHED: dict[str, tuple[str, Callable[[nn.Module, Generator], tta.Adapter]]] 
     "sar-scaled": ("test", lambda model, _: tta.SAR(model, reset_threshold="scaled")),
     "eata": ("test", lambda model, _: tta.EATA(model)),
     "cotta": ("test", lambda model, generator: tta.CoTTA(model, generator=generator)),
+    "rotta": ("running", lambda model, generator: tta.RoTTA(model, generator=generator)),
     "memo": ("mixed:0.94", lambda model, _: tta.MEMO(model)),
+    "pass": (
+        "running",
+        lambda model, generator: tta.PASS(
+            model, excluded=DECODER, class_weights=(5, 1), generator=generator
+        ),
+    ),
     "deyo": ("test", lambda model, generator: tta.DeYO(model, generator=generator)),
     "vptta": ("warm-up", lambda model, _: tta.VPTTA(model)),
     "intent": ("integrated", lambda model, _: tta.InTEnt(model)),

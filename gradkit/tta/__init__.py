@@ -14,12 +14,16 @@ from gradkit.tta.fuse import Alternatives, Fuse, Fusion
 from gradkit.tta.grata import GraTa
 from gradkit.tta.heads import ROTATION_VIEWS, Reconstruction, Rotation, SuperResolution
 from gradkit.tta.intent import Integration, InTEnt, Interpolated
+from gradkit.tta.lower_entropy import LowerEntropy
 from gradkit.tta.medbn import MedBN, Median
 from gradkit.tta.memo import MEMO, MarginalEntropy
 from gradkit.tta.no_adapt import NoAdapt
 from gradkit.tta.objectives import Consistency, binary_entropy, entropy, softmax_entropy
+from gradkit.tta.pass_tta import PASS, MomentumStart, SourceAlignment
 from gradkit.tta.ptbn import PTBN
 from gradkit.tta.restore import PeriodicRestart, Pull, RestartBelow, StochasticRestore
+from gradkit.tta.rotta import MemoryConsistency, RoTTA
+from gradkit.tta.running import RunningStatistics
 from gradkit.tta.sar import SAR, ReliableEntropy
 from gradkit.tta.statistics import (
     Mixed,
@@ -38,6 +42,7 @@ __all__ = [
     "EATA",
     "GEM",
     "MEMO",
+    "PASS",
     "PTBN",
     "ROTATION_VIEWS",
     "SAR",
@@ -62,10 +67,13 @@ __all__ = [
     "InTEnt",
     "Integration",
     "Interpolated",
+    "LowerEntropy",
     "MarginalEntropy",
     "MedBN",
     "Median",
+    "MemoryConsistency",
     "Mixed",
+    "MomentumStart",
     "NoAdapt",
     "PeriodicRestart",
     "PrototypePredictor",
@@ -73,8 +81,11 @@ __all__ = [
     "Reconstruction",
     "ReliableEntropy",
     "RestartBelow",
+    "RoTTA",
     "Rotation",
+    "RunningStatistics",
     "ShapeEntropy",
+    "SourceAlignment",
     "Statistics",
     "StochasticRestore",
     "StrongAugmentation",

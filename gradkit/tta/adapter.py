@@ -16,6 +16,7 @@ from gradkit.core.transform import Transform
 from gradkit.optimizer.gradient_optimizer import GradientOptimizer
 from gradkit.optimizer.record import StepRecord
 from gradkit.optimizer.wrapping import wrap
+from gradkit.teachers.copying import copied
 from gradkit.tta.episodes import Episodes
 from gradkit.tta.parts import Objective, Predictor, Restore, Stateful, own, tell
 from gradkit.tta.statistics import (
@@ -82,7 +83,8 @@ class Adapter:
         TypeError: If objectives are not a mapping, or `steps` is no integer.
         ValueError: If there are objectives but no optimizer or nothing to train, if there is an
             optimizer, a transform, a restore or several steps but no objective, if parameters or a
-            teacher's student are not the copy's, if `episodic` is "image" and something cannot be
+            teacher's student are not the copy's, if the model cannot be copied, if the optimizer's
+            ε is 0 in the precision of the weights, if `episodic` is "image" and something cannot be
             computed for several images at once, or if an argument has no valid value or the
             statistics do not fit the model.
 
@@ -130,8 +132,7 @@ class Adapter:
             raise ValueError(f'episodic is {episodic!r}; choose False, True or "image"')
         # Statistics may have state of their own, which must not be shared between adapters.
         self.statistics = copy.deepcopy(resolve_statistics(statistics))
-        with torch.no_grad():  # scripted modules copy their parameters as operations
-            self.model = copy.deepcopy(model).eval()
+        self.model = _copied(model).eval()
         install_statistics(self.model, self.statistics)
         self.objectives = _own(objectives(self.model) if callable(objectives) else objectives or {})
         self.episodic, self.steps = episodic, steps
@@ -216,7 +217,9 @@ class Adapter:
                 )
         # Each rank adapts its own copy to its own images.
         options = {"process_group": None, **options}
-        return wrap(optimizer(trained), *chain, model=self.model, **options)
+        base = optimizer(trained)
+        _check_precision(base)
+        return wrap(base, *chain, model=self.model, **options)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Adapt to a batch of images, then predict: logits, detached.
@@ -230,12 +233,7 @@ class Adapter:
                 `episodic` is "image", and something cannot be computed for several images at once.
             ValueError: If an objective cannot work with these images.
         """
-        images = _plain(images)
-        if self.optimizer is not None:
-            _refuse_inference_mode()
-            if images.is_inference():  # made under inference mode: autograd cannot save them
-                images = images.clone()
-        tell(self._parts(), "check_images", images)
+        images = self._received(images)
         if self._episodes is not None:
             return _plain(self._episodes(images))
         logits = self._adapt(images)
@@ -247,6 +245,32 @@ class Adapter:
                     logits = self.predict(self.model, images)
         return _plain(logits)
 
+    def adapt(self, images: Tensor) -> None:
+        """Adapt to a batch without predicting it, and without what a prediction remembers.
+
+        For methods that see all of the target before they predict it. Then `adapter.model(images)`
+        predicts without adapting.
+
+        Raises:
+            RuntimeError: As in a call.
+            ValueError: As in a call, or if `episodic` is "image", which keeps nothing of a batch.
+        """
+        if self._episodes is not None:
+            raise ValueError(
+                'episodic is "image", with which the adapter never changes, so that nothing would '
+                "be learnt for a later prediction; call the adapter itself"
+            )
+        self._adapt(self._received(images))
+
+    def _received(self, images: Tensor) -> Tensor:
+        images = _plain(images)
+        if self.optimizer is not None:
+            _refuse_inference_mode()
+            if images.is_inference():  # made under inference mode: autograd cannot save them
+                images = images.clone()
+        tell(self._parts(), "check_images", images)
+        return images
+
     def _adapt(self, images: Tensor) -> Tensor | None:
         """Adapt to the images.
 
@@ -254,10 +278,13 @@ class Adapter:
             The logits before the step, if these are the prediction.
         """
         # The optimizer undoes a step of its own; the rest is restored here.
-        whole = self.episodic or self.steps > 1 or self.restore is not None or self._observes
+        # A teacher's statistics may learn when it is asked.
+        whole = self.episodic or self.steps > 1 or self._observes
+        whole = whole or self.restore is not None or self.teacher is not None
         saved = self.state_dict() if whole else self._beside_optimizer()
         last = start = self.last_step
         logits: Tensor | None = None
+        self._clear_facts()
         try:
             if self.episodic:
                 self.reset()
@@ -313,9 +340,15 @@ class Adapter:
         `last_step` is the record of the optimizer's step.
         """
         found: dict[str, Any] = {}
-        for part in self._parts():
+        for part in (self.statistics, *self._parts()):
             found.update(getattr(part, "facts", {}))
         return found
+
+    def _clear_facts(self) -> None:
+        """Forget what was told of earlier batches: not every part acts in each."""
+        for part in (self.statistics, *self._parts()):
+            if isinstance(getattr(part, "__dict__", {}).get("facts"), dict):
+                setattr(part, "facts", {})  # noqa: B010 # not all parts have it
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The trained parameters, by their names in the model."""
@@ -344,6 +377,7 @@ class Adapter:
         """Restore the initial state exactly: weights, optimizer, objectives, statistics."""
         self.statistics.reset()
         self._load(self._start)
+        self._clear_facts()
         if self.optimizer is not None:
             self.optimizer.last_step = None
 
@@ -439,6 +473,41 @@ class Adapter:
         if self.optimizer is not None:
             parts.append(f"transforms={list(self.optimizer.transforms)!r}")
         return f"{type(self).__name__}({', '.join(parts)})"
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """A copy of the model, also where hooks keep computed weights on its layers.
+
+    Raises:
+        ValueError: If it cannot be copied.
+    """
+    try:
+        with torch.no_grad():  # scripted modules copy their parameters as operations
+            return copied(model)
+    except ValueError as error:
+        raise ValueError(
+            f"the model, a {type(model).__name__}, cannot be copied ({error.__cause__}), and "
+            "adaptation works on a copy; remove from it what copy.deepcopy cannot copy, such as "
+            "an open file or a result that an attribute keeps"
+        ) from error.__cause__
+
+
+def _check_precision(base: Optimizer) -> None:
+    """Check that the optimizer's ε is not 0 in the precision of what it trains.
+
+    Raises:
+        ValueError: If it is: a gradient of 0 would make NaN of a weight.
+    """
+    for group in base.param_groups:
+        eps = group.get("eps")
+        for parameter in group["params"]:
+            if isinstance(eps, float) and eps > 0 and not parameter.new_tensor(eps).item():
+                raise ValueError(
+                    f"{type(base).__name__} divides by a root plus eps={eps}, which is 0 in "
+                    f"{parameter.dtype}, so that a gradient of 0 would make a weight NaN: keep the "
+                    "model in float32 and adapt under torch.autocast, or pass an optimizer with a "
+                    "larger eps, such as 1e-4"
+                )
 
 
 def _own(objectives: Mapping[str, Objective]) -> dict[str, Objective]:

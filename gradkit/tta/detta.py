@@ -14,6 +14,7 @@ from gradkit.core.arguments import check_number, own_generator
 from gradkit.tta.adapter import Adapter
 from gradkit.tta.heads import Head, check_restorable, restoration_error
 from gradkit.tta.objectives import Image, Scalar
+from gradkit.tta.running import RunningStatistics, learning
 from gradkit.tta.statistics import Statistics
 
 Noise = Literal["blind_spots", "gaussian"]
@@ -125,17 +126,33 @@ class Denoising:
         self.generator.set_state(state_dict["generator"].cpu())
 
 
+class _InTraining:
+    """The denoised images, in a pass of the whole network in which running statistics learn."""
+
+    def __init__(self, denoise: Head) -> None:
+        self.denoise = denoise
+
+    def __call__(self, model: Any, images: Tensor) -> Tensor:
+        with learning(model) as waiting:
+            output = self.denoise(model, images)
+            if waiting:  # the authors' network has one forward for both of its decoders
+                with torch.no_grad():
+                    model(images)
+        return output
+
+
 def DeTTA(  # noqa: N802 # the method's name
     model: nn.Module,
     denoise: Head,
-    lr: float = 1e-4,
-    statistics: str | Statistics = "test",
+    lr: float | None = None,
+    statistics: str | Statistics | None = None,
     noise: Noise = "blind_spots",
     strength: int | float = 0.1,
     generator: torch.Generator | None = None,
+    preset: Literal["online", "released"] = "online",
     **options: Any,
 ) -> Adapter:
-    """Test-time adaptation by denoising (DeTTA, WACV 2024), online.
+    """Test-time adaptation by denoising (DeTTA, WACV 2024).
 
     [From Denoising Training to Test-Time Adaptation: Enhancing Domain Generalization for Medical
     Image Segmentation](https://arxiv.org/abs/2310.20271), with φ the scales and shifts of
@@ -150,21 +167,32 @@ def DeTTA(  # noqa: N802 # the method's name
 
     Blind spots are Noise2Void's ([Krull et al., CVPR 2019](https://arxiv.org/abs/1811.10980)) and
     DeTTA's; "gaussian" is the denoising objective of [GraTa](https://arxiv.org/abs/2408.07343),
-    which also compares DeTTA. The learning rate is GraTa's for TENT; DeTTA's own is 1e-6, at which
-    almost nothing is learnt beyond test statistics. Its released program trains for an epoch over
-    the whole target before it predicts; that is not done here.
+    which also compares DeTTA.
+
+    | preset | lr | β₂ of Adam | statistics in the steps | and in predictions |
+    |---|---|---|---|---|
+    | "online" | 1e-4 | 0.999 | the test's | the test's |
+    | "released" | 1e-6 | 0.99 | the batch's; running ones move, momentum 0.1 | the running ones |
+
+    "online" is a comparable setting for streams; its learning rate is GraTa's for TENT. "released"
+    are the settings of the authors' program, which trains for an epoch over the whole target, in
+    batches of 8, before it predicts: see the example. At 1e-6 almost nothing is learnt but the
+    running statistics, as in `DUA`. All of the network's layers move, with the layers that
+    `denoise` does not run in one more pass. The authors draw blind spots with replacement, and past
+    an edge from the other side of the image. Written from their program, which was not run.
 
     Cost: 2 forward passes, one of them through the head, and 1 backward pass per batch. State: φ,
-    Adam's moments, the generator.
+    Adam's moments, the generator; of "released" the running statistics.
 
     Args:
         model: The source model with its head; see `Adapter`.
         denoise: `(model, noisy images) -> logits` of the images without noise, of their shape.
-        lr: Adam's learning rate.
-        statistics: Where mean and variance come from; see `Adapter`.
+        lr: Adam's learning rate; by default the preset's.
+        statistics: Where mean and variance come from; by default the preset's.
         noise: Which noise.
         strength: The share of the pixels that are blind, or the noise's standard deviation.
         generator: The generator of the noise, on the CPU; by default a new one with seed 0.
+        preset: "online" or "released"; see above.
         **options: Further arguments of `Adapter`.
 
     Returns:
@@ -189,13 +217,31 @@ def DeTTA(  # noqa: N802 # the method's name
         >>> adapter = gk.tta.DeTTA(Network(), denoise)
         >>> adapter(torch.rand(1, 3, 8, 8)).shape
         torch.Size([1, 2, 8, 8])
+
+        The whole target first, then its predictions:
+
+        >>> adapter = gk.tta.DeTTA(Network(), denoise, preset="released")
+        >>> target = torch.rand(16, 3, 8, 8)
+        >>> for batch in target.split(8):
+        ...     adapter.adapt(batch)
+        >>> with torch.no_grad():
+        ...     logits = adapter.model(target)
     """
+    if preset not in ("online", "released"):
+        raise ValueError(f'preset is {preset!r}; choose "online" or "released"')
+    released = preset == "released"
+    if statistics is None:
+        statistics = RunningStatistics(0.1) if released else "test"
+    rate = (1e-6 if released else 1e-4) if lr is None else lr
+    betas = (0.9, 0.99 if released else 0.999)
+    if released:
+        denoise = _InTraining(denoise)
     return Adapter(
         model,
         statistics=statistics,
         objectives={"loss": Denoising(denoise, noise, strength, generator)},
         **{
-            "optimizer": functools.partial(torch.optim.Adam, lr=lr),
+            "optimizer": functools.partial(torch.optim.Adam, lr=rate, betas=betas),
             "on_empty": "skip",
             **options,
         },

@@ -28,7 +28,8 @@ def prototypes_of(
     """Mean features of the positions whose most probable outcome has at least this probability.
 
     Returns:
-        The means, 0 for outcomes without any such position, and which outcomes have one.
+        The means, 0 for outcomes without any such position, and which outcomes have one; none has
+        where a feature is not finite.
 
     Examples:
         >>> features = torch.tensor([[[1.0, 3.0, 9.0]]])
@@ -37,13 +38,14 @@ def prototypes_of(
         (tensor([[[2.],
                  [0.]]]), tensor([[ True, False]]))
     """
-    f = features.flatten(2)
-    q = p.flatten(3)
+    f = features.reshape(*features.shape[:2], -1)
+    q = p.reshape(*p.shape[:3], -1)
     largest = q.amax(dim=2, keepdim=True)
     chosen = (q == largest) & (largest >= confidence)
     counts = chosen.sum(dim=(0, 3))
     sums = torch.einsum("nukm,ndm->ukd", chosen.to(f.dtype), f)
-    return sums / counts.clamp_min(1).unsqueeze(2), counts > 0
+    means = sums / counts.clamp_min(1).unsqueeze(2)
+    return means, (counts > 0) & means.isfinite().all(dim=2)
 
 
 def weights_by_distance(
@@ -61,7 +63,7 @@ def weights_by_distance(
         tensor([[[[0.7311, 0.2689],
                   [0.2689, 0.7311]]]])
     """
-    f = features.flatten(2).transpose(1, 2)
+    f = features.reshape(*features.shape[:2], -1).transpose(1, 2)
     units, outcomes, _ = prototypes.shape
     near = -torch.cdist(f, prototypes.flatten(0, 1).expand(len(f), -1, -1)) / temperature
     near = near.transpose(1, 2).reshape(len(f), units, outcomes, *features.shape[2:])
@@ -83,6 +85,10 @@ class PrototypePredictor:
         prototype_share: The share of both in the result, against the model's prediction.
         temperature: τ.
         probabilities: The meaning of the logits; see `TENT`.
+
+    Attributes:
+        facts: Of which outcomes there were pseudo-labels in the last batch, "seen" [units,
+            outcomes], and in the stream, "known".
 
     Raises:
         TypeError: If a number is none.
@@ -120,6 +126,7 @@ class PrototypePredictor:
         self.classifier, self.confidence, self.decay = classifier, confidence, decay
         self.stream_share, self.prototype_share = stream_share, prototype_share
         self.temperature, self.probabilities = temperature, probabilities
+        self.facts: dict[str, Tensor] = {}
         self.prototypes: Prototypes | None = None
         self.exists: Exists | None = None
 
@@ -152,6 +159,7 @@ class PrototypePredictor:
         blended = self.prototype_share * near + (1 - self.prototype_share) * p
         result = to_logits(blended, self.probabilities, logits)
         self.prototypes, self.exists = stream, known
+        self.facts = {"seen": exists, "known": known}
         return result
 
     def _moved(self, present: Prototypes, exists: Exists) -> tuple[Prototypes, Exists]:

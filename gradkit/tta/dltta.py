@@ -159,8 +159,13 @@ class MemoryPredictor:
         return outputs[-1].detach().flatten(1), logits
 
     def __call__(self, model: nn.Module, images: Tensor) -> Logits:
-        """The logits; the oldest images make place for these."""
+        """The logits; the oldest images make place for these, as far as they are finite."""
         keys, logits = self.look(model, images)
+        predicted = logits
+        finite = keys.isfinite().all(dim=1) & logits.flatten(1).isfinite().all(dim=1)
+        keys, logits = keys[finite], logits[finite]
+        if not len(keys):
+            return predicted
         if self.keys is not None and self.values is not None:
             if self.values.shape[1:] != logits.shape[1:] or self.keys.shape[1:] != keys.shape[1:]:
                 raise ValueError(
@@ -172,7 +177,7 @@ class MemoryPredictor:
             self.values = torch.cat([self.values, logits])[-self.size :].clone()
         else:
             self.keys, self.values = keys[-self.size :].clone(), logits[-self.size :].clone()
-        return logits
+        return predicted
 
     def state_dict(self) -> dict[str, Any]:
         """Keys and values, the oldest first; None before the first batch."""

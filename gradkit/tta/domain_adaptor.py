@@ -30,6 +30,7 @@ from gradkit.tta.statistics import (
     Statistics,
     at_least_float32,
     source_moments,
+    unbiased_moments,
 )
 from gradkit.tta.views import WEAK_VIEWS, View, check_views
 
@@ -70,16 +71,14 @@ class AdaMixBN(Statistics):
     def __repr__(self) -> str:
         return "AdaMixBN()"
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The "shares" λ of the source by layer, of the last batch."""
+        return {"shares": self.shares}
+
     def moments(self, layer: AdaptedBatchNorm, x: Activations) -> tuple[PerChannel, PerChannel]:
         """Mean and unbiased variance of `x`."""
-        if x.numel() < 2 * x.shape[1]:
-            raise ValueError(
-                f"layer {layer.name!r} got an input of shape {list(x.shape)}: the variance of a "
-                "batch needs at least 2 values a channel. Use a larger batch or image."
-            )
-        dims = [0, *range(2, x.dim())]
-        var, mean = torch.var_mean(at_least_float32(x), dim=dims, correction=1)
-        return mean, var
+        return unbiased_moments(layer.name, x)
 
     def normalise(self, layer: AdaptedBatchNorm, x: Activations) -> Activations:
         """The layer's output; in the pass that rewrites, with the new scales and shifts."""

@@ -16,6 +16,7 @@ from gradkit.tta.statistics import (
     PerChannel,
     Statistics,
     batch_moments,
+    check_variance,
     source_moments,
 )
 from gradkit.tta.views import WEAK_VIEWS, View
@@ -34,6 +35,9 @@ class DynamicStatistics(Statistics):
         least: ζ, the momentum's lower bound.
         views: The views of the images that a pass sees; those that change the images' shape are
             left out.
+
+    Attributes:
+        facts: The "momentum" of the last batch.
 
     Raises:
         TypeError: If a number is none.
@@ -63,6 +67,7 @@ class DynamicStatistics(Statistics):
         self.momentum, self.decay, self.least = momentum, decay, least
         self.views = tuple(views)
         self.k = 0
+        self.facts: dict[str, float] = {}
         # Of a pass that learns: each layer's moments, of each call.
         self._seen: dict[str, list[tuple[PerChannel, PerChannel]]] | None = None
 
@@ -80,28 +85,30 @@ class DynamicStatistics(Statistics):
         if self._seen is None:
             return source_moments(layer)
         mean, var = batch_moments(x)
+        check_variance(layer.name, x)
         count = x.numel() // x.shape[1]
-        if count < 2:
-            raise ValueError(
-                f"layer {layer.name!r} got an input of shape {list(x.shape)}: the variance of a "
-                "batch needs at least 2 values a channel. Use a larger batch or image."
-            )
         unbiased = var * (count / (count - 1))
         self._seen.setdefault(layer.name, []).append((mean, unbiased))
         return mean, var
 
     def observe(self, model: nn.Module, images: Tensor) -> None:
-        """Learn from the views of a batch, in one pass."""
+        """Learn from the views of a batch, in one pass; nothing, if a moment is not finite."""
         views = [view.forward(images) for view in self.views]
         seen = self._seen = {}
         try:
             model(torch.cat([view for view in views if view.shape == images.shape]))
         finally:
             self._seen = None
+        moments = {
+            name: tuple(torch.stack(each).mean(dim=0) for each in zip(*calls, strict=True))
+            for name, calls in seen.items()
+        }
+        if not _all_finite([each for pair in moments.values() for each in pair]):
+            return  # nothing could be predicted ever after
         self.k += 1
+        self.facts = {"momentum": self.momentum_of(self.k)}
         layers: dict[str, Any] = dict(model.named_modules())
-        for name, calls in seen.items():
-            means, variances = (torch.stack(each).mean(dim=0) for each in zip(*calls, strict=True))
+        for name, (means, variances) in moments.items():
             layer = layers[name]
             layer.running_mean.lerp_(means.to(layer.running_mean), self.momentum_of(self.k))
             layer.running_var.lerp_(variances.to(layer.running_var), self.momentum_of(self.k))
@@ -116,6 +123,10 @@ class DynamicStatistics(Statistics):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load what `state_dict` returned."""
         self.k = state_dict["k"]
+
+
+def _all_finite(tensors: Sequence[Tensor]) -> bool:
+    return not tensors or bool(torch.stack([each.isfinite().all() for each in tensors]).all())
 
 
 def DUA(  # noqa: N802 # the method's name

@@ -125,7 +125,7 @@ def _moved(mean: Tensor | None, p: Tensor, kept: Tensor) -> Tensor:
     shape = (len(p), *p.shape[1:3], -1)
     chosen = kept.unsqueeze(2).to(p.dtype)
     counts = chosen.reshape(len(p), p.shape[1], 1, -1).sum(dim=(0, 3))
-    now = (p * chosen).reshape(shape).sum(dim=(0, 3)) / counts.clamp_min(1)
+    now = torch.where(chosen > 0, p, 0).reshape(shape).sum(dim=(0, 3)) / counts.clamp_min(1)
     if mean is None:
         # A unit without a kept prediction stays at 0, whose cosines are 0: all of it is new.
         return now

@@ -470,8 +470,7 @@ def _check_rest(
             f"{', '.join(kind.__name__ for kind in BASES)}, which step elementwise: choose one of "
             f"these, or {_ONE_BY_ONE}"
         )
-    learns = type(statistics).observe is not Statistics.observe or statistics.state_dict()
-    if learns:
+    if statistics.learns:
         raise ValueError(
             f"{statistics!r} learn from batches, and each image would need its own: choose "
             f'statistics without a state, such as "test" or gk.tta.Mixed(0.8), or {_ONE_BY_ONE}'

@@ -61,7 +61,7 @@ class Alternatives(Statistics):
             raise ValueError('there are no statistics; pass some, such as "source" and "test"')
         self.choices = tuple(map(resolve_statistics, statistics))
         for each in self.choices:
-            if each.state_dict() or type(each).observe is not Statistics.observe:
+            if each.learns:
                 raise ValueError(f"{each} learn from batches; choose statistics without a state")
         self.index = 0
 

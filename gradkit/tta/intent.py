@@ -20,6 +20,7 @@ from gradkit.tta.statistics import (
     PerChannel,
     Statistics,
     batch_moments,
+    check_variance,
     source_moments,
 )
 
@@ -64,12 +65,8 @@ class Interpolated(Statistics):
         """The mixture; in the measuring pass the moments of `x`."""
         if self._measuring:
             mean, var = batch_moments(x)
+            check_variance(layer.name, x)
             count = x.numel() // x.shape[1]
-            if count < 2:
-                raise ValueError(
-                    f"layer {layer.name!r} got an input of shape {list(x.shape)}: the variance of "
-                    "a batch needs at least 2 values a channel. Use a larger batch or image."
-                )
             self._measured.setdefault(layer.name, []).append((mean, var * (count / (count - 1))))
             return mean, var
         measured = self._measured[layer.name]

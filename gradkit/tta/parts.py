@@ -8,7 +8,8 @@ those that it has:
 - `begin_batch(images)`: once per batch, before the first step and without gradients;
 - `begin_step(images)`: before each optimizer step, which may evaluate an objective several times;
 - `state_dict()`, `load_state_dict(state)`: the state, which is saved and reset with the adapter;
-- `facts`, a dict: what the part did for the last batch (`Adapter.facts`).
+- `facts`, a dict: what the part did for the last batch (`Adapter.facts`). An attribute is emptied
+  before each batch. Statistics may have it, too.
 """
 
 from __future__ import annotations

@@ -21,6 +21,9 @@ class Pull:
 
         φ ← (1 − share)·φ + share·φ_source
 
+    It acts on what is trained, after the step; the optimizer's moments stay as they are, as in the
+    authors' code. ROID's loss, its weights and its correction of the prior are not part of it.
+
     Args:
         share: The source's share, in [0, 1]. 0.01 is ROID's value.
 
@@ -62,6 +65,9 @@ class StochasticRestore:
         probability: p. 0.01 is CoTTA's value.
         generator: The generator of random numbers, on the CPU; by default a new one with seed 0.
 
+    Attributes:
+        facts: The share of weights that was "restored" in the last step.
+
     Raises:
         TypeError: If an argument is of the wrong type.
         ValueError: If the probability is not between 0 and 1, or the generator not on the CPU.
@@ -80,15 +86,20 @@ class StochasticRestore:
         check_number("probability", probability, least=0, most=1)
         self.probability = probability
         self.generator = own_generator(generator)
+        self.facts: dict[str, float] = {}
 
     def __call__(self, adapter: Adapter) -> None:
         """Restore the weights that are drawn."""
         source = adapter.source_weights()
+        restored = 0
         with torch.no_grad():
             for name, parameter in adapter.trained().items():
                 drawn = torch.rand(parameter.shape, generator=self.generator) < self.probability
+                restored += int(drawn.sum())
                 drawn = drawn.to(parameter.device)
                 parameter.copy_(torch.where(drawn, source[name], parameter))
+        count = sum(parameter.numel() for parameter in adapter.trained().values())
+        self.facts = {"restored": restored / count}
 
     def state_dict(self) -> dict[str, Any]:
         """The generator's state, a tensor."""
@@ -109,6 +120,9 @@ class PeriodicRestart:
         k: The period; 1000 is RDumb's value. The prediction for the k-th batch is the restarted
             model's.
 
+    Attributes:
+        facts: Whether the last step "restarted".
+
     Raises:
         TypeError: If `k` is no integer.
         ValueError: If `k` is less than 1.
@@ -126,11 +140,14 @@ class PeriodicRestart:
     def __init__(self, k: int = 1000) -> None:
         check_count("k", k)
         self.k, self.count = k, 0
+        self.facts: dict[str, bool] = {}
 
     def __call__(self, adapter: Adapter) -> None:
         """Count, and restart when it is time."""
         self.count += 1
-        if self.count % self.k == 0:
+        restarts = self.count % self.k == 0
+        self.facts = {"restarted": restarts}
+        if restarts:
             adapter.restart()
 
     def state_dict(self) -> dict[str, Any]:
@@ -158,6 +175,9 @@ class RestartBelow:
         objective: The name of the objective.
         decay: 0.9.
         relative: Whether the threshold is in units of the objective's own, its attribute `limit`.
+
+    Attributes:
+        facts: The running "mean_loss", and whether the last step "restarted".
 
     Raises:
         TypeError: If an argument is of the wrong type.

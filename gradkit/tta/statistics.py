@@ -136,6 +136,11 @@ class Statistics:
         `moments` only reads the state, however often the model is evaluated.
         """
 
+    @property
+    def learns(self) -> bool:
+        """Whether they depend on earlier batches, so that several images cannot share them."""
+        return type(self).observe is not Statistics.observe or bool(self.state_dict())
+
     def reset(self) -> None:
         """Clear the state; does nothing unless a subclass keeps state."""
 
@@ -281,6 +286,13 @@ class AdaptedBatchNorm(_BatchNorm):
         self.predecessor_type._check_input_dim(self, x)  # type: ignore[no-untyped-call]  # untyped in torch
         return self.statistics.normalise(self, x)
 
+    def keep(self, mean: PerChannel, var: PerChannel) -> None:
+        """Write the layer's running mean and variance, for statistics that move them."""
+        layer = vars(self).get("called_by", self)
+        with torch.no_grad():
+            layer.running_mean.copy_(mean)
+            layer.running_var.copy_(var)
+
     def extra_repr(self) -> str:
         """BatchNorm's own text, with the statistics."""
         line = super().extra_repr()  # type: ignore[no-untyped-call]  # untyped in torch
@@ -298,6 +310,7 @@ def _answer(layer: nn.Module, adaptation: Adaptation, call: NormalisationCall) -
         _parameters={"weight": call.weight, "bias": call.bias},
         _buffers={"running_mean": call.mean, "running_var": call.var},
         eps=call.eps,
+        called_by=layer,  # the call's buffers may be converted copies of the layer's
         name=adaptation.name,
         statistics=adaptation.statistics,
         predecessor_type=adaptation.predecessor_type,
@@ -305,6 +318,48 @@ def _answer(layer: nn.Module, adaptation: Adaptation, call: NormalisationCall) -
     batches = torch.split(call.x, 1) if call.by_image and len(call.x) else (call.x,)
     normalised = [called.statistics.normalise(called, batch) for batch in batches]
     return normalised[0] if len(normalised) == 1 else torch.cat(normalised)
+
+
+def statistics_of(layer: nn.Module) -> Statistics | None:
+    """Where a layer takes mean and variance; None if it was not adapted.
+
+    Examples:
+        >>> statistics_of(install_statistics(nn.BatchNorm1d(2), Mixed(0.8)))
+        Mixed(share=0.8)
+    """
+    if isinstance(layer, AdaptedForward):
+        layer = layer._adaptation  # type: ignore[assignment]  # has the same attribute
+    found = getattr(layer, "statistics", None)
+    return found if isinstance(found, Statistics) else None
+
+
+def check_variance(name: str, x: Activations) -> None:
+    """Check that the variance of a layer's input can be estimated without bias.
+
+    Raises:
+        ValueError: If a channel has fewer than two values.
+    """
+    if x.numel() < 2 * x.shape[1]:
+        raise ValueError(
+            f"layer {name!r} got an input of shape {list(x.shape)}: the variance of a "
+            "batch needs at least 2 values a channel. Use a larger batch or image."
+        )
+
+
+def unbiased_moments(name: str, x: Activations) -> tuple[PerChannel, PerChannel]:
+    """Mean and unbiased variance of each channel of a layer's input.
+
+    Raises:
+        ValueError: If a channel has fewer than two values.
+
+    Examples:
+        >>> unbiased_moments("norm", torch.tensor([[1.0], [3.0]]))
+        (tensor([2.]), tensor([2.]))
+    """
+    check_variance(name, x)
+    dims = [0, *range(2, x.dim())]
+    var, mean = torch.var_mean(at_least_float32(x), dim=dims, correction=1)
+    return mean, var
 
 
 def resolve_statistics(statistics: str | Statistics) -> Statistics:

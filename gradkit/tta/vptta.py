@@ -21,6 +21,7 @@ from gradkit.tta.statistics import (
     Statistics,
     at_least_float32,
     source_moments,
+    unbiased_moments,
 )
 
 Images = Float[Tensor, "batch channels height width"]
@@ -91,6 +92,7 @@ class WarmUp(Statistics):
         n: How slowly.
 
     Attributes:
+        facts: The "momentum" m_k of the last batch.
         gaps: While it is a list, each layer appends how far its input's statistics are from these.
 
     Raises:
@@ -108,6 +110,7 @@ class WarmUp(Statistics):
     def __init__(self, n: int | float = 5) -> None:
         check_number("n", n, above=0)
         self.n, self.k = n, 0
+        self.facts: dict[str, float] = {}
         self.gaps: list[Tensor] | None = None
 
     def __repr__(self) -> str:
@@ -119,13 +122,8 @@ class WarmUp(Statistics):
 
     def moments(self, layer: AdaptedBatchNorm, x: Activations) -> tuple[PerChannel, PerChannel]:
         """The mixture, without a gradient."""
+        mean, var = unbiased_moments(layer.name, x.detach())
         values = at_least_float32(x).flatten(2)
-        if values.shape[0] * values.shape[2] < 2:
-            raise ValueError(
-                f"layer {layer.name!r} got an input of shape {list(x.shape)}: the variance of a "
-                "batch needs at least 2 values a channel. Use a larger image."
-            )
-        var, mean = torch.var_mean(values.detach(), dim=(0, 2), correction=1)
         m = self.momentum_of(self.k)
         source_mean, source_var = source_moments(layer)
         mean = m * mean + (1 - m) * source_mean
@@ -139,6 +137,7 @@ class WarmUp(Statistics):
     def observe(self, model: nn.Module, images: Tensor) -> None:
         """Count the batch."""
         self.k += 1
+        self.facts = {"momentum": self.momentum_of(self.k)}
 
     def reset(self) -> None:
         self.k = 0
@@ -172,6 +171,7 @@ class _PromptMemory:
 
     def __init__(self, size: int, neighbours: int) -> None:
         self.size, self.neighbours = size, neighbours
+        self.facts: dict[str, bool] = {}
         self.keys: Float[Tensor, "entries length"] | None = None
         self.prompts: Float[Tensor, "entries channels size size"] | None = None
 
@@ -187,7 +187,11 @@ class _PromptMemory:
 
     def begin_batch(self, images: Tensor) -> None:
         start = torch.ones_like(self.prompted.prompt)
-        if self.keys is not None and self.prompts is not None and len(self.keys) >= self.neighbours:
+        remembers = self.keys is not None and len(self.keys) >= self.neighbours
+        self.facts = {"from_memory": remembers}
+        if remembers:
+            assert self.keys is not None
+            assert self.prompts is not None
             key = self.prompted.low_frequencies(images).flatten(1)
             similar, nearest = torch.cosine_similarity(self.keys, key).topk(self.neighbours)
             weights = (similar / 0.2).softmax(dim=0).to(start.dtype)
@@ -198,6 +202,8 @@ class _PromptMemory:
         logits = logits_of(model, images)
         key = self.prompted.low_frequencies(images).flatten(1)
         prompt = self.prompted.prompt.detach().clone().unsqueeze(0)
+        if not (key.isfinite().all() and prompt.isfinite().all()):
+            return logits  # later prompts would start from it
         if self.keys is not None and self.prompts is not None:
             key, prompt = torch.cat([self.keys, key]), torch.cat([self.prompts, prompt])
         self.keys, self.prompts = key[-self.size :].clone(), prompt[-self.size :].clone()

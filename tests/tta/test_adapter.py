@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import as_users_run_it
 from torch import nn
+from torch.nn.utils import prune
 
 import gradkit as gk
 from gradkit.testing import bits as plain
@@ -312,6 +313,53 @@ def test_half_precision_images_under_autocast(method: str) -> None:
         torch.testing.assert_close(logits.float(), expected, rtol=0.1, atol=0.1)
 
 
+@pytest.mark.parametrize(
+    "reparametrise",
+    [
+        nn.utils.weight_norm,
+        nn.utils.spectral_norm,
+        lambda layer: prune.random_unstructured(layer, "weight", amount=0.3),
+        nn.utils.parametrizations.weight_norm,
+    ],
+    ids=["weight norm", "spectral norm", "pruning", "parametrisation"],
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_layers_that_keep_a_computed_weight(reparametrise) -> None:
+    """After a pass with gradients that weight has a graph, which deepcopy refuses."""
+    torch.manual_seed(0)
+    model = nn.Sequential(reparametrise(nn.Conv2d(3, 4, 1)), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
+    x = torch.rand(2, 3, 8, 8)
+    model(x).sum().backward()
+    model.zero_grad()
+    expected = model.eval()(x)
+    torch.testing.assert_close(gk.tta.NoAdapt(model)(x), expected.detach())
+    for make in (gk.tta.TENT, gk.tta.CoTTA):
+        adapter = make(model, lr=1e-2)
+        adapter(x)
+        assert adapter.last_step.applied
+        assert torch.equal(model(x), expected)
+
+
+def test_a_model_that_cannot_be_copied_is_named() -> None:
+    model = network()
+    model.log = (each for each in ())  # cannot be copied
+    with pytest.raises(ValueError, match="the model, a Sequential, cannot be copied"):
+        gk.tta.TENT(model)
+
+
+def test_half_precision_weights_need_an_epsilon_that_is_not_0() -> None:
+    model, x = network(torch.float16), images(1, torch.float16)[0]
+    with pytest.raises(ValueError, match=r"eps=1e-08, which is 0 in torch\.float16.*autocast"):
+        gk.tta.TENT(model)
+    adapter = gk.tta.TENT(
+        model, optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-2, eps=1e-4)
+    )
+    adapter(x)
+    assert all(torch.isfinite(parameter).all() for parameter in adapter.trained().values())
+    gk.tta.SAR(model)  # SGD has none
+    gk.tta.TENT(network(torch.bfloat16))
+
+
 def test_scripted_children_are_copied_and_trained_around() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -448,6 +496,22 @@ def test_repr_names_the_choices() -> None:
     assert "Mixed(share=0.7)" in text
     assert "'pseudo', 'auxiliary'" in text
     assert "LookAhead" in text
+
+
+def test_adapting_without_a_prediction() -> None:
+    silent, twin = gk.tta.GraTa(network(), lr=1e-2), gk.tta.GraTa(network(), lr=1e-2)
+    forwards = []
+    silent.model[0].register_forward_hook(lambda *_: forwards.append(1))
+    x, y = images(2)
+    assert silent.adapt(x) is None
+    assert len(forwards) == 8  # one less than in a call
+    expected = twin(x)
+    with torch.no_grad():
+        assert torch.equal(silent.model(x), expected)
+    assert plain(silent.state_dict()) == plain(twin.state_dict())
+    assert torch.equal(silent(y), twin(y))
+    with pytest.raises(ValueError, match="works on images in"):
+        silent.adapt(10 * x)
 
 
 # --- parts ----------------------------------------------------------------------------------------

@@ -79,6 +79,50 @@ def test_detta_equals_an_independent_reference(noise: str) -> None:
         torch.testing.assert_close(adapter(x), reference(weights, x, "head"), rtol=1e-9, atol=1e-9)
 
 
+class TwoDecoders(Network):
+    """Its segmentation has a layer that the denoiser does not run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.head(self.last(self.trunk(x)))
+
+
+def test_the_released_preset_equals_training_by_torch() -> None:
+    model, target = TwoDecoders().double().eval(), torch.cat(images(6))
+    adapter = gk.tta.DeTTA(
+        model,
+        denoise,
+        noise="gaussian",
+        preset="released",
+        generator=torch.Generator().manual_seed(2),
+    )
+    reference, generator = TwoDecoders().double().train(), torch.Generator().manual_seed(2)
+    trained = [*reference.norm.parameters(), *reference.last.parameters()]
+    adam = torch.optim.Adam(trained, lr=1e-6, betas=(0.9, 0.99))
+    for batch in target.split(2):
+        adapter.adapt(batch)
+        noisy = batch + 0.1 * torch.randn(batch.shape, generator=generator).double()
+        features = reference.trunk(noisy)
+        reference.last(features)
+        adam.zero_grad()
+        (torch.sigmoid(reference.denoiser(features)) - batch).square().mean().backward()
+        adam.step()
+    reference.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(adapter.model(target), reference(target), rtol=1e-9, atol=1e-9)
+    for name, value in reference.state_dict().items():
+        if "num_batches" not in name:
+            torch.testing.assert_close(adapter.model.state_dict()[name], value, rtol=1e-9, atol=0)
+    before = gk.testing.bits(adapter.state_dict())
+    adapter.model(target)
+    assert gk.testing.bits(adapter.state_dict()) == before
+    start = TwoDecoders().double().eval()
+    assert not torch.allclose(adapter.model(target), start(target), rtol=1e-2)
+
+
 def test_without_a_blind_spot_there_is_no_step() -> None:
     adapter = gk.tta.DeTTA(Network(), denoise, strength=1e-9)
     adapter(torch.rand(1, 3, 8, 8))
@@ -100,5 +144,7 @@ def test_bad_arguments() -> None:
         gk.tta.DeTTA(Network(), denoise, strength=1.5)
     with as_users_run_it(), pytest.raises(ValueError, match="noise is 'salt'"):
         gk.tta.DeTTA(Network(), denoise, noise="salt")
+    with as_users_run_it(), pytest.raises(ValueError, match="preset is 'paper'"):
+        gk.tta.DeTTA(Network(), denoise, preset="paper")
     with pytest.raises(ValueError, match=r"shape \[1, 2, 8, 8\] for images of shape"):
         gk.tta.DeTTA(Network(), lambda model, x: model(x))(torch.rand(1, 3, 8, 8))

@@ -120,6 +120,19 @@ def test_the_state_is_loaded_into_a_fresh_adapter() -> None:
         assert torch.equal(first(x), second(x))
 
 
+def test_a_classifier_is_a_segmentation_of_one_pixel() -> None:
+    torch.manual_seed(0)
+    trunk = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+    dense, flat = nn.Conv2d(4, 3, 1), nn.Linear(4, 3)
+    flat.load_state_dict({"weight": dense.weight.flatten(1), "bias": dense.bias})
+    pixel = gk.tta.DIGA(nn.Sequential(trunk, dense), confidence=0.3)
+    classifier = gk.tta.DIGA(nn.Sequential(trunk, nn.Flatten(), flat), confidence=0.3)
+    for _ in range(2):
+        x = torch.rand(8, 3, 8, 8)
+        torch.testing.assert_close(classifier(x), pixel(x).flatten(1))
+    assert classifier.facts["known"].any()
+
+
 def test_bad_arguments() -> None:
     for arguments, message in (
         ({"confidence": 2}, "confidence is 2"),

@@ -123,6 +123,16 @@ def test_a_second_evaluation_in_a_step_counts_once() -> None:
         torch.testing.assert_close(adapter.objectives["loss"].mean, twin.objectives["loss"].mean)
 
 
+def test_an_image_that_is_not_finite_is_not_in_the_mean() -> None:
+    adapter = gk.tta.EATA(
+        network(), statistics="source", entropy_threshold=0.66, similarity=0.99, nonfinite="skip"
+    )
+    x = torch.cat(images(2))
+    x[1, 0, 5, 5] = torch.nan
+    adapter(x)
+    assert torch.isfinite(adapter.objectives["loss"].mean).all()
+
+
 def test_bad_arguments() -> None:
     for arguments, message in (
         ({"entropy_threshold": -1}, "entropy_threshold is -1"),

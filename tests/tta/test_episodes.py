@@ -300,6 +300,7 @@ REFUSED = {
         "optimizer is Adagrad; .* choose one of these",
     ),
     "statistics": ({"statistics": gk.tta.DynamicStatistics()}, "learn from batches"),
+    "running statistics": ({"statistics": gk.tta.RunningStatistics()}, "learn from batches"),
     "predict": ({"predict": lambda model, x: model(x)}, 'take "after" or "before"'),
     "restore": ({"restore": gk.tta.Pull(0.01)}, "restore is .*Pull"),
     "nonfinite": ({"nonfinite": "skip"}, "nonfinite is 'skip'"),
@@ -327,6 +328,11 @@ def test_what_cannot_be_exact_is_refused_at_once(what: str) -> None:
     }
     with as_users_run_it(), pytest.raises(ValueError, match=message):
         gk.tta.Adapter(network(), **arguments)
+
+
+def test_learning_without_a_prediction_is_refused() -> None:
+    with pytest.raises(ValueError, match="nothing would be learnt"):
+        make_adapter("TENT", episodic="image").adapt(batch(1))
 
 
 @pytest.mark.parametrize("name", sorted(SERVED))

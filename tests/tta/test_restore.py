@@ -86,6 +86,24 @@ def test_a_skipped_step_restores_nothing() -> None:
     assert adapter.restore.count == 0
 
 
+def test_facts_are_of_the_last_batch() -> None:
+    adapter = tent(gk.tta.PeriodicRestart(2), nonfinite="skip")
+    for restarted in (False, True):
+        adapter(images(1)[0])
+        assert adapter.facts == {"restarted": restarted}
+    adapter(torch.full((1, 3, 8, 8), math.nan, dtype=torch.float64))
+    assert adapter.facts == {}  # nothing was restored, since there was no step
+    adapter(images(1)[0])
+    adapter.reset()
+    assert adapter.facts == {}
+    drawn = tent(gk.tta.StochasticRestore(0.4, torch.Generator().manual_seed(3)))
+    drawn(images(1)[0])
+    source = drawn.source_weights()
+    back = sum(int((p == source[name]).sum()) for name, p in drawn.trained().items())
+    assert drawn.facts == {"restored": back / 16}
+    assert 0 < back < 16
+
+
 class Failing:
     def __init__(self) -> None:
         self.count = 0

@@ -96,5 +96,8 @@ def test_bad_arguments() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             gk.tta.VPTTA(network(), **arguments)
+    vector = nn.Sequential(nn.Conv2d(3, 4, 8), nn.Flatten(), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    with pytest.raises(ValueError, match="at least 2 values a channel"):
+        gk.tta.VPTTA(vector)(torch.rand(1, 3, 8, 8))
     with pytest.raises(ValueError, match="one by one"):
         gk.tta.VPTTA(network())(torch.cat(images(2)))

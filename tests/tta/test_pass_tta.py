@@ -1,0 +1,120 @@
+"""PASS beside an independent reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import gradkit as gk
+from tta.references import (
+    AFFINE,
+    ReferenceAdam,
+    images,
+    network,
+    reference_forward,
+    running,
+)
+from tta.references import source_weights as weights_of
+
+
+def decorated(w, x):
+    change = F.conv2d(x, w["first.weight"], w["first.bias"])
+    mean = change.mean(dim=(2, 3), keepdim=True)
+    var = ((change - mean) ** 2).mean(dim=(2, 3), keepdim=True)
+    change = ((change - mean) / (var + 1e-5).sqrt()).relu()
+    return x + F.conv2d(change, w["second.weight"], w["second.bias"])
+
+
+def weighted_entropy(logits):
+    p = 1 / (1 + (-logits).exp())
+    terms = -(p * p.log()).sum(dim=(0, 2, 3))
+    return (5 * terms[0] + terms[1]) / p.sum()
+
+
+@pytest.mark.parametrize("excluded", [(), ("5",)])
+def test_pass_equals_an_independent_reference(excluded) -> None:
+    model = network()
+    with torch.no_grad():
+        model[0].weight.mul_(20)  # the source's predictions differ
+        model[7].weight.mul_(8)
+    adapter = gk.tta.PASS(
+        model, hidden=4, excluded=excluded, class_weights=(5, 1), lr=2e-2, decay=0.5, least=0.2
+    )
+    # A decorator that changes little at first, so that both predictions are chosen.
+    with torch.no_grad():
+        adapter.model.second.weight.mul_(0.1)
+        adapter.model.second.bias.zero_()
+    adapter.restore.attach(adapter)
+    w = weights_of(model)
+    decorator = ["first.weight", "first.bias", "second.weight", "second.bias"]
+    w.update({name: adapter.trained()[name].detach().clone() for name in decorator})
+    source, statistics, names = dict(w), running(model), [*AFFINE, *decorator]
+    mean, adam, t, chosen = dict(w), ReferenceAdam(), 0, set()
+    for x, scale in zip(images(5), (1, 0.1, -3, 0.3, -6), strict=True):
+        x = scale * x
+        w, moved = dict(mean), dict(statistics)
+
+        def moments(x, layer, gaps, moved):
+            mean = x.mean(dim=(0, 2, 3))
+            squares = (x - mean.view(1, -1, 1, 1)) ** 2
+            var, unbiased = squares.mean(dim=(0, 2, 3)), squares.sum(dim=(0, 2, 3)) / (12 * 16 - 1)
+            if layer not in excluded:
+                away = [a - b for a, b in zip((mean, unbiased), statistics[layer], strict=True)]
+                gaps.append(away[0].abs().mean() + 0.01 * away[1].abs().mean())
+            now = [each.detach() for each in (mean, unbiased)]
+            moved[layer] = [0.9 * a + 0.1 * b for a, b in zip(moved[layer], now, strict=True)]
+            return mean, var
+
+        for _ in range(2):
+
+            def loss(w, x=x, moved=moved):
+                gaps = []
+                reference_forward(w, decorated(w, x), lambda x, name: moments(x, name, gaps, moved))
+                return sum(gaps)
+
+            leaves = {name: w[name].detach().requires_grad_() for name in names}
+            found = torch.autograd.grad(
+                loss({**w, **leaves}), list(leaves.values()), allow_unused=True
+            )
+            pairs = zip(leaves, found, strict=True)  # the last layer's scale has no influence
+            adam.step(w, {name: g for name, g in pairs if g is not None}, 2e-2)
+            t += 1
+            m = 0.1 * 0.5**t + 0.2
+            mean = {name: (1 - m) * mean[name] + m * w[name] for name in mean}
+        z = reference_forward(w, decorated(w, x), lambda x, name: moved[name])
+        before = reference_forward(source, x, lambda x, name: statistics[name])
+        lower = bool(weighted_entropy(z) < weighted_entropy(before))
+        chosen.add(lower)
+        torch.testing.assert_close(adapter(x), z if lower else before, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(adapter.model(x), z, rtol=1e-6, atol=1e-7)
+        assert adapter.facts["adapted"].tolist() == [lower]
+        assert adapter.facts["momentum"] == pytest.approx(m)
+    assert chosen == {True, False}
+
+
+def test_the_decorator_is_drawn_as_torchs_layers_are() -> None:
+    state = torch.get_rng_state()
+    first, second = (gk.tta.pass_tta.Decorated(nn.Identity()) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(first.second.weight, second.second.weight)
+    other = gk.tta.pass_tta.Decorated(nn.Identity(), generator=torch.Generator().manual_seed(1))
+    assert not torch.equal(first.second.weight, other.second.weight)
+    for layer, inputs in ((first.first, 3), (first.second, 64)):
+        bound = inputs**-0.5  # of torch.nn.Conv2d
+        assert 0.9 * bound < layer.weight.abs().max() <= bound
+    assert first.first.weight.dtype == torch.float32
+    assert gk.tta.pass_tta.Decorated(network()).first.weight.dtype == torch.float64
+
+
+def test_bad_arguments() -> None:
+    for arguments, message in (
+        ({"hidden": 0}, "hidden is 0"),
+        ({"least": 1}, r"momentum \+ least is 1"),
+        ({"excluded": ("1", "5")}, r"excluded=\['1', '5'\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            gk.tta.PASS(network(), **arguments)
+    with pytest.raises(ValueError, match="variance_weight is -1"):
+        gk.tta.SourceAlignment(variance_weight=-1)
