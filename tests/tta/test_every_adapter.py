@@ -34,6 +34,7 @@ ADAPTERS = {
     "DeYO": {"lr": 1e-2, "entropy_share": 1.0, "difference": 0.0},
     "DeTTA": {},
     "Fuse": {},
+    "DistilledFuse": {},
     "VPTTA": {"prompt_size": 3, "memory": 2, "neighbours": 1},
 }
 KEEPS_NOTHING = {"NoAdapt", "PTBN", "MedBN", "MEMO", "DomainAdaptor", "InTEnt", "Fuse"}
@@ -192,6 +193,9 @@ def test_volumes_and_a_softmax_over_classes(name: str) -> None:
         options["classes"] = lambda logits: logits
     if name == "GraTa":  # its strong augmentation is for images of two dimensions
         options["pseudo"] = gk.tta.softmax_entropy
+    if name == "DistilledFuse":  # the same
+        options["augmentation"] = lambda images, generator: images
+        options["fusion"] = gk.tta.Fusion(probabilities="softmax")
     logits = make_by_default(name, model, **options)(torch.rand(1, 1, 4, 4, 4))
     assert logits.shape == (1, 3, 4, 4, 4)
     assert torch.isfinite(logits).all()
