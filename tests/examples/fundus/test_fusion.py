@@ -59,7 +59,13 @@ def test_files_tell_the_ratio_and_it_is_checked(tmp_path):
     assert load_cup_ratio(path) == RATIO
     assert require_cup_ratio(path, None) == RATIO
     assert load_cup_ratio(save(path)) is None
-    for wrong in ({"mean": 0.3}, {"mean": 0.3, "deviation": float("nan")}, [0.3, 0.1], "much"):
+    for wrong in (
+        {"mean": 0.3},
+        {"mean": "0.3", "deviation": 0.1},
+        {"mean": 0.3, "deviation": float("nan")},
+        [0.3, 0.1],
+        "much",
+    ):
         with pytest.raises(CheckpointError, match=r"ratio of cup to disc is .* train it again"):
             load_cup_ratio(save(path, cup_ratio=wrong))
 
