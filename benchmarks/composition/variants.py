@@ -14,7 +14,7 @@ from examples.common.metrics import dice
 from examples.fundus.fusion import FIXED
 from examples.fundus.gate import CupGate, CupRatio, cues
 
-GRID = tuple(step / 20 for step in range(21))
+GRID = tuple(step / 10 for step in range(11))
 """Weights of u1 for which the cup's Dice is kept, so that further gates can be tried on results."""
 
 Probabilities = Float[Tensor, "2 height width"]
@@ -27,11 +27,11 @@ class Variant:
 
     Attributes:
         passes: forward passes for an image.
-        reads_labels: whether it is no method but a bound.
+        backwards: backward passes.
     """
 
     passes: int
-    reads_labels: bool = False
+    backwards: int = 0
 
 
 VARIANTS = {
@@ -46,7 +46,7 @@ VARIANTS = {
     "gated, ΔZ only": Variant(12),
     "control: weights of other images": Variant(12),
     "control: gate reversed": Variant(12),
-    "oracle by label": Variant(12, reads_labels=True),
+    "oracle by label (no method)": Variant(12),
 }
 
 
@@ -98,8 +98,8 @@ def predict_all(
 
 
 def score(p: Probabilities, target: Float[Tensor, "2 height width"]) -> list[float]:
-    """Dice of disc and cup, in %."""
-    return dice(p >= 0.5, target, dimensions=2).tolist()
+    """Dice of disc and cup, in %, with two decimals."""
+    return [round(value, 2) for value in dice(p >= 0.5, target, dimensions=2).tolist()]
 
 
 def cues_of(
@@ -108,10 +108,10 @@ def cues_of(
     """What gates may look at in one image, and the cup's Dice for weights in `GRID`."""
     rounder, farther = cues(each.viewed.unsqueeze(1), ratio)
     return {
-        "shift": each.shift,
-        "rounder": float(rounder),
-        "farther": float(farther),
-        "cup_by_weight": [round(score(blended(each.viewed, w), target)[1], 3) for w in GRID],
+        "shift": round(each.shift, 4),
+        "rounder": round(float(rounder), 5),
+        "farther": round(float(farther), 5),
+        "cup_by_weight": [score(blended(each.viewed, w), target)[1] for w in GRID],
     }
 
 
@@ -124,6 +124,8 @@ def score_all(
     for index, (each, sample) in enumerate(zip(candidates, samples, strict=True)):
         scores = {name: score(p[index], sample.target) for name, p in predictions.items()}
         first, second = (score(u, sample.target) for u in each.viewed)
-        scores["oracle by label"] = [max(pair) for pair in zip(first, second, strict=True)]
+        scores["oracle by label (no method)"] = [
+            max(pair) for pair in zip(first, second, strict=True)
+        ]
         rows.append({**cues_of(each, sample.target, ratio), "scores": scores})
     return rows
