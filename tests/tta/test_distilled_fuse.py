@@ -137,7 +137,10 @@ def test_bad_arguments() -> None:
             objectives={"loss": gk.tta.FusedTarget()},
             optimizer=lambda parameters: torch.optim.Adam(parameters),
         )
+    passes, adapter = [], gk.tta.DistilledFuse(network())
+    adapter.model[0].register_forward_hook(lambda *_: passes.append(1))
     with pytest.raises(ValueError, match="strong augmentation works on images in"):
-        gk.tta.DistilledFuse(network())(5 * images(1)[0])
+        adapter(5 * images(1)[0])
+    assert not passes  # checked before anything runs
     with pytest.raises(ValueError, match="2 candidates and 2 classes"):
         gk.tta.DistilledFuse(network(), gk.tta.Fusion(weights=((1.0,), (0.0,))))(images(1)[0])
