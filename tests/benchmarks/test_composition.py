@@ -135,7 +135,8 @@ def test_the_size_of_the_shift() -> None:
     expected = (abs(5 - 1) / 2 + torch.log(torch.tensor(5 / 2)).item() + 0) / 2
     predictor = Predictor(layer)
     assert predictor(image).shift == pytest.approx(expected, rel=1e-5)
-    assert predictor(image).shift == predictor(image).shift
+    assert predictor(3 * image).shift > expected + 1
+    assert predictor(image).shift == pytest.approx(expected, rel=1e-5)
 
 
 def records() -> list[dict[str, object]]:
@@ -153,7 +154,7 @@ def records() -> list[dict[str, object]]:
     learnt = [{"scores": {name: [81.0, 61.0] for name in STUDENTS}}] * 2
     return [
         record("pairs", "a", [image(2, 4), image(0, -6)]),
-        record("pairs", "b", [image(1, 1), image(3, 3)]),
+        record("pairs", "b", [image(-1, -1), image(5, 5)]),
         record("distilled", "b", learnt),
     ]
 
@@ -197,8 +198,11 @@ def test_gates_find_what_decides() -> None:
     assert fitted.tolist() == pytest.approx([2, 0, -1, 0], abs=0.25)
     assert fit_logistic([group], with_shift=False)[3] == 0
     by_shift = Cues(group.features[:, [1, 1, 2, 0]], group.cup)  # what decides is the shift
+    by_shift.features[:, 3] += 3  # far from 0, as logarithms may be
     fitted = fit_intercept([by_shift], with_shift=True)
     assert fitted[:2].tolist() == [1, 1]
+    assert fitted[3] >= 2
+    assert -fitted[2] / fitted[3] == pytest.approx(3.5, abs=0.2)  # where the better one changes
     assert mean_cup(by_shift, fitted) > mean_cup(by_shift, fit_intercept([by_shift], False)) + 0.5
     assert fit_intercept([group], with_shift=False)[3] == 0
 
@@ -229,6 +233,7 @@ def test_shifted_images_keep_their_labels(samples: list[Sample]) -> None:
     for index in range(8):
         original = samples[index // 2]
         assert torch.equal(shifted[index].target, original.target)
+        assert shifted[index].name == f"{original.name}, {index % 2}"
         assert torch.equal(shifted[index].image, again[index].image)
         assert not torch.equal(shifted[index].image, original.image)
         assert (shifted[index].image.min(), shifted[index].image.max()) == (0, 1)
