@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from benchmarks.alignment import Alignment
+from benchmarks.composition import Composition
 from benchmarks.fundus import Fundus
 from benchmarks.gsema import GSEMA
 from benchmarks.sharpness import Sharpness
@@ -19,6 +20,7 @@ COMMANDS = {
     "alignment": Alignment,
     "gsema": GSEMA,
     "sharpness": Sharpness,
+    "composition": Composition,
 }
 
 

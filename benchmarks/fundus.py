@@ -131,15 +131,7 @@ class Fundus:
                 )
 
     def _model(self, source: str) -> nn.Module:
-        places = (self.models / f"{source}.pt", self.models / source / f"{source}.pt")
-        path = next((place for place in places if place.exists()), None)
-        if path is None:
-            raise UsageError(
-                f"there is no source model {places[0]} or {places[1]}; train it by "
-                f"python -m examples.fundus train --data-root {shlex.quote(self.data_root)} "
-                f"--source {shlex.quote(source)} --size {self.size} --width {self.width} "
-                f"--out {shlex.quote(str(self.models / source))}"
-            )
+        path = find_source_model(self.models, source, self.data_root, self.size, self.width)
         return load_source_model(path, self.width, self.size, source)[0]
 
     def _adapt(
@@ -190,6 +182,24 @@ class Fundus:
                 generator=torch.Generator().manual_seed(self.seed),
             )
         return build_adapter(strategy.method, model, strategy.statistics, strategy.lr, self.seed)
+
+
+def find_source_model(models: Path, source: str, data_root: str, size: int, width: int) -> Path:
+    """The file of a source model, MODELS/SOURCE.pt or MODELS/SOURCE/SOURCE.pt.
+
+    Raises:
+        UsageError: there is none; the message has the command that makes it.
+    """
+    places = (models / f"{source}.pt", models / source / f"{source}.pt")
+    path = next((place for place in places if place.exists()), None)
+    if path is None:
+        raise UsageError(
+            f"there is no source model {places[0]} or {places[1]}; train it by "
+            f"python -m examples.fundus train --data-root {shlex.quote(data_root)} "
+            f"--source {shlex.quote(source)} --size {size} --width {width} "
+            f"--out {shlex.quote(str(models / source))}"
+        )
+    return path
 
 
 def make_table(files: Iterable[Path]) -> str:

@@ -7,9 +7,11 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from examples.common.adaptation import CHOICES, adapt_online, build_adapter
+from torch.utils.data import Dataset
+
+from examples.common.adaptation import adapt_online
 from examples.common.command_line import interruptible
-from examples.common.datasets import length
+from examples.common.datasets import Sample, length
 from examples.common.results import remove_results, write_json
 from examples.common.training import LAST
 from examples.common.usage import UsageError, check_writable, open_device, require, split_names
@@ -19,6 +21,14 @@ from examples.fundus.earlier import (
     check_earlier,
     resumption_note,
 )
+from examples.fundus.fusion import (
+    CHOICES,
+    build_adapter,
+    describe,
+    load_cup_ratio,
+    require_cup_ratio,
+)
+from examples.fundus.gate import measure_cup_ratio
 from examples.fundus.heads import HeadSettings, train_heads
 from examples.fundus.masks import save_masks
 from examples.fundus.network import ENCODER_STRIDE, HEADS, ResUNet34
@@ -131,7 +141,8 @@ class Train:
                 root=SYNTHETIC if self.data_root == SYNTHETIC else "folder",
             )
         model, architecture = load_source_model(best)
-        save_source_model(self.out / f"{self.source}.pt", architecture, model.state_dict())
+        facts = describe(measure_cup_ratio(samples))
+        save_source_model(self.out / f"{self.source}.pt", architecture, model.state_dict(), **facts)
         return model
 
 
@@ -212,7 +223,10 @@ class Heads:
                 root=SYNTHETIC if self.data_root == SYNTHETIC else "folder",
             )
         path = self.out / f"{source}.pt"
-        save_source_model(path, replace(architecture, auxiliary_heads=True), headed.state_dict())
+        ratio = load_cup_ratio(self.checkpoint)
+        facts = {} if ratio is None else describe(ratio)
+        headed_architecture = replace(architecture, auxiliary_heads=True)
+        save_source_model(path, headed_architecture, headed.state_dict(), **facts)
         print(f"source model with heads: {path}")
         print(f"on images that were held out, after epoch {entry['epoch']:g}:")
         for head in HEADS:
@@ -247,8 +261,8 @@ class Adapt:
     target: str = "centre_b"
     """Centre to adapt to."""
     method: str = "grata"
-    """Method: none, ptbn, tent, grata, or one of the published methods that compare knows; detta
-    needs a checkpoint with auxiliary heads."""
+    """Method: none, ptbn, tent, grata, or one of the others that compare knows; detta needs a
+    checkpoint with auxiliary heads."""
     data_root: str = "synthetic"
     """Folder of the lists and images, or "synthetic" for generated photographs."""
     statistics: str = "test"
@@ -282,13 +296,18 @@ class Adapt:
         require(source != self.target, f"--target is {source}, the checkpoint's own source")
         check_training(size=size)
         check(self.data_root, [self.target])
+        ratio = None
+        if self.method == "gated":
+            ratio = require_cup_ratio(self.checkpoint, self._images_of(source, size))
         device = open_device(self.device, self.threads)
         check_writable(self.out)
 
         samples = open_domain(
             self.data_root, self.target, "all", size, self.seed, self.target_images
         )
-        adapter = build_adapter(self.method, model.to(device), self.statistics, self.lr, self.seed)
+        adapter = build_adapter(
+            self.method, model.to(device), self.statistics, self.lr, self.seed, ratio
+        )
         stream = adapt_online(
             adapter, samples, device, DICE, range(length(samples)), f"{self.target}, {self.method}"
         )
@@ -300,6 +319,13 @@ class Adapt:
         )
         write_json([result], self.out / "results.json", SCORES, "image")
         print(markdown_table([result], self.seed))
+
+    def _images_of(self, source: str, size: int) -> Dataset[Sample] | None:
+        """The source's training images, if they are in the root."""
+        if source not in available_domains(self.data_root):
+            return None
+        check(self.data_root, [source])
+        return open_source(self.data_root, source, size, self.seed, None)[0]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset
 
-from examples.common.adaptation import CHOICES, METHODS, Stream, adapt_online, build_adapter
+from examples.common.adaptation import METHODS, Stream, adapt_online
 from examples.common.command_line import interruptible
 from examples.common.contours import spread
 from examples.common.datasets import Sample, length
@@ -18,6 +18,14 @@ from examples.fundus.commands import REPLACED, RESUME, Train
 from examples.fundus.data import available_domains, check, open_domain
 from examples.fundus.earlier import refuse_to_replace_model
 from examples.fundus.figures import save_alignment, save_predictions
+from examples.fundus.fusion import (
+    CHOICES,
+    build_adapter,
+    describe,
+    load_cup_ratio,
+    require_cup_ratio,
+)
+from examples.fundus.gate import CupRatio
 from examples.fundus.network import ResUNet34
 from examples.fundus.results import (
     RESULT_FILES,
@@ -55,7 +63,9 @@ class Compare:
     methods: str = ",".join(METHODS)
     """Methods, separated by commas: none, ptbn, tent, grata, and with their published settings dua,
     diga, medbn, dltta, domainadaptor, sar, sar-scaled, eata, cotta, memo, deyo, vptta, intent,
-    intent-balanced; with a checkpoint that has auxiliary heads (see the command heads), detta."""
+    intent-balanced, rotta, pass; with a checkpoint that has auxiliary heads (see the command
+    heads), detta. And two fusions of predictions under several statistics: fused, with weights
+    fixed for disc and cup, and gated, with a weight for each image."""
     statistics: str = "test"
     """Where tent and grata take batch normalisation's statistics: source, test, mixed:SHARE."""
     lr: float = 1e-4
@@ -115,7 +125,7 @@ class Compare:
         check_adaptation(self.statistics, self.lr)
         check_counts(self.seed, self.threads, self.train_images, self.target_images)
         check(self.data_root, [self.source, *targets])
-        _, unseen = open_source(
+        trained_on, unseen = open_source(
             self.data_root,
             self.source,
             self.size,
@@ -123,6 +133,7 @@ class Compare:
             self.train_images,
             self.target_images,
         )
+        ratio = require_cup_ratio(self.checkpoint, trained_on) if "gated" in methods else None
         device = open_device(self.device, self.threads)
         kept = self.out / f"{self.source}.pt"
         if self.checkpoint is None:
@@ -143,10 +154,12 @@ class Compare:
             if not self.overwrite:
                 refuse_to_replace_model(kept, model)
             check_writable(self.out)
-            save_source_model(kept, architecture, model.state_dict())
+            known = load_cup_ratio(self.checkpoint) or ratio
+            facts = {} if known is None else describe(known)
+            save_source_model(kept, architecture, model.state_dict(), **facts)
         # What was trained is kept: --resume goes on with the adaptation.
         with interruptible(RESUME, lambda: self.checkpoint is None):
-            self._adapt(model.to(device), unseen, targets, methods, device)
+            self._adapt(model.to(device), unseen, targets, methods, ratio, device)
 
     def _adapt(
         self,
@@ -154,6 +167,7 @@ class Compare:
         unseen: Dataset[Sample] | None,
         targets: Sequence[str],
         methods: Sequence[str],
+        ratio: CupRatio | None,
         device: torch.device,
     ) -> None:
         """Adapts the source model to each target by each method and writes what came of it."""
@@ -174,7 +188,7 @@ class Compare:
         streams: dict[tuple[str, str], Stream] = {}
         for target, samples in data.items():
             for method in methods:
-                adapter = build_adapter(method, model, self.statistics, self.lr, self.seed)
+                adapter = build_adapter(method, model, self.statistics, self.lr, self.seed, ratio)
                 stream = adapt_online(
                     adapter, samples, device, DICE, shown[target], f"{target}, {method}"
                 )

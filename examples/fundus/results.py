@@ -7,9 +7,9 @@ from examples.common.adaptation import (
     LEARNING_METHODS,
     Stream,
     parse_statistics,
-    statistics_of,
 )
 from examples.common.results import MEAN, Result
+from examples.fundus.fusion import statistics_of
 from examples.fundus.sample import STRUCTURES
 from gradkit.tta import Mixed
 
@@ -28,7 +28,7 @@ def make_result(
     Args:
         source: centre of the training.
         target: centre of the test.
-        method: one of `CHOICES`.
+        method: one of `examples.fundus.fusion.CHOICES`.
         statistics: where normalisation was to take mean and variance.
         lr: learning rate that was chosen.
         seed: of the experiment.

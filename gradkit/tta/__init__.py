@@ -6,6 +6,7 @@ from gradkit.tta.cotta import CoTTA, TeacherTarget
 from gradkit.tta.detta import Denoising, DeTTA
 from gradkit.tta.deyo import DeYO, ShapeEntropy
 from gradkit.tta.diga import DIGA, PrototypePredictor
+from gradkit.tta.distilled_fuse import DistilledFuse, FusedTarget
 from gradkit.tta.dltta import DLTTA, DLTTAPreset
 from gradkit.tta.domain_adaptor import GEM, AdaMixBN, DomainAdaptor
 from gradkit.tta.dua import DUA, DynamicStatistics
@@ -59,9 +60,11 @@ __all__ = [
     "DeTTA",
     "DeYO",
     "Denoising",
+    "DistilledFuse",
     "DomainAdaptor",
     "DynamicStatistics",
     "Fuse",
+    "FusedTarget",
     "Fusion",
     "GraTa",
     "InTEnt",

@@ -14,6 +14,7 @@ from gradkit.tta.adapter import Adapter
 from gradkit.tta.distributions import Distributions, log_distributions, to_logits
 from gradkit.tta.objectives import (
     Logits,
+    Model,
     Probabilities,
     check_probabilities,
     logits_of,
@@ -163,7 +164,7 @@ class Fusion:
         """
         check_views(self.views, images)
 
-    def __call__(self, model: nn.Module, images: Tensor) -> Logits:
+    def __call__(self, model: Model, images: Tensor) -> Logits:
         """The logits of the fused probabilities."""
         found = []
         try:
@@ -184,7 +185,7 @@ class Fusion:
         fused = fused / fused.sum(dim=2, keepdim=True)  # over classes with different weights
         return to_logits(fused, self.probabilities, logits)
 
-    def _candidate(self, model: nn.Module, images: Tensor) -> tuple[Distributions, Logits]:
+    def _candidate(self, model: Model, images: Tensor) -> tuple[Distributions, Logits]:
         logits = logits_of(model, images)
         p = log_distributions(logits, self.probabilities).exp()
         if not self.views:

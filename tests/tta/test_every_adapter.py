@@ -39,6 +39,7 @@ ADAPTERS = {
     "Fuse": {},
     "PASS": {"hidden": 4},
     "RoTTA": {"lr": 1e-2, "memory": 2, "every": 2},
+    "DistilledFuse": {},
     "VPTTA": {"prompt_size": 3, "memory": 2, "neighbours": 1},
 }
 KEEPS_NOTHING = {"NoAdapt", "PTBN", "MedBN", "MEMO", "DomainAdaptor", "InTEnt", "Fuse"}
@@ -249,6 +250,9 @@ def test_volumes_and_a_softmax_over_classes(name: str) -> None:
         options["pseudo"] = gk.tta.softmax_entropy
     if name == "RoTTA":
         options["augmentation"] = lambda images, generator: images
+    if name == "DistilledFuse":  # the same
+        options["augmentation"] = lambda images, generator: images
+        options["fusion"] = gk.tta.Fusion(probabilities="softmax")
     logits = make_by_default(name, model, **options)(torch.rand(1, 1, 4, 4, 4))
     assert logits.shape == (1, 3, 4, 4, 4)
     assert torch.isfinite(logits).all()

@@ -16,6 +16,8 @@ from examples.common.checkpoint import load
 from examples.fundus import commands, comparison, training
 from examples.fundus.__main__ import main
 from examples.fundus.data import open_domain
+from examples.fundus.fusion import load_cup_ratio
+from examples.fundus.gate import measure_cup_ratio
 
 TINY = ["--size", "64", "--width", "2", "--epochs", "1", "--train-images", "4"]
 FEW = ["--target-images", "2"]
@@ -77,6 +79,11 @@ def test_results_follow_the_schema(compared):
             assert all(0 <= score <= 100 for score in scores)
             assert result[name] == pytest.approx(sum(scores) / 2, rel=1e-12)
         assert result["mean"] == pytest.approx((result["disc"] + result["cup"]) / 2, rel=1e-12)
+
+
+def test_the_source_model_tells_the_ratio_of_its_labels(checkpoint):
+    labels = open_domain("synthetic", "centre_a", "train", 64, 5, 4)
+    assert load_cup_ratio(checkpoint) == measure_cup_ratio(labels)
 
 
 def test_images_come_in_list_order(compared):

@@ -13,6 +13,8 @@ from examples.common.datasets import Sample
 from examples.fundus import commands, comparison, heads
 from examples.fundus.__main__ import main
 from examples.fundus.augmentation import AugmentedDataset
+from examples.fundus.fusion import describe, load_cup_ratio
+from examples.fundus.gate import CupRatio
 from examples.fundus.heads import (
     HeadSettings,
     digest,
@@ -240,7 +242,8 @@ def run(*words):
 def trained(source, tmp_path_factory):
     """A source model's file, and the folder of its heads."""
     folder = tmp_path_factory.mktemp("trained")
-    save_source_model(folder / "source.pt", TINY, source.state_dict())
+    facts = describe(CupRatio(0.5, 0.25))
+    save_source_model(folder / "source.pt", TINY, source.state_dict(), **facts)
     words = ["--checkpoint", folder / "source.pt", "--train-images", 4, "--epochs", 1]
     assert run("heads", *words, "--out", folder / "out") == 0
     return folder
@@ -250,6 +253,7 @@ def test_the_command_keeps_the_segmentation_and_detta_runs(source, trained, tmp_
     path = trained / "out" / "centre_a.pt"
     model, architecture = load_source_model(path)
     assert architecture == replace(TINY, auxiliary_heads=True)
+    assert load_cup_ratio(path) == CupRatio(0.5, 0.25)
     assert digest(model.without_heads()) == digest(source)
     best = load(trained / "out" / "training" / "best.pt")["model"]
     own = heads_of(model).state_dict()
