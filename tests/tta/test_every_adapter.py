@@ -44,7 +44,7 @@ ADAPTERS = {
 }
 KEEPS_NOTHING = {"NoAdapt", "PTBN", "MedBN", "MEMO", "DomainAdaptor", "InTEnt", "Fuse"}
 # What a skipped image moves: random numbers, and the number of images.
-MOVES_ON = {"GraTa", "DeYO", "DeTTA", "VPTTA"}
+MOVES_ON = {"DistilledFuse", "GraTa", "DeYO", "DeTTA", "VPTTA"}
 # What an adapter cannot do without.
 
 
