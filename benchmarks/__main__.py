@@ -8,6 +8,7 @@ from benchmarks.fundus import Fundus
 from benchmarks.gsema import GSEMA
 from benchmarks.sharpness import Sharpness
 from benchmarks.speed import Speed
+from benchmarks.tta import TTA
 from examples.common.checkpoint import CheckpointError
 from examples.common.command_line import parse, run
 from examples.common.usage import UsageError
@@ -19,6 +20,7 @@ COMMANDS = {
     "alignment": Alignment,
     "gsema": GSEMA,
     "sharpness": Sharpness,
+    "tta": TTA,
 }
 
 
