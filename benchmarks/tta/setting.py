@@ -9,9 +9,8 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset
 
-from examples.common.datasets import Sample
-from examples.common.training import LAST
-from examples.common.usage import UsageError
+from examples.common.datasets import Sample, length
+from examples.common.usage import require
 from examples.fundus.data import SYNTHETIC, DataError, available_domains, open_domain
 from examples.fundus.network import ResUNet34
 from examples.fundus.sample import Split
@@ -125,31 +124,27 @@ def train_model(training: SourceTraining) -> None:
 
     Raises:
         CheckpointError: what an earlier run has left there is of another training.
+        TrainingError: it is of other data, or the loss is no longer finite.
         UsageError: there are fewer than two images to train on.
     """
-    setting = training.setting
-    path = setting.model_file(training.seed, training.source)
-    architecture = Architecture(setting.width, setting.size, training.source)
-    try:
-        best = train_source(
-            setting.source(training.source),
-            architecture,
-            TrainingSettings(setting.epochs, training.seed),
-            path.parent / "training",
-            torch.device(setting.device),
-            resume=True,
-            progress=training.progress,
-            root=SYNTHETIC if setting.root == SYNTHETIC else "folder",
-        )
-    except ValueError as error:
-        raise UsageError(f"{training.source}: {error}") from error
+    setting, source = training.setting, training.source
+    samples = setting.source(source)
+    count = length(samples)
+    require(count >= 2, f"{source} has {count} image to train on; give at least 2")
+    path = setting.model_file(training.seed, source)
+    architecture = Architecture(setting.width, setting.size, source)
+    best = train_source(
+        samples,
+        architecture,
+        TrainingSettings(setting.epochs, training.seed),
+        path.parent / "training",
+        torch.device(setting.device),
+        resume=True,
+        progress=training.progress,
+        root=SYNTHETIC if setting.root == SYNTHETIC else "folder",
+    )
     model, _ = load_source_model(best)
     save_source_model(path, architecture, model.state_dict())
-
-
-def is_begun(path: Path) -> bool:
-    """Whether a training of the model at this path has kept an epoch."""
-    return (path.parent / "training" / LAST).exists()
 
 
 @lru_cache(maxsize=4)

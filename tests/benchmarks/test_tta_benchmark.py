@@ -26,6 +26,7 @@ from benchmarks.tta.report import report
 from benchmarks.tta.selection import best, choose, left_out
 from benchmarks.tta.setting import Setting
 from benchmarks.tta.summary import by_target, compare, sign_test
+from benchmarks.tta.tabulation import tabulate
 from benchmarks.tta.variants import TABLES, Variant, variants_of
 from examples.common.adaptation import CHOICES
 from examples.common.datasets import Sample
@@ -473,6 +474,87 @@ def test_synthetic_targets_are_the_same_for_all_seeds_and_shift(tmp_path: Path) 
     assert one.name == two.name
     assert not torch.equal(one.image, two.image)
     assert strong.described() != half.described()
+
+
+# From files to the record of a table
+
+
+def fabricated(
+    table: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seeds: int, value: Any
+) -> list[jobs.Job]:
+    """Jobs of three centres whose files are there; `value` is a number of an image."""
+    monkeypatch.setattr(jobs, "checksum", lambda path: "m")
+    setting = Setting("synthetic", 1.0, 64, 2, 2, 1, 2, "cpu", tmp_path, tmp_path)
+    made = [
+        jobs.Job(setting, seed, source, target, variant)
+        for variant in variants_of(table, 1e-4)
+        for seed in range(seeds)
+        for source in "abc"
+        for target in "abc"
+        if source != target
+    ]
+    for job in made:
+        images = []
+        for place in range(2):
+            numbers = {name: value(job, name, place) for name in job.variant.predictions}
+            scores = {name: {"disc": v + 5, "cup": v - 5} for name, v in numbers.items()}
+            images.append({"image": str(place), "scores": scores, "empirical": numbers["after"]})
+        cost = {"forwards": 2, "backwards": 1, "megabytes": 1.0, "milliseconds": 3.0}
+        own = {"source": job.source, "target": job.target, "seed": job.seed, "model": "m"}
+        job.file.parent.mkdir(parents=True, exist_ok=True)
+        job.file.write_text(json.dumps({**own, **cost, "images": images}))
+    return made
+
+
+def test_the_product_chooses_for_each_target(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def value(job: jobs.Job, prediction: str, place: int) -> float:
+        if job.variant.name == "mixed0.8+con" and prediction == "views":
+            return 90.0 if "a" not in (job.source, job.target) else 60.0
+        if job.variant.name == "test+ent" and prediction == "before":
+            return 85.0
+        return 80.0 if job.variant.name == "ptbn" else 70.0 + place
+
+    made = fabricated("6", tmp_path, monkeypatch, 1, value)
+    found = tabulate("6", made)
+    assert found["images"] == {"b": 2, "c": 2, "a": 2}
+    chosen = {row["target"]: row for row in found["chosen"]}
+    # For a the pairs of b and c count, where the first is at 90; for b and c it is at 60.
+    assert chosen["a"]["chosen"] == "mixed:0.8, consistency, views"
+    assert chosen["b"]["chosen"] == chosen["c"]["chosen"] == "test, entropy, before"
+    assert (chosen["a"]["score"], chosen["b"]["score"]) == (60.0, 85.0)
+    assert chosen["a"]["best"] == "test, entropy, before"
+    assert (chosen["a"]["best_score"], chosen["a"]["ptbn"], chosen["a"]["none"]) == (85, 80, 70.5)
+    selected = {line["title"]: line for line in found["selected"]}
+    honest = selected["chosen without the target"]
+    assert honest["mean"] == pytest.approx((60 + 85 + 85) / 3)
+    assert honest["against"]["ptbn"]["difference"] == pytest.approx((-20 + 5 + 5) / 3)
+    assert selected["best in hindsight"]["mean"] == pytest.approx(85.0)
+    made[-1].file.unlink()  # a variant with a job left to do has no line
+    names = {line["variant"] for line in tabulate("6", made)["lines"]}
+    assert made[-1].variant.name not in names
+    assert len(names) == len({job.variant.name for job in made}) - 1
+
+
+def test_cosines_are_averaged_by_source_and_over_seeds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = {"a": 0.5, "b": -0.1, "c": 0.2}
+
+    def value(job: jobs.Job, prediction: str, place: int) -> float:
+        return values[job.source] + (0.1 if job.seed else -0.1) + (0.05 if place else -0.05)
+
+    made = fabricated("figure4", tmp_path, monkeypatch, 2, value)
+    lines = tabulate("figure4", made)["lines"]
+    assert [line["variant"] for line in lines] == [
+        f"{name}-empirical" for name in ("ent", "ent-con", "con", "con-ent")
+    ]
+    for line in lines:
+        assert line["empirical_by_source"] == pytest.approx(values)
+        assert line["empirical_positive"] == pytest.approx(2 / 3)
+        low, high = line["empirical_interval"]
+        assert 0.14 < low < 0.2 < high < 0.26  # images are at 0.15 and 0.25
 
 
 # Reports of the tables with a shape of their own
