@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from benchmarks.alignment.plot import COLOURS
@@ -27,8 +28,8 @@ def plot_cosines(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
         left = [group + (place - (len(lines) - 1) / 2) * width for group in range(len(groups))]
         pair, aligned = divmod(place, 2)  # each objective without alignment, then with it
         axes.bar(
-            left, values, 0.9 * width, color=COLOURS[pair], alpha=1.0 if aligned else 0.45,
-            label=line["title"],
+            left, values, 0.9 * width, label=line["title"],
+            color=_paler(COLOURS[pair], 1.0 if aligned else 0.45),
         )  # fmt: skip
     axes.axhline(0, color="0.3", linewidth=0.8)
     axes.set_xticks(range(len(groups)), groups)
@@ -39,3 +40,13 @@ def plot_cosines(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=9)
     figure.savefig(path, dpi=150)
+
+
+def _paler(colour: str, share: float) -> tuple[float, ...]:
+    """A colour mixed with white, of which it is this share; opaque, so that no grid shines through.
+
+    Example:
+        >>> _paler("#000000", 0.25)
+        (0.75, 0.75, 0.75)
+    """
+    return tuple(1 - share * (1 - part) for part in to_rgb(colour))

@@ -7,10 +7,10 @@ one thing.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import gradkit as gk
 from benchmarks.tta.objectives import BUILT, OBJECTIVES, look_ahead, make_objective
@@ -89,6 +89,17 @@ def _views(model: nn.Module, seed: int, scale: float) -> tta.Adapter:
     return tta.Fuse(model, statistics=("source",), image_share=0)
 
 
+def _denoise(model: Any, images: Tensor) -> Tensor:
+    """Logits of the images without noise, by a network's denoising head."""
+    logits: Tensor = model.auxiliary(images, "denoising")
+    return logits
+
+
+def _detta(model: nn.Module, seed: int, scale: float, *, lr: float) -> tta.Adapter:
+    generator = torch.Generator().manual_seed(seed)
+    return tta.DeTTA(model, _denoise, lr, noise="gaussian", generator=generator)
+
+
 def _binary(model: nn.Module, seed: int, scale: float, *, lr: float) -> tta.Adapter:
     return tta.TENT(model, lr, objective=tta.binary_entropy)
 
@@ -154,7 +165,6 @@ def registered(method: str, lr: float = BETA) -> Variant:
         _named(method, lr) if learns else method,
         TITLES.get(method, method),
         partial(_registered, method=method, lr=lr),
-        heads=method.startswith("detta"),
     )
 
 
@@ -205,7 +215,12 @@ def table_1(lr: float) -> list[Variant]:
         constant(lr),
     ]
     others = [method for method in CHOICES if method not in {*REFERENCES, "tent", "grata"}]
-    return [*first, *(registered(method, lr) for method in others)]
+    denoising = [
+        Variant(_named("detta", rate), f"DeTTA, lr {rate:g}", partial(_detta, lr=rate), heads=True)
+        for rate in (BETA, 1e-6)
+    ]
+    every = [*first, *(registered(method, lr) for method in others), *denoising]
+    return list({variant.name: variant for variant in every}.values())
 
 
 def table_2(lr: float) -> list[Variant]:

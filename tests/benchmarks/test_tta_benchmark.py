@@ -167,6 +167,21 @@ def test_passes_are_counted(model: ResUNet34, name: str, forwards: int, backward
     assert passes.forwards == forwards  # hooks are gone
 
 
+def test_denoising_needs_a_head_whose_passes_count() -> None:
+    variants = {each.name: each for each in variants_of("1", 1e-4) if each.heads}
+    assert list(variants) == ["detta", "detta@1e-06"]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        headed = ResUNet34(2, auxiliary_heads=True)
+    for name, lr in (("detta", 1e-4), ("detta@1e-06", 1e-6)):
+        adapter = variants[name].make(headed, 0, 1.0)
+        assert adapter.optimizer is not None
+        assert adapter.optimizer.param_groups[0]["lr"] == lr
+        with Passes() as passes:
+            adapter(torch.rand(1, 3, 64, 64))
+        assert (passes.forwards, passes.backwards) == (2, 1)
+
+
 def test_peak_memory_is_that_of_tensors_alive_together() -> None:
     start = torch.zeros(1000)
     with PeakTensors() as memory:
