@@ -9,8 +9,10 @@ from benchmarks.fundus import Fundus
 from benchmarks.gsema import GSEMA
 from benchmarks.sharpness import Sharpness
 from benchmarks.speed import Speed
+from benchmarks.tta import TTA
 from examples.common.checkpoint import CheckpointError
 from examples.common.command_line import parse, run
+from examples.common.training import TrainingError
 from examples.common.usage import UsageError
 from examples.fundus.data import DataError
 
@@ -21,6 +23,7 @@ COMMANDS = {
     "gsema": GSEMA,
     "sharpness": Sharpness,
     "composition": Composition,
+    "tta": TTA,
 }
 
 
@@ -36,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks",
         description="Compare strategies and measure what they cost.",
     )
-    return run(command.run, UsageError, DataError, CheckpointError)
+    return run(command.run, UsageError, DataError, CheckpointError, TrainingError)
 
 
 if __name__ == "__main__":

@@ -7,14 +7,18 @@ from typing import TypeVar
 
 import torch
 
-from examples.common.progress import Progress
+from examples.common.progress import INTERVAL, Progress
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 
 def run_jobs(
-    function: Callable[[Job], Result], jobs: Sequence[Job], workers: int, description: str
+    function: Callable[[Job], Result],
+    jobs: Sequence[Job],
+    workers: int,
+    description: str,
+    interval: float = INTERVAL,
 ) -> list[Result]:
     """The results of all jobs, in their order.
 
@@ -26,9 +30,10 @@ def run_jobs(
         jobs: What it is called with, one at a time.
         workers: Number of processes; 1 is this one.
         description: What the progress is headed with.
+        interval: Seconds between lines of progress where there is no terminal.
     """
     torch.set_num_threads(1)
-    progress = Progress(len(jobs), description, "run")
+    progress = Progress(len(jobs), description, "run", interval=interval)
     if workers == 1:
         with progress:
             return [_counted(function(job), progress) for job in jobs]

@@ -8,15 +8,15 @@ from types import TracebackType
 from tqdm import tqdm
 
 INTERVAL = 10.0
-"""Seconds between lines."""
+"""Seconds between lines, unless others are asked for."""
 
 
 class Progress:
     """How far a loop has come, as a context round the loop.
 
     On a terminal it is a tqdm bar. Elsewhere (a file, a pipe, continuous integration), where a
-    bar's carriage returns would leave one endless line, it writes whole lines: one every ten
-    seconds and one at the end.
+    bar's carriage returns would leave one endless line, it writes whole lines: by default one every
+    ten seconds, and one at the end.
 
     Args:
         total: Number of rounds.
@@ -24,6 +24,7 @@ class Progress:
         unit: What a round is, in the singular.
         initial: Rounds that were done before.
         every_round: Write a line for each round, whatever its time; for rounds that are long.
+        interval: Seconds between lines.
         clock: Seconds from some moment on.
 
     Example:
@@ -39,10 +40,11 @@ class Progress:
         initial: int = 0,
         every_round: bool = False,
         clock: Callable[[], float] = time.monotonic,
+        interval: float = INTERVAL,
     ) -> None:
         self._total, self._description, self._unit = total, description, unit
         self._done = self._initial = initial
-        self._interval = 0.0 if every_round else INTERVAL
+        self._interval = 0.0 if every_round else interval
         self._clock = clock
         self._began = self._written = clock()
         self._bar = (

@@ -15,6 +15,7 @@ from benchmarks.__main__ import COMMANDS, main
 from benchmarks.alignment import command as alignment
 from benchmarks.alignment import digits, fronts, toy
 from benchmarks.speed import command as speed
+from benchmarks.tta.report import report as report_of_adaptation
 from examples.common.command_line import parse
 from examples.fundus.network import ResUNet34
 from examples.fundus.source_model import Architecture, save_source_model
@@ -45,6 +46,23 @@ def test_docs_print_the_commands_that_made_the_tables(problem: str) -> None:
     if problem in ("fonseca", "zdt"):
         assert (command.seeds or fronts.STARTS) == settings["seeds"]
         assert {row["starts"] for row in record["rows"]} == {settings["seeds"]}
+
+
+TTA_RESULTS = sorted((ROOT / "benchmarks/results").glob("tta-*.json"))
+
+
+@pytest.mark.parametrize("path", TTA_RESULTS, ids=lambda path: path.stem)
+def test_tables_of_adaptation_are_those_of_their_records(path: Path) -> None:
+    record = json.loads(path.read_text())
+    assert path.with_suffix(".md").read_text() == report_of_adaptation(record)
+    words = shlex.split(record["command"].removeprefix("python -m benchmarks "))
+    made_by = parse(COMMANDS, words, "python -m benchmarks", "")
+    assert made_by.command_line() == record["command"]
+    page = (ROOT / "docs/tta-results.md").read_text()
+    assert record["command"] in page
+    for line in record["lines"]:
+        if "mean" in line and record["table"] in "1234":
+            assert f"| {line['title']} | {line['mean']:.2f}" in page
 
 
 def test_results_of_a_comparison_are_not_replaced_unasked(

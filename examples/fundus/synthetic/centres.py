@@ -1,6 +1,7 @@
 """The synthetic centres: whom each of them photographs, and with which camera."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 from examples.common.drawing import Colour
 
@@ -95,3 +96,51 @@ CENTRES: dict[str, Centre] = {
     ),
 }  # fmt: skip
 """Five centres; the first four resemble tight crops of the disc, the last a wide one."""
+
+NO_APERTURE = 0.75
+"""A radius at which an aperture does not show, beyond the image's corners at 0.707."""
+
+
+def centre_at(name: str, strength: float) -> Centre:
+    """A centre whose difference from the mean over all centres is multiplied by `strength`.
+
+    At 1 it is the centre itself, at 0 all centres are the same. An aperture that does not show
+    counts as one of radius `NO_APERTURE`.
+
+    Args:
+        name: From `CENTRES`.
+        strength: In [0, 1]; beyond, statistics need not be possible ones.
+
+    Raises:
+        ValueError: The strength is outside [0, 1], or there is no such centre.
+
+    Example:
+        >>> [round(centre_at("centre_d", strength).noise, 4) for strength in (0, 0.5, 1)]
+        [0.0164, 0.0222, 0.028]
+    """
+    if name not in CENTRES:
+        raise ValueError(f"no synthetic centre {name!r}; choose from {', '.join(CENTRES)}")
+    if not 0 <= strength <= 1:
+        raise ValueError(f"the strength of the shift is {strength}; choose one from 0 to 1")
+    if strength == 1:
+        return CENTRES[name]
+    values: dict[str, Any] = {}
+    for field in fields(Centre):
+        own, *others = (
+            getattr(centre, field.name) for centre in (CENTRES[name], *CENTRES.values())
+        )
+        if field.name == "field_of_view":
+            radii = (NO_APERTURE if each is None else each for each in (own, *others))
+            radius = _blend(*radii, strength=strength)
+            values[field.name] = radius if radius < 2**-0.5 else None
+        elif isinstance(own, tuple):
+            parts = zip(own, *others, strict=True)
+            values[field.name] = tuple(_blend(*part, strength=strength) for part in parts)
+        else:
+            values[field.name] = _blend(own, *others, strength=strength)
+    return Centre(**values)
+
+
+def _blend(own: float, *others: float, strength: float) -> float:
+    mean = sum(others) / len(others)
+    return mean + strength * (own - mean)

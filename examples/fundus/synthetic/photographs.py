@@ -20,7 +20,7 @@ from examples.common.datasets import Sample
 from examples.common.drawing import colour, normal, pixel_centres, uniform, wavy_circle
 from examples.fundus.sample import Split, normalise
 from examples.fundus.synthetic.camera import photograph
-from examples.fundus.synthetic.centres import CENTRES, Centre
+from examples.fundus.synthetic.centres import Centre, centre_at
 from examples.fundus.synthetic.reflectance import background, draw_disc, eye_tint
 from examples.fundus.synthetic.vessels import trace_vessels, vessel_tree
 
@@ -98,9 +98,11 @@ class SyntheticFundus(Dataset[Sample]):
         seed: Seed of the whole data set.
         split: "train", "test" or "all".
         cache: Keep drawn photographs in memory (about 20 bytes a pixel).
+        strength: How far the centre is from the mean of all centres, from 0 to 1; see `centre_at`.
 
     Raises:
-        ValueError: If the centre or split is unknown, or length or size is not positive.
+        ValueError: If the centre or split is unknown, length or size is not positive, or the
+            strength is outside [0, 1].
     """
 
     def __init__(
@@ -111,9 +113,9 @@ class SyntheticFundus(Dataset[Sample]):
         seed: int = 0,
         split: Split = "all",
         cache: bool = True,
+        strength: float = 1.0,
     ) -> None:
-        if centre not in CENTRES:
-            raise ValueError(f"no synthetic centre {centre!r}; choose from {', '.join(CENTRES)}")
+        self._centre = centre_at(centre, strength)
         if split not in ("all", "train", "test"):
             raise ValueError(f"split is 'all', 'train' or 'test', not {split!r}")
         if length < 1 or size < 16:
@@ -142,7 +144,7 @@ class SyntheticFundus(Dataset[Sample]):
             # The step is odd, so the eyes of one domain have different seeds for certain.
             start = zlib.crc32(f"{self.centre}/{self.seed}".encode())
             generator = torch.Generator().manual_seed((start + 0x9E3779B1 * eye) % 2**32)
-            image, target = fundus(CENTRES[self.centre], generator, self.size)
+            image, target = fundus(self._centre, generator, self.size)
             sample = Sample(f"{self.centre}/image/{eye:04d}.png", image, target)
             if self.cache:
                 self._drawn[eye] = sample

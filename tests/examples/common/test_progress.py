@@ -46,6 +46,16 @@ def test_a_line_every_ten_seconds_and_one_at_the_end(capsys):
     ]
 
 
+def test_the_interval_between_lines_can_be_chosen(capsys):
+    run(25, seconds=5, interval=60.0)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(",")[0] for line in lines] == [
+        "work: run 12 of 25",
+        "work: run 24 of 25",
+        "work: run 25 of 25",
+    ]
+
+
 def test_no_more_lines_than_rounds(capsys):
     run(3, seconds=4000, notes="loss=1")
     assert capsys.readouterr().err.split("\n") == [

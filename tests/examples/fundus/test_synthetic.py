@@ -1,7 +1,7 @@
 """The generator of synthetic fundus photographs."""
 
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import combinations
 from typing import Any, cast
 
@@ -14,6 +14,7 @@ from examples.common.datasets import Sample
 from examples.fundus.sample import Split
 from examples.fundus.synthetic import CENTRES, SyntheticFundus, photographs
 from examples.fundus.synthetic.camera import photograph
+from examples.fundus.synthetic.centres import Centre, centre_at
 from examples.fundus.synthetic.vessels import trace_vessels, vessel_tree
 
 
@@ -413,6 +414,49 @@ class TestCentres:
             assert (black > 0.05) == (CENTRES[centre].field_of_view is not None)
 
 
+class TestStrength:
+    def test_of_one_nothing_changes(self) -> None:
+        plain, full = (
+            SyntheticFundus("centre_e", 2, 32),
+            SyntheticFundus("centre_e", 2, 32, strength=1),
+        )
+        assert equal(plain[1], full[1])
+
+    def test_of_zero_all_centres_are_the_same(self) -> None:
+        (same,) = {centre_at(name, 0) for name in CENTRES}
+        assert same.field_of_view is None
+        assert same.noise == pytest.approx(sum(each.noise for each in CENTRES.values()) / 5)
+
+    def test_a_half_is_half_way(self) -> None:
+        mean = centre_at("centre_a", 0)
+        for name, centre in CENTRES.items():
+            half = centre_at(name, 0.5)
+            for field in fields(Centre):
+                if field.name == "field_of_view":
+                    continue
+                ends = getattr(mean, field.name), getattr(centre, field.name)
+                between = torch.tensor(ends, dtype=torch.float64).mean(0)
+                found = torch.tensor(getattr(half, field.name), dtype=torch.float64)
+                torch.testing.assert_close(found, between, rtol=1e-12, atol=1e-12)
+            assert (half.field_of_view is None) == (name != "centre_e")
+        mean_radius = (4 * 0.75 + 0.62) / 5
+        assert centre_at("centre_e", 0.5).field_of_view == pytest.approx((mean_radius + 0.62) / 2)
+
+    def test_centres_come_closer(self) -> None:
+        """The mean colours of the reddest and the palest centre."""
+        distances = []
+        for strength in (0.5, 1.0):
+            colours = [
+                torch.stack(
+                    [SyntheticFundus(name, 8, 32, strength=strength)[n].image.mean((1, 2))
+                     for n in range(8)]
+                ).mean(0)
+                for name in ("centre_b", "centre_c")
+            ]  # fmt: skip
+            distances.append(float((colours[0] - colours[1]).norm()))
+        assert distances[0] < 0.75 * distances[1]
+
+
 class TestArguments:
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -421,6 +465,7 @@ class TestArguments:
             ({"length": 0}, "length must be at least 1 and size at least 16, not 0 and 128"),
             ({"size": 15}, "size at least 16, not 1 and 15"),
             ({"split": "valid"}, "split is 'all', 'train' or 'test', not 'valid'"),
+            ({"strength": 1.5}, "strength of the shift is 1.5; choose one from 0 to 1"),
         ],
     )
     def test_errors(self, arguments: dict[str, object], message: str) -> None:

@@ -1,0 +1,146 @@
+"""From the files of jobs to the record of a table."""
+
+from collections.abc import Mapping, Sequence
+from statistics import mean
+from typing import Any
+
+from benchmarks.fundus import pooled_interval
+from benchmarks.tta.jobs import Job, Record
+from benchmarks.tta.selection import best, choose, left_out
+from benchmarks.tta.summary import (
+    Line,
+    Pair,
+    Scores,
+    by_seed,
+    by_target,
+    compare,
+    details,
+    pair_means,
+    scores_of_pairs,
+)
+from benchmarks.tta.variants import REFERENCES, Table, Variant
+from examples.common.usage import require
+
+BOOTSTRAP_SEED = 0
+
+
+def tabulate(table: Table, jobs: Sequence[Job]) -> dict[str, Any]:
+    """The part of a table's record that comes from results.
+
+    Variants of which a job failed have no line.
+
+    Raises:
+        UsageError: no variant, or not every reference, has all its results.
+    """
+    done: dict[str, tuple[Variant, list[Record]]] = {}
+    incomplete = set()
+    for job in jobs:
+        name = job.variant.name
+        record = job.result()
+        if record is None:
+            incomplete.add(name)
+        else:
+            done.setdefault(name, (job.variant, []))[1].append(record)
+    whole = {name: found for name, found in done.items() if name not in incomplete}
+    if table == "figure4":
+        require(bool(whole), "every variant failed; see above")
+        lines = [_cosines(variant, records) for variant, records in whole.values()]
+        return {"images": _counts(whole), "lines": lines}
+    missing = [name for name in REFERENCES if name not in whole]
+    require(not missing, f"{' and '.join(missing)} failed, with which all others are compared")
+    scores = {
+        (name, prediction): scores_of_pairs(records, prediction)
+        for name, (variant, records) in whole.items()
+        for prediction in variant.predictions
+    }
+    references = {name: scores[name, "after"] for name in REFERENCES}
+    lines = [
+        {
+            "variant": name,
+            "title": whole[name][0].title,
+            "prediction": prediction,
+            "product": whole[name][0].product,
+            "objectives": whole[name][0].objectives,
+            **compare(own, references, BOOTSTRAP_SEED),
+            **details(whole[name][1]),
+            "seeds": by_seed(whole[name][1], prediction),
+            "pairs": [
+                {"source": source, "target": target, "mean": round(value, 3)}
+                for (source, target), value in pair_means(own).items()
+            ],
+        }
+        for (name, prediction), own in scores.items()
+    ]
+    found = {"images": _counts(whole), "lines": lines}
+    if table == "6":
+        titles = {(line["variant"], line["prediction"]): line for line in lines}
+        product = {
+            f"{titles[key]['title']}, {key[1]}": own
+            for key, own in scores.items()
+            if titles[key]["product"]
+        }
+        found |= _choices(product, references)
+    return found
+
+
+def _counts(whole: Mapping[str, tuple[Variant, list[Record]]]) -> dict[str, int]:
+    """The number of images of each target."""
+    _, records = next(iter(whole.values()))
+    return {record["target"]: len(record["images"]) for record in records}
+
+
+def _choices(product: Mapping[str, Scores], references: Mapping[str, Scores]) -> dict[str, Any]:
+    """For each target what is chosen without it, and what that comes to."""
+    pairs = list(next(iter(references.values())))
+    targets = list(dict.fromkeys(target for _, target in pairs))
+    if len(targets) < 3 or not product:
+        return {"chosen": [], "selected": []}
+    chosen = {target: choose(product, target) for target in targets}
+    hindsight = {target: best(product, target) for target in targets}
+
+    def on(scores: Scores, target: str) -> float:
+        return mean(value for (_, own), value in pair_means(scores).items() if own == target)
+
+    return {
+        "chosen": [
+            {
+                "target": target,
+                "chosen": chosen[target],
+                "score": on(product[chosen[target]], target),
+                "best": hindsight[target],
+                "best_score": on(product[hindsight[target]], target),
+                **{name: on(scores, target) for name, scores in references.items()},
+            }
+            for target in targets
+        ],
+        "selected": [
+            {"title": title, **compare(left_out(product, choices), references, BOOTSTRAP_SEED)}
+            for title, choices in (
+                ("chosen without the target", chosen),
+                ("best in hindsight", hindsight),
+            )
+        ],
+    }
+
+
+def _cosines(variant: Variant, records: Sequence[Record]) -> Line:
+    """The cosine with the gradient of the labels: by source, its interval, how often above 0."""
+    cosines: dict[Pair, list[list[float]]] = {}
+    for record in records:
+        values = [image["empirical"] for image in record["images"]]
+        cosines.setdefault((record["source"], record["target"]), []).append(values)
+    over_seeds = {
+        pair: [mean(image) for image in zip(*own, strict=True)] for pair, own in cosines.items()
+    }
+    sources = dict.fromkeys(source for source, _ in over_seeds)
+    every = [value for own in over_seeds.values() for value in own]
+    return {
+        "variant": variant.name,
+        "title": variant.title,
+        "empirical_by_source": {
+            source: mean(mean(own) for (other, _), own in over_seeds.items() if other == source)
+            for source in sources
+        },
+        "empirical_interval": pooled_interval(list(by_target(over_seeds).values()), BOOTSTRAP_SEED),
+        "empirical_positive": mean(value > 0 for value in every),
+    }
