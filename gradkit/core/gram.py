@@ -37,7 +37,7 @@ _ELEMENTS_ON_ACCELERATOR = 1 << 24
 # Signs that are held at a time on a CPU. Their sums are exact below 2²⁴.
 _SIGNS = 1 << 19
 # Columns of two rows whose signs are counted at a time.
-_PAIR = 1 << 16
+_PAIR = 1 << 18
 # Squares outside this range may have overflowed in float32, or lost digits to underflow.
 _TRUSTED = (1e-28, 1e36)
 # So few numbers are compared faster in Python.
