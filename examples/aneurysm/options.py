@@ -29,7 +29,7 @@ class TrainingOptions:
     """Synthetic volumes of each centre, at least 2; all of a folder's are used."""
     size: int = 32
     """Voxels along the longest side of a volume, after resampling to cubic voxels."""
-    patch: int = 24
+    patch: int = 16
     """Side of training patches and of sliding windows, voxels; a multiple of 8, at least 16."""
     network: NetworkName = "unet"
     """unet (small, for CPUs) or swin (two-stage Swin U-Net, as the paper's)."""
@@ -40,7 +40,7 @@ class TrainingOptions:
     teacher: TeacherKind = "frozen"
     """Of ema, gsema and the contrasts: frozen (it only follows, as in the authors' code) or
     supervised (it is trained on both views, too: the paper's Equation 6)."""
-    iterations: int = 120
+    iterations: int = 300
     """Training steps."""
     validations: int = 3
     """How often the held-in cases are validated; the best time is kept."""
