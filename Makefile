@@ -29,7 +29,7 @@ demo-prostate: $(INSTALLED)
 # GS-EMA beside a plain teacher and none, on a centre held out; a later run continues or uses what is
 # there.
 demo-aneurysm: $(INSTALLED)
-	$(RUN) -m examples.aneurysm compare --methods none,ema,gsema,bacl --iterations 120 \
+	$(RUN) -m examples.aneurysm compare --methods none,ema,gsema,bacl \
 		--out "$(OUT)-aneurysm" $(if $(wildcard $(OUT)-aneurysm/training),--resume)
 
 test: $(INSTALLED)

@@ -15,7 +15,7 @@ from benchmarks.speed import cuda
 from benchmarks.speed.comparison import Comparison
 from benchmarks.speed.goals import GOALS, judge, rule_goals, weight_goals
 from benchmarks.speed.grata import grata
-from benchmarks.speed.gsema import gs_ema
+from benchmarks.speed.gsema import gs_ema, sign_cosine
 from benchmarks.speed.memory import (
     ENVIRONMENT,
     measure_memory,
@@ -65,7 +65,8 @@ class Speed:
     objectives: str = "2,4,8,16"
     """K, the numbers of objectives for PCGrad."""
     resunet_cases: str = "2x64,4x128"
-    """Batch size and image side, BATCHxSIDE; GatedEMA's update is measured at the first only."""
+    """Batch size and image side, BATCHxSIDE; GatedEMA's update and the cosine of signs are measured
+    at the first only."""
     goal_cases: str = "8x192"
     """Further cases of ResUNet-34, for methods with a goal there only."""
     transformer_cases: str = "2x64"
@@ -297,6 +298,7 @@ class Speed:
                     yield weighting(problem, 4, name), problem
             if "gated_ema" in parts and problem.network not in seen:
                 yield gated_ema(problem), problem
+                yield sign_cosine(problem), problem
             seen.add(problem.network)
 
 

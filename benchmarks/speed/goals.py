@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.speed.gsema import METHOD as GS_EMA
+from benchmarks.speed.gsema import SIGNS, WITHOUT_ZEROS
 from benchmarks.speed.memory import MEMORY
 from benchmarks.speed.methods import ENGINES, gradkit_name
 from benchmarks.speed.overhead import NETWORK, OVERHEAD
@@ -65,6 +66,7 @@ GOALS = (
     Goal(RATIO, RESUNET, "4x128", "SAM", 1.07),
     Goal(RATIO, RESUNET, "8x192", "SAM", 1.03),
     Goal(RATIO, RESUNET, None, GS_EMA, 1.10),
+    Goal(RATIO, RESUNET, None, SIGNS, 2.0, variants=(WITHOUT_ZEROS,)),
     Goal(OVERHEAD, NETWORK, None, "engine, K = 1", 0.3),
     Goal(OVERHEAD, NETWORK, None, "engine, K = 4", 0.5),
     Goal(OVERHEAD, NETWORK, None, "engine and PCGrad, K = 4", 0.5),

@@ -1,4 +1,4 @@
-"""GS-EMA's step beside the same training with a plain mean teacher."""
+"""GS-EMA's step beside the same training with a plain mean teacher, and its cosine of signs."""
 
 import functools
 
@@ -8,9 +8,12 @@ import gradkit as gk
 from benchmarks.speed.comparison import Comparison, Step, Traffic
 from benchmarks.speed.methods import ENGINES, gradkit_name
 from benchmarks.speed.problem import Problem
+from gradkit.core.gram import cosines, gram
 from gradkit.engines import EngineName
 
 METHOD = "GS-EMA"
+SIGNS = "cosine of signs"
+WITHOUT_ZEROS = "gradkit, without zeros"
 MEAN_TEACHER = "plain mean teacher by hand"
 _OBJECTIVES = ("source", "target")
 
@@ -57,4 +60,40 @@ def gs_ema(problem: Problem) -> Comparison:
         },
         peers={MEAN_TEACHER: functools.partial(mean_teacher, problem)},
         traffic=Traffic((("copy to rows", 2, 2), ("cosine of signs", 2, 0)), problem.parameters()),
+    )
+
+
+def sign_cosine(problem: Problem) -> Comparison:
+    """The cosine of two gradients' signs against a copy of one of them.
+
+    Gradients with zeros, as dead units leave them, are counted element by element.
+    """
+
+    def rows(with_zeros: bool) -> torch.Tensor:
+        generator = torch.Generator(problem.x.device).manual_seed(0)
+        size = (2, problem.parameters())
+        made = torch.randn(size, generator=generator, device=problem.x.device)
+        made[made == 0] = 1.0
+        if with_zeros:
+            made[0, ::1000] = 0.0
+        return made
+
+    def floor() -> Step:
+        source, target = rows(with_zeros=False)
+        return lambda: target.copy_(source)
+
+    def ours(with_zeros: bool) -> Step:
+        gradients = rows(with_zeros)
+        return lambda: cosines(gram(gradients, signs=True))
+
+    return Comparison(
+        method=SIGNS,
+        passes="1 copy (1R 1W)",
+        floor=floor,
+        ours={
+            WITHOUT_ZEROS: functools.partial(ours, with_zeros=False),
+            "gradkit, with zeros": functools.partial(ours, with_zeros=True),
+        },
+        peers={},
+        traffic=Traffic(((SIGNS, 2, 0),), problem.parameters()),
     )

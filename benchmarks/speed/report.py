@@ -156,7 +156,10 @@ def _floors(floors: Sequence[Row], rows: Sequence[Row]) -> str:
             parts,
             f"{floor['numbers'] / 1e6:.2f} M",
             f"{floor['milliseconds']:.1f}",
-            *(f"{found[gradkit_name(engine)]['excess']:.1f}" for engine in ENGINES),
+            *(
+                f"{found[name]['excess']:.1f}" if name in found else ""
+                for name in map(gradkit_name, ENGINES)
+            ),
         )
 
     head = (

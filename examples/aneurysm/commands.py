@@ -19,7 +19,7 @@ from examples.aneurysm.data import (
 )
 from examples.aneurysm.inference import EMPTY, score_volumes
 from examples.aneurysm.methods import METHODS
-from examples.aneurysm.options import RESUME, TrainingOptions, check_method, refuse_earlier
+from examples.aneurysm.options import RESUME, TrainingOptions, check_methods, refuse_earlier
 from examples.aneurysm.ranks import joined_ranks, local_device, rank
 from examples.aneurysm.results import RESULT_FILES
 from examples.aneurysm.synthetic.export import export as export_centres
@@ -64,7 +64,7 @@ class Train(TrainingOptions):
         self.check()
         require(0 <= self.seed < 2**31, f"--seed is {self.seed}; choose one from 0 to 2147483647")
         split_names("--method", self.method, list(METHODS), single=True)
-        check_method(self.method, self.preset)
+        check_methods([self.method], self.preset, self.teacher)
         split_names("--held-out", self.held_out, available_centres(self.data_root), single=True)
         require(
             not (self.resume and self.overwrite),

@@ -22,7 +22,7 @@ from examples.aneurysm.figures import (
 )
 from examples.aneurysm.inference import score_volumes
 from examples.aneurysm.methods import METHODS
-from examples.aneurysm.options import RESUME, TrainingOptions, check_method, refuse_earlier
+from examples.aneurysm.options import RESUME, TrainingOptions, check_methods, refuse_earlier
 from examples.aneurysm.patches import PatchDataset
 from examples.aneurysm.ranks import joined_ranks, local_device, rank
 from examples.aneurysm.results import RESULT_FILES, markdown_table
@@ -66,8 +66,7 @@ class Compare(TrainingOptions):
         self.check()
         require(self.seeds >= 1, f"--seeds is {self.seeds}; choose at least 1")
         methods = split_names("--methods", self.methods, list(METHODS))
-        for method in methods:
-            check_method(method, self.preset)
+        check_methods(methods, self.preset, self.teacher)
         known = available_centres(self.data_root)
         held_out = known
         if self.held_out != "all":

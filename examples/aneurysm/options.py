@@ -1,6 +1,7 @@
 """Options that the commands share, and their checks."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,8 +9,9 @@ import torch
 from torch.utils.data import Dataset
 
 from examples.aneurysm.data import SYNTHETIC, available_centres, check, open_centre
+from examples.aneurysm.methods import WITH_TEACHER
 from examples.aneurysm.networks import NetworkName
-from examples.aneurysm.settings import PresetName, Schedule, TrainingSettings
+from examples.aneurysm.settings import PresetName, Schedule, TeacherKind, TrainingSettings
 from examples.common.datasets import Sample, length
 from examples.common.usage import UsageError, open_device, require
 
@@ -27,7 +29,7 @@ class TrainingOptions:
     """Synthetic volumes of each centre, at least 2; all of a folder's are used."""
     size: int = 32
     """Voxels along the longest side of a volume, after resampling to cubic voxels."""
-    patch: int = 24
+    patch: int = 16
     """Side of training patches and of sliding windows, voxels; a multiple of 8, at least 16."""
     network: NetworkName = "unet"
     """unet (small, for CPUs) or swin (two-stage Swin U-Net, as the paper's)."""
@@ -35,7 +37,10 @@ class TrainingOptions:
     """Channels of the network's first level; 24 is the published Swin U-Net."""
     preset: PresetName = "paper"
     """Whose loss weights, gate and optimizer GS-EMA has: the paper's text or the authors' code."""
-    iterations: int = 120
+    teacher: TeacherKind = "frozen"
+    """Of ema, gsema and the contrasts: frozen (it only follows, as in the authors' code) or
+    supervised (it is trained on both views, too: the paper's Equation 6)."""
+    iterations: int = 300
     """Training steps."""
     validations: int = 3
     """How often the held-in cases are validated; the best time is kept."""
@@ -91,6 +96,7 @@ class TrainingOptions:
         return TrainingSettings(
             method=method,
             preset=self.preset,
+            teacher=self.teacher,
             epochs=self.validations,
             interval=math.ceil(self.iterations / self.validations),
             seed=seed,
@@ -138,13 +144,19 @@ class TrainingOptions:
         return open_device(self.device, self.threads)
 
 
-def check_method(method: str, preset: PresetName) -> None:
-    """Refuses a method that a preset makes the same as another one.
+def check_methods(methods: Sequence[str], preset: PresetName, teacher: TeacherKind) -> None:
+    """Refuses a method that a preset makes the same as another one, and an option without effect.
 
     Raises:
-        UsageError: It is the contrast of volumes, which the authors' code does not weigh.
+        UsageError: One is the contrast of volumes, which the authors' code does not weigh, or none
+            has the teacher that is to be supervised.
     """
-    if method == "bacl-v" and preset == "code":
+    require(
+        teacher == "frozen" or any(method in WITH_TEACHER for method in methods),
+        f"--teacher {teacher} has no effect on {', '.join(methods)}; choose a method with a "
+        f"teacher ({', '.join(WITH_TEACHER)}), or leave the option out",
+    )
+    if "bacl-v" in methods and preset == "code":
         raise UsageError(
             "--preset code has no weight for bacl-v, the contrast of volumes; choose bacl, or "
             "--preset paper"

@@ -7,6 +7,7 @@ from examples.aneurysm.networks import NetworkName
 
 PresetName = Literal["paper", "code"]
 Schedule = Literal["polynomial", "steps", "constant"]
+TeacherKind = Literal["frozen", "supervised"]
 PRESETS: tuple[PresetName, ...] = get_args(PresetName)
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 
@@ -16,8 +17,8 @@ class Preset:
     """What the paper's text and the authors' code set differently.
 
     Attributes:
-        segmentation: Weight of each of the student's two losses. The teacher's two are constants,
-            for it is frozen.
+        segmentation: Weight of each of the student's two losses, and of the teacher's two where it
+            is supervised; those of a frozen teacher are constants.
         volume: Weight of the contrast of latents.
         boundary: Weight of the contrast of their high frequencies.
         symmetric: Whether the high-pass window is symmetric.
@@ -58,6 +59,8 @@ class TrainingSettings:
     Attributes:
         method: See `methods`.
         preset: Whose weights, gate and optimizer GS-EMA takes.
+        teacher: Whether a mean teacher only follows the student, as in the authors' code, or is
+            trained on both views, too, as in Equation 6.
         epochs: Number of validations, each after `interval` iterations.
         interval: Iterations between them.
         seed: Of weights, split and patches.
@@ -76,6 +79,7 @@ class TrainingSettings:
 
     method: str = "gsema"
     preset: PresetName = "paper"
+    teacher: TeacherKind = "frozen"
     epochs: int = 5
     interval: int = 40
     seed: int = 0

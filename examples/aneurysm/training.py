@@ -26,7 +26,15 @@ from examples.common.checkpoint import CheckpointError, load
 from examples.common.datasets import Sample, fingerprint, length
 from examples.common.metrics import OVERLAPS
 from examples.common.scores import mean_scores
-from examples.common.training import LAST, Entry, Objectives, Training, restore, train
+from examples.common.training import (
+    LAST,
+    Entry,
+    Objectives,
+    Training,
+    TrainingError,
+    restore,
+    train,
+)
 
 FORMAT = "aneurysm"
 HELD_IN = 0.2  # share of each source centre that chooses the best validation
@@ -126,7 +134,8 @@ def fit(
 
     Raises:
         CheckpointError: `last.pt` is unreadable or of other settings.
-        TrainingError: It is of other data, or the loss is no longer finite.
+        TrainingError: It is of other data, the loss is no longer finite, or several processes were
+            to train a supervised teacher.
         ValueError: A centre has fewer than two volumes.
     """
     fitted = make_training(centres, held_out, size, settings, directory, device, root)
@@ -146,7 +155,16 @@ def make_training(
     device: torch.device,
     root: str,
 ) -> Fitted:
-    """A training before its first step; arguments are those of `fit`."""
+    """A training before its first step; arguments are those of `fit`.
+
+    Raises:
+        TrainingError: Several processes were to train a teacher, too.
+    """
+    if settings.teacher == "supervised" and ranks() > 1:
+        raise TrainingError(
+            f"--teacher is supervised and {ranks()} processes train together, which average the "
+            "student's gradients only; start one process, without torchrun, or choose frozen"
+        )
     method = make_method(settings)
     architecture = Architecture(
         settings.network, settings.width, method.deep_supervision, settings.patch, size, held_out,

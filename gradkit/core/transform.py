@@ -165,6 +165,13 @@ class Transform:
         is called only in steps that are applied.
         """
 
+    def completed(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """A saved `state`, with what earlier versions of this transform did not save filled in.
+
+        A state that still lacks a name is refused.
+        """
+        return saved
+
     def after_load(self) -> None:
         """Called after the optimizer has loaded a state dict; may warn of what does not fit."""
 

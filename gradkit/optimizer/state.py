@@ -156,7 +156,7 @@ def check(text: str, transforms: Sequence[Transform]) -> None:
     for transform, entry in zip(transforms, saved["transforms"], strict=True):
         name = transform.saved_name
         try:
-            values = {key: _unpacked(value) for key, value in entry["state"].items()}
+            values = _small_state(entry, transform)
             if transform.generator is not None and entry["generator"] is not None:
                 torch.Generator().set_state(_unpacked(entry["generator"]))
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -174,10 +174,15 @@ def check(text: str, transforms: Sequence[Transform]) -> None:
 def decode(text: str, transforms: Sequence[Transform]) -> None:
     """Load the state that `encode` wrote into the transforms; call `check` before."""
     for transform, entry in zip(transforms, json.loads(text)["transforms"], strict=True):
+        values = _small_state(entry, transform)
         transform.state.clear()
-        transform.state.update({name: _unpacked(value) for name, value in entry["state"].items()})
+        transform.state.update(values)
         if transform.generator is not None and entry["generator"] is not None:
             transform.generator.set_state(_unpacked(entry["generator"]))
+
+
+def _small_state(entry: Mapping[str, Any], transform: Transform) -> dict[str, Any]:
+    return transform.completed({key: _unpacked(value) for key, value in entry["state"].items()})
 
 
 def _packed(value: Any) -> Any:

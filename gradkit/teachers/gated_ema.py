@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -53,7 +54,9 @@ class GatedEMA(MeanTeacher):
     Without `wrap`, from gradients at hand: `gate` before the student's step, and `update` after it.
 
     Cost: no gradient beyond the two objectives' own; the cosine, and one pass over the weights.
-    Memory: that of `EMA`. State: t, and the number of aligned steps.
+    Memory: that of `EMA`. State: t, the number of aligned steps, and the step after which they are
+    counted: 0, or that of a loaded state of a version that did not count them. `gate_rate` is the
+    share of aligned steps among those counted.
 
     Args:
         student: The module that is trained.
@@ -117,6 +120,7 @@ class GatedEMA(MeanTeacher):
         self._begin()
         self._spans(self._trained())
         self.state["aligned"] = 0.0
+        self.state["counted_from"] = 0
         self._gate: Tensor | None = None  # this step's, from its first evaluation
 
     # In a step of an optimizer made by `wrap`.
@@ -139,7 +143,25 @@ class GatedEMA(MeanTeacher):
     def after_step(self, context: Context) -> None:
         assert self._gate is not None  # set by the first evaluation
         context.decay = self._follow(self._gate)
-        context.gate_rate = self.state["aligned"] / self.state["t"]
+        context.gate_rate = self.state["aligned"] / (self.state["t"] - self.state["counted_from"])
+
+    def completed(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """A saved state; what earlier versions did not count is counted from now on."""
+        first = 0 if "aligned" in saved else saved.get("t", 0)
+        # In the order of a new state: ranks compare the saved text.
+        return {**saved, "aligned": 0.0, "counted_from": first, **saved}
+
+    def after_load(self) -> None:
+        """Warn if the teacher is not the saved one, or if earlier steps were not counted."""
+        super().after_load()
+        if self.state["counted_from"] == self.state["t"] > 0:
+            warnings.warn(
+                f"the loaded state of {type(self).__name__} does not say how many of its "
+                f"{self.state['t']} steps were aligned; gate_rate counts from the next step on, "
+                "and the teacher goes on as before",
+                UserWarning,
+                stacklevel=3,
+            )
 
     def _cosine(self, gradients: Gradients) -> Float[Tensor, ""]:
         signs = self.measure == "sign_cosine"

@@ -128,6 +128,7 @@ def test_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         for network in networks
     }
     methods = {"PCGrad, K = 2", "PCGrad, K = 3", "SAM", "GS-EMA", "GatedEMA's update"}
+    methods |= {"cosine of signs"}
     assert by_network == {networks[0]: methods | {"GraTa's step"}, networks[1]: methods}
     for row in timed:
         peers = ("TorchJD", "pytorch-optimizer", "torch ", BATCHED, MEAN_TEACHER)

@@ -399,9 +399,39 @@ def test_signs_of_zeros_and_of_the_smallest_numbers(dtype):
     assert result.tolist() == [[15.0, 6.0], [6.0, 18.0]]
 
 
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 40), st.sampled_from([torch.float32, torch.float64]), st.integers(0, 2**31))
+def test_signs_of_two_rows_in_blocks_of_every_kind(length, dtype, seed):
+    """Of elements whose products are 0, underflow, overflow or are NaN, and of ordinary ones."""
+    generator = seeded(seed)
+    info = torch.finfo(dtype)
+    special = [0.0, -0.0, torch.nan, torch.inf, -torch.inf, info.tiny, -info.tiny, info.max]
+    values = torch.tensor([*special, -info.max, 1.5, -2.5, 3.0], dtype=dtype)
+    first = torch.randint(0, 2, (1,), generator=generator).item() * (len(special) + 1)
+    rows = values[torch.randint(first, len(values), (2, length), generator=generator)]
+    # Beside the block of ordinary elements, one of the other kind may follow.
+    rows = torch.cat([rows, torch.randn(2, 7, generator=generator).to(dtype)], dim=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gradkit.core.gram._PAIR", 7)
+        result = gram(rows, signs=True)
+    signs = (rows > 0).double() - (rows < 0).double()
+    assert torch.equal(result, signs @ signs.T)
+
+
+def test_signs_of_two_rows_are_those_of_the_rows_beside_a_third():
+    rows = torch.randn(3, (1 << 18) + 5, generator=seeded(3))
+    rows[:, 70_000:90_000] *= 1e-30  # products underflow
+    rows[0, 100_000:100_005] = 0
+    rows[1, 7] = torch.nan
+    assert torch.equal(gram(rows[:2], signs=True), gram(rows, signs=True)[:2, :2])
+    columns = rows.T.contiguous().T
+    assert torch.equal(gram(columns[:2], signs=True), gram(rows[:2], signs=True))
+
+
 @pytest.mark.parametrize("count", [2, 5])
 def test_signs_of_several_buffers_of_columns(count, monkeypatch):
     monkeypatch.setattr("gradkit.core.gram._SIGNS", 4 * BLOCK)
+    monkeypatch.setattr("gradkit.core.gram._PAIR", 4 * BLOCK)
     rows = torch.randint(-1, 2, (count, 9 * BLOCK + 11), generator=seeded(2)).float()
     assert torch.equal(gram(rows, signs=True), reference(rows, rows))
     left, right = rows[:1], rows[1:]

@@ -1,6 +1,7 @@
 """GatedEMA: gate, warm-up, and the gate beside SAM and surgery."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -431,6 +432,71 @@ def test_the_counters_are_saved_and_continue_where_they_were():
         assert torch.equal(other_gated.teacher.state_dict()[name], value), name
 
 
+def of_an_earlier_version(state_dict, *lacking):
+    """A saved state without some of GatedEMA's small state."""
+    earlier = copy.deepcopy(state_dict)
+    small = json.loads(earlier["param_groups"][0]["gradkit"])
+    for name in lacking:
+        del small["transforms"][0]["state"][name]
+    earlier["param_groups"][0]["gradkit"] = json.dumps(small)
+    return earlier
+
+
+def test_a_state_that_did_not_count_aligned_steps_is_loaded_and_counts_from_there():
+    def made():
+        model = student(1)
+        gated = gk.GatedEMA(model, in_state=True)
+        return model, gated, gk.wrap(torch.optim.SGD(model.parameters(), lr=0.5), gated)
+
+    def step(model, optimizer, sign):
+        optimizer.step(named(model, [[1.0], [sign]]))
+
+    model, gated, optimizer = made()
+    for sign in (1.0, 1.0, -1.0, 1.0):
+        step(model, optimizer, sign)
+    saved = optimizer.state_dict()
+    other, other_gated, resumed = made()
+    other.load_state_dict(model.state_dict())
+    with pytest.warns(UserWarning, match="how many of its 4 steps were aligned; gate_rate counts"):
+        resumed.load_state_dict(of_an_earlier_version(saved, "aligned", "counted_from"))
+    rates = []
+    for sign in (-1.0, 1.0, 1.0, -1.0):
+        step(model, optimizer, sign)
+        step(other, resumed, sign)
+        assert torch.equal(resumed.last_step.decay, optimizer.last_step.decay)
+        rates.append(float(resumed.last_step.gate_rate))
+    assert rates == pytest.approx([0, 1 / 2, 2 / 3, 2 / 4])
+    assert torch.equal(other_gated.teacher[0], gated.teacher[0])
+    assert float(optimizer.last_step.gate_rate) == pytest.approx(5 / 8)
+
+    # Saved again, it remembers from where it counts; nothing is lost any more.
+    again, _, third = made()
+    again.load_state_dict(other.state_dict())
+    third.load_state_dict(resumed.state_dict())
+    step(again, third, 1.0)
+    assert float(third.last_step.gate_rate) == pytest.approx(3 / 5)
+
+    # A state that counted from the first step on, and one before its first step, lose nothing.
+    counted, _, fourth = made()
+    fourth.load_state_dict(of_an_earlier_version(saved, "counted_from"))
+    step(counted, fourth, 1.0)
+    assert float(fourth.last_step.gate_rate) == pytest.approx(4 / 5)
+    fresh, _, unstepped = made()
+    unstepped.load_state_dict(
+        of_an_earlier_version(unstepped.state_dict(), "aligned", "counted_from")
+    )
+    step(fresh, unstepped, 1.0)
+    assert float(unstepped.last_step.gate_rate) == 1.0
+
+
+def test_a_state_without_the_number_of_steps_is_refused():
+    model = student(1)
+    optimizer = gk.wrap(torch.optim.SGD(model.parameters(), lr=0.5), gk.GatedEMA(model))
+    damaged = of_an_earlier_version(optimizer.state_dict(), "t", "aligned", "counted_from")
+    with pytest.raises(ValueError, match="GatedEMA is incomplete: it lacks 't'"):
+        optimizer.load_state_dict(damaged)
+
+
 def test_a_skipped_step_does_not_count():
     model = student(1)
     gated = gk.GatedEMA(model)
@@ -480,7 +546,7 @@ def test_what_the_gate_refuses():
             gated.gate(good, bad)
     with as_users_run_it(), pytest.raises(ValueError, match=r"gate is 1\.0; pass what gate"):
         gated.update(1.0)
-    assert gated.state == {"t": 0, "aligned": 0.0}
+    assert gated.state == {"t": 0, "aligned": 0.0, "counted_from": 0}
     gk.wrap(torch.optim.SGD(model.parameters(), lr=0.1), gk.GatedEMA(model))
     owned = gk.GatedEMA(model)
     optimizer = gk.wrap(torch.optim.SGD(model.parameters(), lr=0.1), owned)

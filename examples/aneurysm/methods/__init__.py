@@ -11,7 +11,7 @@ from examples.aneurysm.methods.nnunet import NNUNet
 from examples.aneurysm.methods.vaseg import VASeg
 from examples.aneurysm.settings import TrainingSettings
 
-__all__ = ["METHODS", "Batch", "Method", "make_method"]
+__all__ = ["METHODS", "WITH_TEACHER", "Batch", "Method", "make_method"]
 
 METHODS: dict[str, Callable[[TrainingSettings], Method]] = {
     "supervised": Method,
@@ -27,6 +27,9 @@ METHODS: dict[str, Callable[[TrainingSettings], Method]] = {
     "bacl": partial(GSEMA, part="both"),
 }
 """By name; "none" has no teacher, and "bacl" is the paper's whole method."""
+
+WITH_TEACHER = ("ema", "gsema", "bacl-v", "bacl-b", "bacl")
+"""Those whose mean teacher is evaluated."""
 
 
 def make_method(settings: TrainingSettings) -> Method:

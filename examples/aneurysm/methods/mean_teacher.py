@@ -1,6 +1,6 @@
 """Two domains with and without a mean teacher: no EMA, EMA, GS-EMA and its contrasts (BACL)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -48,70 +48,102 @@ class NoTeacher(Method):
 
 
 class PlainEMA(NoTeacher):
-    """`NoTeacher`, and a mean teacher with a constant decay, which is evaluated."""
+    """`NoTeacher`, and a mean teacher with a constant decay, which is evaluated.
+
+    Where the settings ask for a supervised teacher, its two losses join the student's as objective
+    "teacher", and the optimizer trains it as it trains the student: Equation 6. It then moves by
+    its own steps and by the average.
+    """
+
+    def __init__(self, settings: TrainingSettings) -> None:
+        super().__init__(settings)
+        self.supervised = settings.teacher == "supervised"
+        self.contrasts: dict[Literal["volume", "boundary"], float] = {}
 
     def wrap(self, student: nn.Module, scaler: torch.amp.GradScaler | None) -> gk.GradientOptimizer:
+        if self.supervised:
+            return self._gated(student, scaler, DECAY)  # equal decays: a plain average
         ema = gk.EMA(student, decay=DECAY, warmup=self.preset.warmup)
         self.teacher = ema.teacher
         return gk.wrap(self.base(student), ema, model=student, nonfinite="ignore", scaler=scaler)
 
-
-class GSEMA(NoTeacher):
-    """`NoTeacher`, and a teacher that follows by whether both gradients agree.
-
-    Args:
-        settings: Of the training.
-        part: Which contrast of latents joins the losses: of volumes (BACL-V), of boundaries
-            (BACL-B), or both (BACL); None is GS-EMA alone.
-    """
-
-    def __init__(self, settings: TrainingSettings, part: Part | None = None) -> None:
-        super().__init__(settings)
-        preset = self.preset
-        self.contrasts: dict[Literal["volume", "boundary"], float] = {}
-        if part in ("volume", "both"):
-            self.contrasts["volume"] = preset.volume
-        if part in ("boundary", "both"):
-            self.contrasts["boundary"] = preset.boundary
-
-    def wrap(self, student: nn.Module, scaler: torch.amp.GradScaler | None) -> gk.GradientOptimizer:
-        gate = gk.GatedEMA(
+    def _gated(
+        self,
+        student: nn.Module,
+        scaler: torch.amp.GradScaler | None,
+        decay_conflict: float | None,
+    ) -> gk.GradientOptimizer:
+        optimizer = gk.GSEMA(
+            self.base(student),
             student,
+            supervised=self.supervised,
             measure=self.preset.measure,
             decay_aligned=DECAY,
-            decay_conflict=self.preset.decay_conflict,
+            decay_conflict=decay_conflict,
             warmup=self.preset.warmup,
+            nonfinite="ignore",
+            scaler=scaler,
         )
+        (gate,) = optimizer.transforms
+        assert isinstance(gate, gk.GatedEMA)
         self.teacher = gate.teacher
-        return gk.wrap(self.base(student), gate, model=student, nonfinite="ignore", scaler=scaler)
+        return optimizer
 
     def objectives(self, student: nn.Module, batch: Batch) -> Objectives:
-        if not any(self.contrasts.values()):
+        if not (self.supervised or any(self.contrasts.values())):
             return super().objectives(student, batch)
         weight, label, teacher = self.preset.segmentation, batch["label"], self.teacher
         assert teacher is not None  # made by `wrap`
 
         def losses() -> dict[str, Tensor]:
-            source, target = student(batch["source"]), student(batch["target"])
-            with torch.no_grad():
-                teacher_source = teacher(batch["source"])
-                teacher_target = teacher(batch["teacher_target"])
-            latents = [output.latent for output in (source, target, teacher_source, teacher_target)]
-            contrast = sum(
-                share
-                * gk.losses.boundary_aware_contrast(
-                    *latents,
-                    part=part,
-                    symmetric=self.preset.symmetric,
-                    inverse=self.preset.inverse,
-                )
-                for part, share in self.contrasts.items()
-                if share > 0
+            outputs = [student(batch["source"]), student(batch["target"])]
+            with torch.set_grad_enabled(self.supervised):
+                outputs += [teacher(batch["source"]), teacher(batch["teacher_target"])]
+            source, target, *of_teacher = (
+                weight * dice_ce(output.logits, label)
+                for output in (outputs if self.supervised else outputs[:2])
             )
-            return {
-                "source": weight * dice_ce(source.logits, label),
-                "target": weight * dice_ce(target.logits, label),
-                "contrast": torch.as_tensor(contrast),
-            }
+            found = {"source": source, "target": target}
+            if self.supervised:
+                found["teacher"] = of_teacher[0] + of_teacher[1]
+            if any(self.contrasts.values()):
+                found["contrast"] = self._contrast([output.latent for output in outputs])
+            return found
 
         return losses
+
+    def _contrast(self, latents: Sequence[Tensor]) -> Tensor:
+        """The weighted contrast of source and target, of the student and then of the teacher."""
+        contrast = sum(
+            share
+            * gk.losses.boundary_aware_contrast(
+                *latents,
+                part=part,
+                symmetric=self.preset.symmetric,
+                inverse=self.preset.inverse,
+            )
+            for part, share in self.contrasts.items()
+            if share > 0
+        )
+        return torch.as_tensor(contrast)
+
+
+class GSEMA(PlainEMA):
+    """`NoTeacher`, and a teacher that follows by whether both gradients agree.
+
+    Args:
+        settings: Of the training.
+        part: Which contrast of latents joins the losses: of volumes (BACL-V), of boundaries
+            (BACL-B), or both (BACL); None is GS-EMA alone. A supervised teacher is trained by the
+            contrast, too.
+    """
+
+    def __init__(self, settings: TrainingSettings, part: Part | None = None) -> None:
+        super().__init__(settings)
+        if part in ("volume", "both"):
+            self.contrasts["volume"] = self.preset.volume
+        if part in ("boundary", "both"):
+            self.contrasts["boundary"] = self.preset.boundary
+
+    def wrap(self, student: nn.Module, scaler: torch.amp.GradScaler | None) -> gk.GradientOptimizer:
+        return self._gated(student, scaler, self.preset.decay_conflict)

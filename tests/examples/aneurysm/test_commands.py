@@ -141,6 +141,7 @@ COMPARE = ["compare", *TINY]
         ([*COMPARE, "--learning-rate", "nan"], "--learning-rate is nan"),
         ([*COMPARE, "--volumes", 1], "--volumes is 1"),
         ([*COMPARE, "--preset", "code", "--methods", "bacl-v"], "no weight for bacl-v"),
+        ([*COMPARE, "--methods", "none", "--teacher", "supervised"], "no effect on none; choose"),
         ([*COMPARE, "--resume", "--overwrite"], "choose one"),
         ([*COMPARE, "--data-root", "missing"], "missing is not a folder"),
         ([*COMPARE, "--device", "tpu9"], "--device"),

@@ -111,6 +111,41 @@ def test_the_step_is_the_gradient_of_equation_6(name, preset):
     torch.testing.assert_close(applied(network), list(expected), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["ema", "gsema", "bacl"])
+def test_a_supervised_teacher_takes_the_step_of_equation_6_and_then_averages(name):
+    method, network, optimizer = build(name, teacher="supervised", learning_rate=0.1)
+    with torch.no_grad():  # a teacher unlike the student
+        for p in method.teacher.parameters():
+            p.mul_(0.9).add_(0.02)
+    batch = batch_of(method)
+    label = batch["label"]
+    twin = student()
+    twin.load_state_dict(method.teacher.state_dict())
+    views = [(network, "source"), (network, "target"), (twin, "source"), (twin, "teacher_target")]
+    outputs = [model(batch[view]) for model, view in views]
+    loss = sum(0.25 * dice_ce(output.logits, label) for output in outputs)
+    if name == "bacl":
+        loss = loss + 0.5 * boundary_aware_contrast(*(output.latent for output in outputs))
+    own = [*network.parameters(), *twin.parameters()]
+    expected = list(torch.autograd.grad(loss, own))
+    optimizer.step(method.objectives(network, batch))
+    trained = [*network.parameters(), *method.teacher.parameters()]
+    torch.testing.assert_close([p.grad for p in trained], expected, rtol=1e-4, atol=1e-6)
+    # Adam's first step is of 0.1 against the gradient's sign; then the teacher averages.
+    decay = float(optimizer.last_step.decay)
+    assert name != "ema" or decay == pytest.approx(0.9)
+    own = zip(
+        twin.parameters(),
+        expected[len(expected) // 2 :],
+        network.parameters(),
+        method.teacher.parameters(),
+        strict=True,
+    )
+    for old, gradient, new, after in own:
+        step = old - 0.1 * gradient / (gradient.abs() + 1e-8)
+        torch.testing.assert_close(after, decay * step + (1 - decay) * new, rtol=1e-3, atol=1e-4)
+
+
 class Parallel:
     """Objectives of which the target is a multiple of the source."""
 

@@ -1,5 +1,8 @@
 """The table: means over seeds and cases, their intervals, and the paper's figures."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 from examples.aneurysm.results import PAPER, PARTS, case_means, markdown_table, spread
@@ -73,3 +76,25 @@ def test_the_papers_figures_have_their_relations():
     assert PAPER["gsema"] == PAPER["bacl-v"]
     assert all(jaccard < dice for dice, _, jaccard, _ in PAPER.values())
     assert {name for names in PARTS.values() for name in names} == {*PAPER, "supervised"}
+
+
+def test_the_documentation_prints_the_measured_scores():
+    root = Path(__file__).parents[3]
+    page = (root / "docs" / "aneurysm.md").read_text()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines()]
+    printed = {row[0]: row[1:] for row in cells if len(row) == 10}
+    measured: dict[str, dict[int, dict[str, float]]] = {}
+    for run in json.loads((root / "benchmarks" / "results" / "aneurysm.json").read_text()):
+        measured.setdefault(run["method"], {})[run["seed"]] = run
+        for score in ("dsc", "sen", "jac", "vs"):
+            of_cases = [case[score] for case in run["cases"]]
+            assert run[score] == pytest.approx(sum(of_cases) / len(of_cases))
+    assert {"supervised", "none", "ema", "gsema", "bacl"} <= measured.keys()
+    for method, runs in measured.items():
+        seeds = [f"{runs[seed]['dsc']:.2f}" if seed in runs else "-" for seed in range(3)]
+        means = [
+            f"{sum(run[score] for run in runs.values()) / len(runs):.2f}"
+            for score in ("dsc", "sen", "jac", "vs", "empty")
+        ]
+        paper = f"{PAPER[method][0]:.2f}" if method in PAPER else "-"
+        assert printed[method] == [*seeds, *means, paper]

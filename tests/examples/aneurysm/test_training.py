@@ -56,9 +56,15 @@ def stop(entry):
     raise StoppedError
 
 
-@pytest.mark.parametrize("method", ["nnunet", "feddg", "ema", "bacl"])
-def test_an_interrupted_training_ends_with_the_same_bits(centres, tmp_path, method):
-    settings = replace(TINY, method=method)
+@pytest.mark.parametrize(
+    ("method", "teacher"),
+    [
+        *(("nnunet", "frozen"), ("feddg", "frozen"), ("ema", "frozen")),
+        *(("bacl", "frozen"), ("bacl", "supervised")),
+    ],
+)
+def test_an_interrupted_training_ends_with_the_same_bits(centres, tmp_path, method, teacher):
+    settings = replace(TINY, method=method, teacher=teacher)
     whole = run(centres, tmp_path / "whole", settings)
     with pytest.raises(StoppedError):
         run(centres, tmp_path / "parts", settings, on_epoch=stop)
@@ -69,6 +75,12 @@ def test_an_interrupted_training_ends_with_the_same_bits(centres, tmp_path, meth
     assert_equal_content(*contents)
     assert_equal_content(load(whole.best), load(parts.best))
     torch.testing.assert_close(*logs, rtol=0, atol=0, equal_nan=True)  # where there is no gate
+
+
+def test_several_processes_refuse_to_train_a_teacher(centres, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "ranks", lambda: 2)
+    with pytest.raises(TrainingError, match="supervised and 2 processes train together"):
+        run(centres, tmp_path, replace(TINY, teacher="supervised"))
 
 
 def test_seeds_differ(centres, tmp_path):
