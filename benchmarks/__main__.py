@@ -4,12 +4,14 @@ import sys
 from collections.abc import Sequence
 
 from benchmarks.alignment import Alignment
+from benchmarks.dim import DiM
 from benchmarks.fundus import Fundus
 from benchmarks.gsema import GSEMA
 from benchmarks.sharpness import Sharpness
 from benchmarks.speed import Speed
 from examples.common.checkpoint import CheckpointError
 from examples.common.command_line import parse, run
+from examples.common.training import TrainingError
 from examples.common.usage import UsageError
 from examples.fundus.data import DataError
 
@@ -18,6 +20,7 @@ COMMANDS = {
     "speed": Speed,
     "alignment": Alignment,
     "gsema": GSEMA,
+    "dim": DiM,
     "sharpness": Sharpness,
 }
 
@@ -34,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks",
         description="Compare strategies and measure what they cost.",
     )
-    return run(command.run, UsageError, DataError, CheckpointError)
+    return run(command.run, UsageError, DataError, CheckpointError, TrainingError)
 
 
 if __name__ == "__main__":
