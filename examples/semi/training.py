@@ -18,8 +18,8 @@ training's length, which MiDSS's ramp has, too.
 
 S and U pass the student one after the other, so that batch normalisation never mixes their
 statistics. The teacher's are its own, of U, weakly augmented (of S where there is no U). Those of
-the student do not fit averaged weights: with them, a teacher of decay 0.99 predicts nothing for the
-first 150 steps or so.
+the student do not fit averaged weights: tested with them, a teacher of decay 0.99 finds nothing for
+the first 150 steps or so.
 
 The Dice of L_U is smoothed by 1e-5 only. As long as the teacher is sure of nothing but background,
 the target is empty and Dice is 1 − s/(Σp + s): with the usual s = 1 its gradient grows as the
