@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from children import ROOT
 
 from benchmarks.__main__ import COMMANDS, main
 from benchmarks.dim import METHODS, report
@@ -101,3 +102,16 @@ def test_the_report_pairs_seeds() -> None:
         "| dim | 62.00 ± 139.77 | 68.00 | 56.00 | +2.00 ± 12.71 | - | 3.00 | 40.00 |"
     )
     assert "(real) of here (4), there (4)" in text
+
+
+def test_the_documentation_prints_the_command_that_made_the_table() -> None:
+    results = ROOT / "benchmarks" / "results"
+    record = json.loads((results / "dim.json").read_text())
+    text = report(record)
+    assert (results / "dim.md").read_text() == text
+    page = (ROOT / "docs" / "prostate.md").read_text()
+    assert record["command"] in page
+    words = shlex.split(record["command"].removeprefix("python -m benchmarks "))
+    made = parse(COMMANDS, words, "python -m benchmarks", "")
+    assert made.command_line() == record["command"]
+    assert all(line in page for line in text.splitlines() if line.startswith("|"))
