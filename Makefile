@@ -23,8 +23,8 @@ demo: $(INSTALLED)
 
 demo-prostate: OUT = runs/demo-prostate
 demo-prostate: $(INSTALLED)
-	$(RUN) -m examples.prostate compare --size 48 --width 8 --iterations 200 --every 20 --labels 24 \
-		--test-images 36 --learning-rate 0.1 --decay 0.95 --consistency 0.3 --out "$(OUT)"
+	$(RUN) -m examples.prostate compare --size 32 --width 8 --iterations 200 --every 25 --labels 24 \
+		--test-images 36 --learning-rate 0.1 --out "$(OUT)"
 
 # GS-EMA beside a plain teacher and none, on a centre held out; a later run continues or uses what is
 # there.

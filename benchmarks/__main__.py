@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from benchmarks.alignment import Alignment
 from benchmarks.composition import Composition
+from benchmarks.dim import DiM
 from benchmarks.fundus import Fundus
 from benchmarks.gsema import GSEMA
 from benchmarks.sharpness import Sharpness
@@ -21,6 +22,7 @@ COMMANDS = {
     "speed": Speed,
     "alignment": Alignment,
     "gsema": GSEMA,
+    "dim": DiM,
     "sharpness": Sharpness,
     "composition": Composition,
     "tta": TTA,

@@ -5,9 +5,12 @@ Each command checks everything it was given before it computes or writes anythin
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
+
+import torch
 
 from examples.common.checkpoint import load
 from examples.common.command_line import interruptible
@@ -60,11 +63,11 @@ class Experiment:
     accumulate: int = Settings.accumulate
     """Parts into which a batch is split, one after the other in memory."""
     learning_rate: float = Settings.learning_rate
-    """Learning rate of the first step."""
+    """Learning rate of the first step; a training of a few hundred steps needs a larger one."""
     decay: float = Settings.decay
-    """Decay of the mean teacher; short trainings need a smaller one."""
+    """Decay of the mean teacher."""
     consistency: float = Settings.consistency
-    """Weight of the loss on unlabelled images at the end; short trainings need a smaller one."""
+    """Weight of the loss on unlabelled images at the end."""
     cutmix: bool = True
     """Mix unlabelled images by CutMix."""
     amplitude: bool = True
@@ -168,6 +171,56 @@ class Experiment:
         """The hyper-parameters of the training with this seed."""
         same = {name: getattr(self, name) for name in asdict(Settings()) if hasattr(self, name)}
         return replace(Settings(), **same | {"labelled": labelled, "seed": seed})
+
+    def train_all(
+        self, task: Task, methods: Mapping[str, Method], seeds: int, out: Path
+    ) -> "Trainings":
+        """Trains every method with every seed, each in its folder below `out`.
+
+        Where an earlier call was interrupted it goes on; what is finished is left as it is.
+
+        Args:
+            task: what is segmented.
+            methods: by the words that they are written as.
+            seeds: number of seeds, counted from 0.
+            out: folder of the results.
+
+        Raises:
+            UsageError: an option is wrong.
+            DataError: a picture is wrong, or there are too few.
+            CheckpointError: `out` holds a training that cannot go on with these settings.
+        """
+        sites, labelled = self.check(task)
+        runs = [(text, seed) for seed in range(seeds) for text in methods]
+        folders = [run_folder(out, text, labelled, seed) for text, seed in runs]
+        settings = [self.settings(labelled, seed) for _, seed in runs]
+        if not self.overwrite:
+            for folder, (text, _), each in zip(folders, runs, settings, strict=True):
+                check_earlier(folder, task, methods[text], each, self.size, self.width)
+        data = self.open(task, sites, labelled)
+        device = open_device(self.device, self.threads)
+        check_writable(out)
+        if self.overwrite:
+            for folder in folders:
+                remove_training(folder)
+        for folder, (text, _), each in zip(folders, runs, settings, strict=True):
+            run = Run(task, data, methods[text], each, self.size, self.width, device)
+            train_method(run, folder, text)
+        return Trainings(data, labelled, device)
+
+
+class Trainings(NamedTuple):
+    """What several trainings have in common.
+
+    Attributes:
+        data: to train and test on.
+        labelled: the site with labels.
+        device: where to compute.
+    """
+
+    data: Data
+    labelled: str
+    device: torch.device
 
 
 def check_size(size: int) -> None:

@@ -5,29 +5,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from examples.common.checkpoint import load
 from examples.common.command_line import interruptible
 from examples.common.results import Result, remove_results, write_json
 from examples.common.training import LAST, Entry
-from examples.common.usage import check_writable, open_device, require
-from examples.semi.commands import (
-    GOES_ON,
-    REPLACED,
-    Experiment,
-    check_earlier,
-    remove_training,
-    run_folder,
-    train_method,
-)
-from examples.semi.data import Data
+from examples.common.usage import require
+from examples.semi.commands import GOES_ON, REPLACED, Experiment, Trainings, run_folder
 from examples.semi.figures import save_curves, save_features, save_predictions
-from examples.semi.methods import METHODS, Method, parse_method
+from examples.semi.methods import METHODS, parse_methods
 from examples.semi.network import UNet
-from examples.semi.results import RESULT_FILES, markdown_table, score_site
+from examples.semi.results import RESULT_FILES, markdown_table, score_sites
 from examples.semi.task import Task
-from examples.semi.training import Run, load_trained
+from examples.semi.training import load_trained
 
 WITHOUT_DIVERGENCE = {"dim": "sam", "divergence": "fixmatch"}
 """The method that another one adds the divergence to."""
@@ -53,57 +42,22 @@ class Compare(Experiment):
 
     def run(self, task: Task) -> None:
         """Compares, and prints the table."""
-        methods = {text.strip(): parse_method(text) for text in self.methods.split(",")}
-        require(
-            len(methods) == len(self.methods.split(",")),
-            f"--methods is {self.methods!r}, where a method is there twice; name each once",
-        )
+        methods = parse_methods(self.methods)
         require(self.seeds >= 1, f"--seeds is {self.seeds}; choose at least 1")
-        sites, labelled = self.check(task)
         out = self.out or Path("runs") / task.name
-        runs = [(text, seed) for seed in range(self.seeds) for text in methods]
-        if not self.overwrite:
-            for text, seed in runs:
-                check_earlier(
-                    run_folder(out, text, labelled, seed), task, methods[text],
-                    self.settings(labelled, seed), self.size, self.width,
-                )  # fmt: skip
-        data = self.open(task, sites, labelled)
-        device = open_device(self.device, self.threads)
-        check_writable(out)
-        if self.overwrite:
-            for text, seed in runs:
-                remove_training(run_folder(out, text, labelled, seed))
-        for text, seed in runs:
-            self._train(task, data, methods[text], text, labelled, seed, out, device)
+        trainings = self.train_all(task, methods, self.seeds, out)
         with interruptible(GOES_ON, lambda: True):
-            self._write(task, data, list(methods), labelled, out, device)
-
-    def _train(
-        self,
-        task: Task,
-        data: Data,
-        method: Method,
-        text: str,
-        labelled: str,
-        seed: int,
-        out: Path,
-        device: torch.device,
-    ) -> None:
-        settings = self.settings(labelled, seed)
-        training = Run(task, data, method, settings, self.size, self.width, device)
-        train_method(training, run_folder(out, text, labelled, seed), text)
+            self._write(task, list(methods), trainings, out)
 
     def _write(
         self,
         task: Task,
-        data: Data,
         methods: Sequence[str],
-        labelled: str,
+        trainings: Trainings,
         out: Path,
-        device: torch.device,
     ) -> None:
         """Tests the best weights of all trainings and writes what came of it."""
+        data, labelled, device = trainings
         results: dict[str, list[Result]] = {"results": [], "student": []}
         histories: dict[str, list[list[Entry]]] = {text: [] for text in methods}
         teachers: dict[str, UNet] = {}
@@ -113,14 +67,8 @@ class Compare(Experiment):
                 trained = load_trained(folder / "best.pt", task, device)
                 histories[text].append(load(folder / LAST)["history"])
                 teachers.setdefault(text, trained.teacher)
-                for site, samples in data.test.items():
-                    labels = {"method": text, "site": site, "seed": seed}
-                    for name, model in (
-                        ("results", trained.teacher),
-                        ("student", trained.student),
-                    ):
-                        found = score_site(task, model, samples, device, labels)
-                        results[name].append(found)
+                for name, model in (("results", trained.teacher), ("student", trained.student)):
+                    results[name] += score_sites(task, model, data.test, device, text, seed)
         table = markdown_table(task, results["results"], self.size, students=results["student"])
         if remove_results(out, RESULT_FILES):
             print(REPLACED.format(out), file=sys.stderr)

@@ -8,7 +8,7 @@ from torch import nn
 
 import gradkit as gk
 from examples.common.suggestions import did_you_mean
-from examples.common.usage import UsageError
+from examples.common.usage import UsageError, require
 
 METHODS = {
     "supervised": "the labelled images alone",
@@ -122,6 +122,24 @@ def parse_method(text: str) -> Method:
             )
         chosen[field] = word
     return check_method(replace(method, **chosen), text)
+
+
+def parse_methods(text: str) -> dict[str, Method]:
+    """Methods by the words that they are written as, separated by commas.
+
+    Raises:
+        UsageError: a method is wrong, or there twice.
+
+    Example:
+        >>> list(parse_methods("sam, dim:kl"))
+        ['sam', 'dim:kl']
+    """
+    methods = {words.strip(): parse_method(words) for words in text.split(",")}
+    require(
+        len(set(methods.values())) == len(text.split(",")),
+        f"--methods is {text!r}, where a method is there twice; name each once",
+    )
+    return methods
 
 
 def _applies(field: str, method: Method) -> bool:

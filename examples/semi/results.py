@@ -46,6 +46,21 @@ def score_site(
     return Result(labels, score_cases(model, samples, device, score))
 
 
+def score_sites(
+    task: Task,
+    model: nn.Module,
+    sites: Mapping[str, Dataset[Sample]],
+    device: torch.device,
+    method: str,
+    seed: int,
+) -> list[Result]:
+    """Scores of a model on the test images of each site."""
+    return [
+        score_site(task, model, samples, device, {"method": method, "site": site, "seed": seed})
+        for site, samples in sites.items()
+    ]
+
+
 def average_over_seeds(results: Sequence[Result]) -> Result:
     """Each case's mean scores over results that are alike but for their seed."""
     cases = [

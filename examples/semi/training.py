@@ -11,11 +11,22 @@ mean teacher:
     divergence = D_f(S ‖ U)
 
 Sohn et al., "FixMatch", NeurIPS 2020, https://arxiv.org/abs/2001.07685, with the recipe of MiDSS
-(Ma et al., CVPR 2024, https://arxiv.org/abs/2404.08951): SGD with learning rate 0.03, momentum 0.9,
-weight decay 1e-4 and a polynomial schedule, batches of 4 and 4, teacher's decay 0.99 with warm-up,
-threshold 0.95. MiDSS's own method (its intermediate samples) is not here. T is the training's
-length, which MiDSS's ramp has at 30 000 iterations. The divergence and its place in the step are
-those of `gk.DiM`, a reconstruction.
+(Ma et al., CVPR 2024, https://arxiv.org/abs/2404.08951) and its code: SGD with learning rate 0.03,
+momentum 0.9, weight decay 1e-4 and a polynomial schedule, batches of 4 and 4, teacher's decay 0.99
+with warm-up, threshold 0.95. MiDSS's own method (its intermediate samples) is not here. T is the
+training's length, which MiDSS's ramp has, too.
+
+S and U pass the student one after the other, so that batch normalisation never mixes their
+statistics. The teacher's are its own, of U, weakly augmented (of S where there is no U). Those of
+the student do not fit averaged weights: tested with them, a teacher of decay 0.99 finds nothing for
+the first 150 steps or so.
+
+The Dice of L_U is smoothed by 1e-5 only. As long as the teacher is sure of nothing but background,
+the target is empty and Dice is 1 − s/(Σp + s): with the usual s = 1 its gradient grows as the
+predictions shrink, and the network learns that there is nothing to find. With s → 0 it has no
+gradient (MiDSS's s is 1e-10).
+
+The divergence and its place in the step are those of `gk.DiM`, a reconstruction.
 """
 
 import math
@@ -42,7 +53,10 @@ from examples.semi.methods import Method, build_divergence, build_optimizer
 from examples.semi.network import UNet
 from examples.semi.task import Task
 
-FORMAT = "gradkit semi 1"
+FORMAT = "gradkit semi 2"
+
+SMOOTH = 1e-5
+"""Smoothing of the Dice of pseudo-labels; see above."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +76,7 @@ class Settings:
         weight_decay: L2 penalty.
         decay: the teacher's.
         threshold: confidence of a pseudo-label.
-        consistency: the weight w that L_U has at the end. MiDSS's is 1. A short training needs a
-            smaller one: as long as the teacher is sure of the background alone, L_U teaches that
-            there is nothing else.
+        consistency: the weight w that L_U has at the end.
         cutmix: whether unlabelled images are mixed.
         amplitude: whether labelled images take over unlabelled ones' appearance.
         rho: radius of the ascent of sharpness-aware methods.
@@ -119,8 +131,8 @@ def pseudo_labels(
 ) -> tuple[Float[Tensor, "n s h w"], Float[Tensor, "n s h w"]]:
     """The teacher's predictions, and where it is sure of them: both 0 or 1.
 
-    As in MiDSS, the teacher normalises by the batch's own statistics. What this leaves in its
-    buffers is overwritten by the student's after the step.
+    As in MiDSS, the teacher normalises by the batch's own statistics, of which its buffers keep the
+    running mean.
     """
     teacher.train()
     p = teacher(weak).float().sigmoid()
@@ -174,7 +186,8 @@ class Run:
             momentum=settings.momentum,
             weight_decay=settings.weight_decay,
         )
-        self.ema = gk.EMA(self.student, decay=settings.decay, warmup=True)
+        # The student's statistics do not fit averaged weights: the teacher takes its own.
+        self.ema = gk.EMA(self.student, decay=settings.decay, warmup=True, buffers="skip")
         self.teacher = self.ema.teacher.eval()
         self.optimizer = build_optimizer(
             method,
@@ -248,34 +261,38 @@ class Run:
         return whole if len(parts) == 1 else in_parts
 
     def _pseudo_labels(self, part: Batch) -> tuple[Tensor, Tensor] | None:
-        if not self.method.is_semi_supervised:
-            return None
+        """Labels of the unlabelled images, and where they count; None where there are no images.
+
+        The teacher then sees the labelled ones, for its statistics.
+        """
+        unlabelled = self.method.is_semi_supervised
         with torch.autocast(self.device.type, torch.float16, enabled=self.amp):
-            label, sure = pseudo_labels(self.teacher, part.weak, self.settings.threshold)
-        return mix(label, part.box), mix(sure, part.box)
+            label, sure = pseudo_labels(
+                self.teacher, part.weak if unlabelled else part.image, self.settings.threshold
+            )
+        return (mix(label, part.box), mix(sure, part.box)) if unlabelled else None
 
     def _losses(
         self, part: Batch, labels: tuple[Tensor, Tensor] | None, count: int
     ) -> dict[str, Tensor]:
-        """Losses of one of `count` parts of a batch, from one forward pass."""
-        images = torch.cat([part.image, mix(part.strong, part.box)])
-        with torch.autocast(self.device.type, torch.float16, enabled=self.amp):
-            found = self.student.segment(images)
-        sizes = [len(part.image), len(part.strong)]
-        (source, target), (source_features, target_features) = (
-            each.float().split(sizes) for each in found
-        )
-        task = segmentation_loss(source, part.target)
-        if labels is not None:
-            label, sure = labels
-            ramp = ramp_up(part.iteration, self.settings.iterations)
-            weight = self.settings.consistency * ramp
-            task = task + weight * segmentation_loss(target, label, weight=sure)
+        """Losses of one of `count` parts of a batch."""
+        autocast = torch.autocast(self.device.type, torch.float16, enabled=self.amp)
+        with autocast:
+            source = self.student.segment(part.image)
+        task = segmentation_loss(source.logits, part.target)
+        if labels is None:
+            return {"task": task / count}
+        with autocast:
+            target = self.student.segment(mix(part.strong, part.box))
+        label, sure = labels
+        ramp = ramp_up(part.iteration, self.settings.iterations)
+        unsupervised = segmentation_loss(target.logits, label, SMOOTH, weight=sure)
+        task = task + self.settings.consistency * ramp * unsupervised
         losses = {"task": task / count}
         if self.divergence is not None:
-            pair = source, target
+            pair = source.logits.float(), target.logits.float()
             if self.method.level != "prob":
-                pair = source_features, target_features
+                pair = source.features.float(), target.features.float()
                 if self.critic is not None and len(self._features) < count:  # the first evaluation
                     self._features.append((pair[0].detach(), pair[1].detach()))
             losses["divergence"] = self.divergence(*pair) / count

@@ -1,14 +1,19 @@
-"""DiM with running histograms on two ranks, against one process with each rank's part by hand."""
+"""DiM on two ranks, against one process that takes each rank's part by hand."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from divergence.problem import by_hand, domains, gap, task
+from helpers import Perceptron, explicit, flat
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import gradkit as gk
+from gradkit.divergence import DivergenceAscent, DivergenceWeight
 from processes.ranks import on_ranks
 
 pytestmark = pytest.mark.distributed
@@ -82,3 +87,54 @@ def test_ranks_train_as_one_process_would(perturb_on: str) -> None:
             torch.testing.assert_close(found[what], expected[what], rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(found["histograms"][0], expected["histograms"][k])
     assert not torch.equal(*expected["histograms"])
+
+
+CHOICES = [
+    (perturb_on, apply_at)
+    for perturb_on in ("total", "task", "divergence")
+    for apply_at in ("perturbed", "clean")
+]
+PER_RANK = [(*choice, synchronised) for choice in CHOICES for synchronised in (0, 1)]
+
+
+def trained_by_every_choice() -> dict[str, Tensor]:
+    """The weights after some steps, where each rank has batches of its own."""
+    found = {}
+    for perturb_on, apply_at, synchronised in PER_RANK:
+        model = Perceptron()
+        ascent = DivergenceAscent(
+            0.3, perturb_on=perturb_on, apply_at=apply_at, sync_perturbation=bool(synchronised)
+        )
+        base = torch.optim.SGD(model.parameters(), lr=0.1)
+        optimizer = gk.wrap(
+            base, DivergenceWeight(2.0), ascent, model=model, process_group=dist.group.WORLD
+        )
+        for batch in domains(STEPS, seed=1 + dist.get_rank()):
+
+            def losses(model: nn.Module = model, batch: tuple[Tensor, ...] = batch) -> Any:
+                weights = [*model.parameters()]
+                return {"task": task(batch, *weights), "divergence": gap(batch, *weights)}
+
+            optimizer.step(losses)
+        found[f"{perturb_on} {apply_at} {synchronised}"] = flat(model.parameters())
+    return found
+
+
+def test_each_rank_may_ascend_along_its_own_gradients() -> None:
+    """Each rank's whole step by hand; the ranks' directions are averaged."""
+    first, second = on_ranks(2, trained_by_every_choice)
+    for perturb_on, apply_at in CHOICES:
+        weights = explicit(Perceptron())
+        for batches in zip(domains(STEPS, seed=1), domains(STEPS, seed=2), strict=True):
+            directions = [
+                by_hand(batch, weights, 0.3, 2.0, perturb_on, apply_at) for batch in batches
+            ]
+            with torch.no_grad():
+                for w, one, other in zip(weights, *directions, strict=True):
+                    w.sub_(0.1 * (one + other) / 2)
+        own, together = (first[f"{perturb_on} {apply_at} {s}"] for s in (0, 1))
+        torch.testing.assert_close(own, flat(weights), rtol=1e-10, atol=1e-12)
+        # One ascent for all ranks leads elsewhere.
+        assert (together - own).norm() > 1e-4 * own.norm()
+    for name, weights in first.items():
+        assert torch.equal(weights, second[name])

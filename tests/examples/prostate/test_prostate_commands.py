@@ -246,8 +246,7 @@ def nothing_is_computed(monkeypatch):
 
     for name in ("fit", "score_site", "write", "Run"):
         monkeypatch.setattr(commands, name, refuse)
-    for name in ("Run", "score_site"):
-        monkeypatch.setattr(comparison, name, refuse)
+    monkeypatch.setattr(comparison, "score_sites", refuse)
 
 
 def complaint(capsys, *words):

@@ -93,11 +93,11 @@ def test_the_ramp_in_closed_form():
     assert ramp_up(10, 10) == ramp_up(11, 10) == 1
 
 
-def reference(logits, target, weight):
+def reference(logits, target, weight, smooth=1.0):
     """Cross-entropy and Dice in float64, from their definitions."""
     p, t, w = logits.double().sigmoid(), target.double(), weight.double()
     entropy = -(w * (t * p.log() + (1 - t) * (1 - p).log())).sum() / t.numel()
-    return entropy + 1 - (2 * (w * p * t).sum() + 1) / ((w * (p + t)).sum() + 1)
+    return entropy + 1 - (2 * (w * p * t).sum() + smooth) / ((w * (p + t)).sum() + smooth)
 
 
 @pytest.mark.parametrize("iteration", [0, 5])
@@ -113,18 +113,34 @@ def test_losses_equal_a_reference(data, iteration):
         images = torch.where(box, batch.strong[[1, 0]], batch.strong)
         p = torch.where(box, p[[1, 0]], p)
         run.student.train()
-        logits = run.student(torch.cat([batch.image, images]))
+        source, target = run.student(batch.image), run.student(images)
     sure = (p >= 0.95) | (p <= 0.05)
     assert 0.02 < sure.double().mean() < 0.98
     weight = 0.7 * math.exp(-5 * (1 - iteration / 6) ** 2)
-    expected = reference(logits[:2], batch.target, torch.ones(2, 1, SIZE, SIZE))
-    expected = expected + weight * reference(logits[2:], (p >= 0.5), sure)
+    expected = reference(source, batch.target, torch.ones(2, 1, SIZE, SIZE))
+    expected = expected + weight * reference(target, (p >= 0.5), sure, smooth=1e-5)
     assert losses["task"].item() == pytest.approx(expected.item(), rel=1e-5)
-    a, b = (part.double().sigmoid().mean() for part in (logits[:2], logits[2:]))
+    a, b = (part.double().sigmoid().mean() for part in (source, target))
     js = 0.0
     for x, y in ((a, b), (1 - a, 1 - b)):
         js += (x * (2 * x / (x + y)).log() + y * (2 * y / (x + y)).log()).item()
     assert losses["divergence"].item() == pytest.approx(js, rel=1e-3, abs=1e-9)
+
+
+def test_labels_of_background_alone_teach_by_cross_entropy_alone(data):
+    """The Dice of an empty target would push all predictions to 0 with growing force."""
+    run = make(data, iterations=1)
+    (batch, *_) = run.batches(0)
+    none = torch.zeros(2, 1, SIZE, SIZE)
+    sure = torch.ones_like(none)
+    gradients = []
+    for sureness in (sure, 0 * sure):
+        loss = run._losses(batch, (none, sureness), 1)["task"]
+        gradients.append(torch.autograd.grad(loss, run.student.head.bias)[0])
+    p = run.student(mix(batch.strong, batch.box)).sigmoid()
+    expected = ramp_up(0, 1) * p.double().mean()  # of the cross-entropy's logits
+    found = (gradients[0] - gradients[1]).item()
+    assert found == pytest.approx(expected.item(), rel=1e-3)
 
 
 def test_pseudo_labels_by_the_threshold():
@@ -153,13 +169,13 @@ def test_mixing_takes_the_neighbour_in_the_box():
 @pytest.mark.parametrize(
     ("text", "students", "teachers"),
     [
-        ("supervised", 1, 0), ("fixmatch", 1, 1), ("sam", 2, 1), ("divergence", 1, 1),
-        ("dim", 2, 1), ("dim:kl:task", 2, 1), ("dim:clean", 2, 1), ("dim:msam", 1, 1),
-        ("dim:critic", 2, 1),
+        ("supervised", 1, 1), ("fixmatch", 2, 1), ("sam", 4, 1), ("divergence", 2, 1),
+        ("dim", 4, 1), ("dim:kl:task", 4, 1), ("dim:clean", 4, 1), ("dim:task:clean", 4, 1),
+        ("dim:msam", 2, 1), ("dim:critic", 4, 1),
     ],
 )  # fmt: skip
 def test_evaluations_of_a_step(data, text, students, teachers):
-    """Pseudo-labels are made once, whatever the number of evaluations."""
+    """Two passes each, of labelled and unlabelled images; pseudo-labels are made once."""
     run = make(data, text)
     calls = {"student": 0, "teacher": 0}
     for name in calls:
@@ -216,6 +232,23 @@ def test_the_teacher_is_the_students_average(data):
             average[name] = decay * average[name] + (1 - decay) * value.detach()
     for name, value in run.teacher.named_parameters():
         torch.testing.assert_close(value, average[name])
+
+
+@pytest.mark.parametrize("text", ["supervised", "fixmatch"])
+def test_a_teacher_keeps_the_statistics_of_what_it_sees(data, text):
+    """Those of weak unlabelled images; of labelled ones where there are no others."""
+    run = make(data, text, learning_rate=1.0)
+    layer = "body.conv_0.conv_0.adn.N"
+    mean, count = run.teacher.get_submodule(layer).running_mean.clone(), 0
+    for batch in run.batches(0):
+        images = batch.image if text == "supervised" else batch.weak
+        with torch.no_grad():
+            seen = run.teacher.body.conv_0.conv_0.conv(2 * images - 1)
+        mean, count = 0.9 * mean + 0.1 * seen.mean((0, 2, 3)), count + 1
+        run.optimizer.step(run.objectives(batch))
+        torch.testing.assert_close(run.teacher.get_submodule(layer).running_mean, mean)
+    assert count == 2
+    assert not torch.allclose(run.student.get_submodule(layer).running_mean, mean, atol=1e-4)
 
 
 def test_parts_of_a_batch_add_up(data):
