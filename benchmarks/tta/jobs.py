@@ -24,6 +24,7 @@ from benchmarks.tta.variants import Variant
 from examples.common.datasets import Sample, length
 from examples.common.metrics import segment
 from examples.common.usage import UsageError
+from examples.fundus.gate import CupRatio, measure_cup_ratio
 from examples.fundus.sample import DICE
 from gradkit import tta
 from gradkit.tta.objectives import mean_prediction
@@ -100,7 +101,10 @@ def run(job: Job) -> None:
     setting, variant = job.setting, job.variant
     path = setting.model_file(job.seed, job.source)
     model = load_model(path, setting.width, setting.size, job.source, setting.device)
-    adapter = variant.make(model, job.seed, _scale(job))
+    if not variant.heads:  # no head takes part in what the others do or draw
+        model = model.without_heads()
+    more = (_ratio(setting, job.source),) if variant.ratio else ()
+    adapter = variant.make(model, job.seed, _scale(job), *more)
     images, cost = adapt(
         adapter, _target(setting, job.target), torch.device(setting.device), variant
     )
@@ -114,6 +118,12 @@ def run(job: Job) -> None:
         "images": images,
     }
     write_atomically(job.file, json.dumps(record, separators=(",", ":")) + "\n")
+
+
+@lru_cache(maxsize=8)
+def _ratio(setting: Setting, source: str) -> CupRatio:
+    """Of cup to disc in the labels that the source model is trained on."""
+    return measure_cup_ratio(setting.source(source))
 
 
 def _scale(job: Job) -> float:

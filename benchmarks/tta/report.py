@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import mean
 from typing import Any
 
-from benchmarks.tta.objectives import OBJECTIVES
 from benchmarks.tta.published import DOMAINS, PAIRS, figures_of
 from benchmarks.tta.variants import PREDICTIONS
+from examples.fundus.objectives import OBJECTIVES
 
 Line = Mapping[str, Any]
 Column = tuple[str, Callable[[Line], str]]

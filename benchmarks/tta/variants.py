@@ -7,18 +7,21 @@ one thing.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import gradkit as gk
-from benchmarks.tta.objectives import BUILT, OBJECTIVES, look_ahead, make_objective
-from examples.common.adaptation import CHOICES, build_adapter, parse_statistics
+from benchmarks.tta.objectives import look_ahead, make_objective
+from examples.common.adaptation import denoise, parse_statistics
+from examples.fundus.fusion import CHOICES, build_adapter
+from examples.fundus.gate import CupRatio
+from examples.fundus.objectives import HEADS_OF, OBJECTIVES
 from gradkit import tta
 
 Table = Literal["1", "2", "3", "4", "5", "6", "figure4"]
-Make = Callable[[nn.Module, int, float], tta.Adapter]
+Make = Callable[..., tta.Adapter]
 """From the source model, a seed and a factor of the learning rate to an adapter."""
 
 BETA = 1e-4
@@ -43,6 +46,7 @@ class Variant:
         empirical: whether to measure the cosine with the gradient of the labels, too.
         objectives: pseudo and auxiliary, of a pair of Table 5.
         product: whether it is one of the compositions of Table 6.
+        ratio: whether `make` also takes the ratio of cup to disc in the source's labels.
     """
 
     name: str
@@ -54,6 +58,7 @@ class Variant:
     empirical: bool = False
     objectives: tuple[str, str] | None = None
     product: bool = False
+    ratio: bool = False
 
 
 TITLES = {
@@ -75,29 +80,33 @@ TITLES = {
     "vptta": "VPTTA",
     "intent": "InTEnt",
     "intent-balanced": "InTEnt, balanced",
+    "rotta": "RoTTA",
+    "pass": "PASS",
+    "fused": "Fuse, fixed weights of disc and cup",
+    "gated": "Fuse, gated",
 }
 """What tables call the registered methods; others keep their registered name."""
 
 
 def _registered(
-    model: nn.Module, seed: int, scale: float, *, method: str, lr: float
+    model: nn.Module,
+    seed: int,
+    scale: float,
+    ratio: CupRatio | None = None,
+    *,
+    method: str,
+    lr: float,
 ) -> tta.Adapter:
-    return build_adapter(method, model, "test", lr, seed)
+    return build_adapter(method, model, "test", lr, seed, ratio)
 
 
 def _views(model: nn.Module, seed: int, scale: float) -> tta.Adapter:
     return tta.Fuse(model, statistics=("source",), image_share=0)
 
 
-def _denoise(model: Any, images: Tensor) -> Tensor:
-    """Logits of the images without noise, by a network's denoising head."""
-    logits: Tensor = model.auxiliary(images, "denoising")
-    return logits
-
-
 def _detta(model: nn.Module, seed: int, scale: float, *, lr: float) -> tta.Adapter:
     generator = torch.Generator().manual_seed(seed)
-    return tta.DeTTA(model, _denoise, lr, noise="gaussian", generator=generator)
+    return tta.DeTTA(model, denoise, lr, noise="gaussian", generator=generator)
 
 
 def _binary(model: nn.Module, seed: int, scale: float, *, lr: float) -> tta.Adapter:
@@ -129,7 +138,7 @@ def _projected(
     return tta.Adapter(
         model,
         statistics=parse_statistics(statistics),
-        objectives={name: make_objective(name, seed) for name in BUILT},
+        objectives={name: make_objective(name, seed) for name in ("con", "ent")},
         transforms=(gk.PCGrad(),),
         optimizer=partial(torch.optim.Adam, lr=lr),
     )
@@ -165,6 +174,7 @@ def registered(method: str, lr: float = BETA) -> Variant:
         _named(method, lr) if learns else method,
         TITLES.get(method, method),
         partial(_registered, method=method, lr=lr),
+        ratio=method == "gated",
     )
 
 
@@ -180,7 +190,7 @@ def pair(
         _named(f"{pseudo}-{auxiliary}" + _suffix(activation), lr),
         title or f"{pseudo} ahead of {auxiliary}",
         partial(_pair, pseudo=pseudo, auxiliary=auxiliary, lr=lr, activation=activation),
-        heads=not {pseudo, auxiliary} <= BUILT.keys(),
+        heads=bool({pseudo, auxiliary} & HEADS_OF.keys()),
         objectives=(pseudo, auxiliary),
     )
     if (pseudo, auxiliary, activation) == ("con", "ent", "quadratic"):

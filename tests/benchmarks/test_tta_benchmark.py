@@ -19,7 +19,6 @@ from benchmarks.fundus import pooled_interval
 from benchmarks.tta import command, jobs
 from benchmarks.tta import setting as settings
 from benchmarks.tta.cost import Passes, PeakTensors
-from benchmarks.tta.objectives import OBJECTIVES
 from benchmarks.tta.plot import plot_cosines
 from benchmarks.tta.published import FIGURES, PAIRS, figures_of
 from benchmarks.tta.report import report
@@ -28,9 +27,11 @@ from benchmarks.tta.setting import Setting
 from benchmarks.tta.summary import by_target, compare, sign_test
 from benchmarks.tta.tabulation import tabulate
 from benchmarks.tta.variants import TABLES, Variant, variants_of
-from examples.common.adaptation import CHOICES
 from examples.common.datasets import Sample
+from examples.fundus.fusion import CHOICES
+from examples.fundus.gate import CupRatio
 from examples.fundus.network import ResUNet34
+from examples.fundus.objectives import OBJECTIVES
 from examples.fundus.source_model import Architecture, save_source_model
 from examples.fundus.synthetic.export import export
 from gradkit import tta
@@ -239,6 +240,24 @@ def test_variants_can_be_made(model: ResUNet34, table: Any) -> None:
         assert adapter.statistics is not None
 
 
+def test_the_gate_knows_the_ratio_of_its_source(
+    data: Path, tmp_path: Path, model: ResUNet34, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (gated,) = [each for each in variants_of("1", 1e-4) if each.ratio]
+    assert gated.name == "gated"
+    setting = Setting(str(data), 1.0, 64, 2, 1, 1, None, "cpu", data.parent / "models", tmp_path)
+    asked: list[Any] = []
+
+    def measured(samples: Any) -> CupRatio:
+        asked.extend(sample.name for sample in samples)
+        return CupRatio(0.5, 0.1)
+
+    monkeypatch.setattr(jobs, "measure_cup_ratio", measured)
+    jobs.run(jobs.Job(setting, 0, "centre_a", "centre_c", gated))
+    assert asked
+    assert all(name.startswith("centre_a") for name in asked)  # no label of the target
+
+
 def test_grata_by_its_objectives_is_the_registered_one(model: ResUNet34) -> None:
     (pair,) = [each for each in variants_of("3", 1e-2) if each.name == "grata@0.01"]
     linear = next(each for each in variants_of("4", 1e-2) if each.name == "con-ent-linear@0.01")
@@ -307,6 +326,27 @@ def test_predictions_before_after_and_over_views(model: ResUNet34) -> None:
     )
     for row, one in zip(rows, fused, strict=True):
         assert row["scores"]["views"] == one["scores"]["after"]
+
+
+def test_pairs_of_objectives_with_heads(tmp_path: Path) -> None:
+    """Each adapts, super-resolution from 128 pixels; others adapt the network without its heads."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        headed = ResUNet34(2, auxiliary_heads=True)
+    save_source_model(
+        tmp_path / "centre_a.pt", Architecture(2, 128, "centre_a", True), headed.state_dict()
+    )
+    setting = Setting("synthetic", 1.0, 128, 2, 1, 1, 2, "cpu", tmp_path, tmp_path)
+    chosen = {"rec-rot", "sup-den", "none"}
+    for variant in variants_of("5", 1e-2):
+        if variant.name.partition("@")[0] in chosen:
+            job = jobs.Job(setting, 0, "centre_a", "centre_b", variant)
+            jobs.run(job)
+            result = job.result()
+            assert result is not None
+            expected = {"none": (1, 0), "rec-rot@0.01": (3, 2), "sup-den@0.01": (3, 2)}
+            assert (result["forwards"], result["backwards"]) == expected[variant.name]
+            assert ("cosine" in result["images"][0]) == (variant.name != "none")
 
 
 # The command
