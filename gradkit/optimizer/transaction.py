@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
@@ -18,7 +19,7 @@ from gradkit.core.oracle import Oracle
 from gradkit.core.random import RandomState
 from gradkit.core.ranks import Ranks, as_part_of
 from gradkit.core.storage import Parts
-from gradkit.core.transform import Transform, Weigh, leading_reweighings
+from gradkit.core.transform import Reweighing, Transform, Weigh, leading_reweighings
 from gradkit.engines.evaluator import Evaluator
 from gradkit.engines.objectives import LOSS, NoGradientError, Objectives
 from gradkit.engines.session import Session
@@ -121,16 +122,16 @@ class Transaction:
         Raises:
             NoGradientError: If the objectives leave no gradient.
             TypeError: If a transform returns something else than an oracle or gradients.
+            ValueError: If the gradients that it returns do not fit the weights.
         """
         if objectives is None:
             return self._evaluate_stored(LOSS, None, transforms)
         leading = leading_reweighings(transforms)
-        weighers = [transform.weigher(self.context) for transform in leading]
+        weighers = [self._weigher(transform) for transform in leading]
         never_zero = all(transform.never_zero for transform in leading)
         source = self.source = self.evaluator(objectives, weighers, never_zero=never_zero)
         try:
-            oracle = self._chain(source.evaluate, transforms[len(leading) :])
-            return self._checked(oracle(), transforms)
+            return self._chain(source.evaluate, transforms[len(leading) :])()
         except NoGradientError as error:
             # A trainer may have called backward before, and its closure may only report the loss.
             # Gradients that an earlier step left in `.grad` do not count.
@@ -154,26 +155,49 @@ class Transaction:
         )
         return self._chain(source.evaluate, transforms)()
 
-    @staticmethod
-    def _checked(gradients: Gradients, transforms: Sequence[Transform]) -> Gradients:
+    def _weigher(self, transform: Reweighing) -> Weigh:
+        """The function of a leading transform that reweights gradients, with its result checked."""
+        weigh = transform.weigher(self.context)
+
+        def checked(gradients: Gradients) -> Gradients:
+            return self._checked(weigh(gradients), transform)
+
+        return checked
+
+    def _checked(self, gradients: Gradients, transform: Transform) -> Gradients:
+        """What a transform has returned, if it is gradients that fit the weights."""
+        name = type(transform).__name__
         if not isinstance(gradients, Gradients):
             raise TypeError(
-                f"the oracle of {type(transforms[-1]).__name__} returned a "
-                f"{type(gradients).__name__}; return the Gradients"
+                f"{name} returned a {type(gradients).__name__} in place of gradients; return the "
+                "Gradients, or a changed copy, such as gradients.reweighted(factors)"
             )
+        problem = gradients.misfit(self.context.layout.numel)
+        if problem is not None:
+            raise ValueError(f"{name} returned {problem}")
         return gradients
 
     def _chain(self, oracle: Oracle, transforms: Sequence[Transform]) -> Oracle:
         for transform in transforms:
-            oracle = transform.around(oracle, self.context)
-            if not callable(oracle):
-                raise TypeError(
-                    f"{type(transform).__name__}.around returned a {type(oracle).__name__}; "
-                    "return the oracle"
-                )
+            oracle = self._around(oracle, transform)
             if transform.per_rank and self.ranks.together:
                 oracle = self._per_rank(oracle, transform)
         return oracle
+
+    def _around(self, inner: Oracle, transform: Transform) -> Oracle:
+        """The oracle that a transform makes, with its results checked."""
+        oracle = transform.around(inner, self.context)
+        if not callable(oracle):
+            raise TypeError(
+                f"{type(transform).__name__}.around returned a {type(oracle).__name__}; "
+                "return the oracle"
+            )
+
+        @functools.wraps(oracle)
+        def checked(at: Point | None = None, only: Container[str] | None = None) -> Gradients:
+            return self._checked(oracle(at, only), transform)
+
+        return checked
 
     def _per_rank(self, oracle: Oracle, transform: Transform) -> Oracle:
         """The mean over the ranks of what each one makes of its own gradients.
