@@ -429,7 +429,7 @@ def checked_state(transform: Transform, name: str, value: Any) -> Any:
         keyed = "; keep a dict as two lists, of its keys and of its values"
         raise TypeError(
             f"the state {name!r} of {type(transform).__name__} holds a {type(value).__name__}, "
-            "which is not saved; it may hold numbers, strings, tensors and lists of them"
+            "which cannot be saved; it may hold numbers, strings, tensors and lists of them"
             f"{keyed if isinstance(value, Mapping) else ''}"
         )
     return value

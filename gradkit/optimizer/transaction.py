@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
@@ -127,7 +126,7 @@ class Transaction:
         if objectives is None:
             return self._evaluate_stored(LOSS, None, transforms)
         leading = leading_reweighings(transforms)
-        weighers = [self._weigher(transform) for transform in leading]
+        weighers = [_checked_weigher(transform, self.context) for transform in leading]
         never_zero = all(transform.never_zero for transform in leading)
         source = self.source = self.evaluator(objectives, weighers, never_zero=never_zero)
         try:
@@ -155,49 +154,12 @@ class Transaction:
         )
         return self._chain(source.evaluate, transforms)()
 
-    def _weigher(self, transform: Reweighing) -> Weigh:
-        """The function of a leading transform that reweights gradients, with its result checked."""
-        weigh = transform.weigher(self.context)
-
-        def checked(gradients: Gradients) -> Gradients:
-            return self._checked(weigh(gradients), transform)
-
-        return checked
-
-    def _checked(self, gradients: Gradients, transform: Transform) -> Gradients:
-        """What a transform has returned, if it is gradients that fit the weights."""
-        name = type(transform).__name__
-        if not isinstance(gradients, Gradients):
-            raise TypeError(
-                f"{name} returned a {type(gradients).__name__} in place of gradients; return the "
-                "Gradients, or a changed copy, such as gradients.reweighted(factors)"
-            )
-        problem = gradients.misfit(self.context.layout.numel)
-        if problem is not None:
-            raise ValueError(f"{name} returned {problem}")
-        return gradients
-
     def _chain(self, oracle: Oracle, transforms: Sequence[Transform]) -> Oracle:
         for transform in transforms:
-            oracle = self._around(oracle, transform)
+            oracle = _checked_oracle(oracle, transform, self.context)
             if transform.per_rank and self.ranks.together:
                 oracle = self._per_rank(oracle, transform)
         return oracle
-
-    def _around(self, inner: Oracle, transform: Transform) -> Oracle:
-        """The oracle that a transform makes, with its results checked."""
-        oracle = transform.around(inner, self.context)
-        if not callable(oracle):
-            raise TypeError(
-                f"{type(transform).__name__}.around returned a {type(oracle).__name__}; "
-                "return the oracle"
-            )
-
-        @functools.wraps(oracle)
-        def checked(at: Point | None = None, only: Container[str] | None = None) -> Gradients:
-            return self._checked(oracle(at, only), transform)
-
-        return checked
 
     def _per_rank(self, oracle: Oracle, transform: Transform) -> Oracle:
         """The mean over the ranks of what each one makes of its own gradients.
@@ -327,6 +289,46 @@ class Transaction:
             generator.set_state(state)
         if rng:
             self._random.restore()
+
+
+def _checked_oracle(inner: Oracle, transform: Transform, context: Context) -> Oracle:
+    """The oracle that a transform makes, with its results checked."""
+    oracle = transform.around(inner, context)
+    if not callable(oracle):
+        raise TypeError(
+            f"{type(transform).__name__}.around returned a {type(oracle).__name__}; "
+            "return the oracle"
+        )
+    numel = context.layout.numel
+
+    def checked(at: Point | None = None, only: Container[str] | None = None) -> Gradients:
+        return _checked(oracle(at, only), transform, numel)
+
+    return checked
+
+
+def _checked_weigher(transform: Reweighing, context: Context) -> Weigh:
+    """The function by which a leading transform reweights, with its results checked."""
+    weigh, numel = transform.weigher(context), context.layout.numel
+
+    def checked(gradients: Gradients) -> Gradients:
+        return _checked(weigh(gradients), transform, numel)
+
+    return checked
+
+
+def _checked(gradients: Gradients, transform: Transform, numel: int) -> Gradients:
+    """What a transform has returned, if it is gradients that fit the weights."""
+    name = type(transform).__name__
+    if not isinstance(gradients, Gradients):
+        raise TypeError(
+            f"{name} returned a {type(gradients).__name__} in place of gradients; return the "
+            "Gradients, or a changed copy, such as gradients.reweighted(factors)"
+        )
+    problem = gradients.misfit(numel)
+    if problem is not None:
+        raise ValueError(f"{name} returned {problem}")
+    return gradients
 
 
 @contextmanager
