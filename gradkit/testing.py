@@ -480,7 +480,7 @@ def _check_declarations(make: MakeOptimizer, names: tuple[str, ...]) -> None:
         _require(
             not found.has_update or any(each.sets_update for each in transforms[:count]),
             f"{_name(last)} sets an update without saying so: set `sets_update = True`, so that "
-            "wrap() refuses rules after it; one of the two would be without effect",
+            "wrap() refuses rules after it, which would otherwise fail in the first step",
         )
     if len(names) > 1 and not any(each.needs_rows for each in transforms):
         closures = problem.closures()
