@@ -11,13 +11,19 @@ import functools
 import inspect
 import io
 import pickle
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gradkit.core.context import Context
+from gradkit.core.displacement import Point
+from gradkit.core.gradients import Gradients
+from gradkit.core.oracle import Oracle
+from gradkit.core.transform import Transform
 from gradkit.optimizer.finite_check import NonFiniteError
 from gradkit.optimizer.gradient_optimizer import GradientOptimizer
 
@@ -32,6 +38,11 @@ def check_optimizer_contract(
 
     It is tested on a small network with BatchNorm and dropout, with one objective for each name.
     The state of torch's random number generator is restored.
+
+    Asked at θ + δ, an oracle must return what it returns where the weights are θ + δ, in the same
+    state and with the same random numbers; also for one of the objectives alone, unless it refuses
+    that by a ValueError. This is compared in float64; all else is tested in float32. What a method
+    is to compute is not checked.
 
     Args:
         make_optimizer: Makes the optimizer for a module. It is called several times, and must make
@@ -81,10 +92,15 @@ def bits(value: Any) -> Any:
 class _Problem:
     """A network, its optimizer, and objectives that reach different parts of it."""
 
-    def __init__(self, make_optimizer: MakeOptimizer, names: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        make_optimizer: MakeOptimizer,
+        names: tuple[str, ...],
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         torch.manual_seed(1)
         self.names = names
-        self.model = _Network()
+        self.model = _Network().to(dtype)
         self.optimizer = make_optimizer(self.model)
         torch.manual_seed(2)
 
@@ -138,7 +154,7 @@ class _Network(nn.Module):
         self.frozen = nn.Parameter(torch.ones(2), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        scores: Tensor = self.layers(x) * self.frozen
+        scores: Tensor = self.layers(x.to(self.frozen.dtype)) * self.frozen
         return scores
 
 
@@ -151,9 +167,20 @@ def _require(condition: bool, message: str) -> None:
         raise AssertionError(message)
 
 
-def _require_equal(before: dict[str, Any], after: dict[str, Any], when: str) -> None:
+def _require_equal(before: dict[str, Any], after: dict[str, Any], when: str, why: str) -> None:
     different = [name for name in before if before[name] != after[name]]
-    _require(not different, f"{', '.join(different)} differ {when}")
+    _require(not different, f"{', '.join(different)} differ {when}: {why}")
+
+
+_PROPOSE = (
+    "change the state of a transform by context.propose, which takes effect only if the step is "
+    "applied, keep what belongs to one step in local variables of `around`, and write to no weight"
+)
+_KEEP = (
+    "keep what outlasts a step in `state` or `vectors` of a transform, and its random numbers in "
+    "`generator`; other attributes are not saved"
+)
+_DRAW = "draw random numbers from a `generator` that each new transform seeds alike"
 
 
 def _check_is_an_optimizer(make: MakeOptimizer, names: tuple[str, ...]) -> None:
@@ -210,7 +237,7 @@ def _check_determinism(make: MakeOptimizer, names: tuple[str, ...]) -> None:
     first.run(3)
     torch.manual_seed(2)
     second.run(3)
-    _require_equal(first.snapshot(), second.snapshot(), "between two runs of the same seed")
+    _require_equal(first.snapshot(), second.snapshot(), "between two runs of the same seed", _DRAW)
 
 
 def _check_failures(make: MakeOptimizer, names: tuple[str, ...]) -> None:
@@ -226,15 +253,14 @@ def _check_failures(make: MakeOptimizer, names: tuple[str, ...]) -> None:
             if not _raises_at(disturbed, position, error):
                 break
             when = f"after {type(error).__name__} in evaluation {position + 1} of a step"
-            _require_equal(before, disturbed.snapshot(), when)
+            _require_equal(before, disturbed.snapshot(), when, _PROPOSE)
             position += 1
         _require(position >= len(names), "fewer evaluations than objectives")
         # The last attempt was a complete step, so the undisturbed optimizer takes one, too.
         torch.set_rng_state(_rng(before))
         untouched.run(1)
-        _require_equal(
-            untouched.snapshot(), disturbed.snapshot(), "in the step after failed attempts"
-        )
+        after = disturbed.snapshot()
+        _require_equal(untouched.snapshot(), after, "in the step after failed attempts", _PROPOSE)
 
 
 def _raises_at(problem: _Problem, position: int, error: BaseException) -> bool:
@@ -284,7 +310,224 @@ def _check_nonfinite(make: MakeOptimizer, names: tuple[str, ...]) -> None:
                 "last_step does not say that the step was skipped",
             )
             del before["random numbers"]  # generators advance, as after any forward pass
-        _require_equal(before, after, f"after a NaN loss with nonfinite={mode!r}")
+        _require_equal(before, after, f"after a NaN loss with nonfinite={mode!r}", _PROPOSE)
+
+
+class _Probe(Transform):
+    """Asks the chain inside it in its own way, once per step, and keeps the answer."""
+
+    needs_rows = False
+
+    def __init__(self, ask: Callable[[Oracle, Context], Gradients]) -> None:
+        self._ask = ask
+        self.found: Gradients | None = None
+
+    def around(self, inner: Oracle, context: Context) -> Oracle:
+        def oracle(at: Point | None = None, only: Container[str] | None = None) -> Gradients:
+            self.found = self._ask(inner, context)
+            return self.found
+
+        return oracle
+
+
+def _probed(
+    problem: _Problem, ask: Callable[[Oracle, Context], Gradients], count: int | None = None
+) -> Gradients:
+    """The answer of the first `count` transforms in a step in which they are asked in this way."""
+    probe = _Probe(ask)
+    optimizer = problem.optimizer
+    optimizer.transforms = (*optimizer.transforms[:count], probe)
+    torch.manual_seed(4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a rule sees a single objective
+        problem.step()
+    assert probe.found is not None
+    return probe.found
+
+
+def _name(transform: Transform) -> str:
+    return type(transform).__name__
+
+
+def _check_displaced_points(make: MakeOptimizer, names: tuple[str, ...]) -> None:
+    """At a displaced point an oracle gives what it gives at the weights, once they are there."""
+    transforms = _Problem(make, names).optimizer.transforms
+    for steps in (0, 1):
+        for only in (None, *((name,) for name in names if len(names) > 1)):
+            if _is_equivariant(make, names, steps, only, len(transforms)):
+                continue
+            counts = range(1, len(transforms) + 1)
+            wrong = next(n for n in counts if not _is_equivariant(make, names, steps, only, n))
+            asked = "" if only is None else f" for objective {only[0]!r} only"
+            raise AssertionError(
+                f"{_name(transforms[wrong - 1])}, asked{asked} at a displaced point, gives "
+                "the gradients of another point: each call of `inner` must start from `at` (`inner"
+                "(at, only)`, `inner(context.displaced(at, vector, factor), only)`); `at` is a "
+                "displacement, not weights, and the weights there are context.weights(at)"
+            )
+
+
+def _is_equivariant(
+    make: MakeOptimizer,
+    names: tuple[str, ...],
+    steps: int,
+    only: tuple[str, ...] | None,
+    count: int,
+) -> bool:
+    """Whether the first `count` transforms, after some steps, depend on the sum θ + δ alone."""
+    found = []
+    for moved in (False, True):
+        problem = _Problem(make, names, torch.float64)
+        optimizer = problem.optimizer
+        with _zero_learning_rates(optimizer):
+            optimizer.zero_grad()
+            optimizer.step()  # initialises the transforms' vectors, at the same weights
+        problem.run(steps)
+        generator = torch.Generator().manual_seed(5)
+        shift: dict[Tensor, Tensor] = {
+            parameter: 0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            for parameter in problem.model.parameters()
+        }
+        if moved:
+            with torch.no_grad():
+                for parameter, by in shift.items():
+                    if parameter.requires_grad:
+                        parameter.add_(by)
+
+        def ask(
+            inner: Oracle,
+            context: Context,
+            moved: bool = moved,
+            shift: dict[Tensor, Tensor] = shift,
+        ) -> Gradients:
+            if moved:
+                return inner(None, only)
+            parts = [shift.get(parameter) for parameter in context.layout.parameters]
+            return inner(context.displaced(None, parts), only)
+
+        try:
+            found.append(_probed(problem, ask, count))
+        except Exception as error:
+            if only is None:
+                raise
+            if isinstance(error, ValueError):
+                return True  # a transform refuses to work on one objective
+            raise AssertionError(
+                f"asked for objective {only[0]!r} only, a transform fails: {error!r}; `only` may "
+                "leave objectives out, so look them up in gradients.names"
+            ) from error
+    here, there = found
+    return here.names == there.names and all(
+        torch.allclose(mine, other, rtol=1e-6, atol=1e-9, equal_nan=True)
+        for mine, other in zip(_values(here), _values(there), strict=True)
+    )
+
+
+def _values(gradients: Gradients) -> list[Tensor]:
+    return [
+        gradients.losses,
+        gradients.weights,
+        gradients.lr_scale,
+        gradients.gram(),
+        gradients.direction(),
+    ]
+
+
+def _check_parts_of_the_objectives(make: MakeOptimizer, names: tuple[str, ...]) -> None:
+    """A step that asks for objectives one by one teaches the names that any other step does."""
+    kept: list[list[set[str]]] = []
+    for asked in ((None,), tuple((name,) for name in names)):
+
+        def ask(
+            inner: Oracle,
+            context: Context,
+            asked: tuple[tuple[str, ...] | None, ...] = asked,
+        ) -> Gradients:
+            return [inner(None, only) for only in asked][-1]
+
+        problem = _Problem(make, names)
+        transforms = problem.optimizer.transforms
+        try:
+            _probed(problem, ask)
+        except ValueError:
+            return  # a transform refuses an objective alone
+        kept.append([set(_strings(list(each.state.values()))) for each in transforms])
+    for transform, together, alone in zip(transforms, *kept, strict=True):
+        # A rule between objectives may learn nothing of one alone, so that it knows no name then.
+        lost = [name for name in names if name in together - alone and alone.intersection(names)]
+        _require(
+            not lost,
+            f"{_name(transform)} forgets the objective {lost and lost[0]!r} in a step that asks "
+            "for objectives one by one: the last proposal in a step counts, so gather what is to "
+            "be remembered in a local variable of `around`, and propose all of it each time",
+        )
+
+
+def _strings(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _strings(item)
+
+
+def _check_declarations(make: MakeOptimizer, names: tuple[str, ...]) -> None:
+    """`sets_update` and `needs_rows` tell the truth."""
+    problem = _Problem(make, names)
+    optimizer, transforms = problem.optimizer, problem.optimizer.transforms
+    for count, last in enumerate(transforms, start=1):
+        found = _probed(_Problem(make, names), lambda inner, context: inner(), count)
+        _require(
+            not found.has_update or any(each.sets_update for each in transforms[:count]),
+            f"{_name(last)} sets an update without saying so: set `sets_update = True`, so that "
+            "wrap() refuses rules after it, which would otherwise fail in the first step",
+        )
+    if len(names) > 1 and not any(each.needs_rows for each in transforms):
+        closures = problem.closures()
+        optimizer.options.rows = "stream"
+        try:
+            optimizer.step(lambda: {name: closure() for name, closure in closures.items()})
+        except RuntimeError as error:
+            raise AssertionError(
+                f"a transform says `needs_rows = False` and reads more than direction(): {error}"
+            ) from error
+
+
+class _Seal(Transform):
+    """Keeps copies of the gradients that pass through."""
+
+    def __init__(self) -> None:
+        self.kept: list[tuple[Gradients, list[Tensor]]] = []
+
+    def around(self, inner: Oracle, context: Context) -> Oracle:
+        def oracle(at: Point | None = None, only: Container[str] | None = None) -> Gradients:
+            gradients = inner(at, only)
+            self.kept.append((gradients, [each.clone() for each in _tensors(gradients)]))
+            return gradients
+
+        return oracle
+
+    def is_broken(self) -> bool:
+        """Whether anyone has written to the gradients since."""
+        return any(bits(_tensors(gradients)) != bits(copies) for gradients, copies in self.kept)
+
+
+def _tensors(gradients: Gradients) -> list[Tensor]:
+    return [gradients.losses, gradients.weights, gradients.rows, gradients.direction()]
+
+
+def _check_that_gradients_are_only_read(make: MakeOptimizer, names: tuple[str, ...]) -> None:
+    problem = _Problem(make, names)
+    optimizer = problem.optimizer
+    seals = [(_Seal(), transform) for transform in optimizer.transforms]
+    optimizer.transforms = tuple(each for pair in seals for each in pair)
+    problem.step()
+    for seal, transform in reversed(seals):
+        _require(
+            not seal.is_broken(),
+            f"{_name(transform)} writes to gradients that it was given; they may be another's, so "
+            "make a copy first: gradients.direction().clone()",
+        )
 
 
 def _check_zero_gradients(make: MakeOptimizer, names: tuple[str, ...]) -> None:
@@ -333,9 +576,8 @@ def _check_saving(make: MakeOptimizer, names: tuple[str, ...]) -> None:
             each.optimizer.zero_grad()
             torch.manual_seed(3)
             each.run(2)
-        _require_equal(
-            problem.snapshot(), resumed.snapshot(), f"between a run saved after {steps} and resumed"
-        )
+        when = f"between a run saved after {steps} steps and resumed"
+        _require_equal(problem.snapshot(), resumed.snapshot(), when, _KEEP)
 
 
 def _check_copies(make: MakeOptimizer, names: tuple[str, ...]) -> None:
@@ -346,12 +588,19 @@ def _check_copies(make: MakeOptimizer, names: tuple[str, ...]) -> None:
         problem = _Problem(make, names)
         problem.run(1)
         twin = copy.copy(problem)
-        twin.model, twin.optimizer = duplicate((problem.model, problem.optimizer))
+        try:
+            twin.model, twin.optimizer = duplicate((problem.model, problem.optimizer))
+        except (AttributeError, TypeError, pickle.PicklingError) as error:
+            raise AssertionError(
+                f"{how} fails: {error}; define transforms at the top of a module, not in a "
+                "function, and keep no lambda or open file in them"
+            ) from error
         for each in (problem, twin):
             each.optimizer.zero_grad()
             torch.manual_seed(3)
             each.run(2)
-        _require_equal(problem.snapshot(), twin.snapshot(), f"between an optimizer and its {how}")
+        when = f"between an optimizer and its {how}"
+        _require_equal(problem.snapshot(), twin.snapshot(), when, _KEEP)
 
 
 def _check_learning_rates(make: MakeOptimizer, names: tuple[str, ...]) -> None:
@@ -421,6 +670,10 @@ def _zero_learning_rates(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
 _CHECKS: tuple[Callable[[MakeOptimizer, tuple[str, ...]], None], ...] = (
     _check_is_an_optimizer,
+    _check_displaced_points,
+    _check_parts_of_the_objectives,
+    _check_declarations,
+    _check_that_gradients_are_only_read,
     _check_buffers,
     _check_determinism,
     _check_failures,

@@ -23,6 +23,8 @@ BASES: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
 class Momentum(gk.Transform):
     """A transform with everything a transform may keep: a vector, a number, random numbers."""
 
+    sets_update = True
+
     def __init__(self) -> None:
         self.generator = torch.Generator().manual_seed(5)
         self.state["steps"] = 0

@@ -96,3 +96,153 @@ def test_what_cannot_be_batched_says_what_to_do():
 
     with pytest.raises(RuntimeError, match="pass rows='keep'"):
         optimizer.step(closure)
+
+
+class Returns(gk.Transform):
+    """Makes something of the gradients, as a user's transform does."""
+
+    sets_update = True
+
+    def __init__(self, make):
+        self.make = make
+
+    def around(self, inner, context):
+        return lambda at=None, only=None: self.make(inner(at, only), context)
+
+
+def parts(gradients, context):
+    return context.layout.views(gradients.direction())
+
+
+MISFITS = {
+    "an update that is too long": (
+        lambda g, c: g.with_update(torch.ones(9)),
+        r"Returns returned an update of shape \(9,\).* weights, of shape \(8,\)",
+    ),
+    "an update in parts": (
+        lambda g, c: g.with_update(parts(g, c)),
+        r"Returns returned a list as its update.*context\.layout\.flatten\(\)",
+    ),
+    "a single row": (
+        lambda g, c: g.replace(rows=torch.ones(1, 8)),
+        r"Returns returned rows of shape \(1, 8\).* matrix of shape \(2, 8\)",
+    ),
+    "rows in a list": (
+        lambda g, c: g.replace(rows=[*g.rows]),
+        r"Returns returned a list as its rows.* matrix of shape \(2, 8\)",
+    ),
+    "one weight for all": (
+        lambda g, c: g.replace(weights=torch.ones(1)),
+        r"Returns returned weights of shape \(1,\).*its 2 objectives \('a', 'b'\)",
+    ),
+    "no gradients": (
+        lambda g, c: g.weights / 2,
+        r"Returns returned a Tensor in place of gradients.*reweighted\(factors\)",
+    ),
+}
+
+
+def two(model, x):
+    return {name: (lambda k=k: model(x)[:, k].square().mean()) for k, name in enumerate("ab")}
+
+
+@pytest.mark.parametrize("kind", MISFITS)
+@pytest.mark.parametrize("around", [(), (gk.SAM(),)], ids=["last", "inside SAM"])
+def test_gradients_that_do_not_fit(kind, around):
+    make, message = MISFITS[kind]
+    model, optimizer, x = problem(Returns(make), *around)
+    before = model.weight.clone()
+    with as_users_run_it(), pytest.raises((TypeError, ValueError), match=message):
+        optimizer.step(two(model, x))
+    assert torch.equal(model.weight, before)
+
+
+class Factors(gk.Reweighing):
+    def weigher(self, context):
+        return lambda gradients: gradients.weights / 2
+
+
+@pytest.mark.parametrize("inside", [(), (gk.SAM(),)], ids=["first", "around SAM"])
+def test_a_weigher_that_returns_factors(inside):
+    model, optimizer, x = problem(*inside, Factors())
+    with (
+        as_users_run_it(),
+        pytest.raises(TypeError, match=r"Factors returned a Tensor.*reweighted"),
+    ):
+        optimizer.step(two(model, x))
+
+
+def test_new_rows_where_they_would_not_count():
+    model, optimizer, x = problem(
+        gk.TrimmedMean(),
+        Returns(lambda g, c: g.replace(rows=g.rows - g.rows.mean(1, keepdim=True))),
+    )
+    with pytest.raises(ValueError, match=r"rows=\) would change nothing.*before.*with_update"):
+        optimizer.step(two(model, x))
+    both = Returns(lambda g, c: g.replace(rows=g.rows / 2, update=g.rows[0] / 2))
+    model, optimizer, x = problem(gk.TrimmedMean(), both)
+    optimizer.step(two(model, x))
+    assert optimizer.last_step.applied
+
+
+def test_a_rule_cannot_follow_an_update():
+    with pytest.raises(ValueError, match=r"cannot follow Returns, .*gradients\.replace\(rows=\)"):
+        problem(Returns(lambda g, c: g), gk.PCGrad())
+
+
+class Keeps(gk.Transform):
+    """Proposes a value under the name "kept"."""
+
+    def __init__(self, value, **state):
+        self.value = value
+        self.state.update(state)
+
+    def around(self, inner, context):
+        context.propose(self, kept=self.value)
+        return inner
+
+
+def test_state_that_cannot_be_kept():
+    lost = r"state 'kept' of Keeps holds a dict.*two lists"
+    with pytest.raises(TypeError, match=lost):
+        problem(Keeps(0, kept={"a": 1.0}))
+    model, optimizer, x = problem(Keeps([{"a": 1.0}]))
+    with pytest.raises(TypeError, match=lost):
+        optimizer.step(two(model, x))
+    model, optimizer, x = problem(Keeps({1, 2}))
+    with pytest.raises(
+        TypeError, match=r"holds a set.*numbers, strings, tensors and lists of them$"
+    ):
+        optimizer.step(two(model, x))
+
+
+def test_a_flat_vector_is_no_small_state():
+    model, optimizer, x = problem(Keeps(torch.zeros(8)))
+    with pytest.raises(ValueError, match=r"Keeps proposed a tensor 'kept' of shape \(8,\)"):
+        optimizer.step(two(model, x))
+    model, optimizer, x = problem(Keeps(torch.zeros(8), kept=None))  # eight numbers, it says
+    optimizer.step(two(model, x))
+    assert torch.equal(optimizer.transforms[0].state["kept"], torch.zeros(8))
+
+
+def test_state_is_assigned_by_name():
+    with pytest.raises(AttributeError, match=r"state of Transform.*self\.state\[name\] = value"):
+        gk.Transform().state = {"steps": 0}
+    with pytest.raises(AttributeError, match=r"vectors of Transform.*initial_vectors"):
+        gk.Transform().vectors = {}
+
+
+def test_the_context_is_told_who_asks():
+    class Requires(gk.Transform):
+        def around(self, inner, context):
+            context.require("c")
+            return inner
+
+    model, optimizer, x = problem(Requires())
+    with as_users_run_it(), pytest.raises(TypeError, match=r"write context.require\(self, 'c'\)"):
+        optimizer.step(two(model, x))
+
+
+def test_a_transform_is_shown_by_its_name():
+    assert repr(Returns(None)) == "Returns"
+    assert repr(gk.SAM(rho=0.1)) == "SAM(rho=0.1)"

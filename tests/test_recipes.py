@@ -314,3 +314,16 @@ def test_arguments_of_gsema_are_checked():
     optimizer = gk.GSEMA(base, model)
     with pytest.raises(ValueError, match="GatedEMA needs the objective 'source'"):
         optimizer.step({"target": lambda: model.w1.sum()})
+
+
+@pytest.mark.parametrize(
+    ("make", "names"),
+    [(gk.GraTa, ("pseudo", "auxiliary")), (gk.GSEMA, ("source", "target"))],
+    ids=["GraTa", "GSEMA"],
+)
+def test_they_keep_the_optimizer_contract(make, names):
+    def wrapped(model):
+        return make(torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9), model)
+
+    with as_users_run_it():
+        gk.testing.check_optimizer_contract(wrapped, names)

@@ -307,12 +307,14 @@ class Context:
         once.
 
         Raises:
+            TypeError: If a value is neither a number, a string, a tensor nor a list of these.
             ValueError: If a vector's shape differs from that of the vector it replaces, or if a
-                tensor is too large for state that is saved as text.
+                tensor is too large for state that is saved as text, or is a flat vector under a
+                name that neither `state` nor `vectors` has.
         """
         for name, value in state.items():
             if name not in transform.vectors:
-                _check_small(transform, name, value, self.layout.numel)
+                _check_small(transform, name, checked_state(transform, name, value), self.layout)
             kept = transform.vectors.get(name)
             if kept is not None and value.shape != kept.shape:
                 raise ValueError(
@@ -395,8 +397,15 @@ class Context:
         """Check that the step has these objectives.
 
         Raises:
+            TypeError: If `who` is left out.
             ValueError: If one of them is missing.
         """
+        who_given: object = who
+        if isinstance(who_given, str):
+            raise TypeError(
+                f"require() takes the transform that asks first, not {who_given!r}; write "
+                f"context.require(self, {who_given!r})"
+            )
         if self.names is None:
             return
         missing = [name for name in names if name not in self.names]
@@ -407,10 +416,30 @@ class Context:
             )
 
 
-def _check_small(transform: Transform, name: str, value: object, numel: int) -> None:
+def checked_state(transform: Transform, name: str, value: Any) -> Any:
+    """A value of a transform's state, if it can be saved.
+
+    Raises:
+        TypeError: If it is neither a number, a string, a tensor nor a list of these.
+    """
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            checked_state(transform, name, item)
+    elif value is not None and not isinstance(value, (bool, int, float, str, Tensor)):
+        keyed = "; keep a dict as two lists, of its keys and of its values"
+        raise TypeError(
+            f"the state {name!r} of {type(transform).__name__} holds a {type(value).__name__}, "
+            "which cannot be saved; it may hold numbers, strings, tensors and lists of them"
+            f"{keyed if isinstance(value, Mapping) else ''}"
+        )
+    return value
+
+
+def _check_small(transform: Transform, name: str, value: object, layout: Layout) -> None:
     if not isinstance(value, Tensor):
         return
-    is_flat = value.shape == (numel,) and numel > 1 << 12
+    known = name in transform.state and layout.numel <= 1 << 12
+    is_flat = value.shape == (layout.numel,) and not known
     if is_flat or value.numel() * value.element_size() > 1 << 22:
         raise ValueError(
             f"{type(transform).__name__} proposed a tensor {name!r} of shape "

@@ -130,8 +130,18 @@ class Gradients:
         """A copy with some of the constructor's arguments changed.
 
         Inner products that have been computed are kept unless `rows` changes.
+
+        Raises:
+            ValueError: If a matrix of rows is given, and the direction is an `update`, in which
+                they would not count.
         """
         rows: Storage | Tensor = self.storage
+        if isinstance(changes.get("rows"), Tensor) and self.has_update and "update" not in changes:
+            raise ValueError(
+                "replace(rows=) would change nothing: a transform before this one has set the "
+                "direction by an update, which is no weighted sum of rows; put this transform "
+                "before that one in wrap(), or change the direction by with_update()"
+            )
         if "update" in changes and isinstance(rows, Summed) and rows.total is not None:
             rows = rows.with_total(None, len(self.names))
         elif "layout" in changes:
@@ -153,7 +163,7 @@ class Gradients:
         return Gradients(**{**kept, **changes})
 
     def reweighted(self, factors: Float[Tensor, " K"]) -> Gradients:
-        """A copy whose weights are multiplied by these factors."""
+        """A copy whose weights are multiplied by these factors; those of observers stay 0."""
         return self.replace(weights=self.weights * factors)
 
     def with_update(
@@ -207,6 +217,41 @@ class Gradients:
         if weights is not None:
             weights = _zeroed(weights.clone(), indices)
         return self.replace(weights=weights, observers=self.observers | set(names))
+
+    def misfit(self, numel: int) -> str | None:
+        """What of these gradients does not fit a flat vector of this length, in words.
+
+        None if everything fits.
+        """
+        count = len(self.names)
+        update: object = self._update
+        if isinstance(update, Tensor) and update.shape != (numel,):
+            return (
+                f"an update of shape {tuple(update.shape)}; give with_update() a flat vector of "
+                f"the length of the weights, of shape {(numel,)}"
+            )
+        if update is not None and not isinstance(update, (Tensor, Storage)):
+            return (
+                f"a {type(update).__name__} as its update; give with_update() a flat vector of "
+                f"shape {(numel,)}, as context.layout.flatten() makes of one tensor per parameter"
+            )
+        storage: object = self.storage
+        if not isinstance(storage, Storage):
+            return (
+                f"a {type(storage).__name__} as its rows; give replace(rows=) a matrix of shape "
+                f"{(count, numel)}, one flat row for each objective"
+            )
+        if isinstance(storage, Dense) and storage.rows.shape != (count, numel):
+            return (
+                f"rows of shape {tuple(storage.rows.shape)}; give replace(rows=) a matrix of "
+                f"shape {(count, numel)}, one flat row for each objective"
+            )
+        if self._weights is not None and self._weights.shape != (count,):
+            return (
+                f"weights of shape {tuple(self._weights.shape)}; give one for each of its "
+                f"{count} objectives ({', '.join(map(repr, self.names))})"
+            )
+        return None
 
     def with_parameter_names(self, names: Sequence[str | int]) -> Gradients:
         """A copy with the parameters' names."""

@@ -130,6 +130,22 @@ class Transform:
                 f"{self!r} belongs to another optimizer, which saves its state; make a new one"
             )
 
+    def __repr__(self) -> str:
+        return type(self).__name__
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name == "state":
+            raise AttributeError(
+                f"the state of {type(self).__name__} cannot be replaced as a whole; assign each "
+                "value by its name: self.state[name] = value"
+            )
+        if name == "vectors":
+            raise AttributeError(
+                f"the vectors of {type(self).__name__} cannot be replaced as a whole; return them "
+                "from initial_vectors(), and propose new values by context.propose(self, ...)"
+            )
+        super().__setattr__(name, value)
+
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_owned_by"}
 
@@ -236,6 +252,9 @@ class Reweighing(Transform, ABC):
     If it comes first in `wrap`, it may be called before the objectives are back-propagated, where
     that saves backward passes (`wrap(rows=)`).
 
+    `weigher` returns a function that takes `Gradients` and returns a copy with other weights, as
+    `gradients.reweighted(factors)` makes one. Observers' weights stay 0, whatever their factors.
+
     Examples:
         >>> import gradkit as gk
         >>> class Halve(gk.Reweighing):
@@ -260,7 +279,12 @@ class Reweighing(Transform, ABC):
 
     @abstractmethod
     def weigher(self, context: Context) -> Weigh:
-        """The function that reweights gradients; called once per step, like `around`."""
+        """The function that reweights gradients; called once per step, like `around`.
+
+        Returns:
+            A function from `Gradients` to a copy with other weights. It may be called several
+            times in a step, with all of the objectives or some of them.
+        """
 
     def around(self, inner: Oracle, context: Context) -> Oracle:
         weigh = self.weigher(context)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from gradkit.core.context import checked_state
 from gradkit.core.flat import Layout
 from gradkit.core.ranks import as_part_of, is_sharded, local
 from gradkit.core.transform import Transform
@@ -117,7 +118,10 @@ def encode(transforms: Sequence[Transform], *, marks: bool = False) -> str:
     chain = [
         {
             "name": transform.saved_name,
-            "state": {name: _packed(value) for name, value in transform.state.items()},
+            "state": {
+                name: _packed(checked_state(transform, name, value))
+                for name, value in transform.state.items()
+            },
             "generator": (
                 None if transform.generator is None else _packed(transform.generator.get_state())
             ),
@@ -193,17 +197,12 @@ def _packed(value: Any) -> Any:
         return {"float": value.hex()}
     if isinstance(value, (list, tuple)):
         return [_packed(item) for item in value]
-    if isinstance(value, Tensor):
-        data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        return {
-            "tensor": base64.b64encode(data.numpy().tobytes()).decode("ascii"),
-            "dtype": str(value.dtype).removeprefix("torch."),
-            "shape": list(value.shape),
-        }
-    raise TypeError(
-        f"a transform's state holds a {type(value).__name__}; it may hold numbers, strings, "
-        "lists and tensors"
-    )
+    data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return {
+        "tensor": base64.b64encode(data.numpy().tobytes()).decode("ascii"),
+        "dtype": str(value.dtype).removeprefix("torch."),
+        "shape": list(value.shape),
+    }
 
 
 def _unpacked(value: Any) -> Any:

@@ -18,7 +18,7 @@ from gradkit.core.oracle import Oracle
 from gradkit.core.random import RandomState
 from gradkit.core.ranks import Ranks, as_part_of
 from gradkit.core.storage import Parts
-from gradkit.core.transform import Transform, Weigh, leading_reweighings
+from gradkit.core.transform import Reweighing, Transform, Weigh, leading_reweighings
 from gradkit.engines.evaluator import Evaluator
 from gradkit.engines.objectives import LOSS, NoGradientError, Objectives
 from gradkit.engines.session import Session
@@ -121,16 +121,16 @@ class Transaction:
         Raises:
             NoGradientError: If the objectives leave no gradient.
             TypeError: If a transform returns something else than an oracle or gradients.
+            ValueError: If the gradients that it returns do not fit the weights.
         """
         if objectives is None:
             return self._evaluate_stored(LOSS, None, transforms)
         leading = leading_reweighings(transforms)
-        weighers = [transform.weigher(self.context) for transform in leading]
+        weighers = [_checked_weigher(transform, self.context) for transform in leading]
         never_zero = all(transform.never_zero for transform in leading)
         source = self.source = self.evaluator(objectives, weighers, never_zero=never_zero)
         try:
-            oracle = self._chain(source.evaluate, transforms[len(leading) :])
-            return self._checked(oracle(), transforms)
+            return self._chain(source.evaluate, transforms[len(leading) :])()
         except NoGradientError as error:
             # A trainer may have called backward before, and its closure may only report the loss.
             # Gradients that an earlier step left in `.grad` do not count.
@@ -154,23 +154,9 @@ class Transaction:
         )
         return self._chain(source.evaluate, transforms)()
 
-    @staticmethod
-    def _checked(gradients: Gradients, transforms: Sequence[Transform]) -> Gradients:
-        if not isinstance(gradients, Gradients):
-            raise TypeError(
-                f"the oracle of {type(transforms[-1]).__name__} returned a "
-                f"{type(gradients).__name__}; return the Gradients"
-            )
-        return gradients
-
     def _chain(self, oracle: Oracle, transforms: Sequence[Transform]) -> Oracle:
         for transform in transforms:
-            oracle = transform.around(oracle, self.context)
-            if not callable(oracle):
-                raise TypeError(
-                    f"{type(transform).__name__}.around returned a {type(oracle).__name__}; "
-                    "return the oracle"
-                )
+            oracle = _checked_oracle(oracle, transform, self.context)
             if transform.per_rank and self.ranks.together:
                 oracle = self._per_rank(oracle, transform)
         return oracle
@@ -303,6 +289,46 @@ class Transaction:
             generator.set_state(state)
         if rng:
             self._random.restore()
+
+
+def _checked_oracle(inner: Oracle, transform: Transform, context: Context) -> Oracle:
+    """The oracle that a transform makes, with its results checked."""
+    oracle = transform.around(inner, context)
+    if not callable(oracle):
+        raise TypeError(
+            f"{type(transform).__name__}.around returned a {type(oracle).__name__}; "
+            "return the oracle"
+        )
+    numel = context.layout.numel
+
+    def checked(at: Point | None = None, only: Container[str] | None = None) -> Gradients:
+        return _checked(oracle(at, only), transform, numel)
+
+    return checked
+
+
+def _checked_weigher(transform: Reweighing, context: Context) -> Weigh:
+    """The function by which a leading transform reweights, with its results checked."""
+    weigh, numel = transform.weigher(context), context.layout.numel
+
+    def checked(gradients: Gradients) -> Gradients:
+        return _checked(weigh(gradients), transform, numel)
+
+    return checked
+
+
+def _checked(gradients: Gradients, transform: Transform, numel: int) -> Gradients:
+    """What a transform has returned, if it is gradients that fit the weights."""
+    name = type(transform).__name__
+    if not isinstance(gradients, Gradients):
+        raise TypeError(
+            f"{name} returned a {type(gradients).__name__} in place of gradients; return the "
+            "Gradients, or a changed copy, such as gradients.reweighted(factors)"
+        )
+    problem = gradients.misfit(numel)
+    if problem is not None:
+        raise ValueError(f"{name} returned {problem}")
+    return gradients
 
 
 @contextmanager

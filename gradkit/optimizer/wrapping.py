@@ -144,7 +144,8 @@ def _check_chain(transforms: Sequence[Transform]) -> None:
         if transform.joins and last is not None:
             raise ValueError(
                 f"{transform!r} cannot follow {last!r}, whose result is no weighted sum of "
-                "whole gradients; put it first"
+                "whole gradients; put it first, or, if that is a transform of your own, let it "
+                "return one row for each objective, by gradients.replace(rows=)"
             )
         joining = [other for other in transforms[:position] if other.joins]
         if transform.divides and joining:

@@ -206,6 +206,6 @@ KINDS = [
          but=frozenset({"text in the groups"})),
     Kind("a save hook raises", save_hook, KeyError, "save hook"),
     Kind("a transform's state that cannot be saved", lambda world: world.optimizer.state_dict(),
-         TypeError, "holds a object; it may hold numbers, strings, lists and tensors",
+         TypeError, "the state '.*' of .* holds a object.*; it may hold numbers, strings, tensors",
          prepare=unserialisable, fits=own),
 ]  # fmt: skip

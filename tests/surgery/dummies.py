@@ -177,14 +177,16 @@ class Averaging(gk.Transform):
 
     def around(self, inner, context):
         share = float(torch.rand((), generator=self.generator))
+        known = dict.fromkeys(self.state["objectives"] or [])
 
         def oracle(at=None, only=None):
             gradients = inner(at, only)
+            known.update(dict.fromkeys(gradients.names))
             means = {}
             for name, row in zip(gradients.names, gradients.rows, strict=True):
                 old = self.vectors.get(f"mean of {name}", torch.zeros_like(row))
                 means[f"mean of {name}"] = torch.lerp(old, row, 0.5 + share / 2)
-            context.propose(self, objectives=list(gradients.names))
+            context.propose(self, objectives=list(known))
             context.propose_vectors(self, **means)
             return gradients.replace(rows=torch.stack([*means.values()]))
 
