@@ -6,14 +6,14 @@ DiM is a reconstruction; see `gradkit.DiM`.
 """
 
 import json
-import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.alignment.intervals import Interval, mean_interval, paired_interval
 from benchmarks.machine import describe_machine
+from benchmarks.made_by import command_line
 from examples.common.command_line import interruptible
 from examples.common.metrics import mean
 from examples.common.results import Result
@@ -39,7 +39,7 @@ METHODS = (
 that its trainings would be those of `dim`."""
 REFERENCES = ("fixmatch", "dim")
 """What methods are compared with, where it is there."""
-HIDDEN = ("out", "overwrite", "device", "threads")
+HIDDEN = ("device", "threads")
 """Options that do not change the results, and so are no part of the command that is printed."""
 
 
@@ -105,18 +105,7 @@ class DiM(Experiment):
 
     def command_line(self) -> str:
         """The command that makes these results, with DATA for a folder of images."""
-        words = ["python -m benchmarks dim"]
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name in HIDDEN or value == field.default:
-                continue
-            option = field.name.replace("_", "-")
-            if isinstance(field.default, bool):
-                words.append(f"--{option}" if value else f"--no-{option}")
-            else:
-                shown = "DATA" if field.name == "data_root" else str(value)
-                words.append(f"--{option} {shlex.quote(shown)}")
-        return " ".join(words)
+        return command_line("dim", self, HIDDEN)
 
 
 def _means(result: Result) -> dict[str, Any]:

@@ -14,7 +14,7 @@ same student, and differ in their averages alone.
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from benchmarks.alignment.digits import Pool, pool
 from benchmarks.alignment.intervals import Interval, mean_interval, paired_interval
 from benchmarks.alignment.jobs import run_jobs
 from benchmarks.machine import describe_machine
+from benchmarks.made_by import command_line
 from examples.common.usage import check_writable, refuse_to_replace, require
 
 BATCH = 32
@@ -236,12 +237,7 @@ class GSEMA:
 
     def command_line(self) -> str:
         """The command that makes these results."""
-        words = ["python -m benchmarks gsema"]
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name not in ("out", "overwrite", "workers") and value != field.default:
-                words += [f"--{field.name}"] if value is True else [f"--{field.name}", str(value)]
-        return " ".join(words)
+        return command_line("gsema", self)
 
 
 def report(record: Mapping[str, Any]) -> str:

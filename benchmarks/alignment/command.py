@@ -2,7 +2,6 @@
 
 import json
 import math
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -16,8 +15,9 @@ from benchmarks.alignment.report import report
 from benchmarks.alignment.strategies import REFERENCE, STRATEGIES, suitable
 from benchmarks.alignment.summary import summarise
 from benchmarks.machine import describe_machine
+from benchmarks.made_by import command_line
 from examples.common.usage import check_writable, refuse_to_replace, require, split_names
-from examples.fundus.data import SYNTHETIC, available_domains, check
+from examples.fundus.data import available_domains, check
 from examples.fundus.validation import check_training
 
 Problem = Literal["toy", "fonseca", "zdt", "digits", "fundus"]
@@ -101,16 +101,7 @@ class Alignment:
 
     def command_line(self) -> str:
         """The command that makes these results."""
-        words = ["python -m benchmarks alignment"]
-        for field in fields(self):
-            value = getattr(self, field.name)
-            option = f"--{field.name.replace('_', '-')}"
-            if field.name in ("out", "overwrite", "workers") or value == field.default:
-                continue
-            if field.name == "data" and value != SYNTHETIC:
-                value = "DATA"  # where it is on this machine is of no interest elsewhere
-            words += [option] if value is True else [option, shlex.quote(str(value))]
-        return " ".join(words)
+        return command_line("alignment", self)
 
     def _check(self) -> None:
         for field in fields(self):

@@ -17,6 +17,7 @@ from benchmarks.composition.table import report
 from benchmarks.composition.variants import cues_of, score_all
 from benchmarks.fundus import find_source_model
 from benchmarks.machine import describe_machine
+from benchmarks.made_by import command_line
 from examples.common.datasets import Sample, length
 from examples.common.progress import Progress
 from examples.common.usage import UsageError, check_writable, open_device, require, split_names
@@ -102,8 +103,9 @@ class Composition:
                 for target in [source.name] if part == "shifted" else others:
                     self._keep(part, source, target, device)
         records = self._records(PARTS, domains)
-        text = report(records)
-        (self.out / "composition.json").write_text(json.dumps(records) + "\n")
+        text = f"Made by `{command_line('composition', self, ('device',))}`.\n\n{report(records)}"
+        compact = json.dumps(records, separators=(",", ":"))
+        (self.out / "composition.json").write_text(compact + "\n")
         (self.out / "composition.md").write_text(text)
         print(text)
 

@@ -1,14 +1,14 @@
 """The command `python -m benchmarks sharpness`."""
 
 import json
-import shlex
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.machine import describe_machine
+from benchmarks.made_by import command_line
 from benchmarks.sharpness import digits, landscape
 from benchmarks.sharpness.methods import METHODS, REFERENCE
 from benchmarks.sharpness.plot import plot_digits, plot_landscape
@@ -92,9 +92,4 @@ class Sharpness:
 
     def command_line(self) -> str:
         """The command that makes these results."""
-        words = ["python -m benchmarks sharpness"]
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if value != field.default and field.name not in ("out", "overwrite", "workers"):
-                words += [f"--{field.name.replace('_', '-')}", shlex.quote(str(value))]
-        return " ".join(words)
+        return command_line("sharpness", self)

@@ -2,15 +2,15 @@
 
 import json
 import os
-import shlex
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.machine import describe_machine
+from benchmarks.made_by import command_line
 from benchmarks.speed import cuda
 from benchmarks.speed.comparison import Comparison
 from benchmarks.speed.goals import GOALS, judge, rule_goals, weight_goals
@@ -221,12 +221,7 @@ class Speed:
 
     def command_line(self) -> str:
         """The command that measures this."""
-        words = ["python -m benchmarks speed"]
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if value != field.default and field.name not in ("out", "overwrite"):
-                words += [f"--{field.name.replace('_', '-')}", shlex.quote(str(value))]
-        return " ".join(words)
+        return command_line("speed", self)
 
     def _problems(self, device: torch.device) -> list[Problem]:
         """Every network at every case, one network after the other."""

@@ -2,16 +2,16 @@
 
 import json
 import math
-import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from benchmarks.alignment.jobs import run_jobs
 from benchmarks.machine import describe_machine
+from benchmarks.made_by import command_line
 from benchmarks.tta import jobs as running
 from benchmarks.tta.jobs import Job
 from benchmarks.tta.plot import plot_cosines
@@ -104,15 +104,7 @@ class TTA:
 
     def command_line(self) -> str:
         """The command that makes this table."""
-        words = ["python -m benchmarks tta"]
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name in ("out", "processes", "device", "models") or value == field.default:
-                continue
-            if field.name == "data_root":
-                value = "DATA"  # where it is on this machine is of no interest elsewhere
-            words += [f"--{field.name.replace('_', '-')}", shlex.quote(str(value))]
-        return " ".join(words)
+        return command_line("tta", self, ("device",))
 
     def _check(self) -> None:
         for option, number in (

@@ -1,0 +1,39 @@
+"""The command that a results file was made with."""
+
+import shlex
+from dataclasses import fields
+from typing import Any
+
+from examples.fundus.data import SYNTHETIC
+
+ELSEWHERE = ("out", "models", "overwrite", "workers", "processes")
+"""Options that change nothing about the results."""
+
+
+def command_line(name: str, command: Any, hidden: tuple[str, ...] = ()) -> str:
+    """The command with these options, without those that have their default.
+
+    A folder of data is DATA: where it is on one machine is of no interest elsewhere.
+
+    Args:
+        name: of the benchmark.
+        command: a dataclass with its options.
+        hidden: further options that change nothing.
+
+    Example:
+        >>> from benchmarks.gsema import GSEMA
+        >>> command_line("gsema", GSEMA(seeds=3))
+        'python -m benchmarks gsema --seeds 3'
+    """
+    words = [f"python -m benchmarks {name}"]
+    for field in fields(command):
+        value, option = getattr(command, field.name), field.name.replace("_", "-")
+        if field.name in (*ELSEWHERE, *hidden) or value == field.default:
+            continue
+        if field.name in ("data", "data_root") and value != SYNTHETIC:
+            value = "DATA"
+        if isinstance(field.default, bool):
+            words.append(f"--{option}" if value else f"--no-{option}")
+        else:
+            words.append(f"--{option} {shlex.quote(str(value))}")
+    return " ".join(words)
