@@ -314,7 +314,8 @@ class Context:
         """
         for name, value in state.items():
             if name not in transform.vectors:
-                _check_small(transform, name, checked_state(transform, name, value), self.layout)
+                value = checked_state(transform, name, value)
+                _check_small(transform, name, value, self.layout.numel, len(self.names or ()))
             kept = transform.vectors.get(name)
             if kept is not None and value.shape != kept.shape:
                 raise ValueError(
@@ -435,11 +436,14 @@ def checked_state(transform: Transform, name: str, value: Any) -> Any:
     return value
 
 
-def _check_small(transform: Transform, name: str, value: object, layout: Layout) -> None:
+def _check_small(
+    transform: Transform, name: str, value: object, numel: int, objectives: int
+) -> None:
     if not isinstance(value, Tensor):
         return
-    known = name in transform.state and layout.numel <= 1 << 12
-    is_flat = value.shape == (layout.numel,) and not known
+    # A toy may have as many weights as objectives.
+    known = numel == objectives or (name in transform.state and numel <= 1 << 12)
+    is_flat = value.shape == (numel,) and not known
     if is_flat or value.numel() * value.element_size() > 1 << 22:
         raise ValueError(
             f"{type(transform).__name__} proposed a tensor {name!r} of shape "

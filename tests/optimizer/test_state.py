@@ -50,6 +50,26 @@ def test_vectors_are_saved_for_parameters_of_every_kind(make_base) -> None:
     assert values.tolist() == [2.125, 2.125, 1.75, 1.75, 3.25, 3.25]
 
 
+class Norms(gk.Transform):
+    """Keeps a number for each objective under a name that it has not declared."""
+
+    def around(self, inner, context):
+        def oracle(at=None, only=None):
+            gradients = inner(at, only)
+            context.propose(self, norms=gradients.gram().diagonal().sqrt())
+            return gradients
+
+        return oracle
+
+
+def test_a_toy_may_have_as_many_weights_as_objectives() -> None:
+    weights = torch.nn.Parameter(torch.ones(2))
+    norms = Norms()
+    optimizer = gk.wrap(torch.optim.SGD([weights], lr=0.1), norms)
+    optimizer.step({"sum": weights.sum, "square": lambda: weights.square().sum()})
+    torch.testing.assert_close(norms.state["norms"], torch.tensor([2.0, 8.0]).double().sqrt())
+
+
 def test_a_new_group_starts_with_the_initial_vectors() -> None:
     first, second = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
     optimizer = gk.wrap(torch.optim.SGD([first], lr=0.1), Mean())
