@@ -151,7 +151,8 @@ def _objection(value: str, kind: Any) -> str | None:
 def _instead(option: str, command: str, commands: Mapping[str, type]) -> str:
     """What an unknown option may have meant, and which other commands have it."""
     others = [name for name, kind in commands.items() if option in _options(kind)]
-    of_others = f"; it is for {' and '.join(others)}" if others else ""
+    *most, last = others or [""]
+    of_others = f"; it is for {' and '.join(filter(None, (', '.join(most), last)))}" if last else ""
     return of_others + did_you_mean(option, _options(commands[command]))
 
 
