@@ -15,8 +15,8 @@ EXAMPLE = "python -m examples.fundus"
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("trian", "there is no command 'trian'; choose from compare, train, heads, adapt, export; did "
-         f"you mean train? (see {EXAMPLE} --help)"),
+        ("trian", "there is no command 'trian'; choose from compare, train, heads, adapt, export; "
+         f"did you mean train? (see {EXAMPLE} --help)"),
         ("Train", "did you mean train?"),
         ("trian --epochs 3", "did you mean train?"),
         ("", "a command is missing before the options; choose from compare, train, heads, adapt, "
@@ -65,8 +65,8 @@ def test_the_example(capsys: pytest.CaptureFixture[str], words: str, message: st
         ("alignment --problem toi", "choose from toy, fonseca, zdt, digits, fundus; did you mean "
          "toy? (see python -m benchmarks alignment --help)"),
         ("alignment --problem Digits", "did you mean digits?"),
-        ("alignment --problem toy --seed 3", "it is for fundus, speed and composition; did you mean "
-         "--seeds?"),
+        ("alignment --problem toy --seed 3", "it is for fundus, speed and composition; did you "
+         "mean --seeds?"),
         ("alignment --problem toy --strategies pcgrad", "did you mean PCGrad?"),
         ("alignment --problem digits --validation=1", "--validation takes no value"),
         ("alignment --seeds None", "alignment needs --problem"),
