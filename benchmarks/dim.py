@@ -5,7 +5,6 @@ and the same first weights for all methods of a seed, so that methods are compar
 DiM is a reconstruction; see `gradkit.DiM`.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any, Literal
 
 from benchmarks.alignment.intervals import Interval, mean_interval, paired_interval
 from benchmarks.machine import describe_machine
-from benchmarks.made_by import command_line
+from benchmarks.made_by import command_line, write_results
 from examples.common.command_line import interruptible
 from examples.common.metrics import mean
 from examples.common.results import Result
@@ -81,8 +80,7 @@ class DiM(Experiment):
                 "rows": self._test(task, list(methods), trainings),
             }  # fmt: skip
         text = report(record)
-        (self.out / f"{self.name}.json").write_text(json.dumps(record, indent=1) + "\n")
-        (self.out / f"{self.name}.md").write_text(text)
+        write_results(record, text, self.out, self.name)
         print(text)
         print(f"The files are in {self.out}.")
 

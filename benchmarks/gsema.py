@@ -11,7 +11,6 @@ loss, which is the only way from the teacher back to the student, all rules with
 same student, and differ in their averages alone.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from benchmarks.alignment.digits import Pool, pool
 from benchmarks.alignment.intervals import Interval, mean_interval, paired_interval
 from benchmarks.alignment.jobs import run_jobs
 from benchmarks.machine import describe_machine
-from benchmarks.made_by import command_line
+from benchmarks.made_by import command_line, write_results
 from examples.common.usage import check_writable, refuse_to_replace, require
 
 BATCH = 32
@@ -230,8 +229,7 @@ class GSEMA:
             "rows": rows,
         }  # fmt: skip
         text = report(record)
-        (self.out / f"{self.name}.json").write_text(json.dumps(record, indent=1) + "\n")
-        (self.out / f"{self.name}.md").write_text(text)
+        write_results(record, text, self.out, self.name)
         print(text)
         print(f"The files are in {self.out}.")
 

@@ -1,13 +1,22 @@
-"""The command that a results file was made with."""
+"""Results files, and the command that they were made with."""
 
+import json
 import shlex
+from collections.abc import Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from examples.fundus.data import SYNTHETIC
 
 ELSEWHERE = ("out", "models", "overwrite", "workers", "processes")
 """Options that change nothing about the results."""
+
+
+def write_results(record: Mapping[str, Any], text: str, out: Path, name: str) -> None:
+    """Writes OUT/NAME.json for programs and OUT/NAME.md for people."""
+    (out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    (out / f"{name}.md").write_text(text)
 
 
 def command_line(name: str, command: Any, hidden: tuple[str, ...] = ()) -> str:

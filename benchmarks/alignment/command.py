@@ -1,6 +1,5 @@
 """The command `python -m benchmarks alignment`."""
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -15,7 +14,7 @@ from benchmarks.alignment.report import report
 from benchmarks.alignment.strategies import REFERENCE, STRATEGIES, suitable
 from benchmarks.alignment.summary import summarise
 from benchmarks.machine import describe_machine
-from benchmarks.made_by import command_line
+from benchmarks.made_by import command_line, write_results
 from examples.common.usage import check_writable, refuse_to_replace, require, split_names
 from examples.fundus.data import available_domains, check
 from examples.fundus.validation import check_training
@@ -94,8 +93,7 @@ class Alignment:
             **solve[self.problem](out),
         }
         text = report(record)
-        (out / f"{self.problem}.json").write_text(json.dumps(record, indent=1) + "\n")
-        (out / f"{self.problem}.md").write_text(text)
+        write_results(record, text, out, self.problem)
         print(text)
         print(f"The files are in {out}.")
 

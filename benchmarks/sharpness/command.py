@@ -1,6 +1,5 @@
 """The command `python -m benchmarks sharpness`."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import torch
 
 from benchmarks.machine import describe_machine
-from benchmarks.made_by import command_line
+from benchmarks.made_by import command_line, write_results
 from benchmarks.sharpness import digits, landscape
 from benchmarks.sharpness.methods import METHODS, REFERENCE
 from benchmarks.sharpness.plot import plot_digits, plot_landscape
@@ -79,8 +78,7 @@ class Sharpness:
             **found,
         }  # fmt: skip
         text = report(record)
-        (self.out / "sharpness.json").write_text(json.dumps(record, indent=1) + "\n")
-        (self.out / "sharpness.md").write_text(text)
+        write_results(record, text, self.out, "sharpness")
         plot_digits(
             lines_of(record, "default"),
             lines_of(record, "chosen"),

@@ -1,6 +1,5 @@
 """The command `python -m benchmarks speed`."""
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 
 from benchmarks.machine import describe_machine
-from benchmarks.made_by import command_line
+from benchmarks.made_by import command_line, write_results
 from benchmarks.speed import cuda
 from benchmarks.speed.comparison import Comparison
 from benchmarks.speed.goals import GOALS, judge, rule_goals, weight_goals
@@ -211,9 +210,8 @@ class Speed:
             ),
             "cuda": on_cuda if device.type == "cuda" else None,
         }
-        (self.out / "speed.json").write_text(json.dumps(record, indent=1) + "\n")
         text = report(record)
-        (self.out / "speed.md").write_text(text)
+        write_results(record, text, self.out, "speed")
         plot(record, self.out / "speed.png")
         plot_slopes(record, self.out / "speed-objectives.png")
         print(text)

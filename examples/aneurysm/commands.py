@@ -31,7 +31,7 @@ from examples.common.nifti import Volume, read, write
 from examples.common.results import Result, remove_results, write_json
 from examples.common.tensorboard import ScalarWriter
 from examples.common.training import LAST, Entry
-from examples.common.usage import check_writable, open_device, require, split_names
+from examples.common.usage import check_writable, open_device, require, require_empty, split_names
 
 SCORES = (*OVERLAPS, EMPTY)
 
@@ -190,10 +190,7 @@ class Export:
         require(self.volumes >= 1, f"--volumes is {self.volumes}; choose at least 1")
         require(self.size >= 16, f"--size is {self.size}; choose at least 16 voxels")
         require(0 <= self.seed < 2**32, f"--seed is {self.seed}; choose one from 0 to 4294967295")
-        require(
-            not self.out.is_dir() or not any(self.out.iterdir()),
-            f"{self.out} is not empty; choose a new folder for --out",
-        )
+        require_empty(self.out)
         check_writable(self.out)
         export_centres(self.out, centres, self.volumes, self.size, self.seed)
         print(f"{len(centres)} centres of {self.volumes} volumes: {self.out}")

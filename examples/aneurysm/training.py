@@ -23,7 +23,7 @@ from examples.aneurysm.patches import PatchDataset
 from examples.aneurysm.ranks import gathered, rank, ranks
 from examples.aneurysm.settings import TrainingSettings, schedule_factor
 from examples.common.checkpoint import CheckpointError, load
-from examples.common.datasets import Sample, fingerprint, length
+from examples.common.datasets import Sample, fingerprint, length, split_held_out
 from examples.common.metrics import OVERLAPS
 from examples.common.scores import mean_scores
 from examples.common.training import (
@@ -37,7 +37,6 @@ from examples.common.training import (
 )
 
 FORMAT = "aneurysm"
-HELD_IN = 0.2  # share of each source centre that chooses the best validation
 
 
 @dataclass(frozen=True)
@@ -84,23 +83,6 @@ class Fitted:
     architecture: Architecture
     gate: GateLog
     best: Path
-
-
-def split_held_in(count: int, seed: int) -> tuple[list[int], list[int]]:
-    """Splits the volumes 0 … count−1 of a centre into those to train on and a fifth to validate.
-
-    Raises:
-        ValueError: There are fewer than two volumes.
-
-    Example:
-        >>> [len(part) for part in split_held_in(10, seed=0)]
-        [8, 2]
-    """
-    if count < 2:
-        raise ValueError(f"a centre has {count} volume(s); training needs at least 2 of each")
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
-    held_in = max(1, round(HELD_IN * count))
-    return sorted(order[held_in:]), sorted(order[:held_in])
 
 
 def fit(
@@ -173,7 +155,7 @@ def make_training(
     sources: list[Dataset[Sample]] = []
     held_in: list[Dataset[Sample]] = []
     for samples in centres.values():
-        train_indices, validation_indices = split_held_in(length(samples), settings.seed)
+        train_indices, validation_indices = split_held_out(length(samples), settings.seed, "volume")
         sources.append(Subset(samples, train_indices))
         held_in.append(Subset(samples, validation_indices))
     validation = ConcatDataset(held_in)

@@ -4,6 +4,7 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -36,6 +37,31 @@ def length(dataset: Dataset[Any]) -> int:
         3
     """
     return len(dataset)  # type: ignore[arg-type]  # `Dataset` declares no __len__
+
+
+HELD_OUT = 0.2  # share of what is to be trained on that chooses the best weights
+
+
+def split_held_out(count: int, seed: int, unit: str = "image") -> tuple[list[int], list[int]]:
+    """Splits 0 … count−1 at random into indices for training and a fifth for validation.
+
+    Args:
+        count: at least 2.
+        seed: of the split.
+        unit: what a sample is called, in the singular.
+
+    Raises:
+        ValueError: there are fewer than two.
+
+    Example:
+        >>> [len(part) for part in split_held_out(10, seed=0)]
+        [8, 2]
+    """
+    if count < 2:
+        raise ValueError(f"there is {count} {unit}(s) to train on; training needs at least 2")
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    held_out = max(1, round(HELD_OUT * count))
+    return sorted(order[held_out:]), sorted(order[:held_out])
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,18 @@ def open_device(name: str, threads: int = 1) -> torch.device:
     return device
 
 
+def require_empty(directory: Path) -> None:
+    """Makes sure that a folder is empty or missing.
+
+    Raises:
+        UsageError: it is not.
+    """
+    require(
+        not directory.is_dir() or not any(directory.iterdir()),
+        f"{directory} is not empty; choose a new folder for --out",
+    )
+
+
 def check_writable(directory: Path) -> None:
     """Makes a directory if it is missing, and makes sure that files can be written to it.
 

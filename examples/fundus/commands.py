@@ -14,7 +14,14 @@ from examples.common.command_line import interruptible
 from examples.common.datasets import Sample, length
 from examples.common.results import remove_results, write_json
 from examples.common.training import LAST
-from examples.common.usage import UsageError, check_writable, open_device, require, split_names
+from examples.common.usage import (
+    UsageError,
+    check_writable,
+    open_device,
+    require,
+    require_empty,
+    split_names,
+)
 from examples.fundus.data import SYNTHETIC, available_domains, check, open_domain
 from examples.fundus.earlier import (
     EPOCHS,
@@ -349,10 +356,7 @@ class Export:
         require(self.count >= 2, f"--count is {self.count}; choose at least 2")
         require(self.size >= 16, f"--size is {self.size}; choose at least 16 pixels")
         check_counts(seed=self.seed)
-        require(
-            not self.out.is_dir() or not any(self.out.iterdir()),
-            f"{self.out} is not empty; choose a new folder for --out",
-        )
+        require_empty(self.out)
         check_writable(self.out)
         export_domains(self.out, domains, self.count, self.size, self.seed)
         print(f"{len(domains)} centres of {self.count} photographs: {self.out}")

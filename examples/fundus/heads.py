@@ -22,13 +22,13 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 import gradkit as gk
 from examples.common.checkpoint import load
-from examples.common.datasets import Sample, fingerprint, length
+from examples.common.datasets import Sample, fingerprint, length, split_held_out
 from examples.common.training import Entry, Training, polynomial_learning_rate
 from examples.fundus.augmentation import AugmentedDataset
 from examples.fundus.network import HEADS, ResUNet34
 from examples.fundus.objectives import HEADS_OF, build_objective
 from examples.fundus.source_model import Architecture, describe
-from examples.fundus.training import Batch, split_held_out, start_or_resume
+from examples.fundus.training import Batch, start_or_resume
 from gradkit.tta import ROTATION_VIEWS
 from gradkit.tta.parts import tell
 

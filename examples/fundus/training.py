@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 import gradkit as gk
 from examples.common.checkpoint import load
-from examples.common.datasets import Sample, fingerprint, length
+from examples.common.datasets import Sample, fingerprint, length, split_held_out
 from examples.common.losses import segmentation_loss
 from examples.common.scores import mean_scores, score_cases
 from examples.common.training import (
@@ -35,8 +35,6 @@ from examples.common.training import (
 from examples.fundus.augmentation import AugmentedDataset
 from examples.fundus.sample import DICE, STRUCTURES
 from examples.fundus.source_model import Architecture, describe, read_architecture
-
-HELD_OUT = 0.2  # share of the train list that chooses the best epoch
 
 Batch: TypeAlias = tuple[Tensor, Tensor]
 
@@ -62,23 +60,6 @@ class TrainingSettings:
     momentum: float = 0.9
     weight_decay: float = 5e-4
     amp: bool | None = None
-
-
-def split_held_out(count: int, seed: int) -> tuple[list[int], list[int]]:
-    """Splits 0 … count−1 at random into indices for training and a fifth for validation.
-
-    Raises:
-        ValueError: fewer than two images.
-
-    Example:
-        >>> [len(part) for part in split_held_out(10, seed=0)]
-        [8, 2]
-    """
-    if count < 2:
-        raise ValueError(f"the train list has {count} image(s); training needs at least 2")
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
-    held_out = max(1, round(HELD_OUT * count))
-    return sorted(order[held_out:]), sorted(order[:held_out])
 
 
 def evaluate(

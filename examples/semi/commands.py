@@ -16,7 +16,7 @@ from examples.common.checkpoint import load
 from examples.common.command_line import interruptible
 from examples.common.results import remove_results, write_json
 from examples.common.training import BEST, LAST, check_settings
-from examples.common.usage import check_writable, open_device, require, split_names
+from examples.common.usage import check_writable, open_device, require, require_empty, split_names
 from examples.semi.data import Data, open_data, open_site
 from examples.semi.folder import SPLITS, available_sites, check, write
 from examples.semi.methods import Method, parse_method
@@ -419,10 +419,7 @@ class Export:
         require(size >= 16, f"--size is {size}; choose at least 16 pixels")
         check_seed("--data-seed", self.data_seed)
         out = self.out or Path("runs") / f"{task.name}-synthetic"
-        require(
-            not out.is_dir() or not any(out.iterdir()),
-            f"{out} is not empty; choose a new folder for --out",
-        )
+        require_empty(out)
         check_writable(out)
         for site in sites:
             for split, count in counts.items():

@@ -24,6 +24,7 @@ from gradkit.tta.objectives import (
     logits_of,
     logits_of_views,
 )
+from gradkit.tta.parts import KeptLogits
 from gradkit.tta.restore import StochasticRestore
 from gradkit.tta.statistics import Statistics
 from gradkit.tta.views import WEAK_VIEWS, View, check_views
@@ -127,17 +128,6 @@ class TeacherTarget:
         return cross_entropies(target, log_p).mean()
 
 
-class _TargetPrediction:
-    """The logits that the last step has learnt from."""
-
-    def attach(self, adapter: Adapter) -> None:
-        self.objective: Any = adapter.objectives["loss"]
-
-    def __call__(self, model: nn.Module, images: Tensor) -> Tensor:
-        target: Tensor = self.objective.target
-        return target
-
-
 def CoTTA(  # noqa: N802 # the method's name
     model: nn.Module,
     lr: float = 1e-3,
@@ -209,7 +199,7 @@ def CoTTA(  # noqa: N802 # the method's name
         **{
             "optimizer": functools.partial(torch.optim.Adam, lr=lr),
             "parameters": nn.Module.parameters,
-            "predict": _TargetPrediction(),
+            "predict": KeptLogits("target"),
             "restore": StochasticRestore(restore_probability, generator),
             **options,
         },

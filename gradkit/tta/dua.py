@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -13,8 +13,8 @@ from gradkit.tta.adapter import Adapter
 from gradkit.tta.statistics import (
     Activations,
     AdaptedBatchNorm,
+    CountingStatistics,
     PerChannel,
-    Statistics,
     batch_moments,
     check_variance,
     source_moments,
@@ -22,7 +22,7 @@ from gradkit.tta.statistics import (
 from gradkit.tta.views import WEAK_VIEWS, View
 
 
-class DynamicStatistics(Statistics):
+class DynamicStatistics(CountingStatistics):
     """Running statistics that move towards each batch with a momentum that decays; see `DUA`.
 
     The running statistics themselves are the model's buffers; the state here is the number k of
@@ -66,7 +66,6 @@ class DynamicStatistics(Statistics):
             raise ValueError("views is empty; pass one view at least, such as gk.tta.WEAK_VIEWS[0]")
         self.momentum, self.decay, self.least = momentum, decay, least
         self.views = tuple(views)
-        self.k = 0
         self.facts: dict[str, float] = {}
         # Of a pass that learns: each layer's moments, of each call.
         self._seen: dict[str, list[tuple[PerChannel, PerChannel]]] | None = None
@@ -112,17 +111,6 @@ class DynamicStatistics(Statistics):
             layer = layers[name]
             layer.running_mean.lerp_(means.to(layer.running_mean), self.momentum_of(self.k))
             layer.running_var.lerp_(variances.to(layer.running_var), self.momentum_of(self.k))
-
-    def reset(self) -> None:
-        self.k = 0
-
-    def state_dict(self) -> dict[str, Any]:
-        """The number of batches."""
-        return {"k": self.k}
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load what `state_dict` returned."""
-        self.k = state_dict["k"]
 
 
 def _all_finite(tensors: Sequence[Tensor]) -> bool:

@@ -50,6 +50,24 @@ class Stateful(Protocol):
         """
 
 
+class KeptLogits:
+    """A predictor: the logits that the objective "loss" has kept for the batch.
+
+    Args:
+        name: The objective's attribute that holds them.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def attach(self, adapter: Adapter) -> None:
+        self.objective = adapter.objectives["loss"]
+
+    def __call__(self, model: nn.Module, images: Tensor) -> Tensor:
+        logits: Tensor = getattr(self.objective, self.name)
+        return logits
+
+
 def own(part: Part) -> Part:
     """A copy of a part that keeps something, so that adapters share nothing; others unchanged."""
     keeps = isinstance(part, Stateful) or hasattr(part, "attach") or hasattr(part, "begin_step")

@@ -30,6 +30,7 @@ from gradkit.tta.objectives import (
     check_probabilities,
     logits_of,
 )
+from gradkit.tta.parts import KeptLogits
 from gradkit.tta.running import RunningStatistics, learning
 from gradkit.tta.statistics import Statistics
 
@@ -199,17 +200,6 @@ class MemoryConsistency:
         self.generator.set_state(state_dict["generator"].cpu())
 
 
-class _TeacherPrediction:
-    """The teacher's logits before the update."""
-
-    def attach(self, adapter: Adapter) -> None:
-        self.objective: Any = adapter.objectives["loss"]
-
-    def __call__(self, model: nn.Module, images: Tensor) -> Tensor:
-        prediction: Tensor = self.objective.prediction
-        return prediction
-
-
 def RoTTA(  # noqa: N802 # the method's name
     model: nn.Module,
     lr: float = 1e-3,
@@ -296,7 +286,7 @@ def RoTTA(  # noqa: N802 # the method's name
         transforms=lambda student: (EMA(student, decay=decay, buffers="skip"),),
         **{
             "optimizer": functools.partial(torch.optim.Adam, lr=lr),
-            "predict": _TeacherPrediction(),
+            "predict": KeptLogits("prediction"),
             "on_empty": "skip",
             **options,
         },

@@ -161,6 +161,27 @@ class Statistics:
             )
 
 
+class CountingStatistics(Statistics):
+    """Base class for statistics whose only state of their own is the number of batches.
+
+    Attributes:
+        k: The number of batches so far.
+    """
+
+    k = 0
+
+    def reset(self) -> None:
+        self.k = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of batches."""
+        return {"k": self.k}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load what `state_dict` returned."""
+        self.k = state_dict["k"]
+
+
 @dataclass(frozen=True)
 class SourceStatistics(Statistics):
     """The running statistics, with the same results and cost as in evaluation mode.

@@ -17,8 +17,8 @@ from gradkit.tta.objectives import Logits, Scalar, logits_of
 from gradkit.tta.statistics import (
     Activations,
     AdaptedBatchNorm,
+    CountingStatistics,
     PerChannel,
-    Statistics,
     at_least_float32,
     source_moments,
     unbiased_moments,
@@ -80,7 +80,7 @@ class Prompted(nn.Module):
         return height + span, width + span
 
 
-class WarmUp(Statistics):
+class WarmUp(CountingStatistics):
     """Statistics that rely less and less on the image; see `VPTTA`.
 
         m_k = 1/(√k/n + 1)                       k = 1, 2, …, one per batch
@@ -109,7 +109,7 @@ class WarmUp(Statistics):
 
     def __init__(self, n: int | float = 5) -> None:
         check_number("n", n, above=0)
-        self.n, self.k = n, 0
+        self.n = n
         self.facts: dict[str, float] = {}
         self.gaps: list[Tensor] | None = None
 
@@ -138,17 +138,6 @@ class WarmUp(Statistics):
         """Count the batch."""
         self.k += 1
         self.facts = {"momentum": self.momentum_of(self.k)}
-
-    def reset(self) -> None:
-        self.k = 0
-
-    def state_dict(self) -> dict[str, Any]:
-        """The number of batches."""
-        return {"k": self.k}
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load what `state_dict` returned."""
-        self.k = state_dict["k"]
 
 
 class _Alignment:

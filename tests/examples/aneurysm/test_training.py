@@ -9,8 +9,9 @@ from contents import assert_equal_content
 from examples.aneurysm import training as module
 from examples.aneurysm.data import open_centre
 from examples.aneurysm.settings import TrainingSettings, schedule_factor
-from examples.aneurysm.training import fit, load_network, make_training, split_held_in
+from examples.aneurysm.training import fit, load_network, make_training
 from examples.common.checkpoint import CheckpointError, load, save_atomically
+from examples.common.datasets import split_held_out
 from examples.common.scores import CaseScores
 from examples.common.training import TrainingError
 
@@ -126,7 +127,7 @@ def test_cases_that_validate_are_not_trained_on(centres, tmp_path):
     fitted = make_training(centres, "centre_d", SIZE, TINY, tmp_path, CPU, "synthetic")
     dataset = fitted.training.batches(0).dataset
     for subset, samples in zip(dataset.centres, centres.values(), strict=True):
-        trained, held_in = split_held_in(len(samples), TINY.seed)
+        trained, held_in = split_held_out(len(samples), TINY.seed)
         assert list(subset.indices) == trained
         assert sorted(trained + held_in) == [0, 1, 2]
         assert len(held_in) == 1
@@ -134,7 +135,7 @@ def test_cases_that_validate_are_not_trained_on(centres, tmp_path):
 
 def test_a_lone_volume_cannot_be_split():
     with pytest.raises(ValueError, match="1 volume"):
-        split_held_in(1, 0)
+        split_held_out(1, 0, "volume")
 
 
 @pytest.mark.parametrize(

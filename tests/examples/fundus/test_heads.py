@@ -9,7 +9,7 @@ from helpers import complaint_of
 from torch.nn import functional
 
 from examples.common.checkpoint import CheckpointError, load
-from examples.common.datasets import Sample
+from examples.common.datasets import Sample, split_held_out
 from examples.fundus import commands, comparison, heads
 from examples.fundus.__main__ import main
 from examples.fundus.augmentation import AugmentedDataset
@@ -25,7 +25,6 @@ from examples.fundus.heads import (
 )
 from examples.fundus.network import HEADS, ResUNet34
 from examples.fundus.source_model import Architecture, load_source_model, save_source_model
-from examples.fundus.training import split_held_out
 
 CPU = torch.device("cpu")
 TINY = Architecture(width=2, size=128, source="centre_a")

@@ -8,7 +8,7 @@ from torch.utils.data import Dataset
 
 from examples.common import training
 from examples.common.checkpoint import CheckpointError, load, save_atomically
-from examples.common.datasets import Sample, fingerprint
+from examples.common.datasets import Sample, fingerprint, split_held_out
 from examples.common.training import TrainingError, polynomial_learning_rate
 from examples.fundus.augmentation import AugmentedDataset
 from examples.fundus.network import ResUNet34
@@ -22,7 +22,6 @@ from examples.fundus.training import (
     TrainingSettings,
     evaluate,
     select,
-    split_held_out,
     train_source,
 )
 
