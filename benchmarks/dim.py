@@ -13,6 +13,7 @@ from typing import Any, Literal
 from benchmarks.alignment.intervals import Interval, mean_interval, paired_interval
 from benchmarks.machine import describe_machine
 from benchmarks.made_by import command_line, write_results
+from benchmarks.tables import plus_minus
 from examples.common.command_line import interruptible
 from examples.common.metrics import mean
 from examples.common.results import Result
@@ -169,4 +170,4 @@ def report(record: Mapping[str, Any]) -> str:
 
 
 def _pair(interval: Interval, sign: str = "") -> str:
-    return f"{interval.mean:{sign}.2f} ± {interval.high - interval.mean:.2f}"
+    return plus_minus(interval.mean, interval.high - interval.mean, sign)

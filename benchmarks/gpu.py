@@ -30,9 +30,9 @@ from benchmarks.speed.grata import grata
 from benchmarks.speed.methods import ENGINES, gradkit_name, pcgrad, sam, surgery, weighting
 from benchmarks.speed.overhead import measure_overhead
 from benchmarks.speed.problem import Problem, resunet, transformer, wide_mlp
-from benchmarks.speed.tables import interval, section, table
 from benchmarks.speed.timing import Clock, Rounds, bandwidth, summarise, time_in_turn
 from benchmarks.speed.tta import ABOUT, GOALS_ON_CUDA, measure_tta, tta_table
+from benchmarks.tables import interval, section, table
 
 MEMORY = "peak memory above plain training, P numbers"
 SEED = 0

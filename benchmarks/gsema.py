@@ -27,6 +27,7 @@ from benchmarks.alignment.intervals import Interval, mean_interval, paired_inter
 from benchmarks.alignment.jobs import run_jobs
 from benchmarks.machine import describe_machine
 from benchmarks.made_by import command_line, write_results
+from benchmarks.tables import plus_minus
 from examples.common.usage import check_writable, refuse_to_replace, require
 
 BATCH = 32
@@ -300,4 +301,4 @@ def report(record: Mapping[str, Any]) -> str:
 
 
 def _pair(interval: Interval, sign: str = "") -> str:
-    return f"{interval.mean:{sign}.2f} ± {interval.high - interval.mean:.2f}"
+    return plus_minus(interval.mean, interval.high - interval.mean, sign)

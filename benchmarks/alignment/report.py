@@ -4,9 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.alignment.strategies import REFERENCE
-
-Row = Mapping[str, Any]
-Column = tuple[str, Callable[[Row], str]]
+from benchmarks.tables import Column, Row, plus_minus, table_of
 
 _TIMES = (
     "Milliseconds are medians of a whole step, the closure included, in processor time of one "
@@ -37,7 +35,7 @@ def _toy(record: Mapping[str, Any]) -> list[str]:
         ("mean final L1 + L2", lambda row: f"{row['sum']:.2f}"),
         ("ms a step", _milliseconds),
     ]
-    return [_table(record["rows"], columns), _TIMES]
+    return [_by_strategy(record["rows"], columns), _TIMES]
 
 
 def _fronts(record: Mapping[str, Any]) -> list[str]:
@@ -50,7 +48,7 @@ def _fronts(record: Mapping[str, Any]) -> list[str]:
     sections = []
     for key in dict.fromkeys(row["problem"] for row in record["rows"]):
         rows = [row for row in record["rows"] if row["problem"] == key]
-        sections += [f"## {record['titles'][key]}", _table(rows, columns)]
+        sections += [f"## {record['titles'][key]}", _by_strategy(rows, columns)]
     return [*sections, _TIMES]
 
 
@@ -76,9 +74,9 @@ def _trainings(record: Mapping[str, Any]) -> list[str]:
     good = [line for line in record["summary"] if not line["error"]]
     count = record["summary"][0]["n"]
     return [
-        _table(good, values),
+        _by_strategy(good, values),
         f"## Minus {REFERENCE}",
-        _table([line for line in good if line["strategy"] != REFERENCE], differences),
+        _by_strategy([line for line in good if line["strategy"] != REFERENCE], differences),
         f"Means over {count} trainings ± half of Student's 95% interval; the differences to "
         f"{REFERENCE} are taken in pairs in which all else is the same. {_MANY}",
         "Conflicts are the share of pairs of objectives, over all steps, whose gradients, as the "
@@ -103,21 +101,14 @@ def _milliseconds(row: Row) -> str:
     return f"{row['milliseconds']:.2f}"
 
 
+def _by_strategy(rows: Iterable[Row], columns: Sequence[Column]) -> str:
+    return table_of(rows, columns, "strategy", "strategy")
+
+
 def _interval(value: Mapping[str, float] | None, sign: str = "") -> str:
     if value is None:
         return "-"
-    return f"{value['mean']:{sign}.2f} ± {(value['high'] - value['low']) / 2:.2f}"
-
-
-def _table(rows: Iterable[Row], columns: Sequence[Column]) -> str:
-    lines = [
-        "| " + " | ".join([row["strategy"], *(show(row) for _, show in columns)]) + " |"
-        for row in rows
-    ]
-    if not lines:
-        return ""
-    head = "| " + " | ".join(["strategy", *(title for title, _ in columns)]) + " |"
-    return "\n".join([head, "|---|" + "--:|" * len(columns), *lines])
+    return plus_minus(value["mean"], (value["high"] - value["low"]) / 2, sign)
 
 
 def _failures(record: Mapping[str, Any]) -> str:

@@ -1,13 +1,11 @@
 """The comparison as Markdown."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.sharpness import digits
 from benchmarks.sharpness.methods import METHODS, REFERENCE
-
-Row = Mapping[str, Any]
-Column = tuple[str, Callable[[Row], str]]
+from benchmarks.tables import Column, Row, plus_minus, table_of
 
 
 def report(record: Mapping[str, Any]) -> str:
@@ -48,12 +46,12 @@ def _digits(record: Mapping[str, Any]) -> list[str]:
     )
     return [
         about,
-        _table(
+        _by_method(
             default,
             [("radius", _radius), ("accuracy, %", _accuracy), (f"minus {REFERENCE}", _difference)],
         ),
         "With the chosen radius:",
-        _table(
+        _by_method(
             chosen,
             [
                 ("radius", _radius),
@@ -68,7 +66,7 @@ def _digits(record: Mapping[str, Any]) -> list[str]:
         f"among {len(digits.FACTORS)} by {record['settings']['tuning_seeds']} seeds on "
         "validation digits.",
         "### Flatness and cost",
-        _table(
+        _by_method(
             chosen,
             [
                 ("training labels learnt, %", lambda row: f"{row['fit']:.1f}"),
@@ -85,7 +83,7 @@ def _digits(record: Mapping[str, Any]) -> list[str]:
         f"it. Times are those of {digits.TIMED} steps, which all methods take in turn, in "
         "processor time of one thread; the network is so small that bookkeeping is most of it.",
         "### Plain SGD for longer" if longer else "",
-        _table(
+        _by_method(
             longer,
             [
                 ("steps", lambda row: f"{row['steps']}"),
@@ -103,7 +101,7 @@ def _landscape(record: Mapping[str, Any]) -> list[str]:
         return []
     return [
         "## Two wells",
-        _table(
+        _by_method(
             rows,
             [
                 ("ends in the flat well", lambda row: f"{row['flat']} of {row['starts']}"),
@@ -141,19 +139,12 @@ def _verdict(value: Mapping[str, float] | None) -> str:
     return f"no difference ({shown})" if value["low"] <= 0 <= value["high"] else f"**{shown}**"
 
 
+def _by_method(rows: Sequence[Row], columns: Sequence[Column]) -> str:
+    return table_of(rows, columns, "method", "method")
+
+
 def _interval(value: Mapping[str, float], sign: str = "") -> str:
-    return f"{value['mean']:{sign}.2f} ± {(value['high'] - value['low']) / 2:.2f}"
-
-
-def _table(rows: Sequence[Row], columns: Sequence[Column]) -> str:
-    lines = [
-        "| " + " | ".join([row["method"], *(show(row) for _, show in columns)]) + " |"
-        for row in rows
-    ]
-    if not lines:
-        return ""
-    head = "| " + " | ".join(["method", *(title for title, _ in columns)]) + " |"
-    return "\n".join([head, "|---|" + "--:|" * len(columns), *lines])
+    return plus_minus(value["mean"], (value["high"] - value["low"]) / 2, sign)
 
 
 def _failures(record: Mapping[str, Any]) -> str:

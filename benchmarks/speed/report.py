@@ -13,10 +13,10 @@ from benchmarks.speed.rules import rules_table
 from benchmarks.speed.sharpness import sharpness_table
 from benchmarks.speed.slope import slope_table
 from benchmarks.speed.stream import stream_table
-from benchmarks.speed.tables import Row, interval, section, table
 from benchmarks.speed.timing import RATIO
 from benchmarks.speed.tta import tta_table
 from benchmarks.speed.weights import weights_tables
+from benchmarks.tables import Row, interval, section, table
 
 
 def report(record: Mapping[str, Any]) -> str:

@@ -12,8 +12,8 @@ from benchmarks.speed.comparison import FLOOR, Comparison, Traffic
 from benchmarks.speed.methods import gradkit_name, surgery
 from benchmarks.speed.passes import backward_passes
 from benchmarks.speed.problem import Problem
-from benchmarks.speed.tables import Row, interval, table
 from benchmarks.speed.timing import Clock, Rounds, summarise, time_in_turn
+from benchmarks.tables import Row, interval, table
 from gradkit import surgery as package
 from gradkit.surgery import ElementwiseRule, GramRule, PCGrad, Rule
 

@@ -18,8 +18,8 @@ from benchmarks.speed.comparison import FLOOR, Comparison, MakeStep, Step, Traff
 from benchmarks.speed.methods import gradkit_name
 from benchmarks.speed.peers import PYTORCH_OPTIMIZER
 from benchmarks.speed.problem import Problem
-from benchmarks.speed.tables import Row, interval, table
 from benchmarks.speed.timing import Clock, Rounds, summarise, time_in_turn
+from benchmarks.tables import Row, interval, table
 
 TO_PASSES = "a sharpness-aware step / plain passes"
 VARIANT = gradkit_name("inplace")

@@ -8,8 +8,8 @@ import torch
 from matplotlib.figure import Figure
 
 from benchmarks.speed.methods import ENGINES, gradkit_name
-from benchmarks.speed.tables import Row, interval, table
 from benchmarks.speed.timing import RATIO
+from benchmarks.tables import Row, interval, table
 
 ABOUT = (
     "The ratio to the floor at each K, and lines fitted to it and to the milliseconds above the "

@@ -13,8 +13,8 @@ from benchmarks.speed.methods import surgery
 from benchmarks.speed.passes import backward_passes, summed_losses
 from benchmarks.speed.peers import TORCHJD
 from benchmarks.speed.problem import CLASSIFIER, Problem
-from benchmarks.speed.tables import Row, interval, table
 from benchmarks.speed.timing import Clock, Rounds, summarise, time_in_turn
+from benchmarks.tables import Row, interval, table
 
 TO_PASSES = "many objectives: a step / 1 forward and K backward passes"
 TO_PLAIN = "many objectives: a step / plain training"

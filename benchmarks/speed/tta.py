@@ -8,8 +8,8 @@ from torch import Tensor
 
 from benchmarks.speed.comparison import FLOOR, Comparison, MakeStep, Step, Traffic
 from benchmarks.speed.problem import Problem
-from benchmarks.speed.tables import Row, interval, table
 from benchmarks.speed.timing import Clock, Rounds, summarise, time_in_turn
+from benchmarks.tables import Row, interval, table
 from gradkit import tta
 
 TO_ONE_BY_ONE = "ratio to one by one"

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from benchmarks.speed.comparison import Step
 from benchmarks.speed.peers import TORCHJD
 from benchmarks.speed.rules import takes
-from benchmarks.speed.tables import Row, table
 from benchmarks.speed.timing import Clock, median_interval
+from benchmarks.tables import Row, table
 from gradkit.surgery import GramRule, Rule
 
 WEIGHTS = "µs for a rule's weights"

@@ -4,12 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import mean
 from typing import Any
 
+from benchmarks.tables import Column, table_of
 from benchmarks.tta.published import DOMAINS, PAIRS, figures_of
 from benchmarks.tta.variants import PREDICTIONS
 from examples.fundus.objectives import OBJECTIVES
 
 Line = Mapping[str, Any]
-Column = tuple[str, Callable[[Line], str]]
 
 HEADINGS = {
     "1": "Table 1: methods and controls",
@@ -296,12 +296,7 @@ def _matrix(names: Sequence[str], cell: Callable[[str, str], str]) -> str:
 
 def table(lines: Sequence[Line], columns: Sequence[Column]) -> str:
     """A row for each line: its title, and what each column shows of it."""
-    rows = [
-        "| " + " | ".join([line["title"], *(show(line) for _, show in columns)]) + " |"
-        for line in lines
-    ]
-    head = "| " + " | ".join(["method", *(title for title, _ in columns)]) + " |"
-    return "\n".join([head, "|---|" + "--:|" * len(columns), *rows])
+    return table_of(lines, columns, "title", "method")
 
 
 def _failed(record: Mapping[str, Any]) -> str:

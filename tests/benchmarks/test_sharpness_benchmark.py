@@ -20,8 +20,8 @@ from benchmarks.speed import sharpness as speed
 from benchmarks.speed.comparison import FLOOR
 from benchmarks.speed.goals import GOALS
 from benchmarks.speed.problem import resunet
-from benchmarks.speed.tables import Row
 from benchmarks.speed.timing import Clock, Rounds
+from benchmarks.tables import Row
 from examples.common.command_line import parse
 
 CPU = torch.device("cpu")

@@ -1,9 +1,11 @@
 """Markdown tables, and numbers with their intervals."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 Row = Mapping[str, Any]
+Column = tuple[str, Callable[[Row], str]]
+"""A title, and what it shows of a row."""
 
 
 def table(head: Sequence[str], numeric: int, lines: Iterable[Sequence[str]]) -> str:
@@ -20,6 +22,36 @@ def table(head: Sequence[str], numeric: int, lines: Iterable[Sequence[str]]) -> 
     if not listed:
         return ""
     return "\n".join(["| " + " | ".join(head) + " |", "|" + "|".join(rule) + "|", *listed])
+
+
+def table_of(rows: Iterable[Row], columns: Sequence[Column], label: str, title: str) -> str:
+    """A Markdown table with a line for each row: its label, and what each column shows of it.
+
+    Args:
+        rows: at least the columns' values and the label.
+        columns: all numeric.
+        label: the label's name in a row.
+        title: of the labels' column.
+
+    Example:
+        >>> print(table_of([{"name": "SAM", "n": 2}], [("passes", lambda row: str(row["n"]))],
+        ...     "name", "method"))
+        | method | passes |
+        |---|--:|
+        | SAM | 2 |
+    """
+    lines = [[row[label], *(show(row) for _, show in columns)] for row in rows]
+    return table([title, *(name for name, _ in columns)], len(columns), lines)
+
+
+def plus_minus(mean: float, half: float, sign: str = "") -> str:
+    """A mean and half of its interval.
+
+    Example:
+        >>> plus_minus(1.25, 0.5, "+")
+        '+1.25 ± 0.50'
+    """
+    return f"{mean:{sign}.2f} ± {half:.2f}"
 
 
 def interval(row: Row, digits: int = 2) -> str:
