@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +33,25 @@ class Shared(NamedTuple):
     tensors: tuple[int, ...]
     spans: tuple[tuple[int, int], ...]
     others: tuple[tuple[int, int], ...]
+
+
+class Measurement(NamedTuple):
+    """What one evaluation has found, without the gradients themselves.
+
+    Attributes:
+        names: The objectives.
+        losses: Their losses [K].
+        gram: The Gram matrix [K, K] of their gradients.
+    """
+
+    names: tuple[str, ...]
+    losses: Float[Tensor, " K"]
+    gram: Float[Tensor, "K K"]
+
+    def as_gradients(self) -> Gradients:
+        """Gradients without columns, whose inner products are these."""
+        empty = self.losses.new_empty(len(self.names), 0)
+        return Gradients(self.names, self.losses, Dense(empty, gram=self.gram))
 
 
 @dataclass(frozen=True, eq=False, init=False, repr=False)
@@ -257,10 +277,9 @@ class Gradients:
         """A copy with the parameters' names."""
         return self.replace(parameter_names=tuple(names))
 
-    def without_rows(self) -> Gradients:
-        """A copy that keeps the rows' Gram matrix and frees the rows."""
-        empty = torch.empty(len(self.names), 0, dtype=self.dtype, device=self.storage.device)
-        return self.replace(rows=Dense(empty, self.layout, self.gram()))
+    def measured(self) -> Measurement:
+        """What is checked for values that are not finite; it keeps no rows."""
+        return Measurement(self.names, self.losses, self.gram())
 
     @property
     def rows(self) -> Float[Tensor, "K P"]:
@@ -272,7 +291,7 @@ class Gradients:
         """Where each parameter lies in the flat vector; None for a bare matrix."""
         return self.storage.layout
 
-    @property
+    @cached_property
     def weights(self) -> Float[Tensor, " K"]:
         """The objectives' weights; all 1 at first."""
         if self._weights is not None:
@@ -281,7 +300,7 @@ class Gradients:
         ones = torch.ones(len(self.names), dtype=accumulator(device), device=device)
         return _zeroed(ones, [k for k, name in enumerate(self.names) if name in self.observers])
 
-    @property
+    @cached_property
     def lr_scale(self) -> Float[Tensor, ""]:
         """The factor of the learning rate."""
         if self._lr_scale is not None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -25,8 +24,10 @@ class Interrupts:
 
     def begin(self) -> None:
         """Start to delay signals."""
+        if threading.current_thread() is not threading.main_thread():
+            return
         handler = signal.getsignal(signal.SIGINT)
-        if threading.current_thread() is threading.main_thread() and callable(handler):
+        if callable(handler):
             self._handler = handler
             signal.signal(signal.SIGINT, self._receive)
 
@@ -36,15 +37,20 @@ class Interrupts:
             signal.signal(signal.SIGINT, self._handler)
             self._act()
 
-    @contextmanager
-    def allowed(self) -> Iterator[None]:
+    def allowed(self) -> Interrupts:
         """A block in which a signal acts at once."""
+        return self
+
+    def __enter__(self) -> None:
         self._open = True
         try:
             self._act()
-            yield
-        finally:
+        except BaseException:
             self._open = False
+            raise
+
+    def __exit__(self, *error: object) -> None:
+        self._open = False
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._held.append((number, frame))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -25,15 +26,29 @@ def take_grads(leaves: Sequence[Tensor]) -> list[Tensor | None]:
     return grads
 
 
-@contextmanager
-def explaining_donated_buffers() -> Iterator[None]:
-    """A context that explains the error for compiled graphs that can be differentiated only once.
+def backward(
+    loss: Tensor,
+    inputs: Sequence[Tensor],
+    *,
+    retain_graph: bool,
+    leaves: Sequence[Tensor] = (),
+    receivers: Receivers = MappingProxyType({}),
+) -> None:
+    """`torch.autograd.backward`, whose gradients are passed to receivers as they are computed.
+
+    Args:
+        loss: A scalar with its graph.
+        inputs: The tensors whose `.grad` is filled.
+        retain_graph: Whether the graph is kept.
+        leaves: The leaves, by the positions of which the receivers are known.
+        receivers: The functions that consume the gradients of some leaves.
 
     Raises:
         RuntimeError: If a compiled graph is differentiated again after its memory was reused.
     """
     try:
-        yield
+        with handing_on(loss, leaves, receivers) if receivers else nullcontext():
+            torch.autograd.backward(loss, inputs=inputs, retain_graph=retain_graph)
     except RuntimeError as error:
         if "donated buffer" not in str(error):
             raise
@@ -57,7 +72,7 @@ def handing_on(loss: Tensor, leaves: Sequence[Tensor], receivers: Receivers) -> 
         leaves: The leaves.
         receivers: The functions that consume the gradients of some leaves.
     """
-    if not receivers or _current_pass is None:
+    if _current_pass is None:
         yield
         return
     current, outermost = _current_pass, [-1]

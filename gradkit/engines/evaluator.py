@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Container, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import chain
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.utils import parametrize
 
 from gradkit.core.context import Context
 from gradkit.core.displacement import Displacement, Point
-from gradkit.core.gradients import Gradients
+from gradkit.core.gradients import Gradients, Measurement
 from gradkit.core.interrupts import Interrupts
 from gradkit.core.random import RandomState
 from gradkit.core.ranks import Ranks
@@ -57,6 +59,7 @@ class Evaluator:
         unfrozen: By objective, the gradients of parameters that a closure has unfrozen in this
             step.
         first_losses: Each objective's loss at its first evaluation.
+        unmeasured: Those of objectives that were not differentiated there.
         without_loss: The objectives whose closure called backward and returned no loss.
         measured: The losses and inner products of every evaluation.
         is_local: Whether gradients are this rank's own at present; see `locally`.
@@ -95,7 +98,7 @@ class Evaluator:
         self._accumulation = AccumulationCheck(context.layout, accumulated)
         self._beside = beside
         self._had_gradient = {parameter for parameter in beside if parameter.grad is not None}
-        self._check = GraphCheck((), 0)
+        self._check = GraphCheck()
         self.found_gradient = False
         self._is_displaced = False
         self.is_local = False
@@ -105,8 +108,9 @@ class Evaluator:
         self._evaluated: set[str | None] = set()
         self.unfrozen: dict[str, dict[Tensor, Tensor]] = {}
         self.first_losses: dict[str, Tensor] = {}
+        self.unmeasured: dict[str, Tensor] = {}
         self.without_loss = context.without_loss
-        self.measured: list[Gradients] = []
+        self.measured: list[Measurement] = []
 
     # A method, not `__call__`: calling an instance keeps the arguments alive until it returns.
     def evaluate(
@@ -173,7 +177,7 @@ class Evaluator:
             self.measured.append(
                 _measured_together(gradients, known)
                 if isinstance(known, Summed)
-                else gradients.without_rows()
+                else gradients.measured()
             )
 
     def _weigh(self, gradients: Gradients) -> Gradients:
@@ -201,8 +205,11 @@ class Evaluator:
             self._context.ascended,
             averages=self._ranks.averages and not self.is_local,
         )
-        for name in rows.measured:
-            self.first_losses.setdefault(name, rows.loss(name))
+        for name, loss, has_row in rows.losses:
+            if name not in self.first_losses:
+                self.first_losses[name] = loss
+                if not has_row:
+                    self.unmeasured[name] = loss
         self.without_loss |= rows.without_loss()
         self.unfrozen.update(rows.unfrozen)
         if self._context.ascends_everywhere:
@@ -345,8 +352,8 @@ class Evaluator:
     def _running(self, key: str | None, leaves: Sequence[Tensor]) -> Iterator[None]:
         """A context for a closure and its gradients; `key` is its objective, None if joint."""
         first, known = key not in self._evaluated, self._outside.get(key)
-        self._check = check = GraphCheck.starting(
-            (*leaves, *self._context.layout.parameters), known, suspicious=first
+        self._check = check = GraphCheck(
+            chain(leaves, self._context.layout.parameters) if first else None, known
         )
         _forget_parametrizations()
         try:
@@ -393,18 +400,20 @@ class Evaluator:
             loss = samples.scalar(name, as_plain(loss))
         return checked_loss(loss, name)
 
-    @contextmanager
-    def _drawing(self, key: str | None) -> Iterator[None]:
+    def _drawing(self, key: str | None) -> AbstractContextManager[None]:
         """A context that replays the draws of a first evaluation if that was asked for."""
         if self._draws is None:
-            yield
-            return
+            return nullcontext()
         now = RandomState.capture(self._context.layout.device)
         if key not in self._draws:
             self._draws[key] = now
-            yield
-            return
-        self._draws[key].restore()
+            return nullcontext()
+        return self._replaying(self._draws[key], now)
+
+    @staticmethod
+    @contextmanager
+    def _replaying(draws: RandomState, now: RandomState) -> Iterator[None]:
+        draws.restore()
         try:
             yield
         finally:
@@ -540,23 +549,24 @@ class Evaluator:
             raise RuntimeError(computed_outside(name))
 
 
-def _measured_together(gradients: Gradients, known: Summed) -> Gradients:
+def _measured_together(gradients: Gradients, known: Summed) -> Measurement:
     """The objectives' losses, and the norm of the gradient of their weighted sum."""
     names, losses = gradients.names, gradients.losses
     total = known.total or Dense(gradients.direction()[None], known.layout)
     square = total.gram("global", signs=False)[0, :1]
     squares = torch.cat([square.new_zeros(len(names)), square])
-    empty = losses.new_empty(len(names) + 1, 0)
-    return Gradients(
+    return Measurement(
         (*names, f"weighted sum of {', '.join(names)}"),
         torch.cat([losses, losses.new_zeros(1)]),
-        Dense(empty, gram=squares.diag()),
+        squares.diag(),
     )
 
 
 def _forget_parametrizations() -> None:
     # Inside `torch.nn.utils.parametrize.cached()` the weights of another point would be reused.
-    getattr(torch.nn.utils.parametrize, "_cache", {}).clear()
+    cache = getattr(parametrize, "_cache", None)
+    if cache:
+        cache.clear()
 
 
 def _check_known(only: Container[str] | None, names: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gradkit.core.displacement import Displacement
 from gradkit.core.flat import Layout, Pool
 from gradkit.core.ranks import is_expanded
-from gradkit.engines.backward import Receivers, explaining_donated_buffers, handing_on, take_grads
+from gradkit.engines.backward import Receivers, backward, take_grads
 from gradkit.engines.choice import ParameterPlaces
 from gradkit.engines.objectives import NoGradientError
 
@@ -173,8 +173,8 @@ class FunctionalSession:
     ) -> list[Tensor | None]:
         # The live parameters are inputs, too: a graph that reaches one of them bypasses the leaves.
         live = self._layout.parameters
-        with explaining_donated_buffers(), handing_on(loss, leaves, receivers):
-            torch.autograd.backward(loss, inputs=[*leaves, *live], retain_graph=retain_graph)
+        inputs = [*leaves, *live]
+        backward(loss, inputs, retain_graph=retain_graph, leaves=leaves, receivers=receivers)
         self._refuse_live([parameter.grad for parameter in live])
         return take_grads(leaves)
 

@@ -6,7 +6,7 @@ It computes gradients by `backward`, so parameter hooks run and compiled modules
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,8 +18,7 @@ from gradkit.core.flat import Layout, Pool, copy_all, is_only_held_by, memory_us
 from gradkit.core.ranks import is_expanded
 from gradkit.engines.backward import (
     Receivers,
-    explaining_donated_buffers,
-    handing_on,
+    backward,
     may_hand_on,
     take_grads,
 )
@@ -167,11 +166,11 @@ class InplaceSession:
         for module in self._sharded_modules:
             module.reshard()
 
+    def running(self, *, keep_buffers: bool) -> AbstractContextManager[None]:
+        return nullcontext() if keep_buffers else self._discarding_buffers()
+
     @contextmanager
-    def running(self, *, keep_buffers: bool) -> Iterator[None]:
-        if keep_buffers:
-            yield
-            return
+    def _discarding_buffers(self) -> Iterator[None]:
         self._discarded = _BufferValues(self._modules)
         try:
             yield
@@ -193,8 +192,7 @@ class InplaceSession:
             inputs = [leaf for leaf in leaves if leaf.requires_grad]
             if receivers and not may_hand_on(self._modules, leaves):
                 receivers = {}
-            with explaining_donated_buffers(), handing_on(loss, leaves, receivers):
-                torch.autograd.backward(loss, inputs=inputs, retain_graph=retain_graph)
+            backward(loss, inputs, retain_graph=retain_graph, leaves=leaves, receivers=receivers)
             return take_grads(leaves)
         # The graph holds the gathered weights, and hooks reduce their gradients to the shards.
         grads = [other.grad for other in self._others]

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Container, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import AbstractContextManager, closing, nullcontext
 from typing import Any
 
 import torch
@@ -61,16 +60,12 @@ def check_objectives(objectives: object) -> None:
         )
 
 
-@contextmanager
-def micro_batches(returned: object) -> Iterator[Iterator[Any]]:
-    """The micro-batches of a closure: what it returned, or what its generator yields."""
-    if isinstance(returned, Generator):
-        try:
-            yield returned
-        finally:
-            returned.close()
-    else:
-        yield iter((returned,))
+def micro_batches(returned: object) -> AbstractContextManager[Iterable[Any]]:
+    """A context with the micro-batches of a closure.
+
+    They are what it returned, or what its generator yields, which is closed at the end.
+    """
+    return closing(returned) if isinstance(returned, Generator) else nullcontext((returned,))
 
 
 def checked_loss(loss: object, name: str) -> Tensor | None:
@@ -107,7 +102,7 @@ def checked_loss(loss: object, name: str) -> Tensor | None:
             f"objective {name!r} returned a loss on the meta device, which holds no number; "
             "compute it on the device of the parameters"
         )
-    return loss.reshape(())
+    return loss.reshape(()) if loss.dim() else loss
 
 
 # Not part of torch's public interface.
@@ -129,39 +124,29 @@ def _sequence_number() -> int:
     return number
 
 
-@dataclass
 class GraphCheck:
-    """A search of the graphs of one evaluation's losses, which visits each node once.
+    """A search of the graphs that a closure makes from now on, which visits each node once.
+
+    Args:
+        leaves: The tensors to differentiate with respect to; None to look for `known` only.
+        known: The node `outside` that an earlier evaluation has found.
 
     Attributes:
-        leaves: The ids of the tensors to differentiate with respect to.
-        begin: A sequence number above those of all autograd nodes made before the closure ran.
         outside: A node from before the closure ran through which a loss depends on a leaf; None if
             none was found. Such a loss would be the same at other weights.
-        known: Such a node found in an earlier evaluation.
     """
 
-    leaves: Container[int]
-    begin: int
-    outside: Any = None
-    known: Any = None
-    _seen: set[object] = field(default_factory=set, repr=False)
+    def __init__(self, leaves: Iterable[Tensor] | None = None, known: Any = None) -> None:
+        self.outside: Any = None
+        self._known = known
+        self._leaves = leaves
+        # Above those of all autograd nodes so far.
+        self._begin = 0 if leaves is None else _sequence_number()
+        self._seen: set[object] = set()
 
-    @classmethod
-    def starting(
-        cls, leaves: Sequence[Tensor], known: Any = None, *, suspicious: bool = True
-    ) -> GraphCheck:
-        """A check for the graphs that a closure makes from now on.
-
-        Args:
-            leaves: The tensors to differentiate with respect to.
-            known: The node `outside` that an earlier evaluation has found.
-            suspicious: Whether to look for such nodes by their sequence numbers, or for `known`
-                only.
-        """
-        if not suspicious:
-            return cls((), 0, known=known)
-        return cls(set(map(id, leaves)), _sequence_number(), known=known)
+    @functools.cached_property
+    def _ids(self) -> set[int]:
+        return set(map(id, self._leaves or ()))
 
     def forget(self) -> None:
         """Drop the references to the nodes that have been visited."""
@@ -193,11 +178,11 @@ class GraphCheck:
                     f"objective {name!r} uses torch.utils.checkpoint with use_reentrant=True, "
                     "which hides parameters from the gradient; pass use_reentrant=False"
                 )
-            if node is self.known:
+            if node is self._known:
                 self.outside = node
-            old = self.outside is None and node._sequence_nr() < self.begin
+            old = self.outside is None and node._sequence_nr() < self._begin
             for following, _ in node.next_functions:
-                if old and id(getattr(following, "variable", None)) in self.leaves:
+                if old and id(getattr(following, "variable", None)) in self._ids:
                     self.outside = node
                 if following not in seen:
                     seen.add(following)
@@ -230,13 +215,13 @@ def as_plain(tensor: Tensor) -> Tensor:
         return tensor.as_subclass(Tensor)
 
 
-def checked_grad(grad: Tensor | None, name: str, parameter: Tensor) -> Tensor | None:
+def checked_grad(grad: Tensor, name: str, parameter: Tensor) -> Tensor:
     """The gradient, which must be dense.
 
     Raises:
         ValueError: If it is sparse.
     """
-    if grad is not None and grad.layout != torch.strided:
+    if grad.layout != torch.strided:
         raise ValueError(
             f"objective {name!r} has a sparse gradient for a parameter of shape "
             f"{tuple(parameter.shape)}; make the embedding with sparse=False"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -56,8 +56,8 @@ class Rows:
         """Add a micro-batch's loss; None if the closure returned none."""
         if loss is not None:
             before = self._losses.get(name)
-            loss = loss.detach().to(self._layout.device)
-            loss = loss.to(torch.promote_types(loss.dtype, torch.float32))
+            dtype = torch.promote_types(loss.dtype, torch.float32)
+            loss = loss.detach().to(self._layout.device, dtype)
             self._losses[name] = loss if before is None else before + loss
 
     def loss(self, name: str) -> Tensor:
@@ -74,9 +74,9 @@ class Rows:
         return self._layout.device
 
     @property
-    def measured(self) -> tuple[str, ...]:
-        """The objectives whose losses are accumulated."""
-        return tuple(self._losses)
+    def losses(self) -> Iterator[tuple[str, Tensor, bool]]:
+        """Each objective, its summed loss, and whether it has a row."""
+        return ((name, self.loss(name), name in self._reached) for name in self._losses)
 
     def without_loss(self) -> set[str]:
         """The objectives whose closure called backward and returned None."""
@@ -93,7 +93,7 @@ class Rows:
         layout = self._layout
         reached = self._reached[name]
         alone = len(self._names) == 1 and not any(reached)
-        if alone or layout.device.type != "cpu":
+        if alone or not layout.large or layout.device.type != "cpu":
             return {}
         views = self._flat()[1][self._names.index(name)]
 
@@ -122,25 +122,25 @@ class Rows:
         if name not in self._reached:
             return
         reached = self._reached[name]
-        nothing = all(grad is None for grad in grads) and not any(reached)
-        if nothing and not self.unfrozen.get(name):
+        first = not any(reached)
+        there = [t for t, grad in enumerate(grads) if grad is not None]
+        if not all(grad is None or _is_plain(grad) for grad in grads):
+            grads = [
+                None if grad is None else local(as_plain(checked_grad(grad, name, parameter)))
+                for grad, parameter in zip(grads, self._layout.parameters, strict=True)
+            ]
+        if not there and first and not self.unfrozen.get(name):
             raise NoGradientError(no_gradient(name))
-        for index, parameter in enumerate(self._layout.parameters):
-            checked_grad(grads[index], name, parameter)
-        if any(grad is not None and type(grad) is not Tensor for grad in grads):
-            grads = [None if grad is None else as_plain(grad) for grad in grads]
-        if self._layout.shards is not None:
-            grads = [None if grad is None else local(grad) for grad in grads]
-        if len(self._names) == 1 and not any(reached) and self._are_their_own(grads):
+        if first and len(self._names) == 1 and self._are_their_own(grads):
             self._parts = grads
             self._reached[name] = [grad is not None for grad in grads]
             return
         views = self._flat()[1][self._names.index(name)]
-        new = [t for t, grad in enumerate(grads) if grad is not None and not reached[t]]
-        more = [t for t, grad in enumerate(grads) if grad is not None and reached[t]]
+        new = there if first else [t for t in there if not reached[t]]
         if new:
             torch._foreach_copy_([views[t] for t in new], _chosen(grads, new))
-        if more:
+        if len(new) < len(there):
+            more = [t for t in there if reached[t]]
             torch._foreach_add_([views[t] for t in more], _chosen(grads, more))
         for t in new:
             reached[t] = True
@@ -150,8 +150,8 @@ class Rows:
         """Add a micro-batch's gradients of parameters that have no place in the flat vector."""
         held = self.unfrozen.setdefault(name, {}) if grads else {}
         for parameter, grad in grads.items():
-            if checked_grad(grad, name, parameter) is not None and grad is not None:
-                grad = as_plain(grad)
+            if grad is not None:
+                grad = as_plain(checked_grad(grad, name, parameter))
                 held[parameter] = held[parameter] + grad if parameter in held else grad
 
     def negate_losses(self) -> None:
@@ -271,12 +271,16 @@ class Rows:
 
 def stacked(losses: Sequence[Tensor], device: torch.device) -> Float[Tensor, " K"]:
     """Losses as one vector, in the widest dtype among them."""
-    dtype = torch.float32
-    for loss in losses:
-        dtype = torch.promote_types(dtype, loss.dtype)
     if not losses:
-        return torch.zeros(0, dtype=dtype, device=device)
-    return torch.stack([loss.to(dtype) for loss in losses])
+        return torch.zeros(0, dtype=torch.float32, device=device)
+    dtype = torch.float32
+    for other in {loss.dtype for loss in losses}:
+        dtype = torch.promote_types(dtype, other)
+    return torch.stack([loss if loss.dtype == dtype else loss.to(dtype) for loss in losses])
+
+
+def _is_plain(grad: Tensor) -> bool:
+    return type(grad) is Tensor and grad.layout == torch.strided
 
 
 def _chosen(grads: Sequence[Tensor | None], indices: Sequence[int]) -> list[Tensor]:

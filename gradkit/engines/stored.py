@@ -25,6 +25,7 @@ class StoredGradients:
 
     Attributes:
         first_losses: The loss, by the objective's name.
+        unmeasured: None.
         without_loss: The objectives without a loss.
         measured: The loss and the squared norm of the gradient.
 
@@ -53,8 +54,9 @@ class StoredGradients:
         context.without_loss |= rows.without_loss()
         if context.ascends_everywhere:
             rows.negate_losses()
+        self.unmeasured: dict[str, Tensor] = {}
         self.without_loss = context.without_loss
-        self.measured = [self._gradients.without_rows()]
+        self.measured = [self._gradients.measured()]
 
     def evaluate(
         self,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from gradkit.core.gradients import Gradients
-from gradkit.core.gram import accumulator
+from gradkit.core.gradients import Gradients, Measurement
 
 Nonfinite = Literal["raise", "skip", "ignore"]
 NONFINITE: tuple[Nonfinite, ...] = ("raise", "skip", "ignore")
@@ -24,9 +24,10 @@ class NonFiniteError(FloatingPointError, RuntimeError):
 class Source(Protocol):
     """The part of a source of gradients that the check reads."""
 
-    measured: list[Gradients]
+    measured: list[Measurement]
     without_loss: set[str]
     first_losses: dict[str, Tensor]
+    unmeasured: dict[str, Tensor]
 
 
 class FiniteCheck(NamedTuple):
@@ -67,46 +68,53 @@ def check_finite(
     """
     scale = gradients.lr_scale if gradients.scales_lr else None
     # A learning rate on the host, even in a tensor, is scaled by a float.
-    own_weights = gradients.weights
-    device = own_weights.device
-    rates = [group.get("lr") for group in base.param_groups]
-    float_lr = scale is not None and any(
-        not isinstance(rate, Tensor) or rate.device != device for rate in rates
-    )
+    device = gradients.losses.device
+    rates = [group.get("lr") for group in base.param_groups] if scale is not None else []
+    float_lr = any(not isinstance(rate, Tensor) or rate.device != device for rate in rates)
     if nonfinite == "ignore":
         return FiniteCheck(None, float(scale) if scale is not None and float_lr else scale, None)
-    wide = accumulator(device)
-    parts = [own_weights]
+    count = len(gradients.names)
+    # A joint closure may have computed a loss that nobody differentiated.
+    others = [name for name in source.unmeasured if name not in source.without_loss]
+    gram = None if gradients.has_update else gradients.gram()
+    known = next((k for k, one in enumerate(source.measured) if one.gram is gram), None)
+    parts = [part for one in source.measured for part in (one.losses, one.gram.diagonal())]
+    parts += [source.unmeasured[name][None] for name in others]
+    if gram is None:
+        parts.append(gradients.direction_bound()[None])
+    elif known is None:
+        parts.append(gram.diagonal())
+    if not gradients.has_unit_weights:
+        parts.append(gradients.weights)
     if scale is not None:
         parts.append(scale[None])
-    if gradients.has_update:
-        parts.append(gradients.direction_bound()[None])
+    values = iter(torch.cat(parts).tolist())
+
+    def take(length: int) -> list[float]:
+        return [*islice(values, length)]
+
+    found = [(one, take(len(one.names)), take(len(one.names))) for one in source.measured]
+    other_losses = take(len(others))
+    if gram is None:
+        (bound,) = take(1)
     else:
-        parts.append(gradients.gram().diagonal())
-    for one in source.measured:
-        parts += [one.losses, one.gram().diagonal()]
-    # A joint closure may have computed a loss that nobody differentiated.
-    firsts = [name for name in source.first_losses if name not in source.without_loss]
-    parts += [source.first_losses[name][None] for name in firsts]
-    values = torch.cat([part.to(wide) for part in parts]).tolist()
-    values, first_losses = values[: len(values) - len(firsts)], values[len(values) - len(firsts) :]
-    count = len(gradients.names)
-    weights, rest = values[:count], values[count:]
-    factor = rest.pop(0) if scale is not None else None
-    if gradients.has_update:
-        bound = rest.pop(0)
+        squares = take(count) if known is None else found[known][2]
+    if gradients.has_unit_weights:
+        weights = [0.0 if name in gradients.observers else 1.0 for name in gradients.names]
     else:
-        squares, rest = rest[:count], rest[count:]
+        weights = take(count)
+    factor = None if scale is None else take(1)[0]
+    if gram is not None:
         bound = sum(
             abs(weight) * math.sqrt(max(square, 0.0)) if square == square else math.nan
             for weight, square in zip(weights, squares, strict=True)
             if weight != 0
         )
-    problem, by_itself = _first_problem(source, rest)
+    problem, by_itself = _first_problem(source, found)
     if problem is None:
         bad = [
             f"the loss of objective {name!r} is {loss}"
-            for name, loss in zip(firsts, first_losses, strict=True)
+            for name, loss in zip(others, other_losses, strict=True)
             if not math.isfinite(loss)
         ]
         problem = ", ".join(bad) or None
@@ -118,10 +126,15 @@ def check_finite(
         named = ", ".join(f"{name} {w:g}" for name, w in zip(gradients.names, weights, strict=True))
         problem = f"the transforms' result is not finite (weights: {named})"
     if problem is not None and not by_itself and not all(map(math.isfinite, weights)):
+        losses = {
+            name: float(loss)
+            for name, loss in source.first_losses.items()
+            if name not in source.without_loss
+        }
         weighed = [name for name, w in zip(gradients.names, weights, strict=True) if w != 0]
-        known = dict(zip(firsts, first_losses, strict=True))
-        found = {name: known[name] for name in weighed if name in known}
-        reason = explain(found) if all(map(math.isfinite, first_losses)) else None
+        reason = None
+        if all(map(math.isfinite, losses.values())):
+            reason = explain({name: losses[name] for name in weighed if name in losses})
         problem = problem if reason is None else f"{reason}, so that {problem}"
     if problem is not None and nonfinite == "raise":
         raise NonFiniteError(
@@ -131,17 +144,18 @@ def check_finite(
     return FiniteCheck(problem, factor if float_lr else scale, weights)
 
 
-def _first_problem(source: Source, values: Sequence[float]) -> tuple[str | None, bool]:
+def _first_problem(
+    source: Source, found: Sequence[tuple[Measurement, Sequence[float], Sequence[float]]]
+) -> tuple[str | None, bool]:
     """The first value that is not finite, in words, and whether no transform can have caused it.
 
     The text is None if everything is finite.
+
+    Args:
+        source: The evaluations that the step has made.
+        found: Each evaluation, with its losses and the squared norms of its gradients.
     """
-    position = 0
-    for number, one in enumerate(source.measured):
-        count = len(one.names)
-        losses = values[position : position + count]
-        squares = values[position + count : position + 2 * count]
-        position += 2 * count
+    for number, (one, losses, squares) in enumerate(found):
         where = "" if number == 0 else f" (evaluation {number + 1} of the step)"
         bad = [
             f"the loss of objective {name!r} is {loss}{where}"

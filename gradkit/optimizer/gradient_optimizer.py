@@ -404,17 +404,15 @@ class GradientOptimizer(Optimizer):
                 overflowed = check.problem is not None
                 scale.update(transaction.context.layout.device, overflowed=overflowed)
             self._applied += transaction.applied
-            self._record(transaction, gradients, source)
+            losses = stacked([*source.first_losses.values()], transaction.context.layout.device)
+            self._record(transaction, gradients, source, losses)
             alone = [each for each in self.transforms if each.needs_several]
             warning = None
             if len(gradients.names) > 1:
                 self._warned.add("alone")  # an objective may be absent now and then
             elif alone:
                 warning = ("alone", _ALONE.format(alone[0], gradients.names[0]))
-            if closure is None:
-                return None, warning
-            firsts = [*source.first_losses.values()]
-            return stacked(firsts, transaction.context.layout.device).sum(), warning
+            return None if closure is None else losses.sum(), warning
 
     def _skip_empty(self, transaction: Transaction, loss: Tensor | None) -> Tensor | None:
         """Undo a step whose objectives have left nothing to step on."""
@@ -448,7 +446,7 @@ class GradientOptimizer(Optimizer):
             source = transaction.source
             if nonfinite == "ignore" or source is None or not source.measured:
                 raise
-            last = source.measured[-1]
+            last = source.measured[-1].as_gradients()
             try:
                 problem = check_finite(last, source, nonfinite, self.base, self._objection).problem
             except NonFiniteError as found:
@@ -611,11 +609,16 @@ class GradientOptimizer(Optimizer):
         )
 
     def _record(
-        self, transaction: Transaction, gradients: Gradients, source: Evaluator | StoredGradients
+        self,
+        transaction: Transaction,
+        gradients: Gradients,
+        source: Evaluator | StoredGradients,
+        losses: Float[Tensor, " K"],
     ) -> None:
-        device = transaction.context.layout.device
+        """Record the step; `losses` are the source's first ones."""
         firsts = source.first_losses
-        losses = stacked([firsts[name] for name in gradients.names], device)
+        if gradients.names != tuple(firsts):
+            losses = stacked([firsts[name] for name in gradients.names], losses.device)
         context = transaction.context
         self.last_step = StepRecord(
             names=gradients.names,
