@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.machine import describe_machine
-from examples.common.adaptation import adapt_online, build_adapter
+from examples.common.adaptation import adapt_online
 from examples.common.bootstrap import bootstrap_interval
 from examples.common.datasets import length
 from examples.common.scores import mean_scores
@@ -28,6 +28,7 @@ from examples.common.usage import (
     split_names,
 )
 from examples.fundus.data import available_domains, check, open_domain
+from examples.fundus.methods import build_adapter
 from examples.fundus.sample import DICE
 from examples.fundus.source_model import load_source_model
 from gradkit import tta

@@ -23,8 +23,9 @@ from benchmarks.tta.setting import (
     train_model,
     write_atomically,
 )
+from benchmarks.tta.tables import REFERENCES, Table, variants_of
 from benchmarks.tta.tabulation import tabulate
-from benchmarks.tta.variants import BETA, REFERENCES, Table, Variant, variants_of
+from benchmarks.tta.variants import BETA, Variant
 from examples.common.command_line import interruptible
 from examples.common.usage import check_writable, open_device, require, split_names
 from examples.fundus.data import SYNTHETIC, check
