@@ -60,7 +60,12 @@ class Job:
     @property
     def model(self) -> str:
         """The checksum of the source model's file."""
-        return checksum(self.setting.model_file(self.seed, self.source))
+        return checksum(self.model_file)
+
+    @property
+    def model_file(self) -> Path:
+        """The source model's file: with heads, if the variant needs them."""
+        return self.setting.model_file(self.seed, self.source, self.variant.heads)
 
     def result(self) -> Record | None:
         """What the job has left; None if it is still to be done.
@@ -101,8 +106,7 @@ def run(job: Job) -> None:
         RuntimeError: the variant whose learning rate this one takes is not done.
     """
     setting, variant = job.setting, job.variant
-    path = setting.model_file(job.seed, job.source)
-    model = load_model(path, setting.width, setting.size, job.source, setting.device)
+    model = load_model(job.model_file, setting.width, setting.size, job.source, setting.device)
     if not variant.heads:  # no head takes part in what the others do or draw
         model = model.without_heads()
     ratio = _ratio(setting, job.source) if variant.ratio else None

@@ -31,6 +31,7 @@ from benchmarks.tta.variants import Variant
 from examples.common.adaptation import adapt_online
 from examples.common.datasets import Sample
 from examples.fundus.gate import CupRatio
+from examples.fundus.heads import with_heads
 from examples.fundus.methods import METHODS
 from examples.fundus.network import ResUNet34
 from examples.fundus.objectives import OBJECTIVES
@@ -515,6 +516,43 @@ def test_what_is_refused(
     assert f"{broken} cannot be read; remove it" in complaint("--methods", "none")
     broken.write_text(json.dumps({"model": "0"}))
     assert "made with another source model of centre_a" in complaint("--methods", "none")
+
+
+def test_variants_that_need_heads_take_them_from_a_folder_of_their_own(
+    data: Path, tmp_path: Path, model: ResUNet34, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """So that they join the results of models without heads."""
+    heads = tmp_path / "heads"
+    heads.mkdir()
+    headed = with_heads(model, 1)
+    for source in CENTRES:
+        save_source_model(
+            heads / f"{source}.pt", Architecture(2, 64, source, True), headed.state_dict()
+        )
+    out = tmp_path / "out"
+    words = words_of(data, out, "--table", 1, "--images", 1, "--methods")
+    assert main([*words, "none"]) == 0
+    before = read(out)
+    assert main([*words, "detta,detta-released", "--heads", str(heads)]) == 0
+    after = read(out)
+    assert {name: after[name] for name in before} == before
+    for name, record in after.items():
+        folder = heads if "detta" in name else data.parent / "models"
+        assert record["model"] == settings.checksum(folder / f"{record['source']}.pt")
+    record = json.loads((out / "table1.json").read_text())
+    assert [line["variant"] for line in record["lines"]] == [
+        "none", "ptbn", "detta", "detta-released",
+    ]  # fmt: skip
+    assert record["command"].endswith("--heads HEADS")
+    capsys.readouterr()
+
+    with torch.no_grad():
+        headed.seg_head.weight.add_(1)
+    other = heads / "centre_a.pt"
+    save_source_model(other, Architecture(2, 64, "centre_a", True), headed.state_dict())
+    settings.load_model.cache_clear()
+    assert main([*words, "detta", "--heads", str(heads)]) == 2
+    assert f"{other} is not the source model {data.parent}" in capsys.readouterr().err
 
 
 def test_source_models_are_trained_once(
