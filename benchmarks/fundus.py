@@ -6,7 +6,6 @@ GraTa's paper lacks, its mean learning rate held constant.
 """
 
 import json
-import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,19 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.machine import describe_machine
-from examples.common.adaptation import adapt_online, build_adapter
+from benchmarks.source_models import SourceModels
+from examples.common.adaptation import adapt_online
 from examples.common.bootstrap import bootstrap_interval
 from examples.common.datasets import length
 from examples.common.scores import mean_scores
-from examples.common.usage import (
-    UsageError,
-    check_writable,
-    open_device,
-    refuse_to_replace,
-    require,
-    split_names,
-)
-from examples.fundus.data import available_domains, check, open_domain
+from examples.common.usage import check_writable, open_device, refuse_to_replace, require
+from examples.fundus.data import open_domain
+from examples.fundus.methods import build_adapter
 from examples.fundus.sample import DICE
 from examples.fundus.source_model import load_source_model
 from gradkit import tta
@@ -58,7 +52,7 @@ STRATEGIES = (
 
 
 @dataclass(frozen=True)
-class Fundus:
+class Fundus(SourceModels):
     """Adapt every source model to every other centre by several strategies.
 
     Writes OUT/SOURCE.json for each source, and OUT/fundus.md from all of these that are there, so
@@ -66,24 +60,6 @@ class Fundus:
     `examples.fundus`.
     """
 
-    data_root: str
-    """Folder of the lists and images, or "synthetic"."""
-    models: Path
-    """Folder with the source models, SOURCE.pt or SOURCE/SOURCE.pt."""
-    sources: str = ""
-    """Centres of the source models, separated by commas; default all."""
-    size: int = 128
-    """Side of the square images, pixels."""
-    width: int = 32
-    """Channels of the network's first stage."""
-    images: int | None = None
-    """Images of each target to use; default all (synthetic: 100)."""
-    seed: int = 0
-    """Seed of augmentation and bootstrap."""
-    device: str = "auto"
-    """Where to compute."""
-    threads: int = 1
-    """Threads of a CPU."""
     out: Path = Path("runs/benchmark-fundus")
     """Folder of the results."""
     overwrite: bool = False
@@ -91,9 +67,7 @@ class Fundus:
 
     def run(self) -> None:
         """Runs the benchmark, and prints the table."""
-        domains = available_domains(self.data_root)
-        sources = split_names("--sources", self.sources or ",".join(domains), domains)
-        check(self.data_root, domains)
+        domains, sources = self.centres()
         models = {source: self._model(source) for source in sources}
         device = open_device(self.device, self.threads)
         self._check_earlier(sources, domains)
@@ -103,15 +77,11 @@ class Fundus:
             rows = []
             for target in (domain for domain in domains if domain != source):
                 rows += self._adapt(model, source, target, device)
-            record = {"machine": describe_machine(), **self._settings(), "results": rows}
+            record = {"machine": describe_machine(), **self.settings(), "results": rows}
             (self.out / f"{source}.json").write_text(json.dumps(record, indent=1) + "\n")
         table = make_table(self._files(domains))
         (self.out / "fundus.md").write_text(table)
         print(table)
-
-    def _settings(self) -> dict[str, object]:
-        """What all results in one table must have in common."""
-        return {"seed": self.seed, "size": self.size, "width": self.width, "images": self.images}
 
     def _files(self, sources: Iterable[str]) -> list[Path]:
         """The results of these sources that are there, sorted by name."""
@@ -123,7 +93,7 @@ class Fundus:
             refuse_to_replace(self._files(sources))
         for file in self._files(set(domains) - set(sources)):
             record = json.loads(file.read_text())
-            for name, value in self._settings().items():
+            for name, value in self.settings().items():
                 require(
                     record.get(name, value) == value,
                     f"{file} was made with {name} {record.get(name)}, not {value}; choose another "
@@ -131,8 +101,7 @@ class Fundus:
                 )
 
     def _model(self, source: str) -> nn.Module:
-        path = find_source_model(self.models, source, self.data_root, self.size, self.width)
-        return load_source_model(path, self.width, self.size, source)[0]
+        return load_source_model(self.file_of(source), self.width, self.size, source)[0]
 
     def _adapt(
         self, model: nn.Module, source: str, target: str, device: torch.device
@@ -182,24 +151,6 @@ class Fundus:
                 generator=torch.Generator().manual_seed(self.seed),
             )
         return build_adapter(strategy.method, model, strategy.statistics, strategy.lr, self.seed)
-
-
-def find_source_model(models: Path, source: str, data_root: str, size: int, width: int) -> Path:
-    """The file of a source model, MODELS/SOURCE.pt or MODELS/SOURCE/SOURCE.pt.
-
-    Raises:
-        UsageError: there is none; the message has the command that makes it.
-    """
-    places = (models / f"{source}.pt", models / source / f"{source}.pt")
-    path = next((place for place in places if place.exists()), None)
-    if path is None:
-        raise UsageError(
-            f"there is no source model {places[0]} or {places[1]}; train it by "
-            f"python -m examples.fundus train --data-root {shlex.quote(data_root)} "
-            f"--source {shlex.quote(source)} --size {size} --width {width} "
-            f"--out {shlex.quote(str(models / source))}"
-        )
-    return path
 
 
 def make_table(files: Iterable[Path]) -> str:

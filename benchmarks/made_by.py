@@ -22,7 +22,8 @@ def write_results(record: Mapping[str, Any], text: str, out: Path, name: str) ->
 def command_line(name: str, command: Any, hidden: tuple[str, ...] = ()) -> str:
     """The command with these options, without those that have their default.
 
-    A folder of data is DATA: where it is on one machine is of no interest elsewhere.
+    A folder of data is DATA, and one of models with heads HEADS: where they are on one machine is
+    of no interest elsewhere.
 
     Args:
         name: of the benchmark.
@@ -41,6 +42,8 @@ def command_line(name: str, command: Any, hidden: tuple[str, ...] = ()) -> str:
             continue
         if field.name in ("data", "data_root") and value != SYNTHETIC:
             value = "DATA"
+        if field.name == "heads":
+            value = "HEADS"
         if isinstance(field.default, bool):
             words.append(f"--{option}" if value else f"--no-{option}")
         else:

@@ -15,13 +15,13 @@ from benchmarks.composition.shifted import Shifted
 from benchmarks.composition.student import Student, score_students
 from benchmarks.composition.table import report
 from benchmarks.composition.variants import cues_of, score_all
-from benchmarks.fundus import find_source_model
 from benchmarks.machine import describe_machine
 from benchmarks.made_by import command_line
+from benchmarks.source_models import SourceModels
 from examples.common.datasets import Sample, length
 from examples.common.progress import Progress
 from examples.common.usage import UsageError, check_writable, open_device, require, split_names
-from examples.fundus.data import available_domains, check, open_domain
+from examples.fundus.data import open_domain
 from examples.fundus.fusion import require_cup_ratio
 from examples.fundus.gate import CupRatio
 from examples.fundus.network import ResUNet34
@@ -51,7 +51,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Composition:
+class Composition(SourceModels):
     """Fuse predictions under several statistics, for every source model and every other centre.
 
     Writes OUT/PART/SOURCE/TARGET.json for each pair, with Dice and cues of each image, and
@@ -60,29 +60,11 @@ class Composition:
     some pairs only.
     """
 
-    data_root: str
-    """Folder of the lists and images, or "synthetic"."""
-    models: Path
-    """Folder with the source models, SOURCE.pt or SOURCE/SOURCE.pt."""
-    sources: str = ""
-    """Centres of the source models, separated by commas; default all."""
     targets: str = ""
     """Centres to adapt to, separated by commas; default all others."""
     parts: str = "pairs,shifted"
     """What to run, separated by commas: pairs (all variants that do not learn), shifted (each
     source's test list in made-up colours, to learn gates from), distilled (those that learn)."""
-    size: int = 128
-    """Side of the square images, pixels."""
-    width: int = 32
-    """Channels of the network's first stage."""
-    images: int | None = None
-    """Images of each centre to use; default all (synthetic: 100)."""
-    seed: int = 0
-    """Seed of the controls and of the bootstrap."""
-    device: str = "auto"
-    """Where to compute."""
-    threads: int = 1
-    """Threads of a CPU."""
     out: Path = Path("runs/benchmark-composition")
     """Folder of the results."""
     overwrite: bool = False
@@ -90,11 +72,9 @@ class Composition:
 
     def run(self) -> None:
         """Runs what is not there yet, and prints the tables."""
-        domains = available_domains(self.data_root)
-        sources = split_names("--sources", self.sources or ",".join(domains), domains)
+        domains, sources = self.centres()
         targets = split_names("--targets", self.targets or ",".join(domains), domains)
         parts = split_names("--parts", self.parts, PARTS)
-        check(self.data_root, domains)
         device = open_device(self.device, self.threads)
         check_writable(self.out)
         for source in (self._source(name, device) for name in sources):
@@ -110,7 +90,7 @@ class Composition:
         print(text)
 
     def _source(self, name: str, device: torch.device) -> Source:
-        path = find_source_model(self.models, name, self.data_root, self.size, self.width)
+        path = self.file_of(name)
         model, _ = load_source_model(path, self.width, self.size, name)
         images = open_source(self.data_root, name, self.size, self.seed, None)[0]
         digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
@@ -119,13 +99,7 @@ class Composition:
     def _keep(self, part: str, source: Source, target: str, device: torch.device) -> None:
         """Runs a part for a pair and writes what came of it, unless it is there."""
         path = self.out / part / source.name / f"{target}.json"
-        made_with = {
-            "size": self.size,
-            "width": self.width,
-            "images": self.images,
-            "seed": self.seed,
-            "model": source.digest,
-        }
+        made_with = {**self.settings(), "model": source.digest}
         if path.exists() and not self.overwrite:
             found = json.loads(path.read_text())["made_with"]
             if found == made_with:

@@ -5,6 +5,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -23,11 +24,13 @@ from benchmarks.tta.setting import (
     train_model,
     write_atomically,
 )
+from benchmarks.tta.tables import REFERENCES, Table, variants_of
 from benchmarks.tta.tabulation import tabulate
-from benchmarks.tta.variants import BETA, REFERENCES, Table, Variant, variants_of
+from benchmarks.tta.variants import BETA, Variant
 from examples.common.command_line import interruptible
 from examples.common.usage import check_writable, open_device, require, split_names
 from examples.fundus.data import SYNTHETIC, check
+from examples.fundus.heads import digest
 from examples.fundus.validation import check_training
 
 MINUTE = 60.0
@@ -73,6 +76,9 @@ class TTA:
     models: Path | None = None
     """Folder of the source models, seedN/SOURCE/SOURCE.pt, where missing ones are trained; for seed
     0 also SOURCE.pt, or SOURCE.pth with the released names of tensors; default OUT/models."""
+    heads: Path | None = None
+    """Folder of the same source models with auxiliary heads, for variants that need them; default
+    the folder of the source models."""
     out: Path = Path("runs/benchmark-tta")
     """Folder of the results."""
 
@@ -135,7 +141,7 @@ class TTA:
         models = self.out / "models" if self.models is None else self.models
         return Setting(
             self.data_root, self.shift, self.size, self.width, self.images, self.epochs,
-            self.train_images, str(device), models, self.out,
+            self.train_images, str(device), models, self.out, self.heads,
         )  # fmt: skip
 
     def _variants(self) -> list[Variant]:
@@ -180,16 +186,21 @@ class TTA:
         self, setting: Setting, centres: Sequence[str], variants: Sequence[Variant]
     ) -> list[Variant]:
         """The variants that the source models can run; says which are left out."""
-        headless = [
-            str(setting.model_file(seed, source))
-            for seed in range(self.seeds)
-            for source in centres
-            if not load_model(
-                setting.model_file(seed, source), setting.width, setting.size, source, "cpu"
-            ).auxiliary_heads
-        ]
         needy = [variant.name for variant in variants if variant.heads]
-        if not headless or not needy:
+        headless = []
+        for seed, source in product(range(self.seeds), centres) if needy else ():
+            path, alone = (setting.model_file(seed, source, heads) for heads in (True, False))
+            model, segments = (
+                load_model(each, setting.width, setting.size, source, "cpu")
+                for each in (path, alone)
+            )
+            if not model.auxiliary_heads:
+                headless.append(path)
+            require(
+                digest(model.without_heads()) == digest(segments.without_heads()),
+                f"{path} is not the source model {alone} with heads; train heads for that one",
+            )
+        if not headless:
             return list(variants)
         text = f"{headless[0]} has no auxiliary heads, which {', '.join(needy)} need"
         require(self.methods == "all" or not set(needy) & set(self.methods.split(",")), text)

@@ -4,7 +4,7 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from examples.fundus.network import Encoder
+
+Result = TypeVar("Result")
 
 
 class Passes:
@@ -107,7 +109,7 @@ class PeakTensors(TorchDispatchMode):
         self._now -= self._sizes.pop(reference, 0)
 
 
-def milliseconds_of(call: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, float]:
+def milliseconds_of(call: Callable[[], Result], device: torch.device) -> tuple[Result, float]:
     """What a call returns, and how long it took.
 
     On a CPU it is processor time, which others on the machine do not stretch; on a GPU the time

@@ -4,8 +4,9 @@ A job's file is complete or absent, so that an interrupted run goes on with the 
 are missing.
 """
 
+import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,11 +17,12 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from benchmarks.tta.cost import Passes, PeakTensors, milliseconds_of
 from benchmarks.tta.setting import Setting, checksum, load_model, write_atomically
 from benchmarks.tta.variants import Variant
+from examples.common.adaptation import adapt_first
 from examples.common.datasets import Sample, length
 from examples.common.metrics import segment
 from examples.common.usage import UsageError
@@ -58,7 +60,12 @@ class Job:
     @property
     def model(self) -> str:
         """The checksum of the source model's file."""
-        return checksum(self.setting.model_file(self.seed, self.source))
+        return checksum(self.model_file)
+
+    @property
+    def model_file(self) -> Path:
+        """The source model's file: with heads, if the variant needs them."""
+        return self.setting.model_file(self.seed, self.source, self.variant.heads)
 
     def result(self) -> Record | None:
         """What the job has left; None if it is still to be done.
@@ -99,12 +106,11 @@ def run(job: Job) -> None:
         RuntimeError: the variant whose learning rate this one takes is not done.
     """
     setting, variant = job.setting, job.variant
-    path = setting.model_file(job.seed, job.source)
-    model = load_model(path, setting.width, setting.size, job.source, setting.device)
+    model = load_model(job.model_file, setting.width, setting.size, job.source, setting.device)
     if not variant.heads:  # no head takes part in what the others do or draw
         model = model.without_heads()
-    more = (_ratio(setting, job.source),) if variant.ratio else ()
-    adapter = variant.make(model, job.seed, _scale(job), *more)
+    ratio = _ratio(setting, job.source) if variant.ratio else None
+    adapter = variant.adapter(model, job.seed, _scale(job), ratio)
     images, cost = adapt(
         adapter, _target(setting, job.target), torch.device(setting.device), variant
     )
@@ -157,14 +163,26 @@ def adapt(
     Returns:
         Of each image its scores (Dice in %), of GraTa's relatives the cosine of pseudo and
         auxiliary gradient and the factor of the learning rate; and what an image costs: means of
-        images forwards and backwards, the time in ms, the peak of tensors in MB.
+        images forwards and backwards, the time in ms, the peak of tensors in MB. Of a variant that
+        sees the target first, passes and time include that, and the peak is of a whole batch.
     """
     rows: list[Record] = []
     times: list[float] = []
     count = length(samples)
     memory = PeakTensors()
+    predict: Callable[[Tensor], Tensor] = adapter
+    earlier = 0.0  # milliseconds of adapting before the first prediction
+    size = variant.target_first
+    if size is not None:
+        beginning = Subset(samples, range(min(size, count)))
+        with memory:
+            adapt_first(copy.deepcopy(adapter), beginning, device, size)
     with Passes() as passes:
-        forwards = backwards = 0
+        if size is not None:
+            predict, earlier = milliseconds_of(
+                lambda: adapt_first(adapter, samples, device, size), device
+            )
+        forwards, backwards = passes.forwards, passes.backwards
         for index in range(count):
             sample = samples[index]
             image, target = (part.unsqueeze(0).to(device) for part in (sample.image, sample.target))
@@ -177,9 +195,9 @@ def adapt(
             before = passes.forwards, passes.backwards
             if index == min(1, count - 1):  # the first image's step makes the optimizer's state
                 with memory:
-                    logits["after"] = adapter(image)
+                    logits["after"] = predict(image)
             else:
-                logits["after"], time = milliseconds_of(lambda image=image: adapter(image), device)
+                logits["after"], time = milliseconds_of(lambda image=image: predict(image), device)
                 times.append(time)
             forwards += passes.forwards - before[0]
             backwards += passes.backwards - before[1]
@@ -202,7 +220,7 @@ def adapt(
         "forwards": forwards / count,
         "backwards": backwards / count,
         # The first images warm up; where there are no others, they have to do.
-        "milliseconds": sorted(times)[len(times) // 2] if times else None,
+        "milliseconds": sorted(times)[len(times) // 2] + earlier / count if times else None,
         "megabytes": memory.peak / 1e6,
     }
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks.tables import Column, table_of
 from benchmarks.tta.published import DOMAINS, PAIRS, figures_of
-from benchmarks.tta.variants import PREDICTIONS
+from benchmarks.tta.tables import PREDICTIONS
 from examples.fundus.objectives import OBJECTIVES
 
 Line = Mapping[str, Any]

@@ -39,6 +39,7 @@ class Setting:
         device: where to compute, as torch names it.
         models: folder of the source models.
         out: folder of the results.
+        heads: folder of the same source models with auxiliary heads; None is `models`.
     """
 
     root: str
@@ -51,6 +52,7 @@ class Setting:
     device: str
     models: Path
     out: Path
+    heads: Path | None = None
 
     def centres(self) -> list[str]:
         """Names of the centres, sorted."""
@@ -86,13 +88,14 @@ class Setting:
             )
         return open_domain(self.root, centre, split, self.size, DATA_SEED, limit)
 
-    def model_file(self, seed: int, source: str) -> Path:
-        """Where a source model is, or where it goes once it is trained.
+    def model_file(self, seed: int, source: str, heads: bool = False) -> Path:
+        """Where a source model is, or where it goes once it is trained; that with heads on request.
 
         Read are MODELS/seedN/SOURCE/SOURCE.pt, which training writes, MODELS/seedN/SOURCE.pt, and
         for seed 0 both without seedN, each also with the ending .pth.
         """
-        folders = [self.models / f"seed{seed}", *([self.models] if seed == 0 else [])]
+        root = self.heads if heads and self.heads is not None else self.models
+        folders = [root / f"seed{seed}", *([root] if seed == 0 else [])]
         places = [
             place / f"{source}{ending}"
             for folder in folders

@@ -18,7 +18,8 @@ from benchmarks.tta.summary import (
     pair_means,
     scores_of_pairs,
 )
-from benchmarks.tta.variants import REFERENCES, Table, Variant
+from benchmarks.tta.tables import REFERENCES, Table
+from benchmarks.tta.variants import Variant
 from examples.common.usage import require
 
 BOOTSTRAP_SEED = 0

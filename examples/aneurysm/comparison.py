@@ -8,7 +8,6 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from examples.aneurysm.commands import SCORES
@@ -20,12 +19,12 @@ from examples.aneurysm.figures import (
     save_latents,
     save_projections,
 )
-from examples.aneurysm.inference import score_volumes
 from examples.aneurysm.methods import METHODS
 from examples.aneurysm.options import RESUME, TrainingOptions, check_methods, refuse_earlier
 from examples.aneurysm.patches import PatchDataset
 from examples.aneurysm.ranks import joined_ranks, local_device, rank
 from examples.aneurysm.results import RESULT_FILES, markdown_table
+from examples.aneurysm.tested import SHOWN, Tested, score_network
 from examples.aneurysm.training import Fitted, fit, load_network
 from examples.common.command_line import interruptible
 from examples.common.datasets import Sample, length
@@ -35,7 +34,6 @@ from examples.common.usage import check_writable, require, split_names
 LATENT_METHODS = ("ema", "gsema", "bacl")
 """Whose latents are drawn, where they are compared; the paper draws the first two."""
 LATENT_PATCHES = 40  # of each centre
-SHOWN = 2  # cases of each held-out centre
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ class Compare(TrainingOptions):
     """Train methods at all centres but one, test them there, and compare.
 
     Writes OUT/results.json, OUT/table.md, OUT/projections.png, OUT/latents.png (where ema or gsema
-    is compared), OUT/gate.png (where a method has two domains), and trainings to
+    is compared), OUT/gate.png (where a method has two domains), and trainings with their scores to
     OUT/training/METHOD-CENTRE-SEED.
     """
 
@@ -57,7 +55,8 @@ class Compare(TrainingOptions):
     out: Path = Path("runs/aneurysm-compare")
     """Folder of the results; made if missing."""
     resume: bool = False
-    """Go on with an earlier comparison: trainings in OUT are used, finished or not."""
+    """Go on with an earlier comparison: trainings in OUT are used, finished or not, and so are the
+    scores of finished ones."""
     overwrite: bool = False
     """Train anew where OUT holds trainings already."""
 
@@ -101,7 +100,7 @@ class Compare(TrainingOptions):
         """Trains, tests, and writes what came of it."""
         results = []
         fitted: dict[str, Fitted] = {}
-        predictions: dict[tuple[str, str], tuple[Result, list[Tensor]]] = {}
+        predictions: dict[tuple[str, str], Tested] = {}
         first, _, _ = runs[0]
         for number, (centre, seed, method) in enumerate(runs, start=1):
             sources = {name: data for name, data in centres.items() if name != centre}
@@ -119,14 +118,10 @@ class Compare(TrainingOptions):
             )
             if rank() > 0:
                 continue
-            network, architecture = load_network(trained.best)
-            cases, labels = score_volumes(
-                network.to(device), centres[centre], self.patch, device, architecture.mirror
-            )
-            labels_of_result = {"method": method, "centre": centre, "seed": seed}
-            results.append(Result(labels_of_result, cases))
+            tested = score_network(trained.best, centres[centre], device)
+            results.append(Result({"method": method, "centre": centre, "seed": seed}, tested.cases))
             if seed == 0:
-                predictions[centre, method] = results[-1], labels
+                predictions[centre, method] = tested
                 if centre == first:
                     fitted[method] = trained
         if rank() > 0:
@@ -172,7 +167,7 @@ class Compare(TrainingOptions):
 
 def _shown(
     centres: Mapping[str, Dataset[Sample]],
-    predictions: Mapping[tuple[str, str], tuple[Result, list[Tensor]]],
+    predictions: Mapping[tuple[str, str], Tested],
     methods: Sequence[str],
 ) -> list[Shown]:
     """The first cases of each held-out centre, whatever their scores."""
@@ -181,7 +176,7 @@ def _shown(
         for case in range(min(SHOWN, length(centres[centre]))):
             of_methods = {}
             for method in methods:
-                result, labels = predictions[centre, method]
-                of_methods[method] = labels[case], result.cases[case].scores["dsc"]
+                tested = predictions[centre, method]
+                of_methods[method] = tested.labels[case], tested.cases[case].scores["dsc"]
             rows.append(Shown(centre, centres[centre][case], of_methods))
     return rows

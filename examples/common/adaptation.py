@@ -6,11 +6,10 @@ adapts by one step on each and then predicts it; what it has learnt stays until 
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from jaxtyping import Bool
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from examples.common.datasets import Sample, length
@@ -19,52 +18,6 @@ from examples.common.progress import Progress
 from examples.common.scores import CaseScores
 from examples.common.suggestions import did_you_mean
 from gradkit import tta
-
-METHODS = ("none", "ptbn", "tent", "grata")
-LEARNING_METHODS = ("tent", "grata")  # those with a learning rate and a choice of statistics
-
-HEADED_METHODS = ("detta",)  # those that need a network with auxiliary heads
-
-
-def denoise(model: Any, images: Tensor) -> Tensor:
-    """Logits of the images without noise, by a network's denoising head."""
-    logits: Tensor = model.auxiliary(images, "denoising")
-    return logits
-
-
-DECODER = ("up1", "up2", "up3", "up4", "bnout")  # of ResUNet-34, which PASS does not align
-
-Generator = torch.Generator
-PUBLISHED: dict[str, tuple[str, Callable[[nn.Module, Generator], tta.Adapter]]] = {
-    "dua": ("running", lambda model, _: tta.DUA(model)),
-    "diga": ("mixed:0.8", lambda model, _: tta.DIGA(model)),
-    "medbn": ("median", lambda model, _: tta.MedBN(model)),
-    "dltta": ("test", lambda model, _: tta.DLTTA(model)),
-    "domainadaptor": ("mixed:0.5", lambda model, _: tta.DomainAdaptor(model)),
-    "detta": (
-        "test",
-        lambda model, generator: tta.DeTTA(model, denoise, noise="gaussian", generator=generator),
-    ),
-    "sar": ("test", lambda model, _: tta.SAR(model)),
-    "sar-scaled": ("test", lambda model, _: tta.SAR(model, reset_threshold="scaled")),
-    "eata": ("test", lambda model, _: tta.EATA(model)),
-    "cotta": ("test", lambda model, generator: tta.CoTTA(model, generator=generator)),
-    "rotta": ("running", lambda model, generator: tta.RoTTA(model, generator=generator)),
-    "memo": ("mixed:0.94", lambda model, _: tta.MEMO(model)),
-    "pass": (
-        "running",
-        lambda model, generator: tta.PASS(
-            model, excluded=DECODER, class_weights=(5, 1), generator=generator
-        ),
-    ),
-    "deyo": ("test", lambda model, generator: tta.DeYO(model, generator=generator)),
-    "vptta": ("warm-up", lambda model, _: tta.VPTTA(model)),
-    "intent": ("integrated", lambda model, _: tta.InTEnt(model)),
-    "intent-balanced": ("integrated", lambda model, _: tta.InTEnt(model, score="balanced")),
-}
-"""Further methods with their published defaults: their statistics, and how they are made."""
-
-CHOICES = (*METHODS, *PUBLISHED)
 
 
 def parse_statistics(text: str) -> str | tta.Mixed:
@@ -95,56 +48,6 @@ def parse_statistics(text: str) -> str | tta.Mixed:
     )
 
 
-def statistics_of(method: str, chosen: str) -> str:
-    """The statistics that a method really uses: only those that learn leave a choice.
-
-    Example:
-        >>> statistics_of("ptbn", "mixed:0.8")
-        'test'
-    """
-    if method in PUBLISHED:
-        return PUBLISHED[method][0]
-    return {"none": "source", "ptbn": "test"}.get(method, chosen)
-
-
-def build_adapter(
-    method: str, model: nn.Module, statistics: str = "test", lr: float = 1e-4, seed: int = 0
-) -> tta.Adapter:
-    """A fresh adapter of a copy of the source model.
-
-    Args:
-        method: one of `CHOICES`.
-        model: the source model, which is not changed; for `HEADED_METHODS` one with trained heads,
-            whose outputs are `model.auxiliary(images, head)`. Of such a model, the other methods
-            adapt `model.without_heads()`: no head takes part in what they do or draw.
-        statistics: see `parse_statistics`; for `LEARNING_METHODS`.
-        lr: learning rate of Adam; for `LEARNING_METHODS`. `PUBLISHED` have their own.
-        seed: of the random numbers that a method draws.
-
-    Raises:
-        ValueError: an argument is out of range.
-    """
-    if method not in HEADED_METHODS and getattr(model, "auxiliary_heads", False):
-        model = model.without_heads()
-    if method == "none":
-        return tta.NoAdapt(model)
-    if method == "ptbn":
-        return tta.PTBN(model)
-    if method == "tent":
-        return tta.TENT(model, lr=lr, statistics=parse_statistics(statistics))
-    generator = torch.Generator().manual_seed(seed)
-    if method in HEADED_METHODS and not hasattr(model, "auxiliary"):
-        raise ValueError(
-            f"{method} adapts by an auxiliary head, which {type(model).__name__} lacks: give it "
-            "a method auxiliary(images, head)"
-        )
-    if method in PUBLISHED:
-        return PUBLISHED[method][1](model, generator)
-    if method == "grata":
-        return tta.GraTa(model, lr=lr, statistics=parse_statistics(statistics), generator=generator)
-    raise ValueError(f"there is no method {method!r}; choose one of {', '.join(CHOICES)}")
-
-
 @dataclass
 class Stream:
     """What adapting over one target came to.
@@ -170,6 +73,7 @@ def adapt_online(
     keep: Collection[int] = (),
     description: str | None = None,
     unit: str = "image",
+    target_first: int | None = None,
 ) -> Stream:
     """Adapts to one sample after another, in order, and scores the prediction of each.
 
@@ -183,13 +87,18 @@ def adapt_online(
         keep: indices of the samples whose predictions to return.
         description: of the progress on standard error; None shows none.
         unit: what a sample is called there, in the singular.
+        target_first: adapt to all samples in batches of this many before the first prediction, and
+            to none after it.
     """
     stream = Stream()
     count = length(samples)
+    predict: Callable[[Tensor], Tensor] = adapter
+    if target_first is not None:
+        predict = adapt_first(adapter, samples, device, target_first, description, unit)
     with Progress(count, description, unit) as progress:
         for index in range(count):
             sample = samples[index]
-            logits = adapter(sample.image.unsqueeze(0).to(device))
+            logits = predict(sample.image.unsqueeze(0).to(device))
             prediction = segment(logits[0].float().cpu())
             stream.scores.append(CaseScores(sample.name, score(prediction, sample.target)))
             if index in keep:
@@ -200,3 +109,27 @@ def adapt_online(
                 stream.lr_scales.append(float(step.lr_scale))
             progress.update()
     return stream
+
+
+def adapt_first(
+    adapter: tta.Adapter,
+    samples: Dataset[Sample],
+    device: torch.device,
+    batch_size: int,
+    description: str | None = None,
+    unit: str = "image",
+) -> Callable[[Tensor], Tensor]:
+    """Adapts to all samples, in order and in batches; the rest is as for `adapt_online`.
+
+    Returns:
+        Predicts without adapting.
+    """
+    count = length(samples)
+    what = None if description is None else f"{description}, before it predicts"
+    with Progress(count, what, unit) as progress:
+        for start in range(0, count, batch_size):
+            numbers = range(start, min(start + batch_size, count))
+            adapter.adapt(torch.stack([samples[number].image for number in numbers]).to(device))
+            for _ in numbers:
+                progress.update()
+    return torch.no_grad()(adapter.model)

@@ -28,16 +28,11 @@ from examples.fundus.earlier import (
     check_earlier,
     resumption_note,
 )
-from examples.fundus.fusion import (
-    CHOICES,
-    build_adapter,
-    describe,
-    load_cup_ratio,
-    require_cup_ratio,
-)
+from examples.fundus.fusion import describe, load_cup_ratio, require_cup_ratio
 from examples.fundus.gate import measure_cup_ratio
 from examples.fundus.heads import HeadSettings, train_heads
 from examples.fundus.masks import save_masks
+from examples.fundus.methods import METHODS, build_adapter
 from examples.fundus.network import ENCODER_STRIDE, HEADS, ResUNet34
 from examples.fundus.results import RESULT_FILES, SCORES, make_result, markdown_table
 from examples.fundus.sample import DICE
@@ -268,8 +263,8 @@ class Adapt:
     target: str = "centre_b"
     """Centre to adapt to."""
     method: str = "grata"
-    """Method: none, ptbn, tent, grata, or one of the others that compare knows; detta needs a
-    checkpoint with auxiliary heads."""
+    """Method: none, ptbn, tent, grata, or one of the others that compare knows; detta and
+    detta-released need a checkpoint with auxiliary heads."""
     data_root: str = "synthetic"
     """Folder of the lists and images, or "synthetic" for generated photographs."""
     statistics: str = "test"
@@ -294,7 +289,7 @@ class Adapt:
     def run(self) -> None:
         """Adapts, and prints the table."""
         split_names("--target", self.target, available_domains(self.data_root), single=True)
-        split_names("--method", self.method, CHOICES, single=True)
+        split_names("--method", self.method, list(METHODS), single=True)
         check_adaptation(self.statistics, self.lr)
         check_counts(seed=self.seed, threads=self.threads, target_images=self.target_images)
         model, architecture = load_source_model(self.checkpoint, size=self.size, source=self.source)
@@ -304,7 +299,7 @@ class Adapt:
         check_training(size=size)
         check(self.data_root, [self.target])
         ratio = None
-        if self.method == "gated":
+        if METHODS[self.method].ratio:
             ratio = require_cup_ratio(self.checkpoint, self._images_of(source, size))
         device = open_device(self.device, self.threads)
         check_writable(self.out)
@@ -316,7 +311,13 @@ class Adapt:
             self.method, model.to(device), self.statistics, self.lr, self.seed, ratio
         )
         stream = adapt_online(
-            adapter, samples, device, DICE, range(length(samples)), f"{self.target}, {self.method}"
+            adapter,
+            samples,
+            device,
+            DICE,
+            range(length(samples)),
+            f"{self.target}, {self.method}",
+            target_first=METHODS[self.method].target_first,
         )
         if remove_results(self.out, RESULT_FILES):
             print(REPLACED.format(self.out), file=sys.stderr)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset
 
-from examples.common.adaptation import METHODS, Stream, adapt_online
+from examples.common.adaptation import Stream, adapt_online
 from examples.common.command_line import interruptible
 from examples.common.contours import spread
 from examples.common.datasets import Sample, length
@@ -18,14 +18,9 @@ from examples.fundus.commands import REPLACED, RESUME, Train
 from examples.fundus.data import available_domains, check, open_domain
 from examples.fundus.earlier import refuse_to_replace_model
 from examples.fundus.figures import save_alignment, save_predictions
-from examples.fundus.fusion import (
-    CHOICES,
-    build_adapter,
-    describe,
-    load_cup_ratio,
-    require_cup_ratio,
-)
+from examples.fundus.fusion import describe, load_cup_ratio, require_cup_ratio
 from examples.fundus.gate import CupRatio
+from examples.fundus.methods import BY_DEFAULT, METHODS, build_adapter
 from examples.fundus.network import ResUNet34
 from examples.fundus.results import (
     RESULT_FILES,
@@ -60,12 +55,13 @@ class Compare:
     """Centre of the source model."""
     targets: str = "centre_b,centre_d,centre_e"
     """Centres to adapt to, separated by commas."""
-    methods: str = ",".join(METHODS)
+    methods: str = ",".join(BY_DEFAULT)
     """Methods, separated by commas: none, ptbn, tent, grata, and with their published settings dua,
     diga, medbn, dltta, domainadaptor, sar, sar-scaled, eata, cotta, memo, deyo, vptta, intent,
     intent-balanced, rotta, pass; with a checkpoint that has auxiliary heads (see the command
-    heads), detta. And two fusions of predictions under several statistics: fused, with weights
-    fixed for disc and cup, and gated, with a weight for each image."""
+    heads), detta and detta-released, which sees all of a target before it predicts. And two fusions
+    of predictions under several statistics: fused, with weights fixed for disc and cup, and gated,
+    with a weight for each image."""
     statistics: str = "test"
     """Where tent and grata take batch normalisation's statistics: source, test, mixed:SHARE."""
     lr: float = 1e-4
@@ -104,7 +100,7 @@ class Compare:
         split_names("--source", self.source, domains, single=True)
         others = [domain for domain in domains if domain != self.source]
         targets = split_names("--targets", self.targets, others, source=self.source)
-        methods = split_names("--methods", self.methods, CHOICES)
+        methods = split_names("--methods", self.methods, list(METHODS))
         training = Train(
             self.data_root,
             self.source,
@@ -133,7 +129,9 @@ class Compare:
             self.train_images,
             self.target_images,
         )
-        ratio = require_cup_ratio(self.checkpoint, trained_on) if "gated" in methods else None
+        ratio = None
+        if any(METHODS[method].ratio for method in methods):
+            ratio = require_cup_ratio(self.checkpoint, trained_on)
         device = open_device(self.device, self.threads)
         kept = self.out / f"{self.source}.pt"
         if self.checkpoint is None:
@@ -190,7 +188,13 @@ class Compare:
             for method in methods:
                 adapter = build_adapter(method, model, self.statistics, self.lr, self.seed, ratio)
                 stream = adapt_online(
-                    adapter, samples, device, DICE, shown[target], f"{target}, {method}"
+                    adapter,
+                    samples,
+                    device,
+                    DICE,
+                    shown[target],
+                    f"{target}, {method}",
+                    target_first=METHODS[method].target_first,
                 )
                 streams[target, method] = stream
                 results.append(

@@ -1,28 +1,22 @@
-"""Methods of adaptation for disc and cup, and what a source model's file tells for them.
+"""What the fusions of disc and cup need: fixed weights, and what a source model's file tells.
 
-Besides the methods for any structures there are two fusions by `gradkit.tta.Fuse`: "fused" has
-fixed weights, "gated" those of `CupGate` for each image.
+Of the methods of adaptation, "fused" has these weights, and "gated" those of `CupGate` for each
+image.
 """
 
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from torch.utils.data import Dataset
 
-from examples.common import adaptation as common
 from examples.common.checkpoint import CheckpointError, load
 from examples.common.datasets import Sample
 from examples.common.usage import require
-from examples.fundus.gate import CupGate, CupRatio, measure_cup_ratio
-from gradkit import tta
+from examples.fundus.gate import CupRatio, measure_cup_ratio
 
 FIXED = ((0.0, 0.6), (1.0, 0.4))
 """Weights of both candidates for disc and cup, the same for every image; see `CupGate`."""
-
-FUSED = ("fused", "gated")
-CHOICES = (*common.CHOICES, *FUSED)
 
 
 def describe(ratio: CupRatio) -> dict[str, Any]:
@@ -77,43 +71,3 @@ def require_cup_ratio(path: Path | None, samples: Dataset[Sample] | None) -> Cup
         f"{ratio.mean:.3g} in all of its labels; train with more images, or leave gated out",
     )
     return ratio
-
-
-def build_adapter(
-    method: str,
-    model: nn.Module,
-    statistics: str = "test",
-    lr: float = 1e-4,
-    seed: int = 0,
-    ratio: CupRatio | None = None,
-) -> tta.Adapter:
-    """A fresh adapter of a copy of the source model.
-
-    Args:
-        method: one of `CHOICES`.
-        model: the source model, which is not changed.
-        statistics: see `examples.common.adaptation.build_adapter`, as for the next two.
-        lr: learning rate.
-        seed: of the random numbers that a method draws.
-        ratio: of cup to disc in the source's labels, which "gated" needs.
-
-    Raises:
-        ValueError: an argument is out of range, or the ratio is missing.
-    """
-    if method == "fused":
-        return tta.Fuse(model, weights=FIXED)
-    if method == "gated":
-        if ratio is None:
-            raise ValueError("gated needs the ratio of cup to disc in the source's labels")
-        return tta.Fuse(model, gate=CupGate(ratio))
-    return common.build_adapter(method, model, statistics, lr, seed)
-
-
-def statistics_of(method: str, chosen: str) -> str:
-    """The statistics that a method really uses.
-
-    Example:
-        >>> statistics_of("gated", "test")
-        'source and mixed:0.2'
-    """
-    return "source and mixed:0.2" if method in FUSED else common.statistics_of(method, chosen)

@@ -2,7 +2,6 @@
 
 from functools import partial
 
-import numpy as np
 import torch
 
 from examples.common.adaptation import parse_statistics
@@ -55,6 +54,7 @@ def build_grata(
     lr: float = 1e-4,
     statistics: str = "test",
     seed: int = 0,
+    activation: str = "quadratic",
 ) -> tta.Adapter:
     """GraTa with other objectives, on a copy of the source model (Table 5 of the paper).
 
@@ -66,7 +66,8 @@ def build_grata(
         auxiliary: the objective along whose gradient the look-ahead step is made.
         lr: learning rate of Adam before scaling.
         statistics: see `parse_statistics`.
-        seed: of the random numbers, of which each objective draws its own.
+        seed: of the pseudo objective's random numbers; the next one is the auxiliary objective's.
+        activation: from the cosine to the factor of the learning rate; see `gradkit.CosineLR`.
 
     Raises:
         ValueError: there is no such objective, the model lacks its head, or an argument is out of
@@ -77,12 +78,12 @@ def build_grata(
             f"{pseudo} and {auxiliary} need a network with auxiliary heads; train them with "
             "`python -m examples.fundus heads`"
         )
-    another = int(np.random.SeedSequence((seed, 1)).generate_state(1)[0])
-    one, other = (torch.Generator().manual_seed(each) for each in (seed, another))
+    one, other = (torch.Generator().manual_seed(each) for each in (seed, seed + 1))
     return tta.GraTa(
         model,
         lr=lr,
         statistics=parse_statistics(statistics),
+        activation=activation,
         pseudo=build_objective(pseudo, one),
         auxiliary=build_objective(auxiliary, other),
     )

@@ -3,13 +3,9 @@
 from collections.abc import Sequence
 
 from examples.common import results as common
-from examples.common.adaptation import (
-    LEARNING_METHODS,
-    Stream,
-    parse_statistics,
-)
+from examples.common.adaptation import Stream, parse_statistics
 from examples.common.results import MEAN, Result
-from examples.fundus.fusion import statistics_of
+from examples.fundus.methods import METHODS
 from examples.fundus.sample import STRUCTURES
 from gradkit.tta import Mixed
 
@@ -28,18 +24,19 @@ def make_result(
     Args:
         source: centre of the training.
         target: centre of the test.
-        method: one of `examples.fundus.fusion.CHOICES`.
+        method: one of `METHODS`.
         statistics: where normalisation was to take mean and variance.
         lr: learning rate that was chosen.
         seed: of the experiment.
         stream: the scores.
     """
+    known = METHODS[method]
     labels = {
         "source": source,
         "target": target,
         "method": method,
-        "statistics": statistics_of(method, statistics),
-        "lr": lr if method in LEARNING_METHODS else None,
+        "statistics": statistics if known.statistics is None else known.statistics,
+        "lr": lr if known.learns else None,
         "seed": seed,
     }
     return Result(labels, stream.scores)
@@ -85,7 +82,7 @@ def confounding_note(results: Sequence[Result]) -> str | None:
     statistics = {
         str(result.labels["method"]): str(result.labels["statistics"]) for result in results
     }
-    learning = [method for method in statistics if method in LEARNING_METHODS]
+    learning = [method for method in statistics if METHODS[method].learns]
     if "ptbn" not in statistics or not learning:
         return None
     chosen = statistics[learning[0]]

@@ -5,10 +5,11 @@ from collections.abc import Iterable
 
 from torch.utils.data import Dataset
 
-from examples.common.adaptation import HEADED_METHODS, parse_statistics
+from examples.common.adaptation import parse_statistics
 from examples.common.datasets import Sample, length
 from examples.common.usage import UsageError, require
 from examples.fundus.data import DataError, open_domain
+from examples.fundus.methods import METHODS
 from examples.fundus.network import ENCODER_STRIDE
 
 SYNTHETIC_TRAIN_IMAGES = 100
@@ -62,13 +63,13 @@ def check_heads(methods: Iterable[str], trained: bool) -> None:
     """Makes sure that methods which adapt by an auxiliary head get a network with heads.
 
     Args:
-        methods: that are to run.
+        methods: that are to run; each one of `METHODS`.
         trained: whether the network has heads.
 
     Raises:
         UsageError: one needs a head, and there is none.
     """
-    needed = [method for method in methods if method in HEADED_METHODS]
+    needed = [method for method in methods if METHODS[method].heads]
     require(
         trained or not needed,
         f"{', '.join(needed)} needs auxiliary heads; train them with `python -m examples.fundus "

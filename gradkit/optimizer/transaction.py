@@ -270,7 +270,7 @@ class Transaction:
     def idle(self) -> None:
         """Let the base optimizer step without gradients, where closures have left none.
 
-        Changes of buffers are kept, and old gradients are restored.
+        Changes of buffers are kept; old gradients and the transforms' generators are restored.
         """
         self.ranks.agree("idle", self.context.layout.device)
         self.fields.set_aside()
@@ -280,15 +280,19 @@ class Transaction:
         self._session.commit()
         self.ranks.share_buffers(self._buffers)
         self.fields.put_back()
+        self._put_back_generators()
 
     def undo(self, *, rng: bool) -> None:
-        """Restore the state from before the step; random number generators only if `rng`."""
+        """Restore the state from before the step; torch's default generators only if `rng`."""
         self._session.rollback()
         self.fields.put_all_back()
-        for generator, state in self._generators:
-            generator.set_state(state)
+        self._put_back_generators()
         if rng:
             self._random.restore()
+
+    def _put_back_generators(self) -> None:
+        for generator, state in self._generators:
+            generator.set_state(state)
 
 
 def _checked_oracle(inner: Oracle, transform: Transform, context: Context) -> Oracle:

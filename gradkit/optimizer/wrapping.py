@@ -51,8 +51,8 @@ def wrap(
             scripted, `DistributedDataParallel` and `fully_shard` modules. It raises if a closure
             changes `requires_grad` or assigns `.data`.
         nonfinite: If a loss or gradient is NaN or infinite, "raise" raises an error that names the
-            objective, and "skip" changes nothing except random number generators. "ignore" does
-            not check, and needs no copy to the host.
+            objective, and "skip" changes nothing except torch's default random number generators.
+            "ignore" does not check, and needs no copy to the host.
         max_norm: Clip the final direction to this Euclidean norm, after all transforms.
         replay_rng: Whether further evaluations of an objective in a step, at displaced weights, use
             the same random numbers (dropout masks) as its first. By default they draw new ones, as
@@ -76,10 +76,10 @@ def wrap(
             weighted by their losses only, so that no inner product is needed, and keeps rows
             otherwise. In a streamed step `last_step.gram` is NaN unless a rule has used it.
         on_empty: What to do if the objectives leave nothing to step on (a closure that returns
-            None, a filter that keeps no sample). "skip" changes nothing except random number
-            generators, and sets `last_step.applied` to False. "raise" is an error if the step has
-            several objectives; with one, the base steps without gradients, as in torch, with one
-            warning.
+            None, a filter that keeps no sample). "skip" changes nothing except torch's default
+            random number generators, and sets `last_step.applied` to False. "raise" is an error if
+            the step has several objectives; with one, the base steps without gradients, as in
+            torch, with one warning.
 
     Returns:
         The optimizer; see `GradientOptimizer`.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradkit.core.arguments import check_count
+from gradkit.core.random import RandomState
 from gradkit.core.transform import Transform
 from gradkit.optimizer.gradient_optimizer import GradientOptimizer
 from gradkit.optimizer.record import StepRecord
@@ -226,7 +227,9 @@ class Adapter:
 
         Images may be of a tensor subclass (MONAI's MetaTensor); the model gets plain tensors.
 
-        If an objective raises, the adapter does not change.
+        If an objective raises, the adapter does not change, and torch's random numbers go on as if
+        it had not been called. After a step that is skipped (`last_step.applied` is False), the
+        generators of its parts have their state from before the step.
 
         Raises:
             RuntimeError: If there are objectives, but `torch.inference_mode()` is on; or if
@@ -282,6 +285,7 @@ class Adapter:
         whole = self.episodic or self.steps > 1 or self._observes
         whole = whole or self.restore is not None or self.teacher is not None
         saved = self.state_dict() if whole else self._beside_optimizer()
+        random = RandomState.capture(images.device)
         last = start = self.last_step
         logits: Tensor | None = None
         self._clear_facts()
@@ -302,12 +306,14 @@ class Adapter:
             # A delayed interrupt comes after a step that was applied.
             if whole or self.last_step is start:
                 self._load(saved)
+                random.restore()
                 if self.optimizer is not None:
                     self.optimizer.last_step = last
             raise
         return logits
 
     def _step(self, images: Tensor, optimizer: GradientOptimizer) -> None:
+        states = [(generator, generator.get_state()) for generator in self._generators()]
         tell(self._parts(), "begin_step", images)
         optimizer.step(
             {
@@ -316,8 +322,16 @@ class Adapter:
             }
         )
         record = optimizer.last_step
-        if self.restore is not None and record is not None and record.applied:
+        if record is None or not record.applied:
+            for generator, state in states:
+                generator.set_state(state)
+        elif self.restore is not None:
             self.restore(self)
+
+    def _generators(self) -> list[torch.Generator]:
+        """Of the parts; those of transforms the optimizer puts back itself."""
+        found = [getattr(part, "generator", None) for part in self._parts()]
+        return [each for each in found if isinstance(each, torch.Generator)]
 
     @property
     def _observes(self) -> bool:

@@ -8,6 +8,8 @@ those that it has:
 - `begin_batch(images)`: once per batch, before the first step and without gradients;
 - `begin_step(images)`: before each optimizer step, which may evaluate an objective several times;
 - `state_dict()`, `load_state_dict(state)`: the state, which is saved and reset with the adapter;
+- `generator`, a `torch.Generator` from which it draws: put back after a step that is skipped, as a
+  transform's is. It is saved only if the state includes it;
 - `facts`, a dict: what the part did for the last batch (`Adapter.facts`). An attribute is emptied
   before each batch. Statistics may have it, too.
 """

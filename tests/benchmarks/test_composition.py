@@ -25,8 +25,9 @@ from benchmarks.composition.table import gains, report
 from benchmarks.composition.variants import GRID, VARIANTS, predict_all, score_all
 from examples.common.datasets import Sample
 from examples.common.metrics import dice
-from examples.fundus.fusion import FIXED, build_adapter, describe
+from examples.fundus.fusion import FIXED, describe
 from examples.fundus.gate import CupGate, CupRatio
+from examples.fundus.methods import build_adapter
 from examples.fundus.network import ResUNet34
 from examples.fundus.source_model import Architecture, save_source_model
 from gradkit import tta

@@ -25,13 +25,17 @@ from benchmarks.tta.report import report
 from benchmarks.tta.selection import best, choose, left_out
 from benchmarks.tta.setting import Setting
 from benchmarks.tta.summary import by_target, compare, sign_test
+from benchmarks.tta.tables import TABLES, variants_of
 from benchmarks.tta.tabulation import tabulate
-from benchmarks.tta.variants import TABLES, Variant, variants_of
+from benchmarks.tta.variants import Variant
+from examples.common.adaptation import adapt_online
 from examples.common.datasets import Sample
-from examples.fundus.fusion import CHOICES
 from examples.fundus.gate import CupRatio
+from examples.fundus.heads import with_heads
+from examples.fundus.methods import METHODS
 from examples.fundus.network import ResUNet34
 from examples.fundus.objectives import OBJECTIVES
+from examples.fundus.sample import DICE
 from examples.fundus.source_model import Architecture, save_source_model
 from examples.fundus.synthetic.export import export
 from gradkit import tta
@@ -160,7 +164,7 @@ def test_the_papers_averages_are_those_of_its_domains() -> None:
 )  # fmt: skip
 def test_passes_are_counted(model: ResUNet34, name: str, forwards: int, backwards: int) -> None:
     (variant,) = [each for each in variants_of("1", 1e-4) if each.name == name]
-    adapter = variant.make(model, 0, 1.0)
+    adapter = variant.adapter(model, 0)
     with Passes() as passes:
         adapter(torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
     assert (passes.forwards, passes.backwards) == (forwards, backwards)
@@ -170,17 +174,41 @@ def test_passes_are_counted(model: ResUNet34, name: str, forwards: int, backward
 
 def test_denoising_needs_a_head_whose_passes_count() -> None:
     variants = {each.name: each for each in variants_of("1", 1e-4) if each.heads}
-    assert list(variants) == ["detta", "detta@1e-06"]
+    assert list(variants) == ["detta", "detta-released", "detta@1e-06"]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         headed = ResUNet34(2, auxiliary_heads=True)
     for name, lr in (("detta", 1e-4), ("detta@1e-06", 1e-6)):
-        adapter = variants[name].make(headed, 0, 1.0)
+        adapter = variants[name].adapter(headed, 0)
         assert adapter.optimizer is not None
         assert adapter.optimizer.param_groups[0]["lr"] == lr
         with Passes() as passes:
             adapter(torch.rand(1, 3, 64, 64))
         assert (passes.forwards, passes.backwards) == (2, 1)
+
+
+def test_a_variant_that_sees_the_target_first(model: ResUNet34) -> None:
+    """The same predictions as the command's; passes and memory include the earlier adaptation."""
+    generator = torch.Generator().manual_seed(0)
+    target = torch.zeros(2, 64, 64)
+    target[:, 10:50, 20:40] = 1
+    samples = [
+        Sample(f"{n}.png", torch.rand(3, 64, 64, generator=generator), target) for n in range(3)
+    ]
+    found = []
+    for size in (2, None):
+        variant = Variant("x", "x", None, target_first=size)
+        rows, cost = jobs.adapt(tta.TENT(model, 0.1), samples, CPU, variant)
+        stream = adapt_online(tta.TENT(model, 0.1), samples, CPU, DICE, target_first=size)
+        for row, scored in zip(rows, stream.scores, strict=True):
+            assert row["scores"]["after"] == pytest.approx(scored.scores, abs=1e-3)
+        assert (cost["forwards"], cost["backwards"]) == (2, 1)
+        found.append(([row["scores"] for row in rows], cost["megabytes"]))
+    (first, of_two), (online, of_one) = found
+    assert first != online
+    assert of_two > 1.5 * of_one  # a batch of two
+    released = [each for each in variants_of("1", 1e-4) if each.target_first]
+    assert [(each.name, each.target_first) for each in released] == [("detta-released", 8)]
 
 
 def test_peak_memory_is_that_of_tensors_alive_together() -> None:
@@ -220,7 +248,7 @@ def test_names_tell_variants_apart_and_every_method_is_there() -> None:
             assert copy.name == variant.name  # other processes get them
         if table != "figure4":
             assert names[:2] == ["none", "ptbn"]
-    assert set(CHOICES) <= {variant.name for variant in variants_of("1", 1e-4)}
+    assert set(METHODS) <= {variant.name for variant in variants_of("1", 1e-4)}
     pairs = {each.objectives for each in variants_of("5", 1e-4)} - {None}
     assert pairs == {(pseudo, auxiliary) for pseudo in OBJECTIVES for auxiliary in OBJECTIVES}
     # A variant with the usual learning rate and another are not mixed up.
@@ -231,7 +259,7 @@ def test_names_tell_variants_apart_and_every_method_is_there() -> None:
 @pytest.mark.parametrize("table", ["2", "3", "4", "6"])
 def test_variants_can_be_made(model: ResUNet34, table: Any) -> None:
     for variant in variants_of(table, 1e-3):
-        adapter = variant.make(model, 0, 0.25)
+        adapter = variant.adapter(model, 0, 0.25)
         lr = None if adapter.optimizer is None else adapter.optimizer.param_groups[0]["lr"]
         if variant.scale_of is not None:
             assert variant.scale_of == "grata@0.001"
@@ -261,7 +289,7 @@ def test_the_gate_knows_the_ratio_of_its_source(
 def test_grata_by_its_objectives_is_the_registered_one(model: ResUNet34) -> None:
     (pair,) = [each for each in variants_of("3", 1e-2) if each.name == "grata@0.01"]
     linear = next(each for each in variants_of("4", 1e-2) if each.name == "con-ent-linear@0.01")
-    adapters = [pair.make(model, 5, 1.0), linear.make(model, 5, 1.0)]
+    adapters = [pair.adapter(model, 5), linear.adapter(model, 5)]
     image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     for adapter in adapters:
         adapter(image)
@@ -392,9 +420,12 @@ def test_the_constant_rate_is_gratas_mean(
     seen = []
     original = command.variants_of
 
+    def spy(model: Any, chosen: Any) -> None:
+        seen.append(chosen.lr)
+
     def spied(table: Any, lr: float) -> list[Variant]:
         return [
-            Variant("spy", "spy", lambda model, seed, scale: seen.append(scale), "grata@0.01")
+            Variant("spy", "spy", spy, lr=1.0, scale_of="grata@0.01")
             if variant.name == "grata-mean@0.01"
             else variant
             for variant in original(table, lr)
@@ -448,7 +479,7 @@ def test_an_interrupted_run_goes_on(
 def test_a_failure_is_told_and_the_rest_goes_on(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(model: Any, seed: int, scale: float) -> tta.Adapter:
+    def broken(model: Any, chosen: Any) -> tta.Adapter:
         raise ValueError("no such\nthing")
 
     first = variants_of("1", 1e-4)[:2]
@@ -485,6 +516,43 @@ def test_what_is_refused(
     assert f"{broken} cannot be read; remove it" in complaint("--methods", "none")
     broken.write_text(json.dumps({"model": "0"}))
     assert "made with another source model of centre_a" in complaint("--methods", "none")
+
+
+def test_variants_that_need_heads_take_them_from_a_folder_of_their_own(
+    data: Path, tmp_path: Path, model: ResUNet34, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """So that they join the results of models without heads."""
+    heads = tmp_path / "heads"
+    heads.mkdir()
+    headed = with_heads(model, 1)
+    for source in CENTRES:
+        save_source_model(
+            heads / f"{source}.pt", Architecture(2, 64, source, True), headed.state_dict()
+        )
+    out = tmp_path / "out"
+    words = words_of(data, out, "--table", 1, "--images", 1, "--methods")
+    assert main([*words, "none"]) == 0
+    before = read(out)
+    assert main([*words, "detta,detta-released", "--heads", str(heads)]) == 0
+    after = read(out)
+    assert {name: after[name] for name in before} == before
+    for name, record in after.items():
+        folder = heads if "detta" in name else data.parent / "models"
+        assert record["model"] == settings.checksum(folder / f"{record['source']}.pt")
+    record = json.loads((out / "table1.json").read_text())
+    assert [line["variant"] for line in record["lines"]] == [
+        "none", "ptbn", "detta", "detta-released",
+    ]  # fmt: skip
+    assert record["command"].endswith("--heads HEADS")
+    capsys.readouterr()
+
+    with torch.no_grad():
+        headed.seg_head.weight.add_(1)
+    other = heads / "centre_a.pt"
+    save_source_model(other, Architecture(2, 64, "centre_a", True), headed.state_dict())
+    settings.load_model.cache_clear()
+    assert main([*words, "detta", "--heads", str(heads)]) == 2
+    assert f"{other} is not the source model {data.parent}" in capsys.readouterr().err
 
 
 def test_source_models_are_trained_once(

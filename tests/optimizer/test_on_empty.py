@@ -66,3 +66,28 @@ def test_the_choice_is_checked():
         pytest.raises(ValueError, match="on_empty is 'ignore'; choose one of raise, skip"),
     ):
         gk.wrap(torch.optim.SGD(network().parameters(), lr=0.1), on_empty="ignore")
+
+
+class Drawing(gk.Transform):
+    """Draws noise in each step, and does nothing with it."""
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(0)
+
+    def around(self, inner, context):
+        context.noise(self.generator)
+        return inner
+
+
+@pytest.mark.filterwarnings("ignore:step.. had nothing to step on")
+@pytest.mark.parametrize("on_empty", ["skip", "raise"])
+def test_a_transforms_draws_are_put_back(on_empty):
+    model, drawing = network(), Drawing()
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = gk.wrap(base, drawing, model=model, on_empty=on_empty)
+    before = drawing.generator.get_state()
+    optimizer.step(lambda: None)  # with "raise" the base steps without gradients, as in torch
+    assert not optimizer.last_step.applied
+    assert torch.equal(drawing.generator.get_state(), before)
+    optimizer.step(lambda: model(torch.randn(8, 3)).square().mean())
+    assert not torch.equal(drawing.generator.get_state(), before)

@@ -43,8 +43,8 @@ ADAPTERS = {
     "VPTTA": {"prompt_size": 3, "memory": 2, "neighbours": 1},
 }
 KEEPS_NOTHING = {"NoAdapt", "PTBN", "MedBN", "MEMO", "DomainAdaptor", "InTEnt", "Fuse"}
-# What a skipped image moves: random numbers, and the number of images.
-MOVES_ON = {"DistilledFuse", "GraTa", "DeYO", "DeTTA", "VPTTA"}
+MOVES_ON = {"VPTTA"}  # it counts images, skipped ones included
+DRAWS = {"GraTa", "DeYO", "DeTTA", "RoTTA", "DistilledFuse"}  # in the objective, before a step
 # What an adapter cannot do without.
 
 
@@ -207,17 +207,62 @@ def test_an_image_that_is_not_finite_harms_no_later_one(name: str) -> None:
         assert torch.equal(logits, twin(stream[4]))
 
 
+def test_the_table_has_every_adapter_that_draws_before_a_step() -> None:
+    made = {name: make(name).objectives.values() for name in ADAPTERS}
+    assert {
+        name for name, parts in made.items() if any(hasattr(part, "generator") for part in parts)
+    } == DRAWS
+
+
+@pytest.mark.parametrize("applied", [0, 1])
+@pytest.mark.parametrize("name", sorted(DRAWS))
+def test_a_step_that_finds_nothing_to_learn_from_puts_back_its_draws(
+    name: str, applied: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own draws only, not those of a step before it that was applied."""
+    options = {"on_empty": "skip", **({"every": 1} if name == "RoTTA" else {})}
+    x, random = images(1)[0], torch.get_rng_state()
+
+    def drawing(adapter: gk.tta.Adapter) -> tuple[object, torch.Generator]:
+        (part,) = (each for each in adapter.objectives.values() if hasattr(each, "generator"))
+        return part, part.generator
+
+    twin = make(name, **options)
+    if applied:
+        twin(x)
+        assert twin.last_step.applied
+    adapter = make(name, steps=applied + 1, **options)
+    part, generator = drawing(adapter)
+    evaluate, drawn = type(part).__call__, []
+
+    def abstaining(self, *inputs):
+        loss = evaluate(self, *inputs)
+        drawn.append(generator.get_state())
+        return loss if len(drawn) <= applied else None
+
+    monkeypatch.setattr(type(part), "__call__", abstaining)
+    adapter(x)
+    assert not adapter.last_step.applied
+    assert len(drawn) == applied + 1
+    expected = drawing(twin)[1].get_state()
+    assert torch.equal(generator.get_state(), expected)
+    assert not torch.equal(drawn[-1], expected)  # it did draw
+    assert torch.equal(torch.get_rng_state(), random)
+
+
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_a_model_that_raises_leaves_no_trace(name: str) -> None:
     adapter = make(name)
     adapter(images(1)[0])
     before, last = plain(adapter.state_dict()), adapter.last_step
-    handle = layers_of(adapter)[7].register_forward_pre_hook(lambda *_: 1 / 0)
+    random = torch.get_rng_state()
+    handle = layers_of(adapter)[7].register_forward_pre_hook(lambda *_: torch.rand(1) / 0 + 1 / 0)
     with pytest.raises(ZeroDivisionError):
         adapter(images(2)[1])
     handle.remove()
     assert plain(adapter.state_dict()) == before
     assert adapter.last_step is last
+    assert adapter.optimizer is None or torch.equal(torch.get_rng_state(), random)
 
 
 @pytest.mark.parametrize("name", ADAPTERS)

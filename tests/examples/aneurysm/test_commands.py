@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from examples.aneurysm import comparison
+from examples.aneurysm import comparison, tested
 from examples.aneurysm.__main__ import main
 from examples.common.nifti import Volume, read, write
 
@@ -80,8 +80,12 @@ def test_a_finished_comparison_is_read_again(compared, tmp_path, monkeypatch, ca
     words = ["compare", *TINY, "--methods", METHODS, "--seeds", 2, "--held-out", "centre_d"]
     assert run(*words, "--out", compared) == 2
     assert "holds a training; go on with the same command and --resume" in capsys.readouterr().err
+    pictures = {name: (compared / name).read_bytes() for name in ("projections.png", "gate.png")}
+    monkeypatch.setattr(tested, "score_volumes", None)  # no volume is segmented again
     assert run(*words, "--out", compared, "--resume") == 0
     assert results_of(compared) == before
+    for name, content in pictures.items():
+        assert (compared / name).read_bytes() == content
 
 
 def test_training_evaluating_and_resuming_on_a_folder(exported, tmp_path, capsys):

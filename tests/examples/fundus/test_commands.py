@@ -10,7 +10,6 @@ from PIL import Image
 
 from examples.common import adaptation
 from examples.common import training as common_training
-from examples.common.adaptation import METHODS
 from examples.common.bootstrap import bootstrap_interval
 from examples.common.checkpoint import load
 from examples.fundus import commands, comparison, training
@@ -18,6 +17,7 @@ from examples.fundus.__main__ import main
 from examples.fundus.data import open_domain
 from examples.fundus.fusion import load_cup_ratio
 from examples.fundus.gate import measure_cup_ratio
+from examples.fundus.methods import BY_DEFAULT
 
 TINY = ["--size", "64", "--width", "2", "--epochs", "1", "--train-images", "4"]
 FEW = ["--target-images", "2"]
@@ -60,7 +60,7 @@ def read(out):
 def test_results_follow_the_schema(compared):
     results = read(compared)
     assert [(r["target"], r["method"]) for r in results] == [
-        (target, method) for target in ("centre_b", "centre_e") for method in METHODS
+        (target, method) for target in ("centre_b", "centre_e") for method in BY_DEFAULT
     ]
     for result in results:
         assert list(result) == [
@@ -101,7 +101,7 @@ def test_table_has_a_row_for_each_pair_and_method(compared, capsys):
         row = f"| {result['target']} | {result['method']} | {result['statistics']} |"
         (line,) = [line for line in table.splitlines() if row in line]
         assert f"{result['mean']:.2f} [{low:.2f}, {high:.2f}] |" in line
-    assert sum("average over targets" in line for line in table.splitlines()) == len(METHODS)
+    assert sum("average over targets" in line for line in table.splitlines()) == len(BY_DEFAULT)
     assert "| centre_a | centre_a (in domain) | none | source | - | 2 |" in table
 
 
@@ -125,16 +125,16 @@ def test_a_given_checkpoint_repeats_the_comparison(compared, checkpoint, tmp_pat
     monkeypatch.setattr(commands, "train_source", None)  # nothing is trained
     words = ["compare", *TINY, *FEW, "--targets", "centre_e", "--lr", "0.01", "--seed", 5]
     assert run(*words, "--checkpoint", checkpoint, "--out", tmp_path) == 0
-    assert read(tmp_path) == read(compared)[len(METHODS) :]
+    assert read(tmp_path) == read(compared)[len(BY_DEFAULT) :]
     again, first = load(tmp_path / "centre_a.pt")["model"], load(checkpoint)["model"]
     assert all(torch.equal(again[name], first[name]) for name in first)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", BY_DEFAULT)
 def test_adapt_gives_the_scores_of_compare_and_the_masks(compared, checkpoint, tmp_path, method):
     words = ["adapt", "--checkpoint", checkpoint, "--target", "centre_b", "--method", method]
     assert run(*words, *FEW, "--lr", 0.01, "--seed", 5, "--out", tmp_path) == 0
-    assert read(tmp_path) == [read(compared)[METHODS.index(method)]]
+    assert read(tmp_path) == [read(compared)[BY_DEFAULT.index(method)]]
     dataset = open_domain("synthetic", "centre_b", "all", 64, 5, 2)
     for index, scores in enumerate(read(tmp_path)[0]["images"]):
         path = tmp_path / "masks" / "centre_b" / method / scores["image"]

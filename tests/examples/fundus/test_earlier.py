@@ -254,7 +254,7 @@ def test_a_given_checkpoint_has_no_training_to_resume(capsys, given):
 def test_replaced_results_are_said(capsys, tmp_path, monkeypatch):
     model = tmp_path / "given.pt"
     save_source_model(model, Architecture(2, 64, "centre_a"), ResUNet34(2).state_dict())
-    monkeypatch.setattr(commands, "adapt_online", lambda *arguments: Stream())
+    monkeypatch.setattr(commands, "adapt_online", lambda *arguments, **options: Stream())
     monkeypatch.setattr(commands, "save_masks", lambda *arguments: None)
     monkeypatch.setattr(commands, "markdown_table", lambda *arguments: "table")
     monkeypatch.setattr(commands, "write_json", lambda results, path, *rest: path.write_text("new"))

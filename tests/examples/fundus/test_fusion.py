@@ -9,8 +9,9 @@ from helpers import complaint_of
 from examples.common.checkpoint import CheckpointError, load
 from examples.fundus.__main__ import main
 from examples.fundus.data import open_domain
-from examples.fundus.fusion import build_adapter, describe, load_cup_ratio, require_cup_ratio
+from examples.fundus.fusion import describe, load_cup_ratio, require_cup_ratio
 from examples.fundus.gate import CupGate, CupRatio, measure_cup_ratio
+from examples.fundus.methods import build_adapter
 from examples.fundus.network import ResUNet34
 from examples.fundus.source_model import Architecture, save_source_model
 from gradkit import tta

@@ -259,11 +259,17 @@ def test_the_command_keeps_the_segmentation_and_detta_runs(source, trained, tmp_
     different = {name for name in own if not torch.equal(own[name], best[name])}
     assert different == {"rotate_head.0.weight", "rotate_head.0.bias"}  # made to read raw features
     words = ["--targets", "centre_b", "--width", 2, "--target-images", 2, "--train-images", 2]
-    words += ["--checkpoint", path, "--methods", "none,diga,detta"]
+    words += ["--checkpoint", path, "--methods", "none,diga,detta,detta-released"]
     assert run("compare", *words, "--out", tmp_path) == 0
-    assert "| centre_b | detta | test |" in (tmp_path / "table.md").read_text()
+    table = (tmp_path / "table.md").read_text()
+    assert "| centre_b | detta | test |" in table
+    assert "| centre_b | detta-released | running |" in table
+    earlier = "centre_b, detta-released, before it predicts: image"
+    assert earlier in capsys.readouterr().err
     words = ["--checkpoint", path, "--target", "centre_b", "--target-images", 1]
-    assert run("adapt", *words, "--method", "detta", "--out", tmp_path / "adapted") == 0
+    for method in ("detta", "detta-released"):
+        assert run("adapt", *words, "--method", method, "--out", tmp_path / method) == 0
+    assert earlier in capsys.readouterr().err
 
 
 def test_the_command_resumes_and_refuses_to_replace(trained, capsys):

@@ -1,7 +1,8 @@
 import pytest
 
-from examples.common.adaptation import METHODS, Stream
+from examples.common.adaptation import Stream
 from examples.common.scores import CaseScores
+from examples.fundus.methods import BY_DEFAULT
 from examples.fundus.results import make_result, markdown_table
 
 
@@ -27,10 +28,10 @@ def test_an_interval_needs_more_than_one_image():
 @pytest.mark.parametrize(
     ("methods", "statistics", "note"),
     [
-        (METHODS, "mixed:0.8", "differ: test for ptbn, mixed:0.8 for tent and grata."),
+        (BY_DEFAULT, "mixed:0.8", "differ: test for ptbn, mixed:0.8 for tent and grata."),
         (["grata", "ptbn"], "source", "differ: test for ptbn, source for grata."),
-        (METHODS, "test", None),
-        (METHODS, "mixed:0", None),  # which is the same as test
+        (BY_DEFAULT, "test", None),
+        (BY_DEFAULT, "mixed:0", None),  # which is the same as test
         (["none", "tent", "grata"], "mixed:0.8", None),
         (["none", "ptbn"], "mixed:0.8", None),
     ],
