@@ -81,7 +81,8 @@ TITLES = {
     "intent": "InTEnt",
     "intent-balanced": "InTEnt, balanced",
     "rotta": "RoTTA",
-    "pass": "PASS",
+    "pass": "PASS without shape prompts",
+    "pass-shapes": "PASS",
     "fused": "Fuse, fixed weights of disc and cup",
     "gated": "Fuse, gated",
 }

@@ -33,6 +33,7 @@ def denoise(model: Any, images: Tensor) -> Tensor:
 
 
 DECODER = ("up1", "up2", "up3", "up4", "bnout")  # of ResUNet-34, which PASS does not align
+BOTTLENECK = "res.layer4"  # of ResUNet-34, whose output gets PASS's shape prompts
 
 Generator = torch.Generator
 PUBLISHED: dict[str, tuple[str, Callable[[nn.Module, Generator], tta.Adapter]]] = {
@@ -55,6 +56,12 @@ PUBLISHED: dict[str, tuple[str, Callable[[nn.Module, Generator], tta.Adapter]]] 
         "running",
         lambda model, generator: tta.PASS(
             model, excluded=DECODER, class_weights=(5, 1), generator=generator
+        ),
+    ),
+    "pass-shapes": (  # which learn from the decoder's layers only
+        "running",
+        lambda model, generator: tta.PASS(
+            model, class_weights=(5, 1), generator=generator, prompted=BOTTLENECK
         ),
     ),
     "deyo": ("test", lambda model, generator: tta.DeYO(model, generator=generator)),

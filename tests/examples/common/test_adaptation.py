@@ -1,5 +1,7 @@
 """One sample at a time, in order, without looking at its target: in two and three dimensions."""
 
+from collections import OrderedDict
+
 import pytest
 import torch
 from torch import nn
@@ -22,12 +24,13 @@ class Network(nn.Sequential):
 
 
 def network(dimensions=2):
-    """Three channels in, two structures out."""
+    """Three channels in, two structures out; what PASS prompts has ResUNet-34's name."""
     convolution = nn.Conv2d if dimensions == 2 else nn.Conv3d
     normalisation = nn.BatchNorm2d if dimensions == 2 else nn.BatchNorm3d
     torch.manual_seed(0)
     first, last = convolution(3, 4, 3, padding=1), convolution(4, 2, 1)
-    return Network(first, normalisation(4), nn.ReLU(), last).eval()
+    res = nn.Sequential(OrderedDict(conv1=first, layer4=nn.ReLU()))
+    return Network(OrderedDict(res=res, norm=normalisation(4), last=last)).eval()
 
 
 class Recorder(tta.Adapter):
