@@ -176,7 +176,8 @@ def features_of(
     for each in size:
         check_count("image_size", each)
     model = own_copy(model).eval()
-    module, found = classifier_of(model, name), list[Any]()
+    module = classifier_of(model, name)
+    found: list[Any] = []
     like = next(iter(model.parameters()), torch.ones(()))
     handle = module.register_forward_hook(lambda module, inputs, output: found.append(output))
     try:
