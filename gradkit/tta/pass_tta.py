@@ -290,22 +290,23 @@ def PASS(  # noqa: N802 # the method's name
     source's; the next image starts from the source's again. Entropies are
     −Σ w_c·p·log p/Σ p; the authors weigh disc and cup by `class_weights=(5, 1)`.
 
-    Shape prompts go to the output Z of one module, which depends on the network: name it in
-    `prompted`, in theirs the encoder's last stage. Without a name there are none. They need no
-    training on the source. The bank P, as many maps of Z's height and width as Z has channels
-    (512), begins at 0, and
+    Shape prompts go to the output Z of one module, in the authors' network the encoder's last
+    stage. Name yours in `prompted`; without a name there are none. They need no training on the
+    source. The bank P has L maps of Z's height and width, as many as Z has channels (theirs 512),
+    and begins at 0:
 
         Z ← Z + A·φ_v(P)      A = softmax over prompts(φ_q(Z)·φ_k(P)ᵀ/√L) [C, L]
 
     with depthwise 3 × 3 convolutions φ, and in each column of A all but the largest tenth set to 0.
 
-    Only layers behind `prompted` tell the prompts anything. The authors' program for disc and cup
-    aligns the encoder alone (name the other modules in `excluded`): there no gradient reaches
-    prompts and φ, which stay as drawn, and the bias of φ_v adds to each channel a mixture of random
-    numbers. Their settings for the prostate name the decoder, too; here all layers are aligned,
-    and the prompts learn. Their program for the prostate minimises an entropy instead, in one step;
-    it is not offered. For images of another size than `image_size` the bank is resized, which
-    theirs cannot. Written from the authors' code, which was not run; the paper was not compared.
+    P and φ learn only from the alignment of layers behind `prompted`. The authors' program for disc
+    and cup aligns the encoder alone (name the other modules in `excluded`): there no gradient
+    reaches them, P stays 0, and each channel is shifted by a mixture of the random biases of φ_v.
+    Their settings for the prostate name the decoder, too; here all layers are aligned by default,
+    so that P and φ learn. Their online program for the prostate minimises an entropy instead, in
+    one step; it is not offered. For images of another size than `image_size` the bank is resized,
+    which theirs cannot do. Written from the authors' code, which was not run; the paper itself was
+    not at hand.
 
     Cost: 4 forward passes and 2 backward passes per batch; one forward pass when it is made with
     `prompted`. State: θ̄, t, Adam's moments.
