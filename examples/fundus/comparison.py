@@ -58,10 +58,11 @@ class Compare:
     methods: str = ",".join(BY_DEFAULT)
     """Methods, separated by commas: none, ptbn, tent, grata, and with their published settings dua,
     diga, medbn, dltta, domainadaptor, sar, sar-scaled, eata, cotta, memo, deyo, vptta, intent,
-    intent-balanced, rotta, pass; with a checkpoint that has auxiliary heads (see the command
-    heads), detta and detta-released, which sees all of a target before it predicts. And two fusions
-    of predictions under several statistics: fused, with weights fixed for disc and cup, and gated,
-    with a weight for each image."""
+    intent-balanced, rotta, pass, and pass-shapes, which adds its shape prompts and aligns the
+    decoder, too, from which they learn; with a checkpoint that has auxiliary heads (see the
+    command heads), detta and detta-released, which sees all of a target before it predicts. And two
+    fusions of predictions under several statistics: fused, with weights fixed for disc and cup, and
+    gated, with a weight for each image."""
     statistics: str = "test"
     """Where tent and grata take batch normalisation's statistics: source, test, mixed:SHARE."""
     lr: float = 1e-4

@@ -78,6 +78,7 @@ def _gated(model: nn.Module, chosen: Chosen) -> tta.Adapter:
 
 
 DECODER = ("up1", "up2", "up3", "up4", "bnout")  # of ResUNet-34, which PASS does not align
+BOTTLENECK = "res.layer4"  # of ResUNet-34, whose output gets PASS's shape prompts
 
 METHODS: dict[str, Method] = {
     "none": Method("No Adapt", lambda model, _: tta.NoAdapt(model), "source"),
@@ -123,9 +124,16 @@ METHODS: dict[str, Method] = {
     ),
     "memo": Method("MEMO", lambda model, _: tta.MEMO(model), "mixed:0.94"),
     "pass": Method(
-        "PASS",
+        "PASS without shape prompts",
         lambda model, chosen: tta.PASS(
             model, excluded=DECODER, class_weights=(5, 1), generator=chosen.generator()
+        ),
+        "running",
+    ),
+    "pass-shapes": Method(  # which learn from the decoder's layers only
+        "PASS",
+        lambda model, chosen: tta.PASS(
+            model, class_weights=(5, 1), generator=chosen.generator(), prompted=BOTTLENECK
         ),
         "running",
     ),

@@ -133,7 +133,7 @@ class Adapter:
             raise ValueError(f'episodic is {episodic!r}; choose False, True or "image"')
         # Statistics may have state of their own, which must not be shared between adapters.
         self.statistics = copy.deepcopy(resolve_statistics(statistics))
-        self.model = _copied(model).eval()
+        self.model = own_copy(model).eval()
         install_statistics(self.model, self.statistics)
         self.objectives = _own(objectives(self.model) if callable(objectives) else objectives or {})
         self.episodic, self.steps = episodic, steps
@@ -489,7 +489,7 @@ class Adapter:
         return f"{type(self).__name__}({', '.join(parts)})"
 
 
-def _copied(model: nn.Module) -> nn.Module:
+def own_copy(model: nn.Module) -> nn.Module:
     """A copy of the model, also where hooks keep computed weights on its layers.
 
     Raises:

@@ -1,11 +1,10 @@
-"""A decorator of images that aligns statistics with the source's, where this makes certain."""
+"""Prompts in images and features that align statistics with the source's; kept where certain."""
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from gradkit.tta.features import captured_inputs
 from gradkit.tta.lower_entropy import LowerEntropy
 from gradkit.tta.objectives import Logits, Probabilities, Scalar, logits_of
 from gradkit.tta.running import RunningStatistics, learning
+from gradkit.tta.shape_prompts import ShapePrompts, added_to, drawn_convolution, features_of
 from gradkit.tta.statistics import (
     PerChannel,
     Statistics,
@@ -32,9 +32,12 @@ Images = Float[Tensor, "batch channels height width"]
 
 
 class Decorated(nn.Module):
-    """A model whose images are changed pixel by pixel: PASS's input decorator.
+    """A model with PASS's prompts: images are changed pixel by pixel, and features by a bank.
 
         x ← x + W₂·relu(norm(W₁·x))       1 × 1 convolutions; norm: of each channel of each image
+        Z ← Z + attention to the bank     the output of the module `prompted`; see `ShapePrompts`
+
+    The model inside, called alone, has no prompts.
 
     Args:
         model: The model.
@@ -42,6 +45,9 @@ class Decorated(nn.Module):
         hidden: Between the convolutions.
         generator: The generator of their first weights, on the CPU; by default a new one with
             seed 0. They are uniform, as those of `torch.nn.Conv2d`.
+        prompted: The name of a module of the model; without one, features are not changed.
+        prompts: How many, by default as many as the features have channels.
+        image_size: Height and width of the images whose features have the bank's size.
 
     Examples:
         >>> model = Decorated(nn.Identity(), channels=1)
@@ -55,22 +61,27 @@ class Decorated(nn.Module):
         channels: int = 3,
         hidden: int = 64,
         generator: torch.Generator | None = None,
+        prompted: str | None = None,
+        prompts: int | None = None,
+        image_size: int | Sequence[int] = 512,
     ) -> None:
         super().__init__()
         check_count("channels", channels)
         check_count("hidden", hidden)
-        self.model = model
+        self.model, self.prompted = model, prompted
         like = at_least_float32(next(iter(model.parameters()), torch.ones(())).detach())
-        self.first = nn.Conv2d(channels, hidden, 1, device="meta", dtype=like.dtype)
-        self.second = nn.Conv2d(hidden, channels, 1, device="meta", dtype=like.dtype)
         drawn = own_generator(generator)
-        for layer in (self.first, self.second):
-            layer.to_empty(device=like.device)
-            bound = 1 / math.sqrt(layer.in_channels)
-            for parameter in layer.parameters():
-                uniform = torch.rand(parameter.shape, generator=drawn, dtype=torch.float64)
-                with torch.no_grad():
-                    parameter.copy_(bound * (2 * uniform - 1))
+        self.first = drawn_convolution(channels, hidden, 1, like, drawn)
+        self.second = drawn_convolution(hidden, channels, 1, like, drawn)
+        self.prompts: ShapePrompts | None = None
+        if prompted is not None:
+            count, *size = features_of(model, prompted, channels, image_size)
+            prompts = count if prompts is None else prompts
+            self.prompts = ShapePrompts(count, prompts, (size[0], size[1]), like, drawn)
+        elif prompts is not None:
+            raise ValueError(
+                f"prompts is {prompts}, but prompted= names no module whose output gets them"
+            )
 
     def decorate(self, images: Images) -> Images:
         """The images as the model gets them."""
@@ -80,9 +91,16 @@ class Decorated(nn.Module):
         return images + change.to(images)
 
     def forward(self, images: Images) -> Logits:
-        """The model's logits of the decorated images."""
-        logits: Tensor = self.model(self.decorate(images))
+        """The model's logits of the decorated images, with prompted features."""
+        with self._prompting():
+            logits: Tensor = self.model(self.decorate(images))
         return logits
+
+    def _prompting(self) -> AbstractContextManager[None]:
+        if self.prompts is None:
+            return nullcontext()
+        assert self.prompted is not None
+        return added_to(self.model.get_submodule(self.prompted), self.prompted, self.prompts)
 
 
 class SourceAlignment:
@@ -233,8 +251,9 @@ def _inner(model: nn.Module) -> nn.Module:
 
 def _trained(model: nn.Module) -> Iterable[nn.Parameter]:
     assert isinstance(model, Decorated)
+    prompts = () if model.prompts is None else model.prompts.parameters()
     decorator = [*model.first.parameters(), *model.second.parameters()]
-    return [*norm_affine_parameters(model.model).values(), *decorator]
+    return [*norm_affine_parameters(model.model).values(), *decorator, *prompts]
 
 
 def PASS(  # noqa: N802 # the method's name
@@ -249,13 +268,17 @@ def PASS(  # noqa: N802 # the method's name
     least: int | float = 0.01,
     probabilities: Probabilities = "auto",
     generator: torch.Generator | None = None,
+    prompted: str | None = None,
+    prompts: int | None = None,
+    image_size: int | Sequence[int] = 512,
     **options: Any,
 ) -> Adapter:
-    """PASS (IEEE TMI 2024) without its shape prompts.
+    """PASS (IEEE TMI 2024): prompts for the style of images and for shapes in features.
 
     [PASS: Test-Time Prompting to Adapt Styles and Semantic Shapes in Medical Image
     Segmentation](https://arxiv.org/abs/2410.01573), as the authors' online program does it for disc
-    and cup, with θ the scales and shifts of normalisation layers and a decorator of the image:
+    and cup, with θ the scales and shifts of normalisation layers, a decorator of the image, and a
+    bank of shape prompts with its cross-attention (`Decorated`):
 
         θ ← θ̄                                                    before each image
         L = Σ over layers of mean|μ − μ_source| + 0.01·mean|v − v_source|
@@ -267,13 +290,26 @@ def PASS(  # noqa: N802 # the method's name
     source's; the next image starts from the source's again. Entropies are
     −Σ w_c·p·log p/Σ p; the authors weigh disc and cup by `class_weights=(5, 1)`.
 
-    Covered are the decorator, the alignment of statistics, the momentum and the choice. The
-    semantic shape prompts are not: a bank of prompts that a cross-attention adds to the features of
-    the bottleneck, which needs a network that can be taken apart there. The authors align the
-    encoder only; name the others in `excluded`. So this is no reproduction, and its results say
-    nothing about theirs. Written from the authors' code, which was not run.
+    Shape prompts go to the output Z of one module, in the authors' network the encoder's last
+    stage. Name yours in `prompted`; without a name there are none. They need no training on the
+    source. The bank P has L maps of Z's height and width, as many as Z has channels (theirs 512),
+    and begins at 0:
 
-    Cost: 4 forward passes and 2 backward passes per batch. State: θ̄, t, Adam's moments.
+        Z ← Z + A·φ_v(P)      A = softmax over prompts(φ_q(Z)·φ_k(P)ᵀ/√L) [C, L]
+
+    with depthwise 3 × 3 convolutions φ, and in each column of A all but the largest tenth set to 0.
+
+    P and φ learn only from the alignment of layers behind `prompted`. The authors' program for disc
+    and cup aligns the encoder alone (name the other modules in `excluded`): there no gradient
+    reaches them, P stays 0, and each channel is shifted by a mixture of the random biases of φ_v.
+    Their settings for the prostate name the decoder, too; here all layers are aligned by default,
+    so that P and φ learn. Their online program for the prostate minimises an entropy instead, in
+    one step; it is not offered. For images of another size than `image_size` the bank is resized,
+    which theirs cannot do. Written from the authors' code, which was not run; the paper itself was
+    not at hand.
+
+    Cost: 4 forward passes and 2 backward passes per batch; one forward pass when it is made with
+    `prompted`. State: θ̄, t, Adam's moments.
 
     Args:
         model: The source model; see `Adapter`. The adapter's model holds it as `model.model`.
@@ -286,8 +322,12 @@ def PASS(  # noqa: N802 # the method's name
         decay: Of the momentum.
         least: The momentum's lower bound.
         probabilities: The meaning of the logits; see `TENT`.
-        generator: The generator of the decorator's first weights, on the CPU; by default a new one
+        generator: The generator of the prompts' first weights, on the CPU; by default a new one
             with seed 0.
+        prompted: The name of the module whose output [N, C, H, W] gets the shape prompts.
+        prompts: L, how many; by default C.
+        image_size: Height and width of the images, one number for both, from which the bank's size
+            follows.
         **options: Further arguments of `Adapter`.
 
     Returns:
@@ -296,19 +336,23 @@ def PASS(  # noqa: N802 # the method's name
     Raises:
         RuntimeError: If `torch.inference_mode()` is on.
         TypeError: If an argument is of the wrong type.
-        ValueError: If an argument has no valid value, or if the model has no BatchNorm with running
-            statistics; in a call, if there are other numbers of weights than of classes.
+        ValueError: If an argument has no valid value, if the model has no BatchNorm with running
+            statistics, if it does not take images of `image_size`, or if it has no module of that
+            name with such an output; in a call, if there are other numbers of weights than of
+            classes.
 
     Examples:
         >>> import torch, gradkit as gk
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 1), torch.nn.BatchNorm2d(2)).eval()
-        >>> adapter = gk.tta.PASS(model)
+        >>> adapter = gk.tta.PASS(model, prompted="0", image_size=8)
         >>> adapter(torch.rand(1, 3, 8, 8)).shape, adapter.facts["adapted"].shape
         (torch.Size([1, 2, 8, 8]), torch.Size([1]))
+        >>> adapter.model.prompts.bank.shape
+        torch.Size([2, 8, 8])
     """
     running = RunningStatistics(0.1)
     return Adapter(
-        Decorated(model, channels, hidden, generator),
+        Decorated(model, channels, hidden, generator, prompted, prompts, image_size),
         statistics=running if statistics is None else statistics,
         objectives={"loss": SourceAlignment(excluded)},
         **{

@@ -37,7 +37,7 @@ ADAPTERS = {
     "DeYO": {"lr": 1e-2, "entropy_share": 1.0, "difference": 0.0},
     "DeTTA": {},
     "Fuse": {},
-    "PASS": {"hidden": 4},
+    "PASS": {"hidden": 4, "prompted": "1", "image_size": (12, 16)},
     "RoTTA": {"lr": 1e-2, "memory": 2, "every": 2},
     "DistilledFuse": {},
     "VPTTA": {"prompt_size": 3, "memory": 2, "neighbours": 1},

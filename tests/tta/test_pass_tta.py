@@ -27,30 +27,69 @@ def decorated(w, x):
     return x + F.conv2d(change, w["second.weight"], w["second.bias"])
 
 
+def with_prompts(w, z):
+    """Z + A·V with the bank of the weights; each prompt keeps one of the four channels."""
+
+    def phi(name, x):
+        kernel, bias = w[f"prompts.{name}.weight"], w[f"prompts.{name}.bias"]
+        rows = [
+            F.conv2d(x[:, c : c + 1], kernel[c : c + 1], bias[c : c + 1], padding=1)
+            for c in range(x.shape[1])
+        ]
+        return torch.cat(rows, dim=1)
+
+    bank = w["prompts.bank"][None]
+    q, k, v = phi("query", z), phi("key", bank), phi("value", bank)
+    logits = torch.einsum("nchw,lhw->ncl", q, k[0]) / k.shape[1] ** 0.5
+    attention = logits.exp() / logits.exp().sum(dim=2, keepdim=True)
+    attention = attention * (attention == attention.amax(dim=1, keepdim=True))
+    return z + torch.einsum("ncl,lhw->nchw", attention, v[0])
+
+
 def weighted_entropy(logits):
     p = 1 / (1 + (-logits).exp())
     terms = -(p * p.log()).sum(dim=(0, 2, 3))
     return (5 * terms[0] + terms[1]) / p.sum()
 
 
+@pytest.mark.parametrize("prompts", [None, 3])
 @pytest.mark.parametrize("excluded", [(), ("5",)])
-def test_pass_equals_an_independent_reference(excluded) -> None:
+def test_pass_equals_an_independent_reference(excluded, prompts) -> None:
     model = network()
     with torch.no_grad():
         model[0].weight.mul_(20)  # the source's predictions differ
         model[7].weight.mul_(8)
+    shape = {} if prompts is None else {"prompted": "2", "prompts": 3, "image_size": (12, 16)}
     adapter = gk.tta.PASS(
-        model, hidden=4, excluded=excluded, class_weights=(5, 1), lr=2e-2, decay=0.5, least=0.2
+        model,
+        hidden=4,
+        excluded=excluded,
+        class_weights=(5, 1),
+        lr=2e-2,
+        decay=0.5,
+        least=0.2,
+        **shape,
     )
     # A decorator that changes little at first, so that both predictions are chosen.
     with torch.no_grad():
         adapter.model.second.weight.mul_(0.1)
         adapter.model.second.bias.zero_()
+        if prompts is not None:  # attention that is not saturated: of equal ones either may be kept
+            for parameter in adapter.model.prompts.query.parameters():
+                parameter.mul_(0.1)
     adapter.restore.attach(adapter)
     w = weights_of(model)
-    decorator = ["first.weight", "first.bias", "second.weight", "second.bias"]
-    w.update({name: adapter.trained()[name].detach().clone() for name in decorator})
-    source, statistics, names = dict(w), running(model), [*AFFINE, *decorator]
+    own = [name for name in adapter.trained() if not name.startswith("model.")]
+    assert len(own) == (4 if prompts is None else 4 + 7)
+    w.update({name: adapter.trained()[name].detach().clone() for name in own})
+    source, statistics, names = dict(w), running(model), [*AFFINE, *own]
+
+    def forward(w, x, moments):
+        def change(z):
+            return z if prompts is None else with_prompts(w, z)
+
+        return reference_forward(w, decorated(w, x), moments, change)
+
     mean, adam, t, chosen = dict(w), ReferenceAdam(), 0, set()
     for x, scale in zip(images(5), (1, 0.1, -3, 0.3, -6), strict=True):
         x = scale * x
@@ -71,7 +110,7 @@ def test_pass_equals_an_independent_reference(excluded) -> None:
 
             def loss(w, x=x, moved=moved):
                 gaps = []
-                reference_forward(w, decorated(w, x), lambda x, name: moments(x, name, gaps, moved))
+                forward(w, x, lambda x, name: moments(x, name, gaps, moved))
                 return sum(gaps)
 
             leaves = {name: w[name].detach().requires_grad_() for name in names}
@@ -83,7 +122,7 @@ def test_pass_equals_an_independent_reference(excluded) -> None:
             t += 1
             m = 0.1 * 0.5**t + 0.2
             mean = {name: (1 - m) * mean[name] + m * w[name] for name in mean}
-        z = reference_forward(w, decorated(w, x), lambda x, name: moved[name])
+        z = forward(w, x, lambda x, name: moved[name])
         before = reference_forward(source, x, lambda x, name: statistics[name])
         lower = bool(weighted_entropy(z) < weighted_entropy(before))
         chosen.add(lower)
@@ -92,6 +131,9 @@ def test_pass_equals_an_independent_reference(excluded) -> None:
         assert adapter.facts["adapted"].tolist() == [lower]
         assert adapter.facts["momentum"] == pytest.approx(m)
     assert chosen == {True, False}
+    if prompts is not None:  # only layers behind them tell them anything
+        moved = not torch.equal(mean["prompts.bank"], source["prompts.bank"])
+        assert moved == (not excluded)
 
 
 def test_the_decorator_is_drawn_as_torchs_layers_are() -> None:
@@ -113,6 +155,9 @@ def test_bad_arguments() -> None:
         ({"hidden": 0}, "hidden is 0"),
         ({"least": 1}, r"momentum \+ least is 1"),
         ({"excluded": ("1", "5")}, r"excluded=\['1', '5'\]"),
+        ({"prompts": 3}, "prompts is 3, but prompted= names no module"),
+        ({"prompted": "2", "prompts": 0, "image_size": 8}, "prompts is 0"),
+        ({"prompted": "encoder", "image_size": 8}, "no module 'encoder'; its modules are '0', '1'"),
     ):
         with pytest.raises(ValueError, match=message):
             gk.tta.PASS(network(), **arguments)

@@ -1,4 +1,4 @@
-"""The two fusions as methods: what they predict, and what a source model's file tells for them."""
+"""Methods for disc and cup: both fusions, what a source model's file tells for them, and PASS."""
 
 import json
 
@@ -11,7 +11,7 @@ from examples.fundus.__main__ import main
 from examples.fundus.data import open_domain
 from examples.fundus.fusion import describe, load_cup_ratio, require_cup_ratio
 from examples.fundus.gate import CupGate, CupRatio, measure_cup_ratio
-from examples.fundus.methods import build_adapter
+from examples.fundus.methods import BOTTLENECK, DECODER, build_adapter
 from examples.fundus.network import ResUNet34
 from examples.fundus.source_model import Architecture, save_source_model
 from gradkit import tta
@@ -53,6 +53,24 @@ def test_both_fusions_predict_what_their_rule_says():
     torch.testing.assert_close(gated[:, 1], (1 - w) * first[:, 1] + w * second[:, 1])
     with pytest.raises(ValueError, match="ratio of cup to disc"):
         build_adapter("gated", model)
+
+
+def test_shape_prompts_are_behind_the_encoder_and_learn_from_the_decoder():
+    torch.manual_seed(0)
+    model, image = ResUNet34(2, auxiliary_heads=True), torch.rand(1, 3, 64, 64)
+    adapter = build_adapter("pass-shapes", model)
+    encoder = model.eval().encode(image)[-1]
+    assert adapter.model.prompts.bank.shape == (encoder.shape[1], 16, 16)  # of 512 pixels
+    adapter(image)
+    assert adapter.model.prompts.bank.count_nonzero() > 0
+    alone = tta.PASS(
+        model.without_heads(), excluded=DECODER, prompted=BOTTLENECK, image_size=64, hidden=2
+    )
+    before = {name: each.clone() for name, each in alone.trained().items()}
+    alone(image)
+    moved = {name for name, each in alone.trained().items() if not torch.equal(each, before[name])}
+    assert moved >= {"first.weight", "second.weight", "model.res.bn1.weight"}
+    assert not [name for name in moved if name.startswith(("prompts.", "model.up", "model.bnout"))]
 
 
 def test_files_tell_the_ratio_and_it_is_checked(tmp_path):

@@ -1,5 +1,6 @@
 """Every method of `compare`: what it reads, needs and says of itself."""
 
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -28,10 +29,11 @@ class Network(nn.Sequential):
 
 
 def network():
-    """Three channels in, two structures out."""
+    """Three channels in, two structures out; what PASS prompts has ResUNet-34's name."""
     torch.manual_seed(0)
     first, last = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 2, 1)
-    return Network(first, nn.BatchNorm2d(4), nn.ReLU(), last).eval()
+    res = nn.Sequential(OrderedDict(conv1=first, layer4=nn.ReLU()))
+    return Network(OrderedDict(res=res, norm=nn.BatchNorm2d(4), last=last)).eval()
 
 
 @pytest.mark.parametrize("name", METHODS)
