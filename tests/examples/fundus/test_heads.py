@@ -338,6 +338,7 @@ def test_heads_for_other_statistics_are_pointed_out(source, trained, tmp_path, c
     assert "with source statistics, after epoch 1" in capsys.readouterr().out
     path = tmp_path / "centre_a.pt"
     assert load_heads_statistics(path) == "source"
+    assert load(tmp_path / "training" / "last.pt")["settings"]["statistics"] == "source"
     note = f"the heads of {path} were trained with source statistics, and detta adapts with test;"
     for method, noted in (("detta", True), ("ptbn", False)):
         words = ["--checkpoint", path, "--target", "centre_b", "--target-images", 1]
