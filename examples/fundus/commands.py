@@ -4,6 +4,7 @@ Each command checks everything it was given before it computes or writes anythin
 """
 
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,7 +31,13 @@ from examples.fundus.earlier import (
 )
 from examples.fundus.fusion import describe, load_cup_ratio, require_cup_ratio
 from examples.fundus.gate import measure_cup_ratio
-from examples.fundus.heads import HeadSettings, train_heads
+from examples.fundus.heads import (
+    STATISTICS,
+    HeadSettings,
+    describe_heads,
+    load_heads_statistics,
+    train_heads,
+)
 from examples.fundus.masks import save_masks
 from examples.fundus.methods import METHODS, build_adapter
 from examples.fundus.network import ENCODER_STRIDE, HEADS, ResUNet34
@@ -170,6 +177,9 @@ class Heads:
     epochs: int | None = None
     """Passes over the training images; default 20, with --resume as many as the training has. More
     extend it: further epochs take the learning rates of the longer schedule."""
+    statistics: str = HeadSettings.statistics
+    """Where batch normalisation takes its statistics in this training: test (those of each image by
+    itself, with which detta and GraTa adapt by default), or source (the running ones)."""
     train_images: int | None = None
     """Images of the source's train list to use; default all (synthetic: 100)."""
     seed: int = 0
@@ -189,6 +199,7 @@ class Heads:
     def run(self) -> None:
         """Trains, and prints where the checkpoint is and how good the heads are."""
         check_training(epochs=self.epochs)
+        split_names("--statistics", self.statistics, STATISTICS, single=True)
         check_counts(seed=self.seed, threads=self.threads, train_images=self.train_images)
         model, architecture = load_source_model(self.checkpoint, size=self.size, source=self.source)
         size, source = told(self.checkpoint, architecture)
@@ -216,7 +227,7 @@ class Heads:
                 samples,
                 model,
                 architecture,
-                HeadSettings(epochs, self.seed),
+                HeadSettings(epochs, self.seed, statistics=self.statistics),
                 last.parent,
                 device,
                 self.resume,
@@ -227,13 +238,39 @@ class Heads:
         path = self.out / f"{source}.pt"
         ratio = load_cup_ratio(self.checkpoint)
         facts = {} if ratio is None else describe(ratio)
+        facts |= describe_heads(self.statistics)
         headed_architecture = replace(architecture, auxiliary_heads=True)
         save_source_model(path, headed_architecture, headed.state_dict(), **facts)
         print(f"source model with heads: {path}")
-        print(f"on images that were held out, after epoch {entry['epoch']:g}:")
+        print(
+            f"on images that were held out, with {self.statistics} statistics, after epoch "
+            f"{entry['epoch']:g}:"
+        )
         for head in HEADS:
             what = "right, of six" if head == "rotation" else "of the variance explained"
             print(f"  {head}: {entry[head]:.1f}% {what}")
+
+
+def note_statistics(methods: Iterable[str], checkpoint: Path) -> None:
+    """Says on standard error which methods use heads with other statistics than those of training.
+
+    Args:
+        methods: that are to run.
+        checkpoint: a network with heads; nothing is said of files that do not tell.
+
+    Raises:
+        CheckpointError: the file is unreadable, or what it tells is invalid.
+    """
+    trained = load_heads_statistics(checkpoint)
+    for method in methods:
+        used = METHODS[method].statistics
+        fitting = "test" if used == "test" else "source"  # running ones are the source's at first
+        if METHODS[method].heads and trained not in (None, fitting):
+            print(
+                f"the heads of {checkpoint} were trained with {trained} statistics, and {method} "
+                f"adapts with {used}; heads --statistics {fitting} trains better ones for it",
+                file=sys.stderr,
+            )
 
 
 def told(checkpoint: Path, architecture: Architecture) -> tuple[int, str]:
@@ -304,6 +341,7 @@ class Adapt:
         device = open_device(self.device, self.threads)
         check_writable(self.out)
 
+        note_statistics([self.method], self.checkpoint)
         samples = open_domain(
             self.data_root, self.target, "all", size, self.seed, self.target_images
         )

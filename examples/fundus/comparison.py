@@ -14,12 +14,13 @@ from examples.common.contours import spread
 from examples.common.datasets import Sample, length
 from examples.common.results import remove_results, write_json
 from examples.common.usage import check_writable, open_device, require, split_names
-from examples.fundus.commands import REPLACED, RESUME, Train
+from examples.fundus.commands import REPLACED, RESUME, Train, note_statistics
 from examples.fundus.data import available_domains, check, open_domain
 from examples.fundus.earlier import refuse_to_replace_model
 from examples.fundus.figures import save_alignment, save_predictions
 from examples.fundus.fusion import describe, load_cup_ratio, require_cup_ratio
 from examples.fundus.gate import CupRatio
+from examples.fundus.heads import describe_heads, load_heads_statistics
 from examples.fundus.methods import BY_DEFAULT, METHODS, build_adapter
 from examples.fundus.network import ResUNet34
 from examples.fundus.results import (
@@ -153,8 +154,11 @@ class Compare:
             if not self.overwrite:
                 refuse_to_replace_model(kept, model)
             check_writable(self.out)
+            note_statistics(methods, self.checkpoint)
             known = load_cup_ratio(self.checkpoint) or ratio
             facts = {} if known is None else describe(known)
+            heads = load_heads_statistics(self.checkpoint)
+            facts |= {} if heads is None else describe_heads(heads)
             save_source_model(kept, architecture, model.state_dict(), **facts)
         # What was trained is kept: --resume goes on with the adaptation.
         with interruptible(RESUME, lambda: self.checkpoint is None):

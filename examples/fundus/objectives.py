@@ -61,7 +61,8 @@ def build_grata(
     With the defaults it is GraTa itself.
 
     Args:
-        model: the source model, with trained heads if an objective needs one.
+        model: the source model, with trained heads if an objective needs one; those that were
+            trained with the same statistics.
         pseudo: the objective that updates, one of `OBJECTIVES`.
         auxiliary: the objective along whose gradient the look-ahead step is made.
         lr: learning rate of Adam before scaling.

@@ -194,7 +194,9 @@ class Rotation:
     [test-time training](https://arxiv.org/abs/1909.13231), which has turns only. The six classes
     are GraTa's: flipped left to right, flipped top to bottom, turned counter-clockwise by 90°, 180°
     and 270°, and unchanged. A left eye that is flipped looks like a right eye, so that on fundus
-    photographs some classes can hardly be told apart.
+    photographs some classes can hardly be told apart. Train a head on the mean over all views of
+    each image: views of one image may differ less than two images do, so that single views teach
+    it slowly.
 
     Views are drawn once per step, and kept at displaced weights; `begin_step`, which an adapter
     calls, draws new ones. Cost: one forward pass. State: the generator.

@@ -1,5 +1,6 @@
 """Heads are trained beside a source model that stays as it is, to the bit."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ from contents import assert_equal_content
 from helpers import complaint_of
 from torch.nn import functional
 
+import gradkit as gk
 from examples.common.checkpoint import CheckpointError, load
 from examples.common.datasets import Sample, split_held_out
 from examples.fundus import commands, comparison, heads
@@ -16,10 +18,12 @@ from examples.fundus.augmentation import AugmentedDataset
 from examples.fundus.fusion import describe, load_cup_ratio
 from examples.fundus.gate import CupRatio
 from examples.fundus.heads import (
+    STATISTICS,
     HeadSettings,
     digest,
     evaluate_heads,
     heads_of,
+    load_heads_statistics,
     train_heads,
     with_heads,
 )
@@ -117,10 +121,45 @@ def test_training_changes_the_heads_only_and_resumes_with_the_same_bits(source, 
         fit(other, tmp_path / "parts", resume=True)
 
 
-def test_each_head_gets_the_gradient_of_its_own_loss(source):
-    training, _ = heads.make_training(
-        pictures(4), source, replace(TINY, auxiliary_heads=True), SETTINGS, CPU, "folder"
+def six_turns(x):
+    return [x.flip(-1), x.flip(-2), *(x.rot90(k, (-2, -1)) for k in (1, 2, 3)), x]
+
+
+def losses_by_hand(model, x, noise):
+    """Of each head alone, by the first letters of its modules' names."""
+    small = functional.interpolate(x, size=64, mode="bilinear", align_corners=True)
+    turned = torch.cat(six_turns(x))
+    drawn = torch.arange(6).repeat_interleave(len(x))
+    return {
+        "recon": (model.auxiliary(x, "reconstruction").sigmoid() - x).square().mean(),
+        "denoise": (model.auxiliary(x + noise, "denoising").sigmoid() - x).square().mean(),
+        "supres": (model.auxiliary(small, "super_resolution").sigmoid() - x).square().mean(),
+        "rotate": functional.cross_entropy(model.auxiliary(turned, "rotation"), drawn),
+    }
+
+
+class OneByOne(torch.nn.Module):
+    """A network in training mode whose every pass has one image, as its BatchNorm then has."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model.train()
+
+    def auxiliary(self, images, head):
+        return torch.cat([self.model.auxiliary(image[None], head) for image in images])
+
+    def encode(self, images):
+        maps = [self.model.encode(image[None]) for image in images]
+        return [torch.cat(level) for level in zip(*maps, strict=True)]
+
+
+@pytest.mark.parametrize("statistics", STATISTICS)
+def test_each_head_gets_the_gradient_of_its_own_loss(source, statistics):
+    architecture, settings = (
+        replace(TINY, auxiliary_heads=True),
+        replace(SETTINGS, statistics=statistics),
     )
+    training, _ = heads.make_training(pictures(4), source, architecture, settings, CPU, "folder")
     batch = next(iter(training.batches(0)))
     training.model.train()
     step = training.objectives(batch)
@@ -128,28 +167,54 @@ def test_each_head_gets_the_gradient_of_its_own_loss(source):
     once, again = step(), step()  # of the same draws
     assert once == again != training.objectives(batch)()
 
-    twin, x = with_heads(source, SETTINGS.seed).eval(), batch[0]
-    trained_on = [pictures(4)[i] for i in split_held_out(4, SETTINGS.seed)[0]]
-    heads.Standardised.over(trained_on, twin).attach(twin)
+    twin, x = with_heads(source, SETTINGS.seed).double(), batch[0]
+    noise = 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(SETTINGS.seed))
+    trained_on = [pictures(4)[i].image for i in split_held_out(4, SETTINGS.seed)[0]]
+    read = OneByOne(twin) if statistics == "test" else twin
+    with torch.no_grad():
+        turned = torch.cat(six_turns(torch.stack(trained_on).double()))
+        seen = read.encode(turned)[-1].mean(dim=(2, 3))
+    deviation = seen.std(dim=0).clamp_min(1e-3)
+    twin.rotate_head[0].register_forward_pre_hook(lambda _, x: ((x[0] - seen.mean(0)) / deviation,))
     heads_of(twin).train()
-    generator = torch.Generator().manual_seed(SETTINGS.seed)
-    views = [x.flip(-1), x.flip(-2), *(x.rot90(k, (-2, -1)) for k in (1, 2, 3)), x]
-    drawn = torch.randint(6, (2,), generator=generator)
-    turned = torch.stack([views[k][n] for n, k in enumerate(drawn)])
-    noisy = x + 0.1 * torch.randn(x.shape, generator=generator)
-    small = functional.interpolate(x, size=64, mode="bilinear", align_corners=True)
-    losses = {
-        "recon": (twin.auxiliary(x, "reconstruction").sigmoid() - x).square().mean(),
-        "denoise": (twin.auxiliary(noisy, "denoising").sigmoid() - x).square().mean(),
-        "supres": (twin.auxiliary(small, "super_resolution").sigmoid() - x).square().mean(),
-        "rotate": functional.cross_entropy(twin.auxiliary(turned, "rotation"), drawn),
-    }
-    for prefix, loss in losses.items():
+    for prefix, loss in losses_by_hand(read, x.double(), noise.double()).items():
         loss.backward()
         found = dict(training.model.named_parameters())
         own = {n: p.grad for n, p in heads_of(twin).named_parameters() if n.startswith(prefix)}
         assert all((grad != 0).any() for grad in own.values())
-        torch.testing.assert_close({name: found[name].grad for name in own}, own)
+        for name, grad in own.items():
+            torch.testing.assert_close(found[name].grad.double(), grad, rtol=2e-3, atol=1e-5)
+
+
+def test_a_batch_has_the_statistics_of_each_image(source):
+    """In the network as if each image came alone; in the heads a running mean is kept of them."""
+    untouched = with_heads(source, 1).double()
+    adapter = gk.tta.install_statistics(copy.deepcopy(untouched), "test")
+    model = heads.use_statistics(copy.deepcopy(untouched), "test")
+    x = torch.stack([sample.image for sample in pictures(3)]).double()
+    moments = []
+    adapter.recon1.bn.register_forward_pre_hook(
+        lambda _, given: moments.append(torch.var_mean(given[0], dim=(0, 2, 3)))
+    )
+    with torch.no_grad():
+        for head in HEADS:
+            alone = torch.cat([adapter.auxiliary(image[None], head) for image in x])
+            torch.testing.assert_close(model.auxiliary(x, head), alone)
+            assert not torch.allclose(untouched.auxiliary(x, head), alone, atol=1e-2)
+        assert_equal_content(bits(model), bits(untouched))
+        heads_of(model).train()
+        model.auxiliary(x, "reconstruction")
+    var, mean = (sum(part) / 3 for part in zip(*moments, strict=True))
+    torch.testing.assert_close(model.recon1.bn.running_mean, 0.1 * mean)
+    torch.testing.assert_close(model.recon1.bn.running_var, 0.9 + 0.1 * var)
+    assert_equal_content(bits(model.without_heads()), bits(untouched.without_heads()))
+
+
+def test_heads_know_two_statistics(source):
+    with pytest.raises(ValueError, match="statistics are 'mixed'; choose one of test, source"):
+        heads.use_statistics(with_heads(source, 1), "mixed")
+    model = with_heads(source, 1)
+    assert type(heads.use_statistics(model, "source").recon1.bn) is torch.nn.BatchNorm2d
 
 
 def test_the_rotation_head_reads_standardised_features_and_is_folded(source):
@@ -157,8 +222,7 @@ def test_the_rotation_head_reads_standardised_features_and_is_folded(source):
     standardised = heads.Standardised.over(pictures(3), source)
     standardised.attach(hooked)
     standardised.fold(folded)
-    x = torch.stack([sample.image for sample in pictures(3)])
-    views = [x.flip(-1), x.flip(-2), *(x.rot90(k, (-2, -1)) for k in (1, 2, 3)), x]
+    views = six_turns(torch.stack([sample.image for sample in pictures(3)]))
     with torch.no_grad():
         seen = source.encode(torch.cat(views))[-1].mean(dim=(2, 3))
         assert (seen.std(dim=0) > 1e-3).all()
@@ -173,15 +237,15 @@ def test_heads_learn_a_batch(source):
     training, _ = heads.make_training(pictures(4), source, architecture, SETTINGS, CPU, "folder")
     step = training.objectives(next(iter(training.batches(0))))
     training.model.train()
-    losses = [training.optimizer.step(step).item() for _ in range(15)]
-    assert losses[-1] < 0.8 * losses[0]
+    losses = [training.optimizer.step(step).item() for _ in range(24)]
+    assert losses[-1] < 0.78 * losses[0]  # with a rotation head at chance 0.8 at least
 
 
 def test_the_best_epoch_is_kept(source, tmp_path):
     entries = []
     model, entry = fit(source, tmp_path, on_epoch=entries.append)
     held_out = [pictures(4)[i] for i in split_held_out(4, SETTINGS.seed)[1]]
-    scores = evaluate_heads(model, held_out, CPU)
+    scores = evaluate_heads(heads.use_statistics(model, SETTINGS.statistics), held_out, CPU)
     assert scores == pytest.approx({head: entry[head] for head in HEADS}, rel=1e-4)
     assert sum(entry[head] for head in HEADS) == max(
         sum(entry[head] for head in HEADS) for entry in entries
@@ -208,8 +272,7 @@ def test_scores_against_a_loop(source):
             ):
                 output = torch.sigmoid(model.auxiliary(given, head).double())
                 wrong[head] += float(((output - x) ** 2).sum())
-            views = [x.flip(-1), x.flip(-2), *(x.rot90(k, (-2, -1)) for k in (1, 2, 3)), x]
-            for k, view in enumerate(views):
+            for k, view in enumerate(six_turns(x)):
                 right += int(model.auxiliary(view.float(), "rotation").argmax()) == k
     expected = {head: 100 * (1 - wrong[head] / spread) for head in HEADS}
     expected["rotation"] = 100 * right / 18
@@ -258,6 +321,7 @@ def test_the_command_keeps_the_segmentation_and_detta_runs(source, trained, tmp_
     own = heads_of(model).state_dict()
     different = {name for name in own if not torch.equal(own[name], best[name])}
     assert different == {"rotate_head.0.weight", "rotate_head.0.bias"}  # made to read raw features
+    assert load_heads_statistics(path) == "test"
     words = ["--targets", "centre_b", "--width", 2, "--target-images", 2, "--train-images", 2]
     words += ["--checkpoint", path, "--methods", "none,diga,detta,detta-released"]
     assert run("compare", *words, "--out", tmp_path) == 0
@@ -265,11 +329,39 @@ def test_the_command_keeps_the_segmentation_and_detta_runs(source, trained, tmp_
     assert "| centre_b | detta | test |" in table
     assert "| centre_b | detta-released | running |" in table
     earlier = "centre_b, detta-released, before it predicts: image"
-    assert earlier in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert earlier in printed
+    assert "the heads of" in printed  # detta-released adapts with running statistics
+    assert "and detta adapts" not in printed
+    assert load_heads_statistics(tmp_path / "centre_a.pt") == "test"
     words = ["--checkpoint", path, "--target", "centre_b", "--target-images", 1]
     for method in ("detta", "detta-released"):
         assert run("adapt", *words, "--method", method, "--out", tmp_path / method) == 0
     assert earlier in capsys.readouterr().err
+
+
+def test_heads_for_other_statistics_are_pointed_out(source, trained, tmp_path, capsys):
+    words = ["heads", "--checkpoint", trained / "source.pt", "--train-images", 2, "--epochs", 1]
+    assert run(*words, "--statistics", "source", "--out", tmp_path) == 0
+    assert "with source statistics, after epoch 1" in capsys.readouterr().out
+    path = tmp_path / "centre_a.pt"
+    assert load_heads_statistics(path) == "source"
+    assert load(tmp_path / "training" / "last.pt")["settings"]["statistics"] == "source"
+    note = f"the heads of {path} were trained with source statistics, and detta adapts with test;"
+    for method, noted in (("detta", True), ("ptbn", False)):
+        words = ["--checkpoint", path, "--target", "centre_b", "--target-images", 1]
+        assert run("adapt", *words, "--method", method, "--out", tmp_path / method) == 0
+        assert (note in capsys.readouterr().err) == noted
+
+
+def test_what_a_file_tells_of_its_heads(source, tmp_path):
+    path = tmp_path / "model.pt"
+    save_source_model(path, TINY, source.state_dict())
+    assert load_heads_statistics(path) is None
+    for entry in ("test", {"statistics": "mixed"}, {}):
+        save_source_model(path, TINY, source.state_dict(), heads=entry)
+        with pytest.raises(CheckpointError, match="of the statistics test, source; train them"):
+            load_heads_statistics(path)
 
 
 def test_the_command_resumes_and_refuses_to_replace(trained, capsys):
@@ -302,6 +394,7 @@ def nothing_is_computed(monkeypatch):
     [
         ("heads --epochs 0", "--epochs is 0; choose at least 1"),
         ("heads --seed -1", "--seed is -1"),
+        ("heads --statistics mixed", "--statistics contains the unknown name 'mixed'; choose from"),
         ("heads --source centre_b", "trained with source centre_a, not centre_b"),
         ("heads --size 256", "trained with size 128, not 256"),
         ("heads --data-root /nowhere", "/nowhere is not a folder"),
