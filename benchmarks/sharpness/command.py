@@ -13,7 +13,8 @@ from benchmarks.sharpness.methods import METHODS, REFERENCE
 from benchmarks.sharpness.plot import plot_digits, plot_landscape
 from benchmarks.sharpness.report import lines_of, report
 from benchmarks.sharpness.summary import summarise
-from examples.common.usage import check_writable, refuse_to_replace, require, split_names
+from examples.common.command_line import interruptible
+from examples.common.usage import check_writable, require, split_names
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,8 @@ class Sharpness:
     """Compare the sharpness-aware methods with plain SGD: accuracy, flatness and cost.
 
     Writes OUT/sharpness.json, OUT/sharpness.md, OUT/sharpness-landscape.png and
-    OUT/sharpness-digits.png.
+    OUT/sharpness-digits.png, and every training as it ends to OUT/trainings.jsonl. Where an earlier
+    call was interrupted, or had fewer seeds or methods, it goes on; steps are timed anew.
     """
 
     methods: str = "all"
@@ -39,7 +41,7 @@ class Sharpness:
     out: Path = Path("runs/benchmark-sharpness")
     """Folder of the results."""
     overwrite: bool = False
-    """Replace the results of an earlier run in --out."""
+    """Train anew what an earlier run has left in --out."""
 
     def run(self) -> None:
         """Runs the comparison, writes and prints the report."""
@@ -54,17 +56,21 @@ class Sharpness:
         names = list(METHODS)
         if self.methods != "all":
             names = split_names("--methods", self.methods, names)
-        if not self.overwrite:
-            refuse_to_replace([self.out / "sharpness.json"])
         check_writable(self.out)
+        kept = self.out / "trainings.jsonl"
+        if self.overwrite:
+            kept.unlink(missing_ok=True)
         torch.set_num_threads(1)
+        with interruptible("the same command goes on", lambda: True):
+            found = digits.compare(
+                names, self.seeds, self.tuning_seeds, self.steps, self.workers, kept
+            )
         rows: list[dict[str, Any]] = []
         if self.landscape_steps:
             rows, paths = landscape.run_landscape(
                 [REFERENCE, *names], self.landscape_steps, self.workers
             )
             plot_landscape(rows, paths, self.out / "sharpness-landscape.png")
-        found = digits.compare(names, self.seeds, self.tuning_seeds, self.steps, self.workers)
         record = {
             "command": self.command_line(),
             "machine": {**describe_machine(), "processes": str(self.workers)},

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import islice
+from pathlib import Path
 from statistics import mean
 from time import process_time
 from typing import Any, Literal, NamedTuple
@@ -26,7 +27,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 import gradkit as gk
-from benchmarks.alignment.jobs import run_jobs
+from benchmarks.alignment.jobs import run_missing
 from benchmarks.alignment.strategies import one_line
 from benchmarks.sharpness.methods import FAILURES, METHODS, REFERENCE, build
 from benchmarks.sharpness.summary import steps_of_as_many_gradients
@@ -266,6 +267,7 @@ def choose(
     seeds: int,
     steps: int,
     workers: int,
+    kept: Path,
 ) -> tuple[dict[str, Choice], list[dict[str, Any]]]:
     """For each method the candidate with the best mean accuracy on validation digits.
 
@@ -275,6 +277,7 @@ def choose(
         seeds: How many trainings of each candidate.
         steps: Of each training.
         workers: Processes at a time.
+        kept: The file with the trainings that are done.
 
     Returns:
         The best candidates, and a row for each candidate.
@@ -292,7 +295,7 @@ def choose(
         for name, candidate in tried
         for seed in range(seeds)
     ]
-    found = run_jobs(train, jobs, workers, "validation")
+    found = run_missing(train, jobs, workers, "validation", kept)
     rows: list[dict[str, Any]] = []
     for number, (name, candidate) in enumerate(tried):
         own = found[number * seeds : (number + 1) * seeds]
@@ -306,16 +309,24 @@ def choose(
 
 
 def compare(
-    names: Sequence[str], seeds: int, tuning_seeds: int, steps: int, workers: int
+    names: Sequence[str], seeds: int, tuning_seeds: int, steps: int, workers: int, kept: Path
 ) -> dict[str, Any]:
     """Chooses learning rate and radii on validation digits, then trains and tests every method.
+
+    Args:
+        names: The methods.
+        seeds: Trainings of each that are tested.
+        tuning_seeds: Trainings of each candidate.
+        steps: Of each training.
+        workers: Processes at a time.
+        kept: The file with the trainings that are done, here or by an earlier call.
 
     Returns:
         The rows of the trainings, each with its variant: "default", "chosen" (the radius, where it
         is not the default one) or, for plain training, "longer" with as many gradients as a method;
         the times of a step; and what the choices were made from.
     """
-    select = partial(choose, seeds=tuning_seeds, steps=steps, workers=workers)
+    select = partial(choose, seeds=tuning_seeds, steps=steps, workers=workers, kept=kept)
     plain = [name for name in names if name in METHODS and METHODS[name].plain]
     grid: list[Choice] = [
         {"lr": lr, "weight_decay": decay} for lr in LRS for decay in WEIGHT_DECAYS
@@ -338,7 +349,7 @@ def compare(
             jobs.append(("default", job))
             if name in chosen and chosen[name]["rho"] != radii[name]:
                 jobs.append(("chosen", replace(job, rho=chosen[name]["rho"])))
-    rows = _run(jobs, workers, "test")
+    rows = _run(jobs, workers, "test", kept)
     costs: dict[tuple[str, str], list[float]] = {}
     for row in rows:
         costs.setdefault((row["method"], row["variant"]), []).append(row["gradients"])
@@ -350,7 +361,7 @@ def compare(
         if length > steps
         for job in reference
     ]
-    rows += _run(longer, workers, "longer")
+    rows += _run(longer, workers, "longer", kept)
     firsts = {job.method: job for _, job in reversed(jobs)}  # with the default radius
     timed = [replace(firsts[name], steps=TIMED + UNTIMED) for name in [REFERENCE, *names]]
     return {
@@ -361,6 +372,8 @@ def compare(
     }
 
 
-def _run(jobs: Sequence[tuple[str, Job]], workers: int, title: str) -> list[dict[str, Any]]:
-    found = run_jobs(train, [job for _, job in jobs], workers, title)
+def _run(
+    jobs: Sequence[tuple[str, Job]], workers: int, title: str, kept: Path
+) -> list[dict[str, Any]]:
+    found = run_missing(train, [job for _, job in jobs], workers, title, kept)
     return [{"variant": kind, **row} for (kind, _), row in zip(jobs, found, strict=True)]

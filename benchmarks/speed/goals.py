@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from benchmarks.speed.gsema import METHOD as GS_EMA
 from benchmarks.speed.gsema import SIGNS, WITHOUT_ZEROS
@@ -19,6 +19,7 @@ from benchmarks.speed.weights import OURS, SOLVERS, WEIGHTS
 from gradkit.surgery import Rule
 
 Row = Mapping[str, Any]
+Outcome = Literal["met", "open", "missed"]
 
 
 @dataclass(frozen=True)
@@ -97,10 +98,25 @@ def weight_goals(rules: Mapping[str, type[Rule]]) -> list[Goal]:
     ]
 
 
-def judge(rows: Sequence[Row], goals: Iterable[Goal] = GOALS) -> list[dict[str, Any]]:
-    """For each goal and engine, what was measured and whether the goal is met.
+def outcome(row: Row, limit: float) -> Outcome:
+    """Whether a measured value is within its limit: "met" if it is.
 
-    It is met if the interval reaches it. Goals that nothing was measured for are left out.
+    A value above the limit is "missed" if its whole interval is above it, too, else "open": the
+    measurement cannot tell it from the limit.
+
+    Example:
+        >>> outcome({"value": 1.2, "low": 0.95, "high": 1.49}, 1.1)
+        'open'
+    """
+    if row["value"] <= limit:
+        return "met"
+    return "open" if row["low"] <= limit else "missed"
+
+
+def judge(rows: Sequence[Row], goals: Iterable[Goal] = GOALS) -> list[dict[str, Any]]:
+    """For each goal and engine, what was measured and what came out.
+
+    Goals that nothing was measured for are left out.
     """
     return [
         {
@@ -113,7 +129,7 @@ def judge(rows: Sequence[Row], goals: Iterable[Goal] = GOALS) -> list[dict[str, 
             "value": row["value"],
             "low": row["low"],
             "high": row["high"],
-            "met": row["low"] <= goal.limit,
+            "outcome": outcome(row, goal.limit),
             "listed": goal.listed,
         }
         for goal in goals
@@ -123,13 +139,18 @@ def judge(rows: Sequence[Row], goals: Iterable[Goal] = GOALS) -> list[dict[str, 
 
 
 def verdict(judged: Row) -> str:
-    """In words; a miss with how far the value, and the ends of its interval, are from the goal.
+    """In words; above the goal with how far the value, and where missed its interval, are from it.
 
-    Example:
-        >>> verdict({"limit": 1.1, "value": 1.25, "low": 1.2, "high": 1.4, "met": False})
+    Examples:
+        >>> verdict({"limit": 1.1, "value": 1.25, "low": 1.2, "high": 1.4, "outcome": "missed"})
         'missed by 0.15 [0.10, 0.30]'
+        >>> verdict({"limit": 1.1, "value": 1.2, "low": 0.95, "high": 1.49, "outcome": "open"})
+        'open: 0.10 above, within the interval'
     """
-    if judged["met"]:
+    if judged["outcome"] == "met":
         return "met"
     value, low, high = (judged[key] - judged["limit"] for key in ("value", "low", "high"))
-    return f"missed by {value:.2f} [{low:.2f}, {high:.2f}]"
+    above = f"{value:.2f}" if value >= 0.005 else "less than 0.01"
+    if judged["outcome"] == "open":
+        return f"open: {above} above, within the interval"
+    return f"missed by {above} [{low:.2f}, {high:.2f}]"

@@ -1,5 +1,6 @@
 """The measurements as Markdown."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -80,10 +81,12 @@ def _introduction(record: Mapping[str, Any]) -> str:
 
 
 def _met(goals: Sequence[Row]) -> str:
-    met = sum(goal["met"] for goal in goals)
+    counts = Counter(goal["outcome"] for goal in goals)
     return (
-        f"{met} of {len(goals)} are met. Of the goals for every rule, the table has those that are "
-        "missed."
+        f"Met: {counts['met']} of {len(goals)}; the median is at most the goal. "
+        f"Open: {counts['open']}; the median is above the goal, the interval reaches it. "
+        f"Missed: {counts['missed']}; the whole interval is above the goal. Of the goals for every "
+        "rule, the table has those that are not met."
     )
 
 
@@ -104,7 +107,7 @@ def _goals(goals: Sequence[Row]) -> str:
                 verdict(row),
             )
             for row in goals
-            if row["listed"] or not row["met"]
+            if row["listed"] or row["outcome"] != "met"
         ),
     )
 

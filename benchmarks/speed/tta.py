@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from benchmarks.speed.comparison import FLOOR, Comparison, MakeStep, Step, Traffic
+from benchmarks.speed.goals import outcome
 from benchmarks.speed.problem import Problem
 from benchmarks.speed.timing import Clock, Rounds, summarise, time_in_turn
 from benchmarks.tables import Row, interval, table
@@ -96,8 +97,7 @@ def tta_table(rows: Sequence[Row], goals: Mapping[str, float] | None = None) -> 
         if goals is None:
             return cells
         goal = goals[row["method"]]
-        met = "met" if row["low"] <= 1 / goal else "missed"
-        return (*cells, "" if reference else f"≥ {goal:g}: {met}")
+        return (*cells, "" if reference else f"≥ {goal:g}: {outcome(row, 1 / goal)}")
 
     own = [row for row in rows if row["measure"] == TO_ONE_BY_ONE]
     more = () if goals is None else ("goal",)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -53,3 +54,24 @@ def in_blocks(
         lines = [part.view(-1) for part in there]
         for start, stop in block_spans(0, len(lines[0]), width):
             yield tuple(line[start:stop] for line in lines)
+
+
+def with_zeros(layout: Layout, vector: Float[Tensor, " P"] | Parts) -> list[Tensor]:
+    """A vector in parts, with zeros that take no memory where a part is None.
+
+    Args:
+        layout: Where each parameter lies in the flat vector.
+        vector: A flat vector, or one tensor per parameter; only read.
+
+    Examples:
+        >>> layout = Layout.of([{"params": [torch.nn.Parameter(torch.zeros(3))]}])
+        >>> with_zeros(layout, [None])
+        [tensor([0., 0., 0.])]
+    """
+    parts = layout.views(vector) if isinstance(vector, Tensor) else vector
+    zero = torch.zeros((), dtype=layout.dtype, device=layout.device)
+    shapes = [value.shape for value in layout.local_parameters()]
+    return [
+        zero.expand(shape) if part is None else part
+        for part, shape in zip(parts, shapes, strict=True)
+    ]

@@ -304,7 +304,9 @@ class Context:
         """Propose new state for `transform`; it takes effect if the step is applied.
 
         Of several proposals in one step the last one counts. In `after_step`, it takes effect at
-        once.
+        once. A vector may also be proposed as a displacement, which is computed when it takes
+        effect, in the memory of the state. So its terms may not be what the step applies, since
+        some base optimizers write to that.
 
         Raises:
             TypeError: If a value is neither a number, a string, a tensor nor a list of these.
@@ -317,7 +319,8 @@ class Context:
                 value = checked_state(transform, name, value)
                 _check_small(transform, name, value, self.layout.numel, len(self.names or ()))
             kept = transform.vectors.get(name)
-            if kept is not None and value.shape != kept.shape:
+            lazy = isinstance(value, Displacement)
+            if kept is not None and not lazy and value.shape != kept.shape:
                 raise ValueError(
                     f"{type(transform).__name__} proposed a vector {name!r} of shape "
                     f"{tuple(value.shape)}; it has shape {tuple(kept.shape)}"
@@ -368,8 +371,11 @@ class Context:
         for held in (self._proposals, self._vectors):
             for key, proposed in held.items():
                 for name, value in proposed.items():
-                    new = value is not before.get((key, name))
-                    if new and isinstance(value, Tensor) and value.is_floating_point():
+                    if value is before.get((key, name)):
+                        continue
+                    if isinstance(value, Displacement):
+                        proposed[name] = mean(value.flat())
+                    elif isinstance(value, Tensor) and value.is_floating_point():
                         proposed[name] = mean(value)
 
     def proposals(self) -> dict[tuple[int, str], object]:

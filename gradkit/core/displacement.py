@@ -14,6 +14,9 @@ from gradkit.core.flat import Layout
 from gradkit.core.gram import at_least_single
 from gradkit.core.storage import Parts
 
+# With fewer elements the second pass over memory is in the cache.
+_LARGE = 1 << 15
+
 
 @dataclass(frozen=True, eq=False)
 class Displacement:
@@ -102,7 +105,7 @@ class Displacement:
         """The displacement as a flat vector.
 
         Args:
-            out: Memory for the result, which no term may share; None allocates it.
+            out: Memory for the result, which only the first term may share; None allocates it.
         """
         layout = self.layout
         if out is None:
@@ -217,7 +220,31 @@ def _write_sum(terms: list[tuple[Tensor, _Factor]], out: Tensor) -> Tensor:
         if number == 0 and factor.adds_to_one(other) and start.dtype == part.dtype == out.dtype:
             torch.lerp(start, part, other.value, out=out)
             continue
+        if number == 0 and _write_pair(start, factor, part, other, out):
+            continue
         if number == 0:
             factor.multiply(start, out)
         other.add(out, part, out)
     return out
+
+
+def _write_pair(a: Tensor, x: _Factor, b: Tensor, y: _Factor, out: Tensor) -> bool:
+    """Write `x * a + y * b` to a large `out` in one pass over memory; False if it was not done.
+
+    torch's only function for it is that for outer products, of which one vector is 1 here. It takes
+    the factors from the host, so that it is for CPUs, and ignores what it should multiply by 0.
+    """
+    if out.numel() < _LARGE or out.device.type != "cpu":
+        return False
+    alike = all(each.is_contiguous() and each.dtype == out.dtype for each in (a, b, out))
+    if not alike or float(x.value) == 0:
+        return False
+    torch.addr(
+        a.view(1, -1),
+        out.new_ones(1),
+        b.view(-1),
+        beta=float(x.value),
+        alpha=float(y.value),
+        out=out.view(1, -1),
+    )
+    return True

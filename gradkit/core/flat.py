@@ -265,6 +265,10 @@ def _dense_strides(parameter: Tensor) -> tuple[int, ...] | None:
     return tuple(parameter.stride())
 
 
+_STEPS_KEPT = 10
+"""For how many steps the pool keeps a single vector that no step uses."""
+
+
 class Pool:
     """Buffers of K flat vectors, reused from step to step.
 
@@ -305,7 +309,7 @@ class Pool:
         else:
             buffer = _Buffer(self.layout, count)
             buffers.append(buffer)
-        buffer.was_taken = True
+        buffer.steps_idle = 0
         return buffer
 
     def take_vector(self) -> Shaped[Tensor, " P"]:
@@ -313,16 +317,18 @@ class Pool:
         return self._free_buffer(1).rows[0]
 
     def trim(self) -> None:
-        """Free the buffers that the last step did not use, or that the next step would not use.
+        """Free the buffers that the last steps did not use, or that the next step would not use.
 
-        Called between steps. If the last step's gradients are still referenced, they hold one
+        Called between steps. A single vector is kept for some steps, since a transform may need it
+        in every k-th step only. If the last step's gradients are still referenced, they hold one
         buffer; a free buffer of the same size beside it would be a second.
         """
         for count, buffers in self._buffers.items():
             unused = all(buffer.is_free() for buffer in buffers)
-            self._buffers[count] = [b for b in buffers if b.was_taken] if unused else []
+            most = _STEPS_KEPT if count == 1 else 0
+            self._buffers[count] = [b for b in buffers if b.steps_idle <= most] if unused else []
             for buffer in buffers:
-                buffer.was_taken = False
+                buffer.steps_idle += 1
 
 
 class _Buffer:
@@ -330,7 +336,7 @@ class _Buffer:
 
     def __init__(self, layout: Layout, count: int) -> None:
         self.rows = torch.empty(count, layout.numel, dtype=layout.dtype, device=layout.device)
-        self.was_taken = False
+        self.steps_idle = 0
         self._layout = layout
         self._own_uses = memory_uses(self.rows)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gradkit.core.context import Context
-from gradkit.core.displacement import Point
+from gradkit.core.displacement import Displacement, Point
 from gradkit.core.flat import Layout
 from gradkit.core.gradients import Gradients
 from gradkit.core.oracle import Oracle
@@ -223,10 +223,17 @@ class Transform:
 
 
 class _Vectors(dict[str, Tensor]):
-    """Flat vectors by name. The optimizer's state shows them: an assigned vector is copied."""
+    """Flat vectors by name. The optimizer's state shows them: an assigned vector is copied.
 
-    def __setitem__(self, name: str, value: Tensor) -> None:
+    A displacement is written as the flat vector that it stands for.
+    """
+
+    def __setitem__(self, name: str, value: Tensor | Displacement) -> None:
         kept = self.get(name)
+        if isinstance(value, Displacement):
+            with torch.no_grad():
+                value.flat(kept)
+            return
         if kept is None:
             super().__setitem__(name, value)
             return

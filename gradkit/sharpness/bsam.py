@@ -6,15 +6,17 @@ from collections.abc import Container
 from dataclasses import dataclass, field
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from gradkit.core.arguments import check_count, check_number, own_generator
-from gradkit.core.blocks import in_blocks
+from gradkit.core.blocks import in_blocks, with_zeros
 from gradkit.core.context import Context
 from gradkit.core.displacement import Point
 from gradkit.core.flat import Layout
 from gradkit.core.gradients import Gradients
 from gradkit.core.oracle import Oracle
+from gradkit.core.storage import Parts
 from gradkit.core.transform import Transform
 
 
@@ -32,7 +34,7 @@ class BSAM(Transform):
     weight decay, which the rule has by itself. The authors draw eight perturbations for each batch,
     of which this takes one, and take N as four times the number of images, for augmentation.
 
-    Cost: two gradients of each objective. Memory: seven flat vectors, state included. State: m and
+    Cost: two gradients of each objective. Memory: six flat vectors, state included. State: m and
     s, two flat vectors; the generator.
 
     Args:
@@ -84,29 +86,52 @@ class BSAM(Transform):
         self._check_base(context)
         assert self.generator is not None
         e = context.noise(self.generator)
-        m, s = self.vectors["momentum"], self.vectors["scale"]
-        for part, scale in in_blocks(context.layout, e, s):
+        m = self.vectors["momentum"]
+        for part, scale in in_blocks(context.layout, e, self.vectors["scale"]):
             part.mul_(torch.mul(scale, self.num_data).rsqrt_())
         delta = 40 / self.num_data if self.delta is None else self.delta
 
         def oracle(at: Point | None = None, only: Container[str] | None = None) -> Gradients:
-            g = inner(context.displaced(at, e), only).direction()
-            above = inner(context.displaced(at, g / s, self.rho), only)
+            g = inner(context.displaced(at, e), only).stored().vector
+            is_first = not context.proposed(self)  # later evaluations are at displaced weights
+            if is_first:
+                context.propose(self, scale=self._next_scale(g, delta, context))
+            point = context.displaced(at, self._divided(g, context), self.rho)
+            del g  # before there is another gradient
+            above = inner(point, only)
+            del point  # before there are more vectors
             share = 1 - self.beta_1
             new = context.sum_of(
                 (m, self.beta_1),
                 (above.stored().vector, share),
                 (context.weight_parts(at), share * delta),
             )
-            if not context.proposed(self):  # later evaluations are at displaced weights
-                scale = context.pool.take_vector()
-                for part, now, out in in_blocks(context.layout, g, s, scale):
-                    target = now.sqrt().mul_(part.abs()).add_(self.damping + delta)
-                    torch.lerp(now, target, 1 - self.beta_2, out=out)
-                context.propose(self, momentum=new, scale=scale)
-            return above.with_update(new / s)
+            if is_first:
+                context.propose(self, momentum=new)
+            return above.with_update(self._divided(new, context))
 
         return oracle
+
+    def _next_scale(
+        self, g: Float[Tensor, " P"] | Parts, delta: float, context: Context
+    ) -> Float[Tensor, " P"]:
+        """The new s."""
+        layout, result = context.layout, context.pool.take_vector()
+        parts = with_zeros(layout, g)
+        for part, s, out in in_blocks(layout, parts, self.vectors["scale"], result):
+            torch.sqrt(s, out=out).mul_(part.abs()).add_(self.damping + delta)
+            torch.lerp(s, out, 1 - self.beta_2, out=out)
+        return result
+
+    def _divided(
+        self, vector: Float[Tensor, " P"] | Parts, context: Context
+    ) -> Float[Tensor, " P"]:
+        """A vector divided by s, in memory of the pool."""
+        result = context.pool.take_vector()
+        parts = with_zeros(context.layout, vector)
+        for part, s, out in in_blocks(context.layout, parts, self.vectors["scale"], result):
+            torch.div(part, s, out=out)
+        return result
 
     def _check_base(self, context: Context) -> None:
         for group in context.base.param_groups:

@@ -27,7 +27,7 @@ class FriendlySAM(Ascent):
 
     m follows the full batch's gradient, so that the ascent goes along the batch's own noise.
 
-    Cost: two gradients of each objective. Memory: five flat vectors, state included. State: m, one
+    Cost: two gradients of each objective. Memory: four flat vectors, state included. State: m, one
     flat vector.
 
     Args:
@@ -67,7 +67,8 @@ class FriendlySAM(Ascent):
         def oracle(at: Point | None = None, only: Container[str] | None = None) -> Gradients:
             g, mean = inner(at, only).stored().vector, self.vectors["mean"]
             if not context.proposed(self):  # later evaluations are at displaced weights
-                context.propose(self, mean=context.sum_of((mean, self.lmbda), (g, 1 - self.lmbda)))
+                new = context.displaced(None, mean, self.lmbda).plus(g, 1 - self.lmbda)
+                context.propose(self, mean=new)
             d = context.sum_of((g, 1.0), (mean, -self.sigma))
             return inner(context.point(at) + self.rise_along(d, at, context), only)
 

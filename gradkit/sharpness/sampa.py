@@ -28,7 +28,7 @@ class SAMPa(Ascent):
     one after the other.) η is each parameter group's learning rate. The first step, which has no
     g_y yet, takes ∇L(x).
 
-    Cost: two gradients of each objective; three in the first step. Memory: five flat vectors,
+    Cost: two gradients of each objective; three in the first step. Memory: four flat vectors,
     state included. State: g_y, one flat vector; whether there is one.
 
     Args:
@@ -68,11 +68,9 @@ class SAMPa(Ascent):
             known = self.state["seen"]
             before = self.vectors["gradient"] if known else inner(at, only).stored().vector
             here, rise = context.point(at), self.rise_along(before, at, context)
-            behind = inner(here - context.displaced_by_group(None, before, rates), only)
+            g_y = inner(here - context.displaced_by_group(None, before, rates), only).stored()
             if not context.proposed(self):  # later evaluations are at displaced weights
-                context.propose(self, gradient=behind.direction(), seen=True)
-            g_y = behind.stored()
-            del behind
+                context.propose(self, gradient=context.displaced(None, g_y.vector), seen=True)
             ahead = inner(here + rise, only)
             return combined(ahead, context, (ahead.stored(), 1 - self.lmbda), (g_y, self.lmbda))
 

@@ -13,7 +13,7 @@ from children import ROOT
 
 import gradkit as gk
 from benchmarks.__main__ import COMMANDS, main
-from benchmarks.sharpness import digits, landscape, methods
+from benchmarks.sharpness import command, digits, landscape, methods
 from benchmarks.sharpness.report import report
 from benchmarks.sharpness.summary import steps_of_as_many_gradients, summarise
 from benchmarks.speed import sharpness as speed
@@ -116,9 +116,9 @@ def fake(job: digits.Job) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_what_is_chosen_and_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_chosen_and_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(digits, "train", fake)
-    found = digits.compare(["SAM", "ASAM", "MSAM"], seeds=3, tuning_seeds=2, steps=10, workers=1)
+    found = digits.compare(["SAM", "ASAM", "MSAM"], 3, 2, 10, 1, tmp_path / "trainings.jsonl")
     assert found["setting"]["lr"] == 0.05
     rows = found["rows"]
     kinds = [(row["method"], row["variant"], row["rho"], row["steps"]) for row in rows]
@@ -200,8 +200,6 @@ def test_the_command(
     assert record["times"]["SAM"] > 1.2  # two gradients
     for picture in ("sharpness-landscape.png", "sharpness-digits.png"):
         assert (tmp_path / picture).read_bytes()[:4] == b"\x89PNG"
-    assert main(words) == 2
-    assert "is there from an earlier run" in capsys.readouterr().err
     assert main(["sharpness", "--seeds", "1", "--out", str(tmp_path / "other")]) == 2
     assert "--seeds is 1; choose at least 2" in capsys.readouterr().err
     assert main(["sharpness", "--methods", "SAM,SUM", "--out", str(tmp_path / "other")]) == 2
@@ -209,14 +207,56 @@ def test_the_command(
     assert not (tmp_path / "other").exists()
 
 
+def test_the_command_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More methods join trainings that are there, which are not trained again."""
+    trained: list[digits.Job] = []
+
+    def counted(job: digits.Job) -> dict[str, Any]:
+        if len(trained) == 9 and "torn" not in seen:
+            raise KeyboardInterrupt
+        trained.append(job)
+        return fake(job)
+
+    seen: list[str] = []
+    monkeypatch.setattr(digits, "train", counted)
+    monkeypatch.setattr(digits, "TIMED", 1)
+    for name in ("plot_digits", "plot_landscape"):
+        monkeypatch.setattr(command, name, lambda *arguments: None)
+
+    def run(names: str, *more: str) -> int:
+        words = ["sharpness", "--methods", names, "--seeds", "2", "--tuning-seeds", "1"]
+        words += ["--steps", "3", "--landscape-steps", "0", "--out", str(tmp_path), *more]
+        return main(words)
+
+    assert run("SAM") == 130
+    kept = tmp_path / "trainings.jsonl"
+    lines = kept.read_text().splitlines()
+    assert len(lines) == len(trained) == 9
+    kept.write_text("\n".join([*lines[:-1], lines[-1][:20]]))  # as if the machine had stopped
+    seen.append("torn")
+    torn = trained.pop()
+    assert run("SAM") == 0
+    assert trained[8] == torn
+    assert len(trained) == len(set(trained))
+    before, first = len(trained), json.loads((tmp_path / "sharpness.json").read_text())
+    assert run("SAM,MSAM") == 0
+    assert {job.method for job in trained[before:]} == {"MSAM"}
+    both = json.loads((tmp_path / "sharpness.json").read_text())
+    assert [row for row in both["rows"] if row["method"] != "MSAM"] == first["rows"]
+    assert {row["method"] for row in both["rows"]} == {"SGD", "SAM", "MSAM"}
+    before = len(trained)
+    assert run("SAM", "--overwrite") == 0
+    assert {job.method for job in trained[before:]} == {"SGD", "SAM"}
+
+
 def test_docs_print_the_command_that_made_the_table() -> None:
     record = json.loads((ROOT / "benchmarks/results/sharpness.json").read_text())
     made_by = record["command"]
     for page in ("docs/sharpness-results.md", "benchmarks/results/sharpness.md"):
         assert made_by in (ROOT / page).read_text().replace("`", "\n").split("\n"), page
-    command = parse(COMMANDS, made_by.split()[3:], "python -m benchmarks", "")
-    assert command.command_line() == made_by
-    assert command.steps == record["settings"]["steps"]
+    parsed = parse(COMMANDS, made_by.split()[3:], "python -m benchmarks", "")
+    assert parsed.command_line() == made_by
+    assert parsed.steps == record["settings"]["steps"]
     assert report(record) == (ROOT / "benchmarks/results/sharpness.md").read_text()
 
 

@@ -258,6 +258,35 @@ def test_what_changes_after_the_step_is_saved(how):
     assert slow.state["steps"] == 2
 
 
+def test_a_proposed_displacement_is_computed_when_the_step_is_applied():
+    """Also where it contains the vector that it replaces."""
+
+    class Running(gk.Transform):
+        def initial_vectors(self, layout):
+            return {"mean": layout.zeros() + 8}
+
+        def around(self, inner, context):
+            def oracle(at=None, only=None):
+                gradients = inner(at, only)
+                new = context.displaced(None, self.vectors["mean"], 0.75)
+                context.propose(self, mean=new.plus(gradients.stored().vector, 0.5))
+                assert self.vectors["mean"].tolist() == before
+                return gradients
+
+            return oracle
+
+    weight = nn.Parameter(torch.tensor([1.0, 3.0]))
+    running = Running()
+    optimizer = gk.wrap(torch.optim.SGD([weight], lr=0.0), running, nonfinite="skip")
+    before = [8.0, 8.0]
+    optimizer.step(lambda: weight.square().sum())
+    assert running.vectors["mean"].tolist() == [7.0, 9.0]
+    assert optimizer.state_dict()["state"][0]["gradkit.0.mean"].tolist() == [7.0, 9.0]
+    before = [7.0, 9.0]
+    optimizer.step(lambda: weight.square().sum() * torch.nan)
+    assert running.vectors["mean"].tolist() == before
+
+
 def test_a_vector_of_another_length_cannot_be_assigned():
     class Short(gk.Transform):
         def initial_vectors(self, layout):

@@ -98,6 +98,26 @@ def test_sums_with_any_factors(parts, factors, dtype):
     torch.testing.assert_close(found.double(), expected, rtol=rounding, atol=rounding)
 
 
+@pytest.mark.parametrize("form", ["flat", "parts", "channels last"])
+def test_large_sums_of_two_terms(form):
+    """Also of numbers that are not finite, and where a factor is 0."""
+    weight = nn.Parameter(torch.zeros(9, 40, 10, 10, dtype=torch.float64))
+    if form == "channels last":
+        weight.data = weight.data.to(memory_format=torch.channels_last)
+    of = Layout.of([{"params": [weight]}])
+    a, b = vector(of), vector(of)
+    a[5], b[7] = torch.inf, torch.nan
+    held = (a, b) if form == "flat" else (of.views(a), of.views(b))
+    for x, y in ((1.5, -0.4), (torch.tensor(-2.0), 0.25), (0.0, 0.5), (0.5, 0.0)):
+        expected = a * float(x) + b * float(y)
+        found = gk.Displacement(((held[0], x), (held[1], y)), of)
+        torch.testing.assert_close(found.flat(), expected, rtol=1e-12, atol=1e-12, equal_nan=True)
+        kept = a.clone()  # the first term may be the memory of the result
+        first = kept if form == "flat" else of.views(kept)
+        gk.Displacement(((first, x), (held[1], y)), of).flat(kept)
+        torch.testing.assert_close(kept, expected, rtol=1e-12, atol=1e-12, equal_nan=True)
+
+
 def test_a_vector_that_comes_twice_is_one_term():
     of = layout(torch.float64)
     a, b = vector(of), vector(of)

@@ -302,6 +302,20 @@ def test_buffers_of_other_sizes_are_kept_apart():
     assert [len(rows) for rows in taken] == [1, 2, 2, 3]
 
 
+def test_single_vectors_are_kept_for_some_steps():
+    """A transform that acts in every k-th step finds its memory; rows are freed at once."""
+    pool = pool_of()
+    address = pool.take_vector().data_ptr()
+    pool.take(2)
+    for _ in range(10):
+        pool.trim()
+    assert [len(buffers) for buffers in pool._buffers.values()] == [1, 0]
+    assert pool.take_vector().data_ptr() == address
+    for _ in range(12):
+        pool.trim()
+    assert not any(pool._buffers.values())
+
+
 def bytes_of_tensors():
     """The memory of all tensors that there are."""
     gc.collect()
