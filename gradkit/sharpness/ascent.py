@@ -39,7 +39,8 @@ class Ascent(Transform):
 
     The radius may be set for a parameter group of the base optimizer, as its entry "rho": that
     group's part of ε is in proportion. A schedule writes the groups' entries, as torch's schedulers
-    write "lr"; they are saved with the optimizer.
+    write "lr"; they are saved with the optimizer. Where "rho" is a setting of the base optimizer
+    itself, such as Adadelta's decay, it is not a radius, and all groups have the transform's.
 
     Args:
         rho: The ascent radius ρ ≥ 0, for groups without an entry "rho"; or a function of the
@@ -201,8 +202,9 @@ class Ascent(Transform):
             ValueError: If one is negative or no number.
         """
         found: list[float] = []
+        taken = "rho" in getattr(context.base, "defaults", ())  # the base's own setting
         for number, group in enumerate(context.base.param_groups):
-            radius = group.get("rho", self.rho)
+            radius = self.rho if taken else group.get("rho", self.rho)
             if callable(radius):
                 radius = radius(group.get("lr", 0.0))
             if radius is not self.rho and not radius >= 0:
