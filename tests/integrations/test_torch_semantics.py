@@ -516,6 +516,24 @@ def test_a_loss_that_was_computed_outside(engine, retains, own_backward):
     assert not torch.equal(before["weight"], model.weight)
 
 
+@pytest.mark.parametrize("shared", ["trunk", "all"])
+def test_one_forward_pass_outside_for_several_closures(shared):
+    x, y = data()
+    trunk, head = nn.Sequential(make(outputs=4), nn.Tanh()), make()
+    model = nn.ModuleList([trunk, head])
+    optimizer = gk.wrap(sgd(model), gk.PCGrad(), model=model)
+    features = trunk(x)
+    error = (head(features) - y).square().mean(0)
+    losses = {
+        "trunk": lambda k: (head(features) - y).square().mean(0)[k],
+        "all": lambda k: error[k],
+    }[shared]
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match=r"'b' was computed outside .* returns all losses"):
+        optimizer.step({"a": lambda: losses(0), "b": lambda: losses(1)})
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
 def test_part_of_a_loss_from_outside_and_named():
     x, y = data()
     model = make()
