@@ -55,6 +55,12 @@ _ALONE = (
     "named objectives. This warning is given once"
 )
 
+_STARTS_ANEW = (
+    "the base optimizer holds state of the same transforms, from an earlier wrapper or loaded into "
+    "the base; it is dropped, and they start anew. To go on with it, wrap first, and then load into "
+    "the wrapped optimizer"
+)
+
 
 class GradientOptimizer(Optimizer):
     """A torch optimizer that transforms gradients before its base applies them; made by `wrap`.
@@ -107,6 +113,8 @@ class GradientOptimizer(Optimizer):
             )
         for transform in transforms:
             transform.check_free(self)
+        if saved_state.drop_earlier(self.transforms, base):
+            warnings.warn(_STARTS_ANEW, UserWarning, stacklevel=3)
         # The key is there from the start, since some checkpoint formats save only the keys that a
         # new optimizer has.
         self.base.param_groups[0][saved_state.KEY] = saved_state.encode(self.transforms)
