@@ -218,8 +218,9 @@ def freed_outside(name: str) -> str:
     what = "the loss" if name == LOSS else f"the loss of objective {name!r}"
     return (
         f"{what} was computed outside the closure, at least in part, in a graph that an earlier "
-        "backward pass has freed; call the model inside the closure. For objectives that share one "
-        'forward pass, pass step() one closure that returns all losses: {"a": first, "b": second}'
+        "backward pass has freed. Call the model inside the closure, and detach what is carried "
+        "over from step to step; for objectives that share one forward pass, pass step() one "
+        'closure that returns all losses: {"a": first, "b": second}'
     )
 
 

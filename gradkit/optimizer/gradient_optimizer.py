@@ -57,8 +57,8 @@ _ALONE = (
 
 _STARTS_ANEW = (
     "the base optimizer holds state of the same transforms, from an earlier wrapper or loaded into "
-    "the base; it is dropped, and they start anew. To go on with it, wrap first, and then load into "
-    "the wrapped optimizer"
+    "the base; it is dropped, and they start anew. To go on with it, wrap first, and then load "
+    "into the wrapped optimizer"
 )
 
 

@@ -534,6 +534,32 @@ def test_one_forward_pass_outside_for_several_closures(shared):
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 
+def test_a_hidden_state_that_is_carried_over_with_its_graph():
+    cell = nn.RNNCell(2, 3).double()
+    optimizer = gk.wrap(sgd(cell), gk.Sum(), model=cell)
+    hidden = [torch.zeros(1, 3, dtype=torch.float64)]
+
+    def closure():
+        hidden[0] = cell(torch.ones(1, 2, dtype=torch.float64), hidden[0])
+        return {"a": hidden[0].sum(), "b": hidden[0].square().sum()}
+
+    optimizer.step(closure)
+    with pytest.raises(RuntimeError, match="detach what is carried over"):
+        optimizer.step(closure)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_buffers_of_a_further_module_in_model(engine):
+    generator = make(outputs=4)
+    discriminator = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 1)).double()
+    both = nn.ModuleList([generator, discriminator])
+    optimizer = gk.wrap(sgd(generator), gk.SAM(), model=both, engine=engine)
+    x, _ = data()
+    optimizer.step(lambda: -discriminator(generator(x)).mean())
+    assert discriminator[0].num_batches_tracked == 1
+    assert all(p.grad is None for p in discriminator.parameters())
+
+
 def test_part_of_a_loss_from_outside_and_named():
     x, y = data()
     model = make()
