@@ -26,6 +26,7 @@ from gradkit.core.gradients import Gradients
 from gradkit.core.interrupts import Interrupts
 from gradkit.core.ranks import Ranks, reshard
 from gradkit.core.transform import Transform
+from gradkit.core.unwrapping import plainly_named
 from gradkit.engines.choice import (
     ParameterPlaces,
     choose_engine,
@@ -349,12 +350,15 @@ class GradientOptimizer(Optimizer):
                 transaction.undo(rng=False)
 
     def _parameter_names(self, layout: Layout) -> tuple[str | int, ...]:
-        """Each parameter's name in the model or the base optimizer, or else its position."""
+        """Each parameter's name in the model or the base optimizer, or else its position.
+
+        Names are the same whether or not the model is compiled or `DistributedDataParallel`.
+        """
         names: dict[Tensor, str | int] = {}
         for group in self.base.param_groups:
             names.update(zip(group["params"], group.get("param_names", ()), strict=False))
         if self.model is not None:
-            names.update((p, name) for name, p in self.model.named_parameters())
+            names.update((p, name) for name, p in plainly_named(self.model))
         return tuple(names.get(p, t) for t, p in enumerate(layout.parameters))
 
     def _step(self, closure: Objectives | None) -> tuple[Tensor | None, tuple[str, str] | None]:

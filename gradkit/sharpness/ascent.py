@@ -27,6 +27,11 @@ Radius = float | Callable[[float | Float[Tensor, ""]], float]
 """An ascent radius, or a function of a group's learning rate."""
 
 _TINY = 1e-12
+_NONE_CHOSEN = (
+    "{}(only=) displaces the parameters that its function chooses, and it has chosen none of those "
+    "from {!r} to {!r}; return True for some (their names are those in the model that gk.wrap() "
+    "gets as model=)"
+)
 _OPTIONS = ("only", "adaptive", "eta", "steps", "sync_perturbation")
 
 
@@ -228,9 +233,12 @@ class Ascent(Transform):
             return [True] * len(parameters)
         if self.only != "norm":
             choose: Callable[..., bool] = self.only
-            return [
+            chosen = [
                 bool(choose(str(name), each)) for name, each in zip(names, parameters, strict=True)
             ]
+            if not any(chosen):
+                raise ValueError(_NONE_CHOSEN.format(type(self).__name__, names[0], names[-1]))
+            return chosen
         if not any(owner is not None for owner in context.owners):
             raise ValueError(
                 f"{self!r} displaces the parameters of normalisation layers, which it finds in the "
