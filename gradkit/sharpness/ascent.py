@@ -79,6 +79,11 @@ class Ascent(Transform):
     needs_rows = False
 
     def __post_init__(self) -> None:
+        if isinstance(self.rho, Transform):  # some can be called, as functions of a radius can
+            raise TypeError(
+                f"rho is {self.rho!r}; transforms are not nested: pass them to gk.wrap() one after "
+                "the other, the inner one first"
+            )
         if not callable(self.rho):
             if isinstance(self.rho, (int, float)) and not self.rho >= 0:
                 raise ValueError(f"rho is {self.rho}; the ascent radius must be at least 0")

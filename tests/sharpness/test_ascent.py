@@ -182,6 +182,12 @@ def test_arguments_are_checked(what):
         make()
 
 
+def test_transforms_are_not_nested():
+    for make in (gk.SAM, gk.LookSAM):
+        with as_users_run_it(), pytest.raises(TypeError, match=r"gk\.wrap\(\) one after the other"):
+            make(gk.PCGrad())
+
+
 def test_a_function_must_choose_some_parameters():
     model = network()
     start = flat(model.parameters())
