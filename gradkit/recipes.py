@@ -12,11 +12,11 @@ from torch.optim import Optimizer
 from gradkit.alignment.cosine_lr import Activation, CosineLR
 from gradkit.alignment.look_ahead import LookAhead
 from gradkit.core.transform import Transform
+from gradkit.core.unwrapping import unwrapped
 from gradkit.divergence.ascent import ApplyAt, DivergenceAscent, PerturbOn, check_choices
 from gradkit.divergence.weight import DivergenceWeight
 from gradkit.optimizer.gradient_optimizer import GradientOptimizer
 from gradkit.optimizer.wrapping import wrap
-from gradkit.teachers.copying import unwrapped
 from gradkit.teachers.gated_ema import GatedEMA
 
 

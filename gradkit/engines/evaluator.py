@@ -32,6 +32,7 @@ from gradkit.engines.objectives import (
     as_plain,
     checked_loss,
     computed_outside,
+    freed_outside,
     micro_batches,
 )
 from gradkit.engines.rows import Rows, no_gradient, stacked
@@ -362,6 +363,8 @@ class Evaluator:
                 with torch.enable_grad(), self._interrupts.allowed():
                     yield
         except RuntimeError as error:
+            if check.outside is not None and "graph a second time" in str(error):
+                raise RuntimeError(freed_outside(key or LOSS)) from error
             if known is None or not self._is_displaced or isinstance(error, NoGradientError):
                 raise
             raise RuntimeError(computed_outside(key or LOSS)) from error

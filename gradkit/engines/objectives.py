@@ -198,6 +198,17 @@ def computed_outside(name: str) -> str:
     )
 
 
+def freed_outside(name: str) -> str:
+    """The error message for a graph from before the closure that a backward pass has freed."""
+    what = "the loss" if name == LOSS else f"the loss of objective {name!r}"
+    return (
+        f"{what} was computed outside the closure, at least in part, in a graph that an earlier "
+        "backward pass has freed. Call the model inside the closure, and detach what is carried "
+        "over from step to step; for objectives that share one forward pass, pass step() one "
+        'closure that returns all losses: {"a": first, "b": second}'
+    )
+
+
 def as_plain(tensor: Tensor) -> Tensor:
     """The tensor without a data loader's subclass, such as MONAI's MetaTensor.
 

@@ -26,6 +26,7 @@ from gradkit.core.gradients import Gradients
 from gradkit.core.interrupts import Interrupts
 from gradkit.core.ranks import Ranks, reshard
 from gradkit.core.transform import Transform
+from gradkit.core.unwrapping import plainly_named
 from gradkit.engines.choice import (
     ParameterPlaces,
     choose_engine,
@@ -53,6 +54,12 @@ _IDLE = (
 _ALONE = (
     "{!r} acts between objectives, and the step has one only, {!r}; pass step() a mapping of "
     "named objectives. This warning is given once"
+)
+
+_STARTS_ANEW = (
+    "the base optimizer holds state of the same transforms, from an earlier wrapper or loaded into "
+    "the base; it is dropped, and they start anew. To go on with it, wrap first, and then load "
+    "into the wrapped optimizer"
 )
 
 
@@ -107,6 +114,8 @@ class GradientOptimizer(Optimizer):
             )
         for transform in transforms:
             transform.check_free(self)
+        if saved_state.drop_earlier(self.transforms, base):
+            warnings.warn(_STARTS_ANEW, UserWarning, stacklevel=3)
         # The key is there from the start, since some checkpoint formats save only the keys that a
         # new optimizer has.
         self.base.param_groups[0][saved_state.KEY] = saved_state.encode(self.transforms)
@@ -341,12 +350,15 @@ class GradientOptimizer(Optimizer):
                 transaction.undo(rng=False)
 
     def _parameter_names(self, layout: Layout) -> tuple[str | int, ...]:
-        """Each parameter's name in the model or the base optimizer, or else its position."""
+        """Each parameter's name in the model or the base optimizer, or else its position.
+
+        Names are the same whether or not the model is compiled or `DistributedDataParallel`.
+        """
         names: dict[Tensor, str | int] = {}
         for group in self.base.param_groups:
             names.update(zip(group["params"], group.get("param_names", ()), strict=False))
         if self.model is not None:
-            names.update((p, name) for name, p in self.model.named_parameters())
+            names.update((p, name) for name, p in plainly_named(self.model))
         return tuple(names.get(p, t) for t, p in enumerate(layout.parameters))
 
     def _step(self, closure: Objectives | None) -> tuple[Tensor | None, tuple[str, str] | None]:

@@ -155,7 +155,8 @@ def check(text: str, transforms: Sequence[Transform]) -> None:
     if here != there:
         raise ValueError(
             f"the saved state is of the transforms ({', '.join(there) or 'none'}), but this "
-            f"optimizer has ({', '.join(here) or 'none'}); wrap the same ones in the same order"
+            f"optimizer has ({', '.join(here) or 'none'}); wrap the same ones in the same "
+            "order. To go on with others, load it there, and then wrap that optimizer's base again"
         )
     for transform, entry in zip(transforms, saved["transforms"], strict=True):
         name = transform.saved_name
@@ -173,6 +174,32 @@ def check(text: str, transforms: Sequence[Transform]) -> None:
                 f"the saved state of {name} is incomplete: it lacks {missing[0]!r}; load another "
                 "checkpoint"
             )
+
+
+def drop_earlier(transforms: Sequence[Transform], base: Optimizer) -> bool:
+    """Remove what an earlier wrapper, or a state dict loaded into the base, has left in its state.
+
+    Returns:
+        Whether these transforms, which start anew, could have gone on with it.
+    """
+    vectors = False
+    for held in own_store(base).values():
+        for key in [key for key in held if is_own(key)] if isinstance(held, dict) else ():
+            del held[key]
+            vectors = True
+    text = base.param_groups[0].get(KEY)
+    if text is None:
+        return False
+    try:
+        check(text, transforms)
+    except ValueError:
+        return False
+    earlier, fresh = (json.loads(each)["transforms"] for each in (text, encode(transforms)))
+    return vectors or any(
+        was[part] != now[part]
+        for was, now in zip(earlier, fresh, strict=True)
+        for part in ("state", "generator")
+    )
 
 
 def decode(text: str, transforms: Sequence[Transform]) -> None:

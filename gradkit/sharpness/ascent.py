@@ -27,6 +27,11 @@ Radius = float | Callable[[float | Float[Tensor, ""]], float]
 """An ascent radius, or a function of a group's learning rate."""
 
 _TINY = 1e-12
+_NONE_CHOSEN = (
+    "{}(only=) displaces the parameters that its function chooses, and it has chosen none of those "
+    "from {!r} to {!r}; return True for some (their names are those in the model that gk.wrap() "
+    "gets as model=)"
+)
 _OPTIONS = ("only", "adaptive", "eta", "steps", "sync_perturbation")
 
 
@@ -39,7 +44,8 @@ class Ascent(Transform):
 
     The radius may be set for a parameter group of the base optimizer, as its entry "rho": that
     group's part of ε is in proportion. A schedule writes the groups' entries, as torch's schedulers
-    write "lr"; they are saved with the optimizer.
+    write "lr"; they are saved with the optimizer. Where "rho" is a setting of the base optimizer
+    itself, such as Adadelta's decay, it is not a radius, and all groups have the transform's.
 
     Args:
         rho: The ascent radius ρ ≥ 0, for groups without an entry "rho"; or a function of the
@@ -73,6 +79,11 @@ class Ascent(Transform):
     needs_rows = False
 
     def __post_init__(self) -> None:
+        if isinstance(self.rho, Transform):  # some can be called, as functions of a radius can
+            raise TypeError(
+                f"rho is {self.rho!r}; transforms are not nested: pass them to gk.wrap() one after "
+                "the other, the inner one first"
+            )
         if not callable(self.rho):
             if isinstance(self.rho, (int, float)) and not self.rho >= 0:
                 raise ValueError(f"rho is {self.rho}; the ascent radius must be at least 0")
@@ -201,8 +212,9 @@ class Ascent(Transform):
             ValueError: If one is negative or no number.
         """
         found: list[float] = []
+        taken = "rho" in getattr(context.base, "defaults", ())  # the base's own setting
         for number, group in enumerate(context.base.param_groups):
-            radius = group.get("rho", self.rho)
+            radius = self.rho if taken else group.get("rho", self.rho)
             if callable(radius):
                 radius = radius(group.get("lr", 0.0))
             if radius is not self.rho and not radius >= 0:
@@ -226,9 +238,12 @@ class Ascent(Transform):
             return [True] * len(parameters)
         if self.only != "norm":
             choose: Callable[..., bool] = self.only
-            return [
+            chosen = [
                 bool(choose(str(name), each)) for name, each in zip(names, parameters, strict=True)
             ]
+            if not any(chosen):
+                raise ValueError(_NONE_CHOSEN.format(type(self).__name__, names[0], names[-1]))
+            return chosen
         if not any(owner is not None for owner in context.owners):
             raise ValueError(
                 f"{self!r} displaces the parameters of normalisation layers, which it finds in the "

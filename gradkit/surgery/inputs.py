@@ -128,8 +128,8 @@ def needed(losses: Float[Tensor, " K"] | None, who: object) -> Float[Tensor, " K
     """
     if losses is None:
         raise ValueError(
-            f"{who!r} works on losses, too; pass losses= beside the gradients, and let its "
-            "needs_losses be True in gk.wrap()"
+            f"{who!r} works on losses, too; pass losses=, one for each objective, beside the "
+            "gradients (in gk.wrap() a rule of your own gets them if its needs_losses is True)"
         )
     return losses
 

@@ -3,40 +3,15 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from gradkit.core.ranks import is_expanded, is_sharded
-
-
-def unwrapped(module: nn.Module) -> nn.Module:
-    """The module inside `DistributedDataParallel` and `torch.compile`; other modules unchanged.
-
-    Examples:
-        >>> import torch
-        >>> module = torch.nn.Linear(1, 1)
-        >>> unwrapped(module) is module
-        True
-    """
-    while True:
-        if isinstance(module, DistributedDataParallel):
-            module = module.module
-        elif _is_compiled(module):
-            module = module._orig_mod  # type: ignore[assignment]  # torch.compile's own attribute
-        else:
-            return module
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    # Not imported, which takes a second; without the import there can be no compiled module.
-    dynamo = sys.modules.get("torch._dynamo.eval_frame")
-    return dynamo is not None and isinstance(module, dynamo.OptimizedModule)
+from gradkit.core.unwrapping import unwrapped
 
 
 def copied(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:

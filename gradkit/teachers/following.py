@@ -12,7 +12,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gradkit.core.ranks import is_sharded, local, reshard
-from gradkit.teachers.copying import copied, is_writable, joined, unwrapped
+from gradkit.core.unwrapping import unwrapped
+from gradkit.teachers.copying import copied, is_writable, joined
 
 Share = Float[Tensor, ""] | float
 """1 - decay: the student's share in the new average."""

@@ -20,7 +20,7 @@ from gradkit.core.gram import block_grams, cosines
 from gradkit.core.oracle import Oracle, Selection
 from gradkit.core.ranks import Shards, local, reshard
 from gradkit.core.storage import Parts
-from gradkit.teachers.copying import unwrapped
+from gradkit.core.unwrapping import unwrapped
 from gradkit.teachers.decay import check_decay, warmed_up
 from gradkit.teachers.following import Buffers
 from gradkit.teachers.mean_teacher import MeanTeacher

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from gradkit.core.context import Context
 from gradkit.core.ranks import as_part_of, is_sharded, local, reshard
 from gradkit.core.transform import Transform
-from gradkit.teachers.copying import make_teacher, saved_buffers, unwrapped
+from gradkit.core.unwrapping import unwrapped
+from gradkit.teachers.copying import make_teacher, saved_buffers
 from gradkit.teachers.following import Buffers, Following, Plan, Share, is_short, paired
 
 _SAMPLES = 8

@@ -294,7 +294,7 @@ KINDS = [
         "one graph from outside for several closures (inplace)",
         graph_from_outside,
         RuntimeError,
-        "retain_graph=True|modified by an inplace operation|was computed outside the closure",
+        "modified by an inplace operation|was computed outside the closure",
         fits=lambda shape: shape.form in EACH and len(shape.names) > 1,
         fixed={"engine": ("inplace",)},
     ),

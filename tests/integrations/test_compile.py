@@ -151,3 +151,34 @@ def test_donated_buffers_are_explained(engine: str) -> None:
 
     with pytest.raises(RuntimeError, match=r"donated_buffer = False before .* is compiled"):
         optimizer.step(closure)
+
+
+def compiled_in_part(model: nn.Sequential) -> nn.Module:
+    model[0] = torch.compile(model[0], backend="eager")
+    return model
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [lambda model: torch.compile(model, backend="eager"), compiled_in_part],
+    ids=["whole", "in part"],
+)
+def test_parameters_keep_their_names(wrapped) -> None:
+    """The choice of the parameters to displace does not depend on compiling."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    names = [name for name, _ in model.named_parameters()]
+    net = wrapped(model)
+    transform = gk.SAM(only=lambda name, parameter: name == "0.weight")
+    optimizer = gk.wrap(torch.optim.SGD(model.parameters(), lr=0.1), transform, model=net)
+    seen: list[list[torch.Tensor]] = []
+
+    def closure() -> torch.Tensor:
+        seen.append([parameter.detach().clone() for parameter in model.parameters()])
+        return net(torch.ones(2, 3)).square().mean()
+
+    optimizer.step(closure)
+    start, there = seen
+    moved = [not torch.equal(a, b) for a, b in zip(start, there, strict=True)]
+    assert moved == [True, False, False, False]
+    gradients = optimizer.gradients(lambda: {"a": closure(), "b": 2 * closure()})
+    assert list(gradients.cosines_by_parameter("a", "b")) == names

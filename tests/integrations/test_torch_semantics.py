@@ -516,6 +516,50 @@ def test_a_loss_that_was_computed_outside(engine, retains, own_backward):
     assert not torch.equal(before["weight"], model.weight)
 
 
+@pytest.mark.parametrize("shared", ["trunk", "all"])
+def test_one_forward_pass_outside_for_several_closures(shared):
+    x, y = data()
+    trunk, head = nn.Sequential(make(outputs=4), nn.Tanh()), make()
+    model = nn.ModuleList([trunk, head])
+    optimizer = gk.wrap(sgd(model), gk.PCGrad(), model=model)
+    features = trunk(x)
+    error = (head(features) - y).square().mean(0)
+    losses = {
+        "trunk": lambda k: (head(features) - y).square().mean(0)[k],
+        "all": lambda k: error[k],
+    }[shared]
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match=r"'b' was computed outside .* returns all losses"):
+        optimizer.step({"a": lambda: losses(0), "b": lambda: losses(1)})
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_a_hidden_state_that_is_carried_over_with_its_graph():
+    cell = nn.RNNCell(2, 3).double()
+    optimizer = gk.wrap(sgd(cell), gk.Sum(), model=cell)
+    hidden = [torch.zeros(1, 3, dtype=torch.float64)]
+
+    def closure():
+        hidden[0] = cell(torch.ones(1, 2, dtype=torch.float64), hidden[0])
+        return {"a": hidden[0].sum(), "b": hidden[0].square().sum()}
+
+    optimizer.step(closure)
+    with pytest.raises(RuntimeError, match="detach what is carried over"):
+        optimizer.step(closure)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_buffers_of_a_further_module_in_model(engine):
+    generator = make(outputs=4)
+    discriminator = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 1)).double()
+    both = nn.ModuleList([generator, discriminator])
+    optimizer = gk.wrap(sgd(generator), gk.SAM(), model=both, engine=engine)
+    x, _ = data()
+    optimizer.step(lambda: -discriminator(generator(x)).mean())
+    assert discriminator[0].num_batches_tracked == 1
+    assert all(p.grad is None for p in discriminator.parameters())
+
+
 def test_part_of_a_loss_from_outside_and_named():
     x, y = data()
     model = make()

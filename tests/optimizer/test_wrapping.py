@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from helpers import as_users_run_it
@@ -154,3 +156,49 @@ def test_layouts_that_cannot_be() -> None:
         assert gk.wrap(sgd(frozen), model=frozen).step(lambda: torch.ones(())) == 1
     optimizer = gk.wrap(sgd(frozen), gk.PCGrad(), model=frozen)
     optimizer.load_state_dict(optimizer.state_dict())  # nothing to lay out, nothing to complain of
+
+
+def averaged(model: nn.Module, base: torch.optim.Optimizer, first: gk.Transform):
+    return gk.wrap(base, first, gk.FriendlySAM(), model=model)
+
+
+def loss_of(model: nn.Module):
+    return lambda: model(INPUT).square().mean()
+
+
+@pytest.mark.parametrize("loaded", [False, True], ids=["wrapped again", "loaded into the base"])
+def test_state_of_an_earlier_wrapper_is_dropped(loaded: bool) -> None:
+    model = network()
+    earlier = averaged(model, sgd(model), gk.EMA(model, decay=0.9))
+    earlier.step(loss_of(model))
+    assert "gradkit.1.mean" in earlier.state[model[0].weight]
+    base = earlier.base
+    if loaded:
+        base = sgd(model)
+        base.load_state_dict(earlier.state_dict())
+    with pytest.warns(UserWarning, match=r"same transforms.* start anew.*wrap first"):
+        again = averaged(model, base, gk.EMA(model, decay=0.9))
+    assert base.state[model[0].weight].keys() == {"momentum_buffer"}
+    # What is saved before the next step is the state that the next step starts from.
+    other = copy.deepcopy(model)
+    resumed = averaged(other, sgd(other), gk.EMA(other, decay=0.9))
+    resumed.load_state_dict(copy.deepcopy(again.state_dict()))
+    again.step(loss_of(model))
+    resumed.step(loss_of(other))
+    pairs = zip(model.parameters(), other.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_going_on_with_other_transforms_is_no_cause_for_a_warning() -> None:
+    model = network()
+    earlier = averaged(model, sgd(model), gk.EMA(model, decay=0.9))
+    earlier.step(loss_of(model))
+    momentum = earlier.state[model[0].weight]["momentum_buffer"].clone()
+    again = gk.wrap(earlier.base, gk.SAM(), model=model)
+    assert torch.equal(again.state[model[0].weight]["momentum_buffer"], momentum)
+    assert not any(str(key).startswith("gradkit") for key in again.state[model[0].weight])
+    again.step(loss_of(model))
+    gk.wrap(again.base, gk.SAM(), model=model).step(loss_of(model))  # it remembers nothing
+    bare = sgd(model)
+    bare.load_state_dict(again.state_dict())
+    gk.wrap(bare, gk.SAM(), model=model)

@@ -182,6 +182,24 @@ def test_arguments_are_checked(what):
         make()
 
 
+def test_transforms_are_not_nested():
+    for make in (gk.SAM, gk.LookSAM):
+        with as_users_run_it(), pytest.raises(TypeError, match=r"gk\.wrap\(\) one after the other"):
+            make(gk.PCGrad())
+
+
+def test_a_function_must_choose_some_parameters():
+    model = network()
+    start = flat(model.parameters())
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    choose = gk.SAM(only=lambda name, parameter: name.startswith("encoder."))
+    for options in ({"model": model}, {}):
+        optimizer = gk.wrap(base, choose, **options)
+        with pytest.raises(ValueError, match=r"SAM\(only=\).* none .* as model="):
+            optimizer.step(lambda: loss(model))
+    assert torch.equal(flat(model.parameters()), start)
+
+
 def test_norms_are_found_in_the_model():
     model = network()
     base = torch.optim.SGD(model.parameters(), lr=0.1)

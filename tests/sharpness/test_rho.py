@@ -64,6 +64,18 @@ def test_an_entry_of_the_group_comes_first() -> None:
     assert torch.isclose((seen[1] - seen[0]).norm(), torch.tensor(2.0, dtype=torch.float64))
 
 
+def test_a_setting_of_the_base_called_rho_is_no_radius() -> None:
+    w = nn.Parameter(torch.tensor([3.0, 4.0], dtype=torch.float64))
+    base = torch.optim.Adadelta([w], lr=0.1, rho=0.9)
+    optimizer = gk.wrap(base, gk.SAM(rho=0.5))
+    seen: list[Tensor] = []
+    for _ in range(2):
+        seen.clear()
+        optimizer.step(lambda: seen.append(w.detach().clone()) or w.pow(4).sum())
+        assert torch.isclose((seen[1] - seen[0]).norm(), torch.tensor(0.5, dtype=torch.float64))
+    assert base.param_groups[0]["rho"] == 0.9
+
+
 def test_bad_radii_are_named() -> None:
     for arguments, message in (
         ({"rho_min": -0.1}, "rho_min is -0.1"),

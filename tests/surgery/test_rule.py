@@ -59,7 +59,7 @@ def test_what_is_remembered_must_be_named():
 
 def test_losses_must_be_asked_for():
     rule = Own(lambda inputs, memory: (inputs.needed_losses(rule), memory))
-    with pytest.raises(ValueError, match=r"needs_losses be True in gk\.wrap"):
+    with pytest.raises(ValueError, match=r"in gk\.wrap\(\) .* if its needs_losses is True"):
         step_with(ROWS, rule)
 
 
