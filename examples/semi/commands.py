@@ -298,7 +298,7 @@ class Train(Experiment):
 
     def run(self, task: Task) -> None:
         """Trains, and prints where the checkpoint is."""
-        method = parse_method(self.method)
+        method = parse_method(self.method, "--method")
         check_seed("--seed", self.seed)
         sites, labelled = self.check(task)
         out = self.out or Path("runs") / task.name
