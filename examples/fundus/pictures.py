@@ -33,12 +33,18 @@ def read_mask(path: Path) -> Image.Image:
     """Read a mask as 8-bit grey levels; see `read_levels`.
 
     Raises:
-        DataError: If it cannot be decoded, is of a lossy format, is not a single 8-bit channel, or
-            has no background.
+        DataError: If it cannot be decoded, is of a lossy format, is not a single 8-bit channel, has
+            no background, or has the cup in all four corners, as an inverted mask.
     """
     picture = read_levels(path, "255, 128, 0")
-    if not (np.asarray(picture) == BACKGROUND).any():
+    levels = np.asarray(picture)
+    if not (levels == BACKGROUND).any():
         raise DataError(f"{path} has no background; a mask has 255 outside the disc, 0 in the cup")
+    if (levels[[0, 0, -1, -1], [0, -1, 0, -1]] == CUP).all():
+        raise DataError(
+            f"{path} has the cup in all four corners; a mask has 255 outside the disc, 0 in the "
+            "cup: invert it"
+        )
     return picture
 
 

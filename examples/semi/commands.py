@@ -18,7 +18,7 @@ from examples.common.results import remove_results, write_json
 from examples.common.training import BEST, LAST, check_settings
 from examples.common.usage import check_writable, open_device, require, require_empty, split_names
 from examples.semi.data import Data, open_data, open_site
-from examples.semi.folder import SPLITS, available_sites, check, write
+from examples.semi.folder import SPLITS, available_sites, check, splits_of, write
 from examples.semi.methods import Method, parse_method
 from examples.semi.network import STRIDE
 from examples.semi.results import RESULT_FILES, markdown_table, score_site
@@ -298,7 +298,7 @@ class Train(Experiment):
 
     def run(self, task: Task) -> None:
         """Trains, and prints where the checkpoint is."""
-        method = parse_method(self.method)
+        method = parse_method(self.method, "--method")
         check_seed("--seed", self.seed)
         sites, labelled = self.check(task)
         out = self.out or Path("runs") / task.name
@@ -345,7 +345,7 @@ class Evaluate:
     data_root: str = SYNTHETIC
     """Folder of the sites in MiDSS's layout, or "synthetic" for generated images."""
     sites: str | None = None
-    """Sites to test on, separated by commas; default: all."""
+    """Sites to test on, separated by commas; default: all that have test images."""
     student: bool = False
     """Test the student, not the mean teacher."""
     test_images: int | None = None
@@ -361,7 +361,12 @@ class Evaluate:
 
     def run(self, task: Task) -> None:
         """Tests, and prints the table."""
-        known = available_sites(task, self.data_root)
+        known = [
+            site
+            for site in available_sites(task, self.data_root)
+            if "test" in splits_of(task, self.data_root, site)
+        ]
+        require(bool(known), f"{self.data_root} has no site with a folder test; put images there")
         sites = known if self.sites is None else split_names("--sites", self.sites, known)
         require(
             self.test_images is None or self.test_images >= 1,

@@ -8,7 +8,7 @@ from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from examples.common.datasets import Sample, length
 from examples.common.pictures import DataError
-from examples.semi.folder import SiteDataset
+from examples.semi.folder import SiteDataset, splits_of
 from examples.semi.task import SYNTHETIC, Split, Task
 
 HELD_OUT = 0.2
@@ -26,8 +26,8 @@ class Data:
         labelled: the labelled site's images with labels that are trained on.
         unlabelled: the other training images of all sites, whose labels are not used.
         validation: by site, images that are trained on nowhere. The labelled site's choose the best
-            weights; labels of the others are for curves only.
-        test: by site.
+            weights; labels of the others are for curves only. Sites without labels have none.
+        test: by site; sites without labels may have none.
         root: kind of data root, `synthetic` or `folder`.
     """
 
@@ -112,7 +112,7 @@ def open_data(
         test_images: at most this many of each site's test list.
 
     Raises:
-        DataError: the labelled site has too few images, or only one examination.
+        DataError: the labelled site has no labels, too few images, or only one examination.
     """
     unlabelled: list[Dataset[Sample]] = []
     validation: dict[str, Dataset[Sample]] = {}
@@ -122,6 +122,13 @@ def open_data(
         samples = open_site(task, root, site, "train", size, seed, train_images)
         names = [samples[index].name for index in range(length(samples))]
         training, held_out = hold_out(names, task.case)
+        if samples[0].target.isnan().any():  # without labels nothing can be validated
+            training, held_out = [*training, *held_out], []
+            if site == labelled:
+                raise DataError(
+                    f"{Path(root) / site / 'train'} has no folder of masks, but {site} is the "
+                    "labelled site; add its masks, or give another --labelled"
+                )
         if held_out:
             validation[site] = Subset(samples, held_out)
         if site == labelled:
@@ -138,7 +145,8 @@ def open_data(
             chosen, training = Subset(samples, training[:labels]), training[labels:]
         if training:
             unlabelled.append(Subset(samples, training))
-        test[site] = open_site(task, root, site, "test", size, seed, test_images)
+        if "test" in splits_of(task, root, site):
+            test[site] = open_site(task, root, site, "test", size, seed, test_images)
     assert chosen is not None  # the labelled site is one of the sites
     if not unlabelled:
         raise DataError(f"no unlabelled image is left in {root}; give fewer --labels or more sites")

@@ -2,7 +2,8 @@
 
 A folder has a folder for each site, with `{train,test}/{image,mask}/*.png`, or, for fundus
 photographs, `{train,test}/ROIs/{image,mask}/*.png`. An image and its mask have the same file name.
-Images come in the order of their names.
+Images come in the order of their names. A site without labels has no folder `train/mask`, and may
+have no `test`.
 """
 
 from collections.abc import Iterable
@@ -47,10 +48,18 @@ def _layout(task: Task) -> str:
     return f"SITE/{{train,test}}/{inner}{{image,mask}}/*.png"
 
 
+def splits_of(task: Task, root: str, site: str) -> tuple[Split, ...]:
+    """The splits of a site: both, or only "train" where it has no labels and nothing to test."""
+    folder = Path(root) / site
+    labelled = (folder / "train" / task.folder / "mask").exists()
+    return SPLITS if root == SYNTHETIC or labelled or (folder / "test").exists() else ("train",)
+
+
 class SiteDataset(Dataset[Sample]):
     """Images of one site and split, in the order of their names.
 
-    Images are resized bicubically to [0, 1], masks to the nearest pixel.
+    Images are resized bicubically to [0, 1], masks to the nearest pixel. Where the train split has
+    no folder of masks, targets are NaN.
 
     Args:
         task: for channels, layout and grey levels.
@@ -68,16 +77,17 @@ class SiteDataset(Dataset[Sample]):
         self.root = Path(root)
         folder = self.root / site / split / task.folder
         images, masks = folder / "image", folder / "mask"
-        for part in (images, masks):
+        self.has_labels = split == "test" or masks.exists()
+        for part in (images, masks) if self.has_labels else (images,):
             if not part.is_dir():
                 raise DataError(f"{part} is not a folder; put {_layout(task)} into {root}")
         self.pairs = [(path, masks / path.name) for path in sorted(images.glob("*.png"))]
         if not self.pairs:
             raise DataError(f"{images} holds no .png; add images or remove the site")
-        for image, mask in self.pairs:
+        for image, mask in self.pairs if self.has_labels else ():
             if not mask.is_file():
                 raise DataError(f"{image} has no mask {mask}; add it or remove the image")
-        self._decoded: dict[int, tuple[NDArray[np.uint8], NDArray[np.uint8]]] = {}
+        self._decoded: dict[int, tuple[NDArray[np.uint8], NDArray[np.uint8] | None]] = {}
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -90,21 +100,28 @@ class SiteDataset(Dataset[Sample]):
             square = (self.size, self.size)
             self._decoded[index] = (
                 np.array(image.resize(square, Image.Resampling.BICUBIC)),
-                np.array(mask.resize(square, Image.Resampling.NEAREST)),
+                None if mask is None else np.array(mask.resize(square, Image.Resampling.NEAREST)),
             )
-        pixels, grey = (torch.from_numpy(part) for part in self._decoded[index])
-        channels = pixels.reshape(self.size, self.size, self.task.channels).permute(2, 0, 1)
+        pixels, grey = self._decoded[index]
+        shape = (self.size, self.size, self.task.channels)
+        channels = torch.from_numpy(pixels).reshape(shape).permute(2, 0, 1)
         name = image_path.relative_to(self.root).as_posix()
-        return Sample(name, channels.float() / 255, self.task.decode(grey))
+        if grey is None:
+            target = torch.full((len(self.task.structures), self.size, self.size), torch.nan)
+        else:
+            target = self.task.decode(torch.from_numpy(grey))
+        return Sample(name, channels.float() / 255, target)
 
-    def read(self, index: int) -> tuple[Image.Image, Image.Image]:
-        """Image and mask as they are on disk, checked.
+    def read(self, index: int) -> tuple[Image.Image, Image.Image | None]:
+        """Image and mask as they are on disk, checked; no mask where there are no labels.
 
         Raises:
             DataError: either cannot be read, or they do not belong together.
         """
         image_path, mask_path = self.pairs[index]
         image = read_image(image_path, "L" if self.task.channels == 1 else "RGB")
+        if not self.has_labels:
+            return image, None
         mask = read_levels(mask_path, self.task.levels, colours=True)
         check_sizes(image_path, image, mask_path, mask)
         try:
@@ -128,7 +145,11 @@ def check(task: Task, root: str, sites: Iterable[str]) -> None:
     if root == SYNTHETIC:
         return
     # All folders first: they are quick to list.
-    datasets = [SiteDataset(task, root, site, split, 1) for site in sites for split in SPLITS]
+    datasets = [
+        SiteDataset(task, root, site, split, 1)
+        for site in sites
+        for split in splits_of(task, root, site)
+    ]
     for dataset in datasets:
         for index in range(len(dataset)):
             dataset.read(index)

@@ -87,8 +87,12 @@ class Method:
         return self.name in ("divergence", "dim")
 
 
-def parse_method(text: str) -> Method:
+def parse_method(text: str, option: str = "--methods") -> Method:
     """A method from its name and variants, separated by colons.
+
+    Args:
+        text: the words.
+        option: where they were given, for messages.
 
     Raises:
         UsageError: a word is unknown, does not fit the method, or is there twice.
@@ -101,7 +105,7 @@ def parse_method(text: str) -> Method:
     name, *words = text.strip().split(":")
     if name not in METHODS:
         raise UsageError(
-            f"--methods contains the unknown name {name!r}; choose from {', '.join(METHODS)}"
+            f"{option} contains the unknown name {name!r}; choose from {', '.join(METHODS)}"
             f"{did_you_mean(name, METHODS)}"
         )
     method, chosen = Method(name), dict[str, str]()
@@ -112,16 +116,16 @@ def parse_method(text: str) -> Method:
         if field is None:
             offer = f"choose from {', '.join(every)}" if every else "it has none"
             raise UsageError(
-                f"--methods contains {text!r}, where {word!r} is no variant of {name}; {offer}"
+                f"{option} contains {text!r}, where {word!r} is no variant of {name}; {offer}"
                 f"{did_you_mean(word, every)}"
             )
         if field in chosen:
             raise UsageError(
-                f"--methods contains {text!r}, where {chosen[field]!r} and {word!r} exclude each "
+                f"{option} contains {text!r}, where {chosen[field]!r} and {word!r} exclude each "
                 "other; leave one of them out"
             )
         chosen[field] = word
-    return check_method(replace(method, **chosen), text)
+    return check_method(replace(method, **chosen), text, option)
 
 
 def parse_methods(text: str) -> dict[str, Method]:
@@ -148,8 +152,13 @@ def _applies(field: str, method: Method) -> bool:
     return method.name == "dim" or (field == "sharpness" and method.is_sharp)
 
 
-def check_method(method: Method, text: str) -> Method:
+def check_method(method: Method, text: str, option: str = "--methods") -> Method:
     """The method, if its choices fit each other.
+
+    Args:
+        method: to be checked.
+        text: the words that it was written as, for messages.
+        option: where they were given, for messages.
 
     Raises:
         UsageError: they do not.
@@ -158,14 +167,14 @@ def check_method(method: Method, text: str) -> Method:
         "total", "perturbed",
     ):  # fmt: skip
         raise UsageError(
-            f"--methods contains {text!r}; with {method.sharpness} the ascent follows the total, "
+            f"{option} contains {text!r}; with {method.sharpness} the ascent follows the total, "
             "at perturbed weights"
         )
     try:
         if method.has_divergence:
             build_divergence(method, 2, 2)
     except ValueError as error:
-        raise UsageError(f"--methods contains {text!r}: {error}") from error
+        raise UsageError(f"{option} contains {text!r}: {error}") from error
     return method
 
 

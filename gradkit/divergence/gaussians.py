@@ -19,8 +19,12 @@ def kullback_leibler(
 ) -> Float[Tensor, "*batch"]:
     """KL(P‖Q) = ½·Σ [σ_p²/σ_q² − 1 − ln(σ_p²/σ_q²) + (μ_p − μ_q)²/σ_q²]."""
     excess = (variance_p - variance_q) / variance_q
+    # Each logarithm where it is exact: far below σ_q² the excess is rounded to −1.
+    near = excess.abs() < 0.5
+    log_near = torch.log1p(torch.where(near, excess, 0.0))
+    log_far = torch.log(variance_p) - torch.log(variance_q)
     square = (mean_p - mean_q).square() / variance_q
-    return (excess - torch.log1p(excess) + square).sum(-1) / 2
+    return (excess - torch.where(near, log_near, log_far) + square).sum(-1) / 2
 
 
 def excess_affinity(

@@ -234,6 +234,7 @@ class Adapter:
         Raises:
             RuntimeError: If there are objectives, but `torch.inference_mode()` is on; or if
                 `episodic` is "image", and something cannot be computed for several images at once.
+            TypeError: If images are not a tensor.
             ValueError: If an objective cannot work with these images.
         """
         images = self._received(images)
@@ -256,6 +257,7 @@ class Adapter:
 
         Raises:
             RuntimeError: As in a call.
+            TypeError: As in a call.
             ValueError: As in a call, or if `episodic` is "image", which keeps nothing of a batch.
         """
         if self._episodes is not None:
@@ -266,6 +268,11 @@ class Adapter:
         self._adapt(self._received(images))
 
     def _received(self, images: Tensor) -> Tensor:
+        if not isinstance(images, Tensor):
+            raise TypeError(
+                f"images is a {type(images).__name__}; pass a tensor [N, C, H, W] of images alone, "
+                "without their labels"
+            )
         images = _plain(images)
         if self.optimizer is not None:
             _refuse_inference_mode()

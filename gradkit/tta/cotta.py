@@ -169,7 +169,8 @@ def CoTTA(  # noqa: N802 # the method's name
         confidence: Below which confidence to average over views; the authors take 0.92 for CIFAR-10
             and 0.72 for CIFAR-100.
         restore_probability: The probability of restoring a weight.
-        views: The views of the images.
+        views: The views of the images. Pass others for a classifier, if flips or quarter turns may
+            change the class: the prediction is the mean over views.
         probabilities: The meaning of the logits; see `TENT`.
         generator: The generator of the restored weights, on the CPU; by default a new one with
             seed 0.

@@ -14,7 +14,7 @@ from gradkit.tta.adapter import Adapter
 from gradkit.tta.distributions import Distributions, log_distributions, to_logits
 from gradkit.tta.features import captured_inputs, classifier_of
 from gradkit.tta.objectives import Logits, Probabilities, check_probabilities, logits_of
-from gradkit.tta.statistics import Mixed, Statistics
+from gradkit.tta.statistics import Mixed, Statistics, at_least_float32
 
 Prototypes = Float[Tensor, "units outcomes features"]
 Exists = Bool[Tensor, "units outcomes"]
@@ -142,7 +142,7 @@ class PrototypePredictor:
         """The logits of the blended probabilities."""
         with captured_inputs(classifier_of(model, self.classifier)) as seen:
             logits = logits_of(model, images)
-        features = seen[-1].to(logits.dtype)
+        features = at_least_float32(seen[-1])  # distances are not computed in half precision
         if features.shape[2:] != logits.shape[2:] or len(features) != len(logits):
             raise ValueError(
                 f"the classifier reads features of shape {list(features.shape)}, but the logits "

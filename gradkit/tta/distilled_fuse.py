@@ -179,7 +179,7 @@ def DistilledFuse(  # noqa: N802 # named like the methods
     fusion = Fusion() if fusion is None else fusion
     return Adapter(
         model,
-        statistics=Alternatives(*statistics),
+        statistics=Alternatives.of_candidates(statistics),
         objectives={"loss": FusedTarget(fusion, augmentation, generator)},
         **{
             "optimizer": functools.partial(torch.optim.Adam, lr=lr),

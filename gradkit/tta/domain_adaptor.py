@@ -96,8 +96,10 @@ class AdaMixBN(Statistics):
             )
         if layer.name in self._written:
             raise ValueError(
-                f"layer {layer.name!r} is called twice in one pass, and its scale can be rewritten "
-                "for one of them only; use gk.tta.Mixed(0.5)"
+                f"layer {layer.name!r} normalises more than once in one pass (it is called twice, "
+                "or treats each image by itself, as InstanceNorm does), and its scale can be "
+                "rewritten for one of them only: pass single images to InstanceNorm, or use other "
+                "statistics, as in gk.tta.TENT(model, statistics=gk.tta.Mixed(0.5))"
             )
         test, source = self.moments(layer, x), source_moments(layer)
         share = source_share(x, test, source)

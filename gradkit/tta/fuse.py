@@ -70,6 +70,24 @@ class Alternatives(Statistics):
     def uses_source(self) -> bool:  # type: ignore[override]  # a constant of most statistics
         return any(each.uses_source for each in self.choices)
 
+    @classmethod
+    def of_candidates(cls, statistics: Sequence[str | Statistics]) -> Alternatives:
+        """Those of a sequence, one for each candidate.
+
+        Raises:
+            ValueError: If it is no sequence; see also `Alternatives`.
+
+        Examples:
+            >>> Alternatives.of_candidates(["source", Mixed(0.5)])
+            Alternatives(SourceStatistics(), Mixed(share=0.5))
+        """
+        if isinstance(statistics, (str, Statistics)):
+            raise ValueError(
+                f"statistics are {statistics!r}, but each candidate needs its own: pass a "
+                'sequence, such as ("source", gk.tta.Mixed(0.2))'
+            )
+        return cls(*statistics)
+
     def __repr__(self) -> str:
         return f"Alternatives({', '.join(map(repr, self.choices))})"
 
@@ -271,4 +289,5 @@ def Fuse(  # noqa: N802 # named like the methods
                 [1.0000, 0.4000]])
     """
     fusion = Fusion(weights, views, image_share, gate, probabilities, batched_views)
-    return Adapter(model, statistics=Alternatives(*statistics), **{"predict": fusion, **options})
+    alternatives = Alternatives.of_candidates(statistics)
+    return Adapter(model, statistics=alternatives, **{"predict": fusion, **options})

@@ -56,6 +56,9 @@ class Interpolated(Statistics):
         self._calls: dict[str, int] = {}
         self._measuring = False
 
+    def __repr__(self) -> str:
+        return "Interpolated()"
+
     def interpolate(self, share: int | float) -> None:
         """Set r for the next pass."""
         self.share = float(share)

@@ -104,7 +104,8 @@ def MEMO(  # noqa: N802 # the method's name
         lr: The learning rate of SGD; the authors' for ResNet-50.
         statistics: Where mean and variance come from; see `Adapter`. A model without BatchNorm
             takes "source".
-        views: The views of the images.
+        views: The views of the images. Pass others for a classifier, if flips or quarter turns may
+            change the class.
         probabilities: The meaning of the logits; see `TENT`.
         batched_views: Whether views are evaluated together, with each one's own statistics.
         **options: Further arguments of `Adapter`.

@@ -463,7 +463,8 @@ def install_statistics(model: nn.Module, statistics: str | Statistics) -> nn.Mod
         if not layers:
             raise ValueError(
                 f"{type(model).__name__} has no BatchNorm layer, so {resolved} would change "
-                'nothing: use statistics="source". (Scripted or exported models hide their layers.)'
+                'nothing: use statistics="source", or another method if it takes no statistics. '
+                "(Scripted or exported models hide their layers.)"
             )
     for name, layer in layers:
         _check_adaptable(layer, name, resolved)

@@ -170,6 +170,17 @@ class _PromptMemory:
                 f"images have shape {list(images.shape)}, but a prompt is one image's: pass images "
                 "[1, channels, H, W] one by one"
             )
+        channels, size = self.prompted.prompt.shape[:2]
+        if images.shape[1] != channels:
+            raise ValueError(
+                f"images have shape {list(images.shape)}, but the prompt has {channels} channels: "
+                f"pass channels={images.shape[1]}"
+            )
+        if min(images.shape[2:]) < size:
+            raise ValueError(
+                f"images have shape {list(images.shape)}, but the prompt has a side of {size} "
+                "pixels: pass larger images, or a smaller prompt_size="
+            )
 
     def attach(self, adapter: Adapter) -> None:
         self.prompted: Any = adapter.model
@@ -256,7 +267,7 @@ def VPTTA(  # noqa: N802 # the method's name
         RuntimeError: If `torch.inference_mode()` is on.
         TypeError: If an argument is of the wrong type.
         ValueError: If an argument has no valid value, or if the model has no BatchNorm with running
-            statistics; in a call, if there is more than one image.
+            statistics; in a call, if there is more than one image, or the prompt does not fit it.
 
     Examples:
         >>> import torch, gradkit as gk

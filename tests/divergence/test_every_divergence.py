@@ -415,6 +415,31 @@ def test_gradients_between_gaussians(case):
     assert all(slope.isfinite().all() for slope in torch.autograd.grad(value, far))
 
 
+@pytest.mark.parametrize("name", ["kl", "reverse_kl", "jeffreys"])
+@pytest.mark.parametrize("ratio", [1e-12, 3e-8, 1e-7, 1e-3, 0.4, 0.6, 1.6, 1e3, 1e7])
+def test_gaussians_of_variances_that_differ_by_orders_of_magnitude(name, ratio):
+    """In float32, as those of a unit that is dead in one domain; by the formula in float64."""
+    mean_p, mean_q, var_q = 0.5, -1.0, 250.0
+    var_p = float(torch.tensor(ratio * var_q))  # as float32 has it
+
+    def kullback_leibler(mean, var, other_mean, other_var):
+        excess = var / other_var - 1 + (mean - other_mean) ** 2 / other_var
+        return (excess - torch.log(var / other_var)) / 2
+
+    def expected(*given):
+        forward, back = kullback_leibler(*given), kullback_leibler(*given[2:], *given[:2])
+        return {"kl": forward, "reverse_kl": back, "jeffreys": forward + back}[name]
+
+    numbers = (mean_p, var_p, mean_q, var_q)
+    given = [torch.tensor(value, requires_grad=True) for value in numbers]
+    wide = [torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in numbers]
+    found = gk.f_divergence(name).between_gaussians(*(each[None] for each in given))
+    torch.testing.assert_close(found.double(), expected(*wide), rtol=2e-6, atol=0)
+    slopes = torch.autograd.grad(found, given)
+    for own, reference in zip(slopes, torch.autograd.grad(expected(*wide), wide), strict=True):
+        torch.testing.assert_close(own.double(), reference, rtol=2e-5, atol=1e-9)
+
+
 def test_gaussians_with_tails_that_are_too_heavy():
     heavy = gk.f_divergence("pearson").between_gaussians(*map(numbers, (0.0, 2.5, 0.0, 1.0)))
     assert heavy == math.inf

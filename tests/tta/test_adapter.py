@@ -498,6 +498,17 @@ def test_repr_names_the_choices() -> None:
     assert "LookAhead" in text
 
 
+def test_images_that_are_no_tensor_are_named() -> None:
+    """An array, or a batch of a loader with its labels; methods without gradients, too."""
+    batch = images(1)[0].float()
+    for make in (gk.tta.TENT, gk.tta.PTBN):
+        adapter = make(network(torch.float32))
+        for wrong, name in ((batch.numpy(), "ndarray"), ([batch, torch.zeros(1)], "list")):
+            for call in (adapter, adapter.adapt):
+                with as_users_run_it(), pytest.raises(TypeError, match=f"images is a {name}; pass"):
+                    call(wrong)
+
+
 def test_adapting_without_a_prediction() -> None:
     silent, twin = gk.tta.GraTa(network(), lr=1e-2), gk.tta.GraTa(network(), lr=1e-2)
     forwards = []

@@ -133,6 +133,19 @@ def test_a_classifier_is_a_segmentation_of_one_pixel() -> None:
     assert classifier.facts["known"].any()
 
 
+def test_a_model_in_half_precision() -> None:
+    """Distances are those of the features, in float32: close to those of the float32 model."""
+    model, x = surer_network(), images(1)[0]
+    whole = gk.tta.DIGA(model, confidence=CONFIDENCE)(x)
+    for dtype in (torch.bfloat16, torch.float16):
+        adapter = gk.tta.DIGA(model.to(dtype), confidence=CONFIDENCE)
+        half = adapter(x.to(dtype))
+        torch.testing.assert_close(
+            torch.sigmoid(half.double()), torch.sigmoid(whole), rtol=0, atol=0.1
+        )
+        assert adapter.state_dict()["predict"]["prototypes"].dtype == torch.float32
+
+
 def test_bad_arguments() -> None:
     for arguments, message in (
         ({"confidence": 2}, "confidence is 2"),

@@ -152,7 +152,11 @@ def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="has no scale and shift"):
         gk.tta.DomainAdaptor(plain)(torch.rand(1, 3, 4, 4))
     shared = nn.BatchNorm2d(3)
-    with pytest.raises(ValueError, match="is called twice"):
+    with pytest.raises(ValueError, match="it is called twice"):
         gk.tta.DomainAdaptor(nn.Sequential(shared, shared))(torch.rand(1, 3, 4, 4))
+    by_image = nn.InstanceNorm2d(3, affine=True, track_running_stats=True)
+    assert gk.tta.DomainAdaptor(by_image)(torch.rand(1, 3, 4, 4)).isfinite().all()
+    with pytest.raises(ValueError, match="pass single images to InstanceNorm"):
+        gk.tta.DomainAdaptor(by_image)(torch.rand(2, 3, 4, 4))
     with pytest.raises(ValueError, match="at least 2 values a channel"):
         gk.tta.DomainAdaptor(nn.BatchNorm1d(3))(torch.rand(1, 3))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import as_users_run_it
 from torch import nn
 
 import gradkit as gk
@@ -102,10 +103,14 @@ def test_bad_arguments() -> None:
         ({"weights": ((1.0,),), "gate": lambda p: p}, "both given"),
         ({"image_share": 2}, "image_share is 2"),
         ({"statistics": ()}, "no statistics"),
+        ({"statistics": "source"}, r"statistics are 'source', but each candidate needs its own"),
         ({"statistics": ("source", gk.tta.DynamicStatistics())}, "without a state"),
     ):
         with pytest.raises(ValueError, match=message):
             gk.tta.Fuse(network(), **arguments)
+    for method in (gk.tta.Fuse, gk.tta.DistilledFuse):
+        with as_users_run_it(), pytest.raises(ValueError, match=r"Mixed\(share=0\.8\), but each"):
+            method(network(), statistics=gk.tta.Mixed(0.8))
     with pytest.raises(ValueError, match=r"pass statistics=gk\.tta\.Alternatives"):
         gk.tta.PTBN(network(), predict=gk.tta.Fusion())
     with pytest.raises(ValueError, match="2 candidates and 2 classes"):

@@ -101,3 +101,8 @@ def test_bad_arguments() -> None:
         gk.tta.VPTTA(vector)(torch.rand(1, 3, 8, 8))
     with pytest.raises(ValueError, match="one by one"):
         gk.tta.VPTTA(network())(torch.cat(images(2)))
+    with pytest.raises(ValueError, match=r"prompt has 1 channels: pass channels=3"):
+        gk.tta.VPTTA(network(), channels=1)(images(1)[0])
+    with pytest.raises(ValueError, match=r"12, 16\], but the prompt has a side of 13"):
+        gk.tta.VPTTA(network(), prompt_size=13)(images(1)[0])
+    assert gk.tta.VPTTA(network(), prompt_size=12)(images(1)[0]).shape == (1, 2, 12, 16)

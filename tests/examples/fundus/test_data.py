@@ -442,6 +442,10 @@ class TestCheck:
         )
         self.fails(root, r"0_mask\.png has no background")
 
+    def test_mask_that_is_inverted(self, root: Path) -> None:
+        Image.fromarray(255 - rings()).save(root / "clinic/0_mask.png")
+        self.fails(root, r"0_mask\.png has the cup in all four corners; .*: invert it")
+
     def test_different_sizes(self, root: Path) -> None:
         Image.fromarray(rings(30, 24)).save(root / "clinic/0_mask.png")
         self.fails(root, r"0_mask\.png has 30x24 pixels but its image .*0\.png 24x24")

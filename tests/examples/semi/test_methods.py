@@ -37,6 +37,8 @@ def test_names_and_variants():
 def test_what_does_not_fit_is_named(text, message):
     with pytest.raises(UsageError, match=message.replace("?", r"\?")):
         parse_method(text)
+    with pytest.raises(UsageError, match=r"^--method contains"):
+        parse_method(text, "--method")
 
 
 @pytest.mark.parametrize("level", ["prob", "feature_gauss", "critic"])

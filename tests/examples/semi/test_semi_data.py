@@ -190,3 +190,55 @@ def test_a_task_is_replaced_by_field():
     alone = replace(PROSTATE, case=lambda stem: stem)
     data = open_data(alone, "synthetic", ["site_a"], "site_a", 2, 16, 0, 10)
     assert [len(part) for part in data.validation.values()] == [2]
+
+
+# Sites without labels
+
+FIRST, SECOND = PROSTATE.sites[:2]
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    """Two sites of two examinations each."""
+    return export(PROSTATE, tmp_path_factory.mktemp("labelled"), (FIRST, SECOND), 15, 1, 16)
+
+
+def without(labelled, tmp_path, *folders):
+    """A copy of it, and these folders removed."""
+    root = shutil.copytree(labelled, tmp_path / "data")
+    for folder in folders:
+        shutil.rmtree(root / folder)
+    return str(root)
+
+
+def opened(root):
+    check(PROSTATE, root, [FIRST, SECOND])
+    return open_data(PROSTATE, root, (FIRST, SECOND), FIRST, 5, 16)
+
+
+@pytest.mark.parametrize("but_test", [False, True])
+def test_a_site_without_labels_is_trained_on_and_not_validated(labelled, tmp_path, but_test):
+    removed = [f"{SECOND}/train/mask"] + [f"{SECOND}/test"] * (not but_test)
+    data, whole = opened(without(labelled, tmp_path, *removed)), opened(labelled)
+    assert list(data.validation) == [FIRST]
+    assert list(data.test) == [FIRST, SECOND][: 1 + but_test]
+    own = {each.name: each for each in data.unlabelled if each.name.startswith(SECOND)}
+    former = [*whole.unlabelled, *whole.validation[SECOND]]
+    twins = {each.name: each for each in former if each.name.startswith(SECOND)}
+    assert own.keys() == twins.keys()
+    assert len(own) == 15
+    for name, sample in own.items():
+        assert torch.equal(sample.image, twins[name].image)
+        assert sample.target.isnan().all()  # so that no loss or score of it could go unnoticed
+        assert sample.target.shape == twins[name].target.shape
+
+
+def test_the_labelled_site_needs_labels(labelled, tmp_path):
+    message = rf"{FIRST}/train has no folder of masks, but {FIRST} is the labelled site; add"
+    with pytest.raises(DataError, match=message):
+        opened(without(labelled, tmp_path, f"{FIRST}/train/mask"))
+
+
+def test_a_site_with_labels_needs_its_test(labelled, tmp_path):
+    with pytest.raises(DataError, match=f"{SECOND}/test/image is not a folder"):
+        opened(without(labelled, tmp_path, f"{SECOND}/test"))
