@@ -128,13 +128,13 @@ def _check_chain(transforms: Sequence[Transform]) -> None:
             raise TypeError(f"{transform.__name__} is a class; write {transform.__name__}()")
         if isinstance(transform, (list, tuple)):
             raise TypeError(
-                f"a transform is a {type(transform).__name__}; pass transforms one after the "
+                f"a transform is of type {type(transform).__name__}; pass transforms one after the "
                 "other, or unpack it: gk.wrap(base, *transforms)"
             )
         if not isinstance(transform, Transform):
             own = " (a function of gradients, or another library's rule, as gk.Aggregate(...))"
             raise TypeError(
-                f"a transform is a {type(transform).__name__}; pass gradkit transforms"
+                f"a transform is of type {type(transform).__name__}; pass gradkit transforms"
                 f"{own if callable(transform) else ''}, and the model as model="
             )
         if any(transform is other for other in _all(transforms[:position])):

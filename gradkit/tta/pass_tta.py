@@ -84,7 +84,16 @@ class Decorated(nn.Module):
             )
 
     def decorate(self, images: Images) -> Images:
-        """The images as the model gets them."""
+        """The images as the model gets them.
+
+        Raises:
+            ValueError: If they have another number of channels than `channels`.
+        """
+        if images.shape[1] != self.first.in_channels:
+            raise ValueError(
+                f"images have {images.shape[1]} channels, and PASS's decorator was made for "
+                f"{self.first.in_channels}; pass channels={images.shape[1]}"
+            )
         change: Tensor = self.second(
             F.instance_norm(self.first(images.to(self.first.weight))).relu()
         )

@@ -163,3 +163,10 @@ def test_bad_arguments() -> None:
             gk.tta.PASS(network(), **arguments)
     with pytest.raises(ValueError, match="variance_weight is -1"):
         gk.tta.SourceAlignment(variance_weight=-1)
+
+
+def test_images_with_other_channels_are_named():
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2)).eval()
+    with pytest.raises(ValueError, match="have 1 channels, .* made for 3; pass channels=1"):
+        gk.tta.PASS(model)(torch.rand(1, 1, 4, 4))
+    assert gk.tta.PASS(model, channels=1)(torch.rand(1, 1, 4, 4)).shape == (1, 2, 4, 4)
