@@ -167,6 +167,6 @@ def test_bad_arguments() -> None:
 
 def test_images_with_other_channels_are_named():
     model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2)).eval()
-    with pytest.raises(ValueError, match="have 1 channels, .* made for 3; pass channels=1"):
+    with pytest.raises(ValueError, match=r"have 1 channels, .* made for 3; pass channels=1"):
         gk.tta.PASS(model)(torch.rand(1, 1, 4, 4))
     assert gk.tta.PASS(model, channels=1)(torch.rand(1, 1, 4, 4)).shape == (1, 2, 4, 4)
