@@ -104,11 +104,14 @@ def test_the_report_pairs_seeds() -> None:
     assert "(real) of here (4), there (4)" in text
 
 
-def test_the_documentation_prints_the_command_that_made_the_table() -> None:
-    results = ROOT / "benchmarks" / "results"
-    record = json.loads((results / "dim.json").read_text())
+RESULTS = sorted((ROOT / "benchmarks" / "results").glob("dim*.json"))
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_the_documentation_prints_the_command_that_made_the_table(path: Path) -> None:
+    record = json.loads(path.read_text())
     text = report(record)
-    assert (results / "dim.md").read_text() == text
+    assert path.with_suffix(".md").read_text() == text
     page = (ROOT / "docs" / "prostate.md").read_text()
     assert record["command"] in page
     words = shlex.split(record["command"].removeprefix("python -m benchmarks "))
