@@ -305,8 +305,9 @@ class Context:
 
         Of several proposals in one step the last one counts. In `after_step`, it takes effect at
         once. A vector may also be proposed as a displacement, which is computed when it takes
-        effect, in the memory of the state. So its terms may not be what the step applies, since
-        some base optimizers write to that.
+        effect, in the memory of the state (at once, if it is made of other vectors of the state,
+        which may have changed by then). So its terms may not be what the step applies, since some
+        base optimizers write to that.
 
         Raises:
             TypeError: If a value is neither a number, a string, a tensor nor a list of these.
@@ -319,8 +320,10 @@ class Context:
                 value = checked_state(transform, name, value)
                 _check_small(transform, name, value, self.layout.numel, len(self.names or ()))
             kept = transform.vectors.get(name)
-            lazy = isinstance(value, Displacement)
-            if kept is not None and not lazy and value.shape != kept.shape:
+            if isinstance(value, Displacement):
+                if value.needs_now(name, transform.vectors):
+                    state[name] = value.flat()
+            elif kept is not None and value.shape != kept.shape:
                 raise ValueError(
                     f"{type(transform).__name__} proposed a vector {name!r} of shape "
                     f"{tuple(value.shape)}; it has shape {tuple(kept.shape)}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Union
 
@@ -121,6 +121,20 @@ class Displacement:
             there = [(part[t], factor) for part, factor in zip(terms, factors, strict=True)]
             _write_sum([(part, factor) for part, factor in there if part is not None], view)
         return out
+
+    def needs_now(self, name: str, vectors: Mapping[str, Tensor]) -> bool:
+        """Whether it must be computed before any of these vectors changes, and not in `name`.
+
+        Not so if no term shares memory with one of them, but for the first term with `name` itself.
+        """
+        held = {each.untyped_storage().data_ptr(): key for key, each in vectors.items()}
+        for number, (vector, _) in enumerate(self.terms):
+            parts = (vector,) if isinstance(vector, Tensor) else vector
+            memory = [part.untyped_storage().data_ptr() for part in parts if part is not None]
+            shared = {held[each] for each in memory if each in held}
+            if shared - ({name} if number == 0 else set()):
+                return True
+        return False
 
     def _views(self, vector: Float[Tensor, " P"] | Parts) -> Parts:
         return self.layout.views(vector) if isinstance(vector, Tensor) else vector

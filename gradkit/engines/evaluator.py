@@ -371,6 +371,7 @@ class Evaluator:
         finally:
             _forget_parametrizations()
             self._accumulation.forget()
+            self._check = GraphCheck()  # the other one refers to the leaves
         if check.outside is not None:
             self._outside[key] = check.outside
         self._evaluated.add(key)

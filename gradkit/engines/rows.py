@@ -43,7 +43,6 @@ class Rows:
         losses: tuple[str, ...] | None = None,
     ) -> None:
         self._names = names
-        self._leaves = leaves
         self._layout = context.layout
         self._pool = context.pool
         self._buffer: tuple[Tensor, list[list[Tensor]]] | None = None

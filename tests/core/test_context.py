@@ -287,6 +287,31 @@ def test_a_proposed_displacement_is_computed_when_the_step_is_applied():
     assert running.vectors["mean"].tolist() == before
 
 
+def test_proposed_displacements_read_the_state_from_before_the_step():
+    class Two(gk.Transform):
+        def initial_vectors(self, layout):
+            return {"a": layout.zeros() + 1, "b": layout.zeros() + 10}
+
+        def around(self, inner, context):
+            def oracle(at=None, only=None):
+                gradients = inner(at, only)
+                a, b = self.vectors["a"], self.vectors["b"]
+                g = gradients.direction().clone()
+                context.propose(
+                    self,
+                    a=context.displaced(None, a, 2.0).plus(b, 3.0),
+                    b=context.displaced(None, g, 5.0).plus(a, 4.0).plus(b, 0.5),
+                )
+                return gradients
+
+            return oracle
+
+    weight, transform = nn.Parameter(torch.zeros(3)), Two()
+    gk.wrap(torch.optim.SGD([weight], lr=0.1), transform).step(weight.sum)
+    assert transform.vectors["a"].tolist() == [2 * 1 + 3 * 10] * 3
+    assert transform.vectors["b"].tolist() == [5 * 1 + 4 * 1 + 0.5 * 10] * 3
+
+
 def test_a_vector_of_another_length_cannot_be_assigned():
     class Short(gk.Transform):
         def initial_vectors(self, layout):

@@ -1,5 +1,7 @@
 """What the functional engine alone promises and refuses."""
 
+import weakref
+
 import pytest
 import torch
 from helpers import flat
@@ -44,3 +46,27 @@ def test_a_cached_parameter_list_is_refused_by_name(kind):
         optimizer.step(closure)
     assert torch.equal(flat(model.parameters()), before)
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_an_evaluation_leaves_no_displaced_weights_behind():
+    seen = []
+
+    class Ahead(gk.Transform):
+        def around(self, inner, context):
+            def oracle(at=None, only=None):
+                ones = torch.ones(context.layout.numel)
+                gradients = inner(context.displaced(at, ones, 1.0), only)
+                assert seen[-1]() is None
+                return gradients
+
+            return oracle
+
+    model = torch.nn.Linear(2, 1)
+
+    def closure():
+        seen.append(weakref.ref(model.weight))
+        return model(torch.ones(1, 2)).sum()
+
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    gk.wrap(base, Ahead(), model=model, engine="functional").step(closure)
+    assert len(seen) == 1
