@@ -348,7 +348,7 @@ def PASS(  # noqa: N802 # the method's name
         ValueError: If an argument has no valid value, if the model has no BatchNorm with running
             statistics, if it does not take images of `image_size`, or if it has no module of that
             name with such an output; in a call, if there are other numbers of weights than of
-            classes.
+            classes, or images have other than `channels` channels.
 
     Examples:
         >>> import torch, gradkit as gk
