@@ -120,6 +120,11 @@ class Layout:
         sizes = [stop - start for start, stop in pairwise(self.offsets)]
         return tuple(t for t, size in enumerate(sizes) if size >= LARGE)
 
+    @functools.cached_property
+    def small(self) -> frozenset[int]:
+        """The other parameters."""
+        return frozenset(range(len(self.parameters))).difference(self.large)
+
     def has(self, dtype: torch.dtype) -> bool:
         """Whether a parameter is of this dtype."""
         return any(parameter.dtype == dtype for parameter in self.parameters)
@@ -163,7 +168,7 @@ class Layout:
 
     def same_as(self, other: Layout) -> bool:
         """Whether both layouts place the same parameter objects in the same way."""
-        return (
+        return self is other or (
             len(self.parameters) == len(other.parameters)
             and all(a is b for a, b in zip(self.parameters, other.parameters, strict=True))
             and self.shapes == other.shapes

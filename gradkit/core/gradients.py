@@ -130,21 +130,19 @@ class Gradients:
         seen_gram: Float[Tensor, "K K"] | None = None,
         bound: Float[Tensor, ""] | None = None,
     ) -> None:
-        given = {
-            "names": names,
-            "losses": losses,
-            "storage": Dense(rows, layout) if isinstance(rows, Tensor) else rows,
-            "observers": observers,
-            "reached": reached,
-            "parameter_names": parameter_names,
-            "_weights": weights,
-            "_lr_scale": lr_scale,
-            "_update": update,
-            "_seen_gram": seen_gram,
-            "_bound": bound,
-        }
-        for name, value in given.items():
-            object.__setattr__(self, name, value)
+        vars(self).update(
+            names=names,
+            losses=losses,
+            storage=Dense(rows, layout) if isinstance(rows, Tensor) else rows,
+            observers=observers,
+            reached=reached,
+            parameter_names=parameter_names,
+            _weights=weights,
+            _lr_scale=lr_scale,
+            _update=update,
+            _seen_gram=seen_gram,
+            _bound=bound,
+        )
 
     def replace(self, **changes: Any) -> Gradients:
         """A copy with some of the constructor's arguments changed.
@@ -291,6 +289,13 @@ class Gradients:
         """Where each parameter lies in the flat vector; None for a bare matrix."""
         return self.storage.layout
 
+    @property
+    def known_weights(self) -> list[float] | None:
+        """The weights, if the host knows them: all 1, and 0 for observers."""
+        if self._weights is not None:
+            return None
+        return [0.0 if name in self.observers else 1.0 for name in self.names]
+
     @cached_property
     def weights(self) -> Float[Tensor, " K"]:
         """The objectives' weights; all 1 at first."""
@@ -332,8 +337,10 @@ class Gradients:
         """The direction as one tensor per parameter, if it was not copied to a flat vector."""
         if self._update is not None:
             return self._update.parts if isinstance(self._update, Storage) else None
-        is_direction = self._total is not None or (self._weights is None and self._declared == [0])
-        return self.storage.parts if is_direction else None
+        parts = self.storage.parts
+        if parts is None or self._total is not None:
+            return parts
+        return parts if self.known_weights == [1.0] else None
 
     @property
     def _declared(self) -> list[int]:
@@ -571,7 +578,7 @@ class Gradients:
         ]
         if not rows:
             return tuple(False for _ in self.reached[0])
-        return tuple(any(flags) for flags in zip(*rows, strict=True))
+        return rows[0] if len(rows) == 1 else tuple(map(any, zip(*rows, strict=True)))
 
 
 def _zeroed(weights: Float[Tensor, " K"], indices: Sequence[int]) -> Float[Tensor, " K"]:

@@ -115,15 +115,16 @@ def squared_norm(parts: Sequence[Tensor]) -> Float[Tensor, ""] | None:
         return torch.stack(torch._foreach_norm(pieces, 2, dtype=torch.float64)).square().sum()
     norms, rest = [], []
     for part in parts:
-        vector = part.reshape(-1)
-        whole = vector.numel() - vector.numel() % _NORM_BLOCK if part.numel() > _SHORT else 0
-        if whole:
+        vector, length = part.reshape(-1), part.numel()
+        if length > _SHORT:
+            whole = length - length % _NORM_BLOCK
             blocks = vector[:whole].view(-1, _NORM_BLOCK)
             dtype = torch.promote_types(part.dtype, torch.float32)
             norms.append(torch.linalg.vector_norm(blocks, dim=1, dtype=dtype))
-        rest.append(vector[whole:])
+            vector = vector[whole:]
+        rest.append(vector)
     wide = torch.cat([*norms, *rest]).double() if parts else torch.zeros(0, dtype=torch.float64)
-    total = wide @ wide
+    total = torch.dot(wide, wide)
     return total if (parts and not norms) or _in_range(total) else None
 
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
+
+# CPython's functions behind those of `signal`, which look each handler up among its enumerations.
+_signal: Any = sys.modules.get("_signal", signal)
 
 
 class Interrupts:
@@ -26,15 +30,15 @@ class Interrupts:
         """Start to delay signals."""
         if threading.current_thread() is not threading.main_thread():
             return
-        handler = signal.getsignal(signal.SIGINT)
+        handler = _signal.getsignal(signal.SIGINT)
         if callable(handler):
             self._handler = handler
-            signal.signal(signal.SIGINT, self._receive)
+            _signal.signal(signal.SIGINT, self._receive)
 
     def end(self) -> None:
         """Stop delaying signals, and let a delayed one act."""
         if self._handler is not None:
-            signal.signal(signal.SIGINT, self._handler)
+            _signal.signal(signal.SIGINT, self._handler)
             self._act()
 
     def allowed(self) -> Interrupts:

@@ -221,7 +221,7 @@ class Ranks:
             ValueError: If the choice does not fit the model.
         """
         if not (dist.is_available() and dist.is_initialized()):
-            return cls()
+            return ALONE
         modules = [] if model is None else list(model.modules())
         replicas = tuple(m for m in modules if isinstance(m, DistributedDataParallel))
         synchronised = any(isinstance(m, nn.SyncBatchNorm) for m in modules)
@@ -415,17 +415,18 @@ class Ranks:
             size *= dist.get_world_size(group)
         return size
 
-    @torch.no_grad()
     def share_buffers(self, buffers: Iterable[Tensor]) -> None:
         """Copy the first rank's buffers to every rank, as DDP does before each forward."""
         if not self.averages:
             return
         if self.replicas and not any(replica.broadcast_buffers for replica in self.replicas):
             return
+        self._broadcast([each for each in dict.fromkeys(buffers) if not is_expanded(each)])
+
+    @torch.no_grad()
+    def _broadcast(self, buffers: Sequence[Tensor]) -> None:
         by_dtype: dict[torch.dtype, list[Tensor]] = {}
-        for buffer in dict.fromkeys(buffers):
-            if is_expanded(buffer):
-                continue
+        for buffer in buffers:
             by_dtype.setdefault(buffer.dtype, []).append(buffer)
         for alike in by_dtype.values():
             joined = torch.cat([buffer.reshape(-1) for buffer in alike])
@@ -435,3 +436,7 @@ class Ranks:
             parts = torch.split(joined, [buffer.numel() for buffer in alike])
             for buffer, part in zip(alike, parts, strict=True):
                 buffer.copy_(part.view_as(buffer))
+
+
+ALONE = Ranks()
+"""This rank alone."""

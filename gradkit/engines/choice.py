@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import operator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -44,19 +45,17 @@ class ParameterPlaces:
         self.writes_weights = any(
             getattr(module, "max_norm", None) is not None for module in model.modules()
         )
-        self._look_beside()
+        self._held = _parameters_of(self.modules)
+        self._beside = self._not_optimised()
+        self._sort_beside()
 
-    def _look_beside(self) -> None:
-        """Find the model's parameters that are not optimised, as they are now."""
-        own = set(map(id, self.layout.parameters))
-        found: dict[int, nn.Parameter] = {
-            id(parameter): parameter
-            for module in self.modules
-            for parameter in module._parameters.values()
-            if parameter is not None and id(parameter) not in own
-        }
-        self.others = [each for each in found.values() if each.requires_grad]
-        self.frozen = [each for each in found.values() if not each.requires_grad]
+    def _not_optimised(self) -> list[nn.Parameter]:
+        own = set(self.layout.parameters)
+        return [each for each in dict.fromkeys(self._held) if each is not None and each not in own]
+
+    def _sort_beside(self) -> None:
+        self.others = [each for each in self._beside if each.requires_grad]
+        self.frozen = [each for each in self._beside if not each.requires_grad]
 
     def buffers(self) -> Iterator[tuple[str, Tensor]]:
         """The model's buffers by name; one that is registered several times appears as often."""
@@ -72,9 +71,16 @@ class ParameterPlaces:
         Raises:
             RuntimeError: If one has been replaced.
         """
-        self.modules = modules_of(self._model)
-        self._look_beside()
-        present = set(map(id, self.modules))
+        modules = modules_of(self._model)
+        held = _parameters_of(modules)
+        if not (_are_same(modules, self.modules) and _are_same(held, self._held)):
+            self._check_places(modules)
+            self.modules, self._held = modules, held
+            self._beside = self._not_optimised()
+        self._sort_beside()
+
+    def _check_places(self, modules: Sequence[nn.Module]) -> None:
+        present = set(map(id, modules))
         for places, parameter in zip(self._places, self.layout.parameters, strict=True):
             for name, owner, key in places:
                 held = owner._parameters
@@ -84,6 +90,14 @@ class ParameterPlaces:
                         "holds, so stepping would not change the model; make a new optimizer and "
                         "wrap that"
                     )
+
+
+def _parameters_of(modules: Sequence[nn.Module]) -> list[nn.Parameter | None]:
+    return [parameter for module in modules for parameter in module._parameters.values()]
+
+
+def _are_same(new: Sequence[object], old: Sequence[object]) -> bool:
+    return len(new) == len(old) and all(map(operator.is_, new, old))
 
 
 def modules_of(model: nn.Module) -> list[nn.Module]:
@@ -105,7 +119,9 @@ def modules_of(model: nn.Module) -> list[nn.Module]:
         if id(module) in found:
             continue
         found[id(module)] = module
-        ahead += [child for _, child in reversed(module._modules.items()) if child is not None]
+        children = module._modules
+        if children:
+            ahead += [child for _, child in reversed(children.items()) if child is not None]
     return list(found.values())
 
 

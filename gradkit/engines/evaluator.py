@@ -371,7 +371,7 @@ class Evaluator:
         finally:
             _forget_parametrizations()
             self._accumulation.forget()
-            self._check = GraphCheck()  # the other one refers to the leaves
+            check.close()
         if check.outside is not None:
             self._outside[key] = check.outside
         self._evaluated.add(key)
@@ -520,6 +520,8 @@ class Evaluator:
         Raises:
             RuntimeError: If there are some and several ranks take the step together.
         """
+        if not self._beside:
+            return []
         found = [parameter for parameter in self._beside if parameter.requires_grad]
         if found and (self._ranks.together or self._context.layout.shards is not None):
             raise RuntimeError(

@@ -74,12 +74,12 @@ class InplaceSession:
             if not isinstance(module, torch.jit.ScriptModule)  # its parameters cannot be replaced
         ]
 
+    def displaced(self, at: Displacement | None) -> AbstractContextManager[Sequence[Tensor]]:
+        return nullcontext(self._layout.parameters) if at is None else self._displaced(at)
+
     @contextmanager
-    def displaced(self, at: Displacement | None) -> Iterator[Sequence[Tensor]]:
+    def _displaced(self, at: Displacement) -> Iterator[Sequence[Tensor]]:
         parameters = self._layout.parameters
-        if at is None:
-            yield parameters
-            return
         rows, (views,) = self._pool.take(1)
         if self._may_exchange(views):
             with torch.no_grad():
@@ -206,9 +206,8 @@ class InplaceSession:
                 other.grad = grad
 
     def collect(self, leaves: Sequence[Tensor]) -> list[Tensor | None] | None:
-        if all(leaf.grad is None for leaf in leaves):
-            return None
-        return take_grads(leaves)
+        has_gradient = any(leaf.grad is not None for leaf in leaves)
+        return take_grads(leaves) if has_gradient else None
 
     def commit(self) -> None:
         """Do nothing, since the live buffers were changed directly."""

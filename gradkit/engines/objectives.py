@@ -152,6 +152,12 @@ class GraphCheck:
         """Drop the references to the nodes that have been visited."""
         self._seen.clear()
 
+    def close(self) -> None:
+        """Drop the references to nodes and leaves; nothing is visited afterwards."""
+        self._seen.clear()
+        self._leaves = None
+        vars(self).pop("_ids", None)
+
     def visit(self, loss: Tensor, name: str, *, differentiated: bool = False) -> None:
         """Search a loss's graph.
 

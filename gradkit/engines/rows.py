@@ -55,8 +55,10 @@ class Rows:
         """Add a micro-batch's loss; None if the closure returned none."""
         if loss is not None:
             before = self._losses.get(name)
-            dtype = torch.promote_types(loss.dtype, torch.float32)
-            loss = loss.detach().to(self._layout.device, dtype)
+            loss = loss.detach()
+            if loss.dtype != torch.float32 or loss.device != self._layout.device:
+                dtype = torch.promote_types(loss.dtype, torch.float32)
+                loss = loss.to(self._layout.device, dtype)
             self._losses[name] = loss if before is None else before + loss
 
     def loss(self, name: str) -> Tensor:
@@ -105,7 +107,6 @@ class Rows:
 
         return {t: functools.partial(take, t) for t in layout.large}
 
-    @torch.no_grad()
     def add(self, name: str, grads: Sequence[Tensor | None]) -> None:
         """Add a micro-batch's gradients.
 
@@ -123,7 +124,7 @@ class Rows:
         reached = self._reached[name]
         first = not any(reached)
         there = [t for t, grad in enumerate(grads) if grad is not None]
-        if not all(grad is None or _is_plain(grad) for grad in grads):
+        if any(_is_special(grad) for grad in grads if grad is not None):
             grads = [
                 None if grad is None else local(as_plain(checked_grad(grad, name, parameter)))
                 for grad, parameter in zip(grads, self._layout.parameters, strict=True)
@@ -136,11 +137,14 @@ class Rows:
             return
         views = self._flat()[1][self._names.index(name)]
         new = there if first else [t for t in there if not reached[t]]
-        if new:
-            torch._foreach_copy_([views[t] for t in new], _chosen(grads, new))
-        if len(new) < len(there):
-            more = [t for t in there if reached[t]]
-            torch._foreach_add_([views[t] for t in more], _chosen(grads, more))
+        with torch.no_grad():
+            if len(new) == len(views):
+                torch._foreach_copy_(views, _chosen(grads, new))
+            elif new:
+                torch._foreach_copy_(_chosen(views, new), _chosen(grads, new))
+            if len(new) < len(there):
+                more = [t for t in there if reached[t]]
+                torch._foreach_add_(_chosen(views, more), _chosen(grads, more))
         for t in new:
             reached[t] = True
 
@@ -161,14 +165,12 @@ class Rows:
     def _are_their_own(self, grads: Sequence[Tensor | None]) -> bool:
         """Whether these tensors have the parameters' memory format and share no memory."""
         layout = self._layout
-        for index, (parameter, strides) in enumerate(
-            zip(layout.parameters, layout.strides, strict=True)
-        ):
+        for index, (dtype, strides) in enumerate(zip(layout.dtypes, layout.strides, strict=True)):
             grad = grads[index]
             if grad is None:
                 continue
             fits = grad.is_contiguous() if strides is None else grad.stride() == strides
-            if grad.requires_grad or not (fits and grad.dtype == layout.dtype == parameter.dtype):
+            if grad.requires_grad or not (fits and grad.dtype == layout.dtype == dtype):
                 return False
         grad = None  # only the list may hold a reference
         return are_unshared(grads)
@@ -182,7 +184,6 @@ class Rows:
                 self._parts = None
         return self._buffer
 
-    @torch.no_grad()
     def finish(
         self,
         ranks: Ranks,
@@ -206,11 +207,9 @@ class Rows:
         """
         if self._parts is None or unscale is not None or averages:
             for name, views in zip(self._names, self._flat()[1], strict=True):
-                unreached = [
-                    view for view, flag in zip(views, self._reached[name], strict=True) if not flag
-                ]
+                unreached = [t for t, flag in enumerate(self._reached[name]) if not flag]
                 if unreached:
-                    torch._foreach_zero_(unreached)
+                    torch._foreach_zero_(_chosen(views, unreached))
         factor: Tensor | float | None = unscale
         if ranks.together:
             self._average(ranks, settings, averages)
@@ -278,12 +277,12 @@ def stacked(losses: Sequence[Tensor], device: torch.device) -> Float[Tensor, " K
     return torch.stack([loss if loss.dtype == dtype else loss.to(dtype) for loss in losses])
 
 
-def _is_plain(grad: Tensor) -> bool:
-    return type(grad) is Tensor and grad.layout == torch.strided
+def _is_special(grad: Tensor) -> bool:
+    return type(grad) is not Tensor or grad.layout != torch.strided
 
 
-def _chosen(grads: Sequence[Tensor | None], indices: Sequence[int]) -> list[Tensor]:
-    return [grad for grad in (grads[t] for t in indices) if grad is not None]
+def _chosen(parts: Sequence[Tensor | None], indices: Sequence[int]) -> list[Tensor]:
+    return [part for part in map(parts.__getitem__, indices) if part is not None]
 
 
 def no_gradient(name: str, *, none: bool = False) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor
 from gradkit.core.context import Context
 from gradkit.core.displacement import Point
 from gradkit.core.gradients import Gradients
-from gradkit.core.ranks import Ranks
+from gradkit.core.ranks import ALONE, Ranks
 from gradkit.engines.rows import Rows
 
 
@@ -48,7 +48,7 @@ class StoredGradients:
         ranks.check_clear(1)
         reduced = ranks.replicas or not ranks.averages  # DDP has already averaged them
         averages = not reduced
-        rows.finish(Ranks() if reduced else ranks, 0, None, context.ascended, averages=averages)
+        rows.finish(ALONE if reduced else ranks, 0, None, context.ascended, averages=averages)
         self._gradients = rows.gradients()
         self.first_losses = {name: rows.loss(name)}
         context.without_loss |= rows.without_loss()

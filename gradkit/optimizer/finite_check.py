@@ -84,7 +84,8 @@ def check_finite(
         parts.append(gradients.direction_bound()[None])
     elif known is None:
         parts.append(gram.diagonal())
-    if not gradients.has_unit_weights:
+    weights = gradients.known_weights
+    if weights is None:
         parts.append(gradients.weights)
     if scale is not None:
         parts.append(scale[None])
@@ -99,9 +100,7 @@ def check_finite(
         (bound,) = take(1)
     else:
         squares = take(count) if known is None else found[known][2]
-    if gradients.has_unit_weights:
-        weights = [0.0 if name in gradients.observers else 1.0 for name in gradients.names]
-    else:
+    if weights is None:
         weights = take(count)
     factor = None if scale is None else take(1)[0]
     if gram is not None:

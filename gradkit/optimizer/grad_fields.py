@@ -37,9 +37,9 @@ class GradFields:
         self._parameters = layout.parameters
         self._device = layout.device
         self._shards = layout.shards
-        placed = set(self._parameters)
         every = [parameter for group in base.param_groups for parameter in group["params"]]
-        self.unplaced = [parameter for parameter in every if parameter not in placed]
+        placed = set(self._parameters)
+        self.unplaced = [] if len(every) == len(placed) else [p for p in every if p not in placed]
         # Frozen after a step, but still holding its gradient.
         self._stale = [(p, p.grad) for p in self.unplaced if is_ours(p.grad)]
         # A closure may clear, write or add to the gradients of parameters that are not optimised.
@@ -50,7 +50,7 @@ class GradFields:
         self.accumulated = [
             t
             for t, grad in enumerate(self.before)
-            if grad is not None and grad.numel() and not is_ours(grad)
+            if grad is not None and not is_ours(grad) and grad.numel()
         ]
 
     @property
@@ -87,7 +87,6 @@ class GradFields:
         for parameter, _ in self._stale:
             parameter.grad = None
 
-    @torch.no_grad()
     def average_others(self, ranks: Ranks) -> None:
         """Average over ranks the gradients that closures have left in parameters not optimised."""
         if not (ranks.averages and self._others):

@@ -606,14 +606,13 @@ class GradientOptimizer(Optimizer):
         names = transaction.context.names or (LOSS,)
         unknown = torch.full((), torch.nan, device=device)
         losses = [unknown if loss is None or len(names) > 1 else loss.detach() for _ in names]
-        zeros = torch.zeros(len(names), device=device)
         self.last_step = StepRecord(
             names=names,
             losses=stacked(losses, device),
             applied=False,
-            _gram=zeros.diag(),
-            _weights=zeros + 1,
-            _lr_scale=zeros[0] + 1,
+            _gram=torch.zeros(len(names), len(names), device=device),
+            _weights=[1.0] * len(names),
+            _lr_scale=1.0,
             _gate=None,
             _gate_cosine=None,
             _gate_rate=None,
@@ -631,14 +630,14 @@ class GradientOptimizer(Optimizer):
         firsts = source.first_losses
         if gradients.names != tuple(firsts):
             losses = stacked([firsts[name] for name in gradients.names], losses.device)
-        context = transaction.context
+        context, weights = transaction.context, gradients.known_weights
         self.last_step = StepRecord(
             names=gradients.names,
             losses=losses,
             applied=transaction.applied,
             _gram=gradients.seen_gram,
-            _weights=gradients.weights,
-            _lr_scale=gradients.lr_scale,
+            _weights=gradients.weights if weights is None else weights,
+            _lr_scale=gradients.lr_scale if gradients.scales_lr else 1.0,
             _gate=context.gate,
             _gate_cosine=context.gate_cosine,
             _gate_rate=context.gate_rate,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, MutableMapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from torch.optim import optimizer as torch_optimizer
@@ -38,22 +38,23 @@ class _MuteableHook:
         return self.hook(*arguments)
 
 
-@contextmanager
-def global_hooks_muted() -> Iterator[None]:
+def global_hooks_muted() -> AbstractContextManager[None]:
     """Mute global hooks for the steps of optimizers in this block and thread.
 
     A step counts once, for the optimizer that the user steps. Hooks that log, count or change
     gradients would otherwise run again for the base, and for an optimizer inside the base. Steps of
     other threads are not affected. After the block the hooks are registered as before.
     """
-    global _steps_under_way
     registries = (
         torch_optimizer._global_optimizer_pre_hooks,
         torch_optimizer._global_optimizer_post_hooks,
     )
-    if not any(registries):
-        yield
-        return
+    return _all_muted(registries) if any(registries) else nullcontext()
+
+
+@contextmanager
+def _all_muted(registries: tuple[MutableMapping[int, Hook], ...]) -> Iterator[None]:
+    global _steps_under_way
     before = getattr(_muted, "now", False)
     with _lock:
         _steps_under_way += 1

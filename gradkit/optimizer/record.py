@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -31,10 +32,10 @@ class StepRecord:
     names: tuple[str, ...]
     losses: Float[Tensor, " K"]
     applied: bool
-    # Converted to the losses' dtype when they are read.
+    # Converted to the losses' dtype when they are read. Numbers are values that the host knew.
     _gram: Float[Tensor, "K K"]
-    _weights: Float[Tensor, " K"]
-    _lr_scale: Float[Tensor, ""]
+    _weights: Float[Tensor, " K"] | list[float]
+    _lr_scale: Float[Tensor, ""] | float
     _gate: Float[Tensor, ""] | None
     _gate_cosine: Float[Tensor, ""] | None
     _gate_rate: Float[Tensor, ""] | None
@@ -57,12 +58,12 @@ class StepRecord:
         If the direction is not a weighted sum of whole gradients (rules by group or tensor or on
         shared parameters, elementwise rules), these are the weights before that rule.
         """
-        return self._weights.to(self.losses.dtype)
+        return torch.as_tensor(self._weights, dtype=self.losses.dtype, device=self.losses.device)
 
     @property
     def lr_scale(self) -> Float[Tensor, ""]:
         """The factor of the learning rate."""
-        return self._lr_scale.to(self.losses.dtype)
+        return torch.as_tensor(self._lr_scale, dtype=self.losses.dtype, device=self.losses.device)
 
     @property
     def gate(self) -> Float[Tensor, ""] | None:

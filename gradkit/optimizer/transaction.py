@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
 from jaxtyping import Float
@@ -213,31 +213,33 @@ class Transaction:
         transforms: Sequence[Transform],
     ) -> None:
         """Let the base optimizer step along `direction`, then commit everything else."""
+        layout, ascended = self.context.layout, set(self.context.ascended)
         reached = gradients.reached_by_direction(weights) or (True,) * len(self._parameters)
-        ascended = set(self.context.ascended)
         # Small parts are cloned, so that a reference or a pickle does not keep the whole vector.
-        large = range(len(direction)) if direction is gradients.parts else self.context.layout.large
-        kept = set(large)
+        cloned = set() if direction is gradients.parts else layout.small
         for t, (parameter, part, flag) in enumerate(
             zip(self._parameters, direction, reached, strict=True)
         ):
             if part is None or not flag:
                 parameter.grad = None
                 continue
-            if part.dtype != parameter.dtype:
-                part = part.to(parameter.dtype)
+            if part.dtype != layout.dtypes[t]:
+                part = part.to(layout.dtypes[t])
             if t in ascended:  # back to the gradient of the objective that is maximised
                 part = part.neg()
-            elif t not in kept:
+            elif t in cloned:
                 part = part.clone()
-            parameter.grad = marked(as_part_of(part, parameter))
+            if layout.shards is not None:
+                part = as_part_of(part, parameter)
+            parameter.grad = marked(part)
         self.fields.drop_stale()
         self._set_unfrozen_grads(gradients)
         with scaled_learning_rates(self._base, scale), global_hooks_muted():
             self._base.step()
         for parameter in self._parameters:
-            if parameter.grad is not None:
-                marked(parameter.grad)  # some optimizers write to it
+            grad = parameter.grad
+            if grad is not None:
+                marked(grad)  # some optimizers write to it
         self.applied = True
         self.ranks.agree("applied", self.context.layout.device)
         self._session.commit()
@@ -335,11 +337,10 @@ def _checked(gradients: Gradients, transform: Transform, numel: int) -> Gradient
     return gradients
 
 
-@contextmanager
 def scaled_learning_rates(
     base: torch.optim.Optimizer, scale: Tensor | float | None
-) -> Iterator[None]:
-    """Multiply every group's learning rate by `scale` inside the block.
+) -> AbstractContextManager[None]:
+    """Multiply every group's learning rate by `scale`, if it is given, inside the block.
 
     A learning rate that is a tensor is changed in place, since optimizers and graphs keep a
     reference to it.
@@ -347,9 +348,11 @@ def scaled_learning_rates(
     Raises:
         ValueError: If `scale` is given and a group has no learning rate.
     """
-    if scale is None:
-        yield
-        return
+    return nullcontext() if scale is None else _scaled(base, scale)
+
+
+@contextmanager
+def _scaled(base: torch.optim.Optimizer, scale: Tensor | float) -> Iterator[None]:
     for index, group in enumerate(base.param_groups):
         if group.get("lr") is None:
             raise ValueError(
