@@ -78,7 +78,7 @@ METHODS: Mapping[str, Sharp] = {
     "SlowWeights": Sharp(gk.SlowWeights, 1, 2, momentum=0.9),
     "LookSAM": Sharp(functools.partial(gk.LookSAM, k=LOOK), 1, 3, cycle=LOOK),
     "CRSAM": Sharp(gk.CRSAM, 3, 3),
-    "GAM": Sharp(gk.GAM, 4, 7),
+    "GAM": Sharp(gk.GAM, 4, 6),
     "ESAM": Sharp(gk.ESAM, 2, 2, form="samples"),
     "AESAM": Sharp(functools.partial(gk.AESAM, lambda_1=-1e9, lambda_2=-1e9), 2, 2),
     "DISAM": Sharp(gk.DISAM, 2, DOMAINS + 2, form="domains"),

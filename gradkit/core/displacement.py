@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Union
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gradkit.core.flat import Layout
+from gradkit.core.flat import Layout, Pool, are_unshared, copy_parts, is_held_once
 from gradkit.core.gram import at_least_single
-from gradkit.core.storage import Parts
+from gradkit.core.storage import Parts, Storage
 
 # With fewer elements the second pass over memory is in the cache.
 _LARGE = 1 << 15
@@ -110,17 +111,50 @@ class Displacement:
         layout = self.layout
         if out is None:
             out = torch.empty(layout.numel, dtype=layout.dtype, device=layout.device)
-        wide = out.dtype == at_least_single(out.dtype)
-        whole = wide and all(isinstance(vector, Tensor) for vector, _ in self.terms)
-        factors = [_Factor(factor) for _, factor in self.terms]
-        if whole:
-            parts = [vector for vector, _ in self.terms if isinstance(vector, Tensor)]
-            return _write_sum(list(zip(parts, factors, strict=True)), out)
-        terms = [self._views(vector) for vector, _ in self.terms]
-        for t, view in enumerate(layout.views(out)):
-            there = [(part[t], factor) for part, factor in zip(terms, factors, strict=True)]
-            _write_sum([(part, factor) for part, factor in there if part is not None], view)
+        terms = [(v, _Factor(f)) for v, f in map(self.terms.__getitem__, self._order())]
+        whole = [(vector, factor) for vector, factor in terms if isinstance(vector, Tensor)]
+        if len(whole) == len(terms) and out.dtype == at_least_single(out.dtype):
+            return _write_sum(whole, out)
+        self._write_parts(layout.views(out))
         return out
+
+    def into_a_term(self) -> Parts | None:
+        """The displacement in the memory of one of its terms, whose value is then lost.
+
+        It is one of the first two that are added up, given as one tensor per parameter. If
+        something else refers to it or to its memory, nothing is written, and None is returned.
+        """
+        for n in self._order()[:2]:
+            if self._is_only_here(n):
+                made = list(self.terms[n][0])
+                self._write_parts(made)
+                return made
+        return None
+
+    def _is_only_here(self, n: int) -> bool:
+        if isinstance(self.terms[n][0], Tensor) or not is_held_once(self.terms[n], 0):
+            return False
+        return are_unshared(self.terms[n][0])  # type: ignore[arg-type]  # mypy narrows names only
+
+    def _order(self) -> list[int]:
+        """The order in which terms are added up.
+
+        One whose factor is 1 comes first, since it takes no pass over memory of its own.
+        """
+        ones = [n for n, (_, factor) in enumerate(self.terms) if _Factor(factor).is_one]
+        return sorted(range(len(self.terms)), key=lambda n: n not in ones[:1])
+
+    def _write_parts(self, out: list[Tensor] | list[Tensor | None]) -> None:
+        """Write the displacement to `out`, one tensor per parameter; None where there is none."""
+        terms = map(self.terms.__getitem__, self._order())
+        views = [(self._views(vector), _Factor(factor)) for vector, factor in terms]
+        for t, memory in enumerate(out):
+            there = [(part[t], factor) for part, factor in views]
+            found = [(part, factor) for part, factor in there if part is not None]
+            if memory is None and found:
+                memory = out[t] = torch.empty_like(found[0][0])
+            if memory is not None:
+                _write_sum(found, memory)
 
     def needs_now(self, name: str, vectors: Mapping[str, Tensor]) -> bool:
         """Whether it must be computed before any of these vectors changes, and not in `name`.
@@ -163,6 +197,48 @@ class Displacement:
                 for part, factor in there:
                     total = total + part.to(wide) * factor.value
                 value.copy_(total)
+
+
+class LazySum(Storage):
+    """A direction that is a sum of vectors, computed once it is needed.
+
+    Args:
+        total: The sum.
+        pool: Memory for it, if no term's can be taken.
+    """
+
+    def __init__(self, total: Displacement, pool: Pool) -> None:
+        super().__init__(total.layout)
+        self._total: Displacement | None = total
+        self._pool = pool
+        self._parts: Parts | None = None
+
+    @cached_property
+    def rows(self) -> Float[Tensor, "1 P"]:
+        """The sum as a row."""
+        rows, (views,) = self._pool.take(1)
+        if self._total is not None:
+            self._total.flat(rows[0])
+        elif self._parts is not None:
+            copy_parts(self._parts, views)
+        return rows
+
+    @property
+    def parts(self) -> Parts | None:
+        return self._parts
+
+    def is_made_of(self, parts: Parts | None) -> bool:
+        """Whether this vector is a term of a sum that has not been computed yet."""
+        return self._total is not None and any(vector is parts for vector, _ in self._total.terms)
+
+    def settle(self) -> None:
+        """Compute the sum where its terms are no longer needed, in the memory of one if possible.
+
+        Where something else refers to a term, it keeps its value.
+        """
+        if self._total is not None and "rows" not in vars(self):
+            self._parts = self._total.into_a_term()
+            self._total = self._total if self._parts is None else None
 
 
 Point = Union[Float[Tensor, " P"], Displacement]  # noqa: UP007 # a class of jaxtyping's has no "|"
@@ -222,9 +298,7 @@ def _write_sum(terms: list[tuple[Tensor, _Factor]], out: Tensor) -> Tensor:
     if out.dtype != at_least_single(out.dtype):
         wide = [part.float() * factor.value for part, factor in terms]
         return out.copy_(sum(wide[1:], start=wide[0]))
-    # A term whose factor is 1 takes no pass of its own.
-    first = next((number for number, (_, factor) in enumerate(terms) if factor.is_one), 0)
-    (start, factor), *others = (terms[first], *terms[:first], *terms[first + 1 :])
+    (start, factor), *others = terms
     if not others:
         factor.multiply(start, out)
     for number, (part, other) in enumerate(others):
@@ -236,6 +310,10 @@ def _write_sum(terms: list[tuple[Tensor, _Factor]], out: Tensor) -> Tensor:
             continue
         if number == 0 and _write_pair(start, factor, part, other, out):
             continue
+        if number == 0 and out.data_ptr() == part.data_ptr():
+            other.multiply(part, out)
+            factor.add(out, start, out)
+            continue
         if number == 0:
             factor.multiply(start, out)
         other.add(out, part, out)
@@ -246,19 +324,20 @@ def _write_pair(a: Tensor, x: _Factor, b: Tensor, y: _Factor, out: Tensor) -> bo
     """Write `x * a + y * b` to a large `out` in one pass over memory; False if it was not done.
 
     torch's only function for it is that for outer products, of which one vector is 1 here. It takes
-    the factors from the host, so that it is for CPUs, and ignores what it should multiply by 0.
+    the factors from the host, so that it is for CPUs, ignores what it should multiply by 0, and may
+    write to `b` only.
     """
     if out.numel() < _LARGE or out.device.type != "cpu":
         return False
     alike = all(each.is_contiguous() and each.dtype == out.dtype for each in (a, b, out))
-    if not alike or float(x.value) == 0:
+    if not alike or float(y.value) == 0 or out.data_ptr() == a.data_ptr():
         return False
     torch.addr(
-        a.view(1, -1),
+        b.view(1, -1),
         out.new_ones(1),
-        b.view(-1),
-        beta=float(x.value),
-        alpha=float(y.value),
+        a.view(-1),
+        beta=float(y.value),
+        alpha=float(x.value),
         out=out.view(1, -1),
     )
     return True

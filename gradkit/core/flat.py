@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -297,6 +298,8 @@ class Pool:
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self._buffers: dict[int, list[_Buffer]] = {}
+        # The most single vectors in use at an evaluation, in each of the last steps.
+        self._in_use: deque[int] = deque([0], maxlen=_STEPS_KEPT)
 
     def take(self, count: int) -> tuple[Shaped[Tensor, "K P"], list[list[Tensor]]]:
         """An uninitialised `[count, P]` tensor, and each row's parameter-shaped views.
@@ -321,19 +324,34 @@ class Pool:
         """One uninitialised flat vector."""
         return self._free_buffer(1).rows[0]
 
+    def note_use(self) -> None:
+        """Note how many single vectors are in use; called when an evaluation begins.
+
+        Memory for so many is needed at the peak, which evaluations are, and `trim` keeps it.
+        """
+        used = sum(not buffer.is_free() for buffer in self._buffers.get(1, ()))
+        self._in_use[-1] = max(self._in_use[-1], used)
+
     def trim(self) -> None:
         """Free the buffers that the last steps did not use, or that the next step would not use.
 
         Called between steps. A single vector is kept for some steps, since a transform may need it
         in every k-th step only. If the last step's gradients are still referenced, they hold one
-        buffer; a free buffer of the same size beside it would be a second.
+        buffer; a free buffer of the same size beside it would be one more than is needed.
         """
         for count, buffers in self._buffers.items():
-            unused = all(buffer.is_free() for buffer in buffers)
-            most = _STEPS_KEPT if count == 1 else 0
-            self._buffers[count] = [b for b in buffers if b.steps_idle <= most] if unused else []
+            held = [buffer for buffer in buffers if not buffer.is_free()]
+            free = sorted({*buffers}.difference(held), key=lambda buffer: buffer.steps_idle)
+            if count > 1:
+                self._buffers[count] = [] if held else [b for b in free if b.steps_idle == 0]
+            else:
+                free = [buffer for buffer in free if buffer.steps_idle <= _STEPS_KEPT]
+                room = max(self._in_use) - len(held) if held else len(free)
+                last = [buffer for buffer in held if buffer.steps_idle == 0]
+                self._buffers[count] = [*last, *free[: max(room, 0)]]
             for buffer in buffers:
                 buffer.steps_idle += 1
+        self._in_use.append(0)
 
 
 class _Buffer:
@@ -382,6 +400,17 @@ def are_unshared(tensors: Sequence[Tensor | None]) -> bool:
     return all(tensor is None or _has_own_memory(tensor) for tensor in tensors)
 
 
+def is_held_once(holder: Sequence[object], index: int) -> bool:
+    """Whether nothing else refers to an item of a list or tuple; False if that cannot be known.
+
+    Examples:
+        >>> item = [1.0]
+        >>> is_held_once((item,), 0), is_held_once(([1.0],), 0)
+        (False, True)
+    """
+    return sys.getrefcount(holder[index]) == _HELD_ONCE
+
+
 def is_only_held_by(count: int, tensor: Tensor) -> bool:
     """Whether exactly so many tensors, this one included, share its memory, all in this process.
 
@@ -428,5 +457,8 @@ def _holders(tensor: Tensor | None) -> tuple[int, int] | None:
 # view that only the view references.
 _IN_A_LIST = _references([torch.empty(1)])[0]
 _ONE = memory_uses(torch.empty(1))
+# Of an item that only a tuple refers to.
+_HOLDER: Sequence[object] = ([1.0],)
+_HELD_ONCE = sys.getrefcount(_HOLDER[0])
 _VIEW = torch.empty(1, 1).t()
 _ONE_VIEW = _holders(_VIEW._base)

@@ -12,9 +12,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gradkit.core.combine import combine
+from gradkit.core.displacement import LazySum
 from gradkit.core.flat import Layout, Scope
 from gradkit.core.gram import accumulator, cosines, norm
-from gradkit.core.storage import Dense, Parts, Storage, Summed
+from gradkit.core.storage import Dense, Parts, Spent, Storage, Summed
 
 
 class Shared(NamedTuple):
@@ -274,6 +275,20 @@ class Gradients:
     def with_parameter_names(self, names: Sequence[str | int]) -> Gradients:
         """A copy with the parameters' names."""
         return self.replace(parameter_names=tuple(names))
+
+    def without_spent_rows(self) -> Gradients:
+        """A copy without rows, if the direction is a sum that may take their memory.
+
+        Otherwise the same object.
+        """
+        if isinstance(self._update, LazySum) and self._update.is_made_of(self.storage.parts):
+            return self.replace(rows=Spent(self.storage), seen_gram=self._seen_gram)
+        return self
+
+    def settle(self) -> None:
+        """Compute a direction that is still to be computed, where no rows are needed any more."""
+        if isinstance(self._update, LazySum):
+            self._update.settle()
 
     def measured(self) -> Measurement:
         """What is checked for values that are not finite; it keeps no rows."""

@@ -150,6 +150,22 @@ class Single(Storage):
         return square if self.shards is None else self.shards.add_up(square)
 
 
+class Spent(Storage):
+    """Gradients of which only the inner products are left, since their memory may be reused."""
+
+    def __init__(self, storage: Storage) -> None:
+        super().__init__(storage.layout)
+        storage.gram("global", signs=False)
+        self._products.update(storage._products)
+
+    @property
+    def rows(self) -> Float[Tensor, "K P"]:
+        raise RuntimeError(
+            "the gradients have gone into the direction of the step, which may have taken their "
+            "memory; read them before the transform that sets it, from inside it in wrap()"
+        )
+
+
 class Summed(Storage):
     """Objectives that are differentiated together, so that no single gradient is ever stored.
 

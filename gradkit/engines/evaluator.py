@@ -144,6 +144,7 @@ class Evaluator:
         )
         del at  # free the point once the weights have been displaced
         with place as leaves, self._ranks.local_gradients():
+            self._context.pool.note_use()
             if self._closures is None:
                 rows, weighed = self._evaluate_jointly(leaves, only)
             elif self._streams == "must":

@@ -396,6 +396,7 @@ class GradientOptimizer(Optimizer):
                     return given, ("idle", _IDLE.format(error))
                 check = check_finite(gradients, source, nonfinite, self.base, self._objection)
                 if check.problem is None:
+                    gradients = gradients.without_spent_rows()
                     direction = transaction.direction(gradients, self.options.max_norm)
                     for transform in self.transforms:
                         transform.before_step(transaction.context)

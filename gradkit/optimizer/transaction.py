@@ -192,8 +192,11 @@ class Transaction:
 
     def direction(self, gradients: Gradients, max_norm: float | None) -> Parts:
         """The direction of the step, clipped, one tensor per parameter."""
-        if max_norm is None and gradients.parts is not None:
-            return gradients.parts
+        if max_norm is None:
+            gradients.settle()
+            parts = gradients.parts
+            if parts is not None:
+                return parts
         return self.context.layout.views(self._flat_direction(gradients, max_norm))
 
     def _flat_direction(self, gradients: Gradients, max_norm: float | None) -> Float[Tensor, " P"]:

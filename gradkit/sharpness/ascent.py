@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gradkit.core.arguments import check_count, check_number
 from gradkit.core.blocks import in_blocks
 from gradkit.core.context import Context
-from gradkit.core.displacement import Displacement, Point
+from gradkit.core.displacement import Displacement, LazySum, Point
 from gradkit.core.gradients import Gradients
 from gradkit.core.oracle import Oracle
 from gradkit.core.storage import Parts, Storage
@@ -268,12 +268,12 @@ def combined(
     gradients: Gradients, context: Context, *terms: tuple[Storage, Float[Tensor, ""] | float]
 ) -> Gradients:
     """A copy whose direction is the sum of directions, each times a factor."""
-    update = context.sum_of(*((each.vector, factor) for each, factor in terms))
+    total = Displacement(tuple((each.vector, factor) for each, factor in terms), context.layout)
     bounds = [
         each.norm() * (factor.abs() if isinstance(factor, Tensor) else abs(factor))
         for each, factor in terms
     ]
-    return gradients.with_update(update, bound=torch.stack(bounds).sum())
+    return gradients.with_update(LazySum(total, context.pool), bound=torch.stack(bounds).sum())
 
 
 def projected_out(vector: Storage, on: Storage, context: Context) -> Float[Tensor, ""]:

@@ -28,7 +28,7 @@ class GAM(Ascent):
     for a ResNet on CIFAR-100; others are ρ = 0.2, ρ' = 0.03, β = 0.1, α = 0.1, γ = 0.05 for
     CIFAR-10, and ρ = 0.2, ρ' = 0.04, β = 0.3, α = 0.5, γ = 0.05 for a PyramidNet.
 
-    Cost: four gradients of each objective. Memory: seven flat vectors. State: none.
+    Cost: four gradients of each objective. Memory: six flat vectors. State: none.
 
     Args:
         rho: ρ ≥ 0, how far the gradient's norm is maximised.

@@ -157,3 +157,51 @@ def test_a_users_transform_may_compute_with_the_point(engine):
 
 def flat_square(model: nn.Module) -> torch.Tensor:
     return sum(parameter.square().sum() for parameter in model.parameters()) / 2
+
+
+def grad_like(of: Layout) -> list[torch.Tensor]:
+    return [torch.randn_like(parameter).detach() for parameter in of.parameters]
+
+
+FACTORS = ((2.0, -0.5), (0.3, 0.7), (1.0, torch.tensor(0.25)), (0.5, 1.0), (2.0, 3.0, -1.0))
+
+
+@pytest.mark.parametrize("size", [3, 40_000])
+@pytest.mark.parametrize("free", [0, 1])
+@pytest.mark.parametrize("factors", FACTORS, ids=str)
+def test_a_sum_may_be_written_to_a_term_that_only_it_refers_to(factors, free, size):
+    of = Layout.of([{"params": [nn.Parameter(torch.randn(size)), nn.Parameter(torch.randn(2))]}])
+    vectors = [vector(of) for _ in factors]
+    expected = sum(float(f) * v.double() for f, v in zip(factors, vectors, strict=True))
+    vectors[free] = [view.clone() for view in of.views(vectors[free])]
+    addresses = [part.data_ptr() for part in vectors[free]]
+    total = gk.Displacement(tuple(zip(vectors, factors, strict=True)), of)
+    assert total.into_a_term() is None  # the list is here, too
+    torch.testing.assert_close(total.flat().double(), expected, rtol=1e-5, atol=1e-6)
+    part = vectors[free][0]
+    del vectors
+    assert total.into_a_term() is None  # and a tensor of it
+    del part
+    made = total.into_a_term()
+    assert made is not None
+    torch.testing.assert_close(flat(made).double(), expected, rtol=1e-5, atol=1e-6)
+    order = [n for n, f in enumerate(factors) if isinstance(f, float) and f == 1.0][:1]
+    order += [n for n in range(len(factors)) if n not in order]
+    assert free in order[:2]
+    assert [part.data_ptr() for part in made] == addresses
+
+
+def test_parts_that_are_missing_in_a_term_get_memory_of_their_own():
+    of = layout(torch.float32, torch.float32, torch.float32)
+    values = [grad_like(of), grad_like(of)]
+    a, b = values[0][1], values[1][0]
+    expected = [2 * b, 3 * a, None]
+    terms = (([None, a.clone(), None], 3.0), ([b.clone(), None, None], 2.0))
+    total = gk.Displacement(terms, of)
+    del terms
+    made = total.into_a_term()
+    assert made is not None
+    assert made[2] is None
+    for found, wanted in zip(made, expected, strict=True):
+        if wanted is not None:
+            torch.testing.assert_close(found, wanted)

@@ -272,6 +272,34 @@ def test_the_pool_never_hands_out_held_memory(hold):
     assert again.data_ptr() == address
 
 
+def test_the_pool_keeps_what_evaluations_needed_beside_the_last_gradient():
+    pool, grad, addresses = pool_of(), None, []
+    for _ in range(6):
+        pool.trim()
+        displaced = pool.take_vector()
+        pool.note_use()
+        addresses.append(displaced.data_ptr())
+        del displaced
+        grad = pool.take_vector()  # the one before is referenced until now
+        addresses.append(grad.data_ptr())
+    assert grad is not None
+    assert len(set(addresses)) == 2
+
+
+def test_the_pool_frees_what_only_directions_needed():
+    pool = pool_of()
+    grad = pool.take_vector()
+    before = bytes_of_tensors()
+    for _ in range(6):
+        pool.trim()
+        pool.note_use()  # the gradient only
+        grad = pool.take_vector()
+        assert bytes_of_tensors() <= 2 * before  # it and the one before
+        pool.trim()
+        assert bytes_of_tensors() == before
+    del grad
+
+
 def test_a_gradient_keeps_its_memory():
     pool = pool_of(length=5)
     weight, bias = pool.layout.parameters
@@ -347,12 +375,14 @@ def test_old_gradients_never_change_and_memory_does_not_grow():
             assert torch.equal(tensor, expected)
     del kept, old, tensor, gradients
     model.zero_grad()
-    # With nothing held, a step finds all the memory it needs in the pool.
+    # With nothing held, a step finds all the memory it needs in the pool, and in time frees more.
     optimizer.step(objectives)
-    before = bytes_of_tensors()
-    for _ in range(5):
+    bytes_after = []
+    for _ in range(12):
         optimizer.step(objectives)
-    assert bytes_of_tensors() == before
+        bytes_after.append(bytes_of_tensors())
+    assert bytes_after == sorted(bytes_after, reverse=True)
+    assert len(set(bytes_after[-3:])) == 1
 
 
 KEPT = []

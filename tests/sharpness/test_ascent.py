@@ -317,3 +317,104 @@ def test_a_combination_that_overflows_is_not_applied(make: Any) -> None:
     with pytest.raises(gk.NonFiniteError, match="the transforms' result is not finite"):
         optimizer.step(lambda: w[0] ** 2 + 3 * w[1].abs() ** 3)
     assert w.tolist() == [30.0, 400.0]
+
+
+def wide() -> tuple[nn.Module, Callable[[], Tensor]]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(160, 120), nn.Tanh(), nn.Linear(120, 150)).double()
+    x = torch.randn(4, 160, dtype=torch.float64)
+    return model, lambda: model(x).square().mean()
+
+
+class Keeps(gk.Transform):
+    """Keeps what the transforms before it have returned, and a copy of it."""
+
+    def __init__(self) -> None:
+        self.kept: list[tuple[gk.Gradients, Tensor]] = []
+
+    def around(self, inner: Any, context: gk.Context) -> Any:
+        def oracle(at: Any = None, only: Any = None) -> gk.Gradients:
+            gradients = inner(at, only)
+            parts = [part.clone() for part in gradients.storage.parts]
+            self.kept.append((gradients, flat(parts)))
+            return gradients
+
+        return oracle
+
+
+COMBINATIONS: dict[str, Callable[[], gk.Transform]] = {
+    "SAGM": gk.SAGM,
+    "GSAM": gk.GSAM,
+    "CRSAM": gk.CRSAM,
+    "WSAM": lambda: gk.WSAM(decouple=False),
+    "LookSAM": lambda: gk.LookSAM(k=2),
+}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("make", COMBINATIONS.values(), ids=COMBINATIONS)
+def test_a_combination_takes_the_memory_of_a_gradient_that_nobody_keeps(make, engine):
+    ends = []
+    for keeps in (False, True):
+        model, closure = wide()
+        keeper, seen = Keeps(), Seen()
+        base = torch.optim.SGD(model.parameters(), lr=0.1)
+        transforms = (*([keeper] if keeps else []), make(), seen)
+        optimizer = gk.wrap(base, *transforms, model=model, engine=engine)
+        for _ in range(2):
+            optimizer.step(closure)
+        for gradients, before in keeper.kept:  # whoever keeps gradients keeps their values
+            torch.testing.assert_close(gradients.rows[0], before, rtol=0, atol=0)
+        assert seen.updates
+        for update, grads in seen.updates:
+            assert torch.equal(update, flat(grads))
+        weight = next(model.parameters())
+        assert weight.grad is not None
+        alone = weight.grad.untyped_storage().nbytes() == weight.numel() * 8
+        assert alone != keeps  # else it is part of a flat vector
+        ends.append(flat(model.parameters()))
+    torch.testing.assert_close(*ends, rtol=1e-13, atol=0)
+
+
+class Seen(gk.Transform):
+    """Reads the direction once it has been applied, when it may lie in a gradient's memory."""
+
+    def __init__(self) -> None:
+        self.updates: list[tuple[Tensor, list[Tensor]]] = []
+
+    def after_step(self, context: gk.Context) -> None:
+        gradients = context.gradients
+        assert gradients is not None
+        grads = [parameter.grad.clone() for parameter in context.layout.parameters]
+        self.updates.append((gradients.direction().clone(), grads))
+        assert gradients.gram().isfinite().all()
+
+
+def test_a_gradient_that_has_gone_into_the_direction_is_not_shown():
+    class Reads(gk.Transform):
+        def after_step(self, context: gk.Context) -> None:
+            rows.append(lambda: context.gradients.rows)
+
+    rows: list[Callable[[], Tensor]] = []
+    model, closure = wide()
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = gk.wrap(base, gk.LookSAM(k=2), Reads(), model=model)
+    for _ in range(2):
+        optimizer.step(closure)
+    assert rows[0]().isfinite().all()  # a step of SAM, whose direction is the gradient
+    with pytest.raises(RuntimeError, match="gone into the direction of the step"):
+        rows[1]()
+    assert optimizer.last_step.gram.isfinite().all()
+
+
+@pytest.mark.parametrize("make", COMBINATIONS.values(), ids=COMBINATIONS)
+def test_a_combination_is_clipped(make):
+    directions = []
+    for max_norm in (None, 1e-3):
+        model, closure = wide()
+        base = torch.optim.SGD(model.parameters(), lr=0.1)
+        optimizer = gk.wrap(base, make(), model=model, max_norm=max_norm)
+        optimizer.step(closure)
+        directions.append(flat(parameter.grad for parameter in model.parameters()))
+    whole, clipped = directions
+    torch.testing.assert_close(clipped, whole * (1e-3 / (whole.norm() + 1e-6)))
