@@ -28,23 +28,27 @@ class ParameterPlaces:
     """
 
     def __init__(self, model: nn.Module, layout: Layout) -> None:
-        # A module that is registered several times is visited once. A parameter that several
-        # modules share has one place in each of them.
-        places: dict[int, list[tuple[str, nn.Module, str]]] = {}
-        for prefix, module in model.named_modules():
-            for key, parameter in module._parameters.items():  # works for scripted modules, too
-                if parameter is not None:
-                    name = f"{prefix}.{key}" if prefix else key
-                    places.setdefault(id(parameter), []).append((name, module, key))
-        self._places = [places.get(id(parameter), []) for parameter in layout.parameters]
-        self.missing = [index for index, found in enumerate(self._places) if not found]
         self.layout = layout
         self._model = model
+        self._places = self._found()
+        self.missing = [index for index, found in enumerate(self._places) if not found]
         self.modules = modules_of(model)
         self.writes_weights = any(
             getattr(module, "max_norm", None) is not None for module in model.modules()
         )
         self._look_beside()
+
+    def _found(self) -> list[list[tuple[str, nn.Module, str]]]:
+        """The places of each parameter in the model: its name, the module that holds it, its key."""
+        # A module that is registered several times is visited once. A parameter that several
+        # modules share has one place in each of them.
+        places: dict[int, list[tuple[str, nn.Module, str]]] = {}
+        for prefix, module in self._model.named_modules():
+            for key, parameter in module._parameters.items():  # works for scripted modules, too
+                if parameter is not None:
+                    name = f"{prefix}.{key}" if prefix else key
+                    places.setdefault(id(parameter), []).append((name, module, key))
+        return [places.get(id(parameter), []) for parameter in self.layout.parameters]
 
     def _look_beside(self) -> None:
         """Find the model's parameters that are not optimised, as they are now."""
@@ -66,24 +70,44 @@ class ParameterPlaces:
         """The model's first name for a parameter."""
         return self._places[index][0][0]
 
-    def check_current(self) -> None:
+    def check_current(self) -> bool:
         """Check that the model still holds the same parameter objects.
 
+        Pruning and parametrizations move a parameter to another place, where it is found again.
+
+        Returns:
+            Whether a parameter has moved.
+
         Raises:
-            RuntimeError: If one has been replaced.
+            RuntimeError: If one has been replaced or is gone.
         """
         self.modules = modules_of(self._model)
         self._look_beside()
         present = set(map(id, self.modules))
-        for places, parameter in zip(self._places, self.layout.parameters, strict=True):
-            for name, owner, key in places:
-                held = owner._parameters
-                if id(owner) not in present or key not in held or held[key] is not parameter:
-                    raise RuntimeError(
-                        f"the model's parameter {name!r} is no longer the one that the optimizer "
-                        "holds, so stepping would not change the model; make a new optimizer and "
-                        "wrap that"
-                    )
+        moved = [
+            (t, name)
+            for t, (places, parameter) in enumerate(
+                zip(self._places, self.layout.parameters, strict=True)
+            )
+            for name, owner, key in places
+            if id(owner) not in present
+            or key not in (held := owner._parameters)
+            or held[key] is not parameter
+        ]
+        if not moved:
+            return False
+        places = self._found()
+        now = dict(self._model.named_parameters(remove_duplicate=False))
+        for t, name in moved:
+            parameter = self.layout.parameters[t]
+            if not places[t] or now.get(name, parameter) is not parameter:
+                raise RuntimeError(
+                    f"the model's parameter {name!r} is no longer the one that the optimizer "
+                    "holds, so stepping would not change the model; make a new optimizer and "
+                    "wrap that"
+                )
+        self._places = places
+        return True
 
 
 def modules_of(model: nn.Module) -> list[nn.Module]:

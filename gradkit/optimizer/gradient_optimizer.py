@@ -549,8 +549,8 @@ class GradientOptimizer(Optimizer):
         assert self._pool is not None  # made by _layout()
         self._pool.trim()
         model, places = self.model, self._places
-        if places is not None:
-            places.check_current()
+        if places is not None and places.check_current():
+            self._names, self._owners = self._parameter_names(layout), _owners(model, layout)
         scale = self._loss_scale
         if scale is not None and layout.has(torch.float16):
             raise ValueError(
