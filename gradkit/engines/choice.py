@@ -39,7 +39,7 @@ class ParameterPlaces:
         self._look_beside()
 
     def _found(self) -> list[list[tuple[str, nn.Module, str]]]:
-        """The places of each parameter in the model: its name, the module that holds it, its key."""
+        """Each parameter's places in the model: its name, the module that holds it, its key."""
         # A module that is registered several times is visited once. A parameter that several
         # modules share has one place in each of them.
         places: dict[int, list[tuple[str, nn.Module, str]]] = {}

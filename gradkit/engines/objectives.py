@@ -129,17 +129,32 @@ class GraphCheck:
 
     Args:
         leaves: The tensors to differentiate with respect to; None to look for `known` only.
-        known: The node `outside` that an earlier evaluation has found.
+        known: What an earlier evaluation has found as `outside`.
+        displaced: Whether the weights are displaced, so that a node from outside is an error at
+            once. Nodes are told apart by sequence numbers, which each thread counts for itself, so
+            that those of other threads (a forward pass in a thread, a double backward pass on an
+            accelerator) may look old. They are then recognised by their leaves' accumulators, which
+            are new unless an older graph keeps them.
 
     Attributes:
-        outside: A node from before the closure ran through which a loss depends on a leaf; None if
-            none was found. Such a loss would be the same at other weights.
+        outside: The mark of a node from before the closure ran through which a loss depends on a
+            leaf; None if none was found. Such a loss would be the same at other weights.
     """
 
-    def __init__(self, leaves: Iterable[Tensor] | None = None, known: Any = None) -> None:
+    def __init__(
+        self,
+        leaves: Iterable[Tensor] | None = None,
+        known: Any = None,
+        *,
+        displaced: bool = False,
+    ) -> None:
         self.outside: Any = None
         self._known = known
-        self._leaves = leaves
+        self._leaves = None if leaves is None else tuple(leaves)
+        self._mark: object | None = None
+        if displaced and self._leaves is not None:
+            self._mark = object()
+            _mark_accumulators(self._leaves, self._mark)
         # Above those of all autograd nodes so far.
         self._begin = 0 if leaves is None else _sequence_number()
         self._seen: set[object] = set()
@@ -178,15 +193,34 @@ class GraphCheck:
                     f"objective {name!r} uses torch.utils.checkpoint with use_reentrant=True, "
                     "which hides parameters from the gradient; pass use_reentrant=False"
                 )
-            if node is self._known:
-                self.outside = node
+            if self._known is not None and node.metadata.get(_OUTSIDE) is self._known:
+                self.outside = self._known
             old = self.outside is None and node._sequence_nr() < self._begin
             for following, _ in node.next_functions:
-                if old and id(getattr(following, "variable", None)) in self._ids:
-                    self.outside = node
+                if old and self._is_leaf_from_before(following):
+                    self.outside = node.metadata[_OUTSIDE] = object()
                 if following not in seen:
                     seen.add(following)
                     ahead.append(following)
+
+    def _is_leaf_from_before(self, node: Any) -> bool:
+        """Whether a node accumulates a leaf's gradient, and may have existed before the closure."""
+        if id(getattr(node, "variable", None)) not in self._ids:
+            return False
+        return self._mark is None or node.metadata.get(_EXISTED) is self._mark
+
+
+# Keys of nodes' metadata: a reference to a node would keep its graph alive.
+_EXISTED, _OUTSIDE = "gradkit.existed", "gradkit.outside"
+
+
+def _mark_accumulators(leaves: Iterable[Tensor], mark: object) -> None:
+    """Mark the nodes that accumulate the leaves' gradients, where graphs keep them alive."""
+    with torch.enable_grad():
+        for leaf in leaves:
+            if leaf.requires_grad:
+                node: Any = leaf.view_as(leaf).grad_fn
+                node.next_functions[0][0].metadata[_EXISTED] = mark
 
 
 def computed_outside(name: str) -> str:
