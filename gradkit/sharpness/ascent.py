@@ -107,7 +107,7 @@ class Ascent(Transform):
         shown = [
             f"{each.name}={getattr(self, each.name)!r}"
             for each in fields(self)
-            if each.name not in _OPTIONS or getattr(self, each.name) != each.default
+            if each.repr and (each.name not in _OPTIONS or getattr(self, each.name) != each.default)
         ]
         return f"{type(self).__name__}({', '.join(shown)})"
 

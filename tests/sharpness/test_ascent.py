@@ -263,6 +263,7 @@ def test_bsam_takes_plain_sgd_only(base):
 def test_options_are_shown_where_they_are_not_the_defaults():
     assert repr(gk.SAM(rho=0.1)) == "SAM(rho=0.1)"
     assert repr(gk.GSAM(adaptive="all")) == "GSAM(rho=0.05, adaptive='all', alpha=0.4)"
+    assert repr(gk.ESAM()) == "ESAM(rho=0.05, beta=0.6, gamma=0.5)"  # without the generator
 
 
 @pytest.mark.parametrize(
