@@ -476,8 +476,8 @@ class GradientOptimizer(Optimizer):
     def _transaction(self) -> Iterator[Transaction]:
         if self._stepping:
             raise RuntimeError(
-                "step() was called from inside a closure of the same optimizer; a closure only "
-                "computes losses"
+                "a step of this optimizer is under way: step() was called from inside one of its "
+                "closures, which only compute losses, or from another thread"
             )
         if torch.is_inference_mode_enabled():
             raise RuntimeError(
