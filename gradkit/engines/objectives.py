@@ -53,10 +53,16 @@ def check_objectives(objectives: object) -> None:
             f"step() takes a closure or a mapping of closures, not a {type(objectives).__name__}; "
             'give each objective a name: step({"a": first, "b": second})'
         )
+    elif isinstance(objectives, Generator):
+        raise TypeError(
+            "step() takes a closure or a mapping of closures, not a generator; pass the generator "
+            "function itself, without calling it, since it may have to run again"
+        )
     elif not callable(objectives):
         raise TypeError(
-            f"step() takes a closure or a mapping of closures, not a "
-            f"{type(objectives).__name__}; write step(lambda: loss)"
+            f"step() takes a closure or a mapping of closures, not a {type(objectives).__name__}; "
+            "pass a function that runs the model and returns the loss: "
+            "step(lambda: criterion(model(x), y))"
         )
 
 

@@ -210,7 +210,7 @@ class GradientOptimizer(Optimizer):
     def __repr__(self) -> str:
         key = f"    {saved_state.KEY}: "
         lines = [line for line in repr(self.base).split("\n") if not line.startswith(key)]
-        parts = ["\n".join(lines), *map(repr, self.transforms)]
+        parts = ["\n".join(lines), *map(repr, self.transforms), *self.options.shown()]
         inside = ",\n".join(part.replace("\n", "\n  ") for part in parts)
         return f"{type(self).__name__}(\n  {inside}\n)".replace(",\n", ",\n  ")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import flat
+from helpers import as_users_run_it, flat
 from torch import nn
 
 import gradkit as gk
@@ -157,3 +157,10 @@ def test_a_users_transform_may_compute_with_the_point(engine):
 
 def flat_square(model: nn.Module) -> torch.Tensor:
     return sum(parameter.square().sum() for parameter in model.parameters()) / 2
+
+
+def test_a_displacement_of_another_type_is_refused() -> None:
+    weight = nn.Parameter(torch.zeros(3))
+    optimizer = gk.wrap(torch.optim.SGD([weight], lr=0.1))
+    with as_users_run_it(), pytest.raises(TypeError, match=r"at= is a float; .* shape \(3,\)"):
+        optimizer.gradients(lambda: weight.sum(), at=0.1)
