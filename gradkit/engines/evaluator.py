@@ -33,6 +33,7 @@ from gradkit.engines.objectives import (
     checked_loss,
     computed_outside,
     freed_outside,
+    kept_from_before,
     micro_batches,
 )
 from gradkit.engines.rows import Rows, no_gradient, stacked
@@ -357,6 +358,7 @@ class Evaluator:
             chain(leaves, self._context.layout.parameters) if first else None,
             known,
             displaced=self._is_displaced,
+            copied=leaves is not self._context.layout.parameters,
         )
         _forget_parametrizations()
         try:
@@ -368,6 +370,8 @@ class Evaluator:
             freed = "graph a second time" in str(error)
             if check.outside is not None and freed:
                 raise RuntimeError(freed_outside(key or LOSS)) from error
+            if freed and not first and known is None:
+                raise RuntimeError(kept_from_before(key or LOSS)) from error
             unusable = freed or "modified by an inplace operation" in str(error)
             if known is None or not self._is_displaced or not unusable:
                 raise

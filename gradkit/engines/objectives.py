@@ -130,6 +130,10 @@ def _sequence_number() -> int:
     return number
 
 
+OVER = "_gradkit_over"
+"""The attribute of leaves that were copies for an evaluation which is over."""
+
+
 class GraphCheck:
     """A search of the graphs that a closure makes from now on, which visits each node once.
 
@@ -141,6 +145,7 @@ class GraphCheck:
             that those of other threads (a forward pass in a thread, a double backward pass on an
             accelerator) may look old. They are then recognised by their leaves' accumulators, which
             are new unless an older graph keeps them.
+        copied: Whether the leaves are copies for one evaluation, so that those of others are none.
 
     Attributes:
         outside: The mark of a node from before the closure ran through which a loss depends on a
@@ -153,8 +158,10 @@ class GraphCheck:
         known: Any = None,
         *,
         displaced: bool = False,
+        copied: bool = False,
     ) -> None:
         self.outside: Any = None
+        self._copied = copied
         self._known = known
         self._leaves = None if leaves is None else tuple(leaves)
         self._mark: object | None = None
@@ -186,7 +193,8 @@ class GraphCheck:
             differentiated: Whether the closure has called backward itself.
 
         Raises:
-            RuntimeError: If a graph that is still to be differentiated has a reentrant checkpoint.
+            RuntimeError: If a graph that is still to be differentiated has a reentrant checkpoint,
+                or if it reaches a leaf of another evaluation.
         """
         seen = self._seen
         ahead = [] if loss.grad_fn in seen else [loss.grad_fn]
@@ -194,7 +202,10 @@ class GraphCheck:
             node: Any = ahead.pop()
             if node is None:
                 continue
-            if not differentiated and "CheckpointFunction" in type(node).__name__:
+            kind = type(node).__name__
+            if self._copied and kind == "AccumulateGrad" and hasattr(node.variable, OVER):
+                raise RuntimeError(kept_from_before(name))
+            if not differentiated and "CheckpointFunction" in kind:
                 raise RuntimeError(
                     f"objective {name!r} uses torch.utils.checkpoint with use_reentrant=True, "
                     "which hides parameters from the gradient; pass use_reentrant=False"
@@ -246,6 +257,16 @@ def freed_outside(name: str) -> str:
         "backward pass has freed. Call the model inside the closure, and detach what is carried "
         "over from step to step; for objectives that share one forward pass, pass step() one "
         'closure that returns all losses: {"a": first, "b": second}'
+    )
+
+
+def kept_from_before(name: str) -> str:
+    """The error message for a graph that a closure has kept from an earlier call."""
+    what = "the loss" if name == LOSS else f"the loss of objective {name!r}"
+    return (
+        f"{what} was computed in an earlier call of the closure, at least in part, and kept (in a "
+        "cache, as a state that is carried over), so that its gradient would not be that of the "
+        "present weights; compute it anew in each call, and detach what is carried over"
     )
 
 

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import copy
+import functools
 import io
 import warnings
 
@@ -535,9 +536,10 @@ def test_one_forward_pass_outside_for_several_closures(shared):
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 
-def test_a_hidden_state_that_is_carried_over_with_its_graph():
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_hidden_state_that_is_carried_over_with_its_graph(engine):
     cell = nn.RNNCell(2, 3).double()
-    optimizer = gk.wrap(sgd(cell), gk.Sum(), model=cell)
+    optimizer = gk.wrap(sgd(cell), gk.Sum(), model=cell, engine=engine)
     hidden = [torch.zeros(1, 3, dtype=torch.float64)]
 
     def closure():
@@ -586,6 +588,21 @@ def test_graphs_from_outside_that_are_right_stay_so():
     before = other.weight.detach().clone()
     plain.step(lambda: loss)
     assert not torch.equal(before, other.weight)
+
+
+@pytest.mark.parametrize("part", ["all", "features"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_closure_that_keeps_its_loss_from_call_to_call(part, engine):
+    x, y = data()
+    model = nn.Sequential(make(outputs=3), nn.Tanh(), make(inputs=3))
+    optimizer = gk.wrap(sgd(model), gk.SAM(), model=model, engine=engine)
+    loss = functools.cache(lambda: (model(x) - y).square().mean())
+    features = functools.cache(lambda: model[:2](x))
+    closure = loss if part == "all" else lambda: model[2](features()).square().mean()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match="earlier call"):
+        optimizer.step(closure)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 
 @pytest.mark.parametrize("engine", ENGINES)
