@@ -48,12 +48,18 @@ class Displacement:
         """The displacement for a point: itself, a flat vector, or None for no displacement.
 
         Raises:
+            TypeError: If it is something else.
             ValueError: If a flat vector's length differs from that of the weights.
         """
         if isinstance(at, Displacement):
             return at
         if at is None:
             return cls((), layout)
+        if not isinstance(at, Tensor):
+            raise TypeError(
+                f"the displacement at= is a {type(at).__name__}; pass a flat vector of shape "
+                f"{(layout.numel,)}"
+            )
         if at.shape != (layout.numel,):
             raise ValueError(
                 f"the displacement at= has shape {tuple(at.shape)}, but the flat vector of the "

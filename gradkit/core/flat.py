@@ -412,9 +412,9 @@ def is_held_once(holder: Sequence[object], index: int) -> bool:
 
 
 def is_only_held_by(count: int, tensor: Tensor) -> bool:
-    """Whether exactly so many tensors, this one included, share its memory, all in this process.
+    """Whether exactly so many tensors of this process, this one included, share its memory.
 
-    False if that cannot be known.
+    False if that cannot be known. Other processes may share it, too.
 
     Examples:
         >>> vector = torch.zeros(2)
@@ -424,9 +424,7 @@ def is_only_held_by(count: int, tensor: Tensor) -> bool:
         >>> is_only_held_by(1, vector), is_only_held_by(2, view)
         (False, True)
     """
-    if _ONE is None or tensor.is_shared():  # type: ignore[no-untyped-call]  # untyped in torch
-        return False
-    return memory_uses(tensor) == _ONE + count - 1
+    return _ONE is not None and memory_uses(tensor) == _ONE + count - 1
 
 
 def _has_own_memory(tensor: Tensor) -> bool:

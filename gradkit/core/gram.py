@@ -123,7 +123,8 @@ def squared_norm(parts: Sequence[Tensor]) -> Float[Tensor, ""] | None:
             norms.append(torch.linalg.vector_norm(blocks, dim=1, dtype=dtype))
             vector = vector[whole:]
         rest.append(vector)
-    wide = torch.cat([*norms, *rest]).double() if parts else torch.zeros(0, dtype=torch.float64)
+    none = torch.zeros(0, dtype=torch.float64, device="cpu")
+    wide = torch.cat([*norms, *rest]).double() if parts else none
     total = torch.dot(wide, wide)
     return total if (parts and not norms) or _in_range(total) else None
 
@@ -141,7 +142,7 @@ def product_of_parts(a: Sequence[Tensor], b: Sequence[Tensor]) -> Float[Tensor, 
         >>> product_of_parts([torch.ones(1), torch.ones(1, 2)], [torch.ones(1), -torch.ones(1, 2)])
         tensor(-1., dtype=torch.float64)
     """
-    total = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device="cpu")
     rest: tuple[list[Tensor], list[Tensor]] = [], []
     with exact_products(torch.device("cpu")):
         for pair in zip(a, b, strict=True):
@@ -199,9 +200,10 @@ def _sign_products(a: Float[Tensor, "K P"], b: Float[Tensor, "L P"]) -> Float[Te
 
     Each element is read once from memory: its sign goes to a buffer that stays in the cache.
     """
-    width = max(_SIGNS // (len(a) + (b is not a) * len(b)), BLOCK)
-    buffer = torch.empty(len(a) + (b is not a) * len(b), min(width, a.shape[1]))
-    total = torch.zeros(len(a), len(b), dtype=torch.float64)
+    count = len(a) + (b is not a) * len(b)
+    width = max(_SIGNS // count, BLOCK)
+    buffer = torch.empty(count, min(width, a.shape[1]), device="cpu")
+    total = torch.zeros(len(a), len(b), dtype=torch.float64, device="cpu")
     with exact_products(a.device):
         for start, stop in block_spans(0, a.shape[1], width):
             left, right, columns = a[:, start:stop], b[:, start:stop], stop - start
@@ -240,7 +242,8 @@ def _sign_products_of_pair(rows: Float[Tensor, "2 P"]) -> Float[Tensor, "2 2"]:
                 counts = _count_signs(block, masks[:, :columns])
                 plain = counts[:2] == (columns, columns)
             own, other, agreement = own + counts[0], other + counts[1], agreement + counts[2]
-    return torch.tensor([[own, agreement], [agreement, other]], dtype=torch.float64)
+    counted = [[own, agreement], [agreement, other]]
+    return torch.tensor(counted, dtype=torch.float64, device="cpu")
 
 
 def _count_signs(

@@ -28,7 +28,13 @@ def noise_by_parameter(
         parameter = layout.parameters[t]
         plain = layout.shards is None and layout.strides[t] is None
         if out is not None and plain and out.dtype == torch.float32:
-            draw(parameter.shape, generator=generator, out=out.view(parameter.shape))
+            draw(
+                parameter.shape,
+                generator=generator,
+                out=out.view(parameter.shape),
+                device=layout.device,
+                dtype=torch.float32,
+            )
             return out
         found = elsewhere(t)
         return found if out is None else out.copy_(found)

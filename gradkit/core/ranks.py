@@ -236,6 +236,12 @@ class Ranks:
                 "every backward pass; leave that option out (gradients are reduced once per "
                 "evaluation here, whatever the graph)"
             )
+        if any(getattr(replica._join_config, "enable", False) for replica in replicas):
+            raise ValueError(
+                "step() was called inside the join() of a DistributedDataParallel module, which "
+                "replays only that module's own collectives on ranks without data, so that others "
+                "would hang or crash; give every rank the same number of steps"
+            )
         if shards is not None:
             if model is None:
                 raise ValueError(
@@ -354,7 +360,7 @@ class Ranks:
             )
         what = (
             "stages of the step (transforms or closures that differ by rank)",
-            "objectives",
+            "objectives or their order",
             "learning rates or other settings, in what they optimise or have applied so far, or "
             "in their transforms' state and random generators",
         )

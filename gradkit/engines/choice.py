@@ -29,25 +29,29 @@ class ParameterPlaces:
     """
 
     def __init__(self, model: nn.Module, layout: Layout) -> None:
-        # A module that is registered several times is visited once. A parameter that several
-        # modules share has one place in each of them.
-        places: dict[int, list[tuple[str, nn.Module, str]]] = {}
-        for prefix, module in model.named_modules():
-            for key, parameter in module._parameters.items():  # works for scripted modules, too
-                if parameter is not None:
-                    name = f"{prefix}.{key}" if prefix else key
-                    places.setdefault(id(parameter), []).append((name, module, key))
-        self._places = [places.get(id(parameter), []) for parameter in layout.parameters]
-        self.missing = [index for index, found in enumerate(self._places) if not found]
         self.layout = layout
         self._model = model
+        self._places = self._found()
+        self.missing = [index for index, found in enumerate(self._places) if not found]
         self.modules = modules_of(model)
         self.writes_weights = any(
             getattr(module, "max_norm", None) is not None for module in model.modules()
         )
-        self._held = _parameters_of(self.modules)
+        self._keys, self._held = _parameters_of(self.modules)
         self._beside = self._not_optimised()
         self._sort_beside()
+
+    def _found(self) -> list[list[tuple[str, nn.Module, str]]]:
+        """Each parameter's places in the model: its name, the module that holds it, its key."""
+        # A module that is registered several times is visited once. A parameter that several
+        # modules share has one place in each of them.
+        places: dict[int, list[tuple[str, nn.Module, str]]] = {}
+        for prefix, module in self._model.named_modules():
+            for key, parameter in module._parameters.items():  # works for scripted modules, too
+                if parameter is not None:
+                    name = f"{prefix}.{key}" if prefix else key
+                    places.setdefault(id(parameter), []).append((name, module, key))
+        return [places.get(id(parameter), []) for parameter in self.layout.parameters]
 
     def _not_optimised(self) -> list[nn.Parameter]:
         own = set(self.layout.parameters)
@@ -65,35 +69,61 @@ class ParameterPlaces:
         """The model's first name for a parameter."""
         return self._places[index][0][0]
 
-    def check_current(self) -> None:
+    def check_current(self) -> bool:
         """Check that the model still holds the same parameter objects.
 
+        Pruning and parametrizations move a parameter to another place, where it is found again.
+
+        Returns:
+            Whether a parameter has moved.
+
         Raises:
-            RuntimeError: If one has been replaced.
+            RuntimeError: If one has been replaced or is gone.
         """
         modules = modules_of(self._model)
-        held = _parameters_of(modules)
-        if not (_are_same(modules, self.modules) and _are_same(held, self._held)):
-            self._check_places(modules)
-            self.modules, self._held = modules, held
+        keys, held = _parameters_of(modules)
+        moved = False
+        as_before = _are_same(modules, self.modules) and _are_same(held, self._held)
+        if not as_before or keys != self._keys:
+            moved = self._find_moved(modules)
+            self.modules, self._keys, self._held = modules, keys, held
             self._beside = self._not_optimised()
         self._sort_beside()
+        return moved
 
-    def _check_places(self, modules: Sequence[nn.Module]) -> None:
+    def _find_moved(self, modules: Sequence[nn.Module]) -> bool:
         present = set(map(id, modules))
-        for places, parameter in zip(self._places, self.layout.parameters, strict=True):
-            for name, owner, key in places:
-                held = owner._parameters
-                if id(owner) not in present or key not in held or held[key] is not parameter:
-                    raise RuntimeError(
-                        f"the model's parameter {name!r} is no longer the one that the optimizer "
-                        "holds, so stepping would not change the model; make a new optimizer and "
-                        "wrap that"
-                    )
+        moved = [
+            (t, name)
+            for t, (places, parameter) in enumerate(
+                zip(self._places, self.layout.parameters, strict=True)
+            )
+            for name, owner, key in places
+            if id(owner) not in present
+            or key not in (held := owner._parameters)
+            or held[key] is not parameter
+        ]
+        if not moved:
+            return False
+        places = self._found()
+        now = dict(self._model.named_parameters(remove_duplicate=False))
+        for t, name in moved:
+            parameter = self.layout.parameters[t]
+            if not places[t] or now.get(name, parameter) is not parameter:
+                raise RuntimeError(
+                    f"the model's parameter {name!r} is no longer the one that the optimizer "
+                    "holds, so stepping would not change the model; make a new optimizer and "
+                    "wrap that"
+                )
+        self._places = places
+        return True
 
 
-def _parameters_of(modules: Sequence[nn.Module]) -> list[nn.Parameter | None]:
-    return [parameter for module in modules for parameter in module._parameters.values()]
+def _parameters_of(modules: Sequence[nn.Module]) -> tuple[list[str], list[nn.Parameter | None]]:
+    """The modules' own parameters, with the keys under which they are held."""
+    held = [module._parameters for module in modules if module._parameters]
+    keys = [key for each in held for key in each.keys()]  # noqa: SIM118 # scripted modules' need it
+    return keys, [parameter for each in held for parameter in each.values()]
 
 
 def _are_same(new: Sequence[object], old: Sequence[object]) -> bool:

@@ -33,6 +33,7 @@ from gradkit.engines.objectives import (
     checked_loss,
     computed_outside,
     freed_outside,
+    kept_from_before,
     micro_batches,
 )
 from gradkit.engines.rows import Rows, no_gradient, stacked
@@ -355,7 +356,10 @@ class Evaluator:
         """A context for a closure and its gradients; `key` is its objective, None if joint."""
         first, known = key not in self._evaluated, self._outside.get(key)
         self._check = check = GraphCheck(
-            chain(leaves, self._context.layout.parameters) if first else None, known
+            chain(leaves, self._context.layout.parameters) if first else None,
+            known,
+            displaced=self._is_displaced,
+            copied=leaves is not self._context.layout.parameters,
         )
         _forget_parametrizations()
         try:
@@ -364,9 +368,13 @@ class Evaluator:
                 with torch.enable_grad(), self._interrupts.allowed():
                     yield
         except RuntimeError as error:
-            if check.outside is not None and "graph a second time" in str(error):
+            freed = "graph a second time" in str(error)
+            if check.outside is not None and freed:
                 raise RuntimeError(freed_outside(key or LOSS)) from error
-            if known is None or not self._is_displaced or isinstance(error, NoGradientError):
+            if freed and not first and known is None:
+                raise RuntimeError(kept_from_before(key or LOSS)) from error
+            unusable = freed or "modified by an inplace operation" in str(error)
+            if known is None or not self._is_displaced or not unusable:
                 raise
             raise RuntimeError(computed_outside(key or LOSS)) from error
         finally:

@@ -14,7 +14,7 @@ from gradkit.core.flat import Layout, Pool
 from gradkit.core.ranks import is_expanded
 from gradkit.engines.backward import Receivers, backward, take_grads
 from gradkit.engines.choice import ParameterPlaces
-from gradkit.engines.objectives import NoGradientError
+from gradkit.engines.objectives import OVER, NoGradientError
 
 Buffers = list[dict[str, Tensor | None]]
 
@@ -87,6 +87,8 @@ class FunctionalSession:
         try:
             yield self._leaves
         finally:
+            for leaf in self._leaves:
+                setattr(leaf, OVER, True)
             self._leaves = []
 
     @contextmanager

@@ -31,8 +31,9 @@ class InplaceSession:
     Subtracting the displacement again would change a few percent of the weights in their last bit.
     On a CPU the displaced weights are written to other memory, to which the parameters point for
     the time of the evaluation; that needs neither a copy nor a restoration of the weights. Where
-    anything else may refer to the weights' memory, they are displaced where they are and restored
-    from a copy.
+    anything else in this process may refer to the weights' memory, they are displaced where they
+    are and restored from a copy. Other processes that share the memory (`share_memory_`) do not see
+    weights displaced, and their own steps meanwhile are kept.
 
     Args:
         layout: Where each parameter lies in the flat vector.
@@ -130,7 +131,8 @@ class InplaceSession:
         finally:
             for parameter, data in zip(parameters, self._data, strict=True):
                 parameter.data = data
-            if memory_uses(rows) != uses:
+            shared = any(data.is_shared() for data in self._data)  # type: ignore[no-untyped-call]  # untyped in torch
+            if memory_uses(rows) != uses and not shared:
                 # A closure has kept a view of the weights, which stays one of the live weights.
                 with torch.no_grad():
                     copy_all(views, self._data)

@@ -53,10 +53,16 @@ def check_objectives(objectives: object) -> None:
             f"step() takes a closure or a mapping of closures, not a {type(objectives).__name__}; "
             'give each objective a name: step({"a": first, "b": second})'
         )
+    elif isinstance(objectives, Generator):
+        raise TypeError(
+            "step() takes a closure or a mapping of closures, not a generator; pass the generator "
+            "function itself, without calling it, since it may have to run again"
+        )
     elif not callable(objectives):
         raise TypeError(
-            f"step() takes a closure or a mapping of closures, not a "
-            f"{type(objectives).__name__}; write step(lambda: loss)"
+            f"step() takes a closure or a mapping of closures, not a {type(objectives).__name__}; "
+            "pass a function that runs the model and returns the loss: "
+            "step(lambda: criterion(model(x), y))"
         )
 
 
@@ -124,22 +130,44 @@ def _sequence_number() -> int:
     return number
 
 
+OVER = "_gradkit_over"
+"""The attribute of leaves that were copies for an evaluation which is over."""
+
+
 class GraphCheck:
     """A search of the graphs that a closure makes from now on, which visits each node once.
 
     Args:
         leaves: The tensors to differentiate with respect to; None to look for `known` only.
-        known: The node `outside` that an earlier evaluation has found.
+        known: What an earlier evaluation has found as `outside`.
+        displaced: Whether the weights are displaced, so that a node from outside is an error at
+            once. Nodes are told apart by sequence numbers, which each thread counts for itself, so
+            that those of other threads (a forward pass in a thread, a double backward pass on an
+            accelerator) may look old. They are then recognised by their leaves' accumulators, which
+            are new unless an older graph keeps them.
+        copied: Whether the leaves are copies for one evaluation, so that those of others are none.
 
     Attributes:
-        outside: A node from before the closure ran through which a loss depends on a leaf; None if
-            none was found. Such a loss would be the same at other weights.
+        outside: The mark of a node from before the closure ran through which a loss depends on a
+            leaf; None if none was found. Such a loss would be the same at other weights.
     """
 
-    def __init__(self, leaves: Iterable[Tensor] | None = None, known: Any = None) -> None:
+    def __init__(
+        self,
+        leaves: Iterable[Tensor] | None = None,
+        known: Any = None,
+        *,
+        displaced: bool = False,
+        copied: bool = False,
+    ) -> None:
         self.outside: Any = None
+        self._copied = copied
         self._known = known
-        self._leaves = leaves
+        self._leaves = None if leaves is None else tuple(leaves)
+        self._mark: object | None = None
+        if displaced and self._leaves is not None:
+            self._mark = object()
+            _mark_accumulators(self._leaves, self._mark)
         # Above those of all autograd nodes so far.
         self._begin = 0 if leaves is None else _sequence_number()
         self._seen: set[object] = set()
@@ -171,7 +199,8 @@ class GraphCheck:
             differentiated: Whether the closure has called backward itself.
 
         Raises:
-            RuntimeError: If a graph that is still to be differentiated has a reentrant checkpoint.
+            RuntimeError: If a graph that is still to be differentiated has a reentrant checkpoint,
+                or if it reaches a leaf of another evaluation.
         """
         seen = self._seen
         ahead = [] if loss.grad_fn in seen else [loss.grad_fn]
@@ -179,20 +208,42 @@ class GraphCheck:
             node: Any = ahead.pop()
             if node is None:
                 continue
-            if not differentiated and "CheckpointFunction" in type(node).__name__:
+            kind = type(node).__name__
+            if self._copied and kind == "AccumulateGrad" and hasattr(node.variable, OVER):
+                raise RuntimeError(kept_from_before(name))
+            if not differentiated and "CheckpointFunction" in kind:
                 raise RuntimeError(
                     f"objective {name!r} uses torch.utils.checkpoint with use_reentrant=True, "
                     "which hides parameters from the gradient; pass use_reentrant=False"
                 )
-            if node is self._known:
-                self.outside = node
+            if self._known is not None and node.metadata.get(_OUTSIDE) is self._known:
+                self.outside = self._known
             old = self.outside is None and node._sequence_nr() < self._begin
             for following, _ in node.next_functions:
-                if old and id(getattr(following, "variable", None)) in self._ids:
-                    self.outside = node
+                if old and self._is_leaf_from_before(following):
+                    self.outside = node.metadata[_OUTSIDE] = object()
                 if following not in seen:
                     seen.add(following)
                     ahead.append(following)
+
+    def _is_leaf_from_before(self, node: Any) -> bool:
+        """Whether a node accumulates a leaf's gradient, and may have existed before the closure."""
+        if id(getattr(node, "variable", None)) not in self._ids:
+            return False
+        return self._mark is None or node.metadata.get(_EXISTED) is self._mark
+
+
+# Keys of nodes' metadata: a reference to a node would keep its graph alive.
+_EXISTED, _OUTSIDE = "gradkit.existed", "gradkit.outside"
+
+
+def _mark_accumulators(leaves: Iterable[Tensor], mark: object) -> None:
+    """Mark the nodes that accumulate the leaves' gradients, where graphs keep them alive."""
+    with torch.enable_grad():
+        for leaf in leaves:
+            if leaf.requires_grad:
+                node: Any = leaf.view_as(leaf).grad_fn
+                node.next_functions[0][0].metadata[_EXISTED] = mark
 
 
 def computed_outside(name: str) -> str:
@@ -212,6 +263,16 @@ def freed_outside(name: str) -> str:
         "backward pass has freed. Call the model inside the closure, and detach what is carried "
         "over from step to step; for objectives that share one forward pass, pass step() one "
         'closure that returns all losses: {"a": first, "b": second}'
+    )
+
+
+def kept_from_before(name: str) -> str:
+    """The error message for a graph that a closure has kept from an earlier call."""
+    what = "the loss" if name == LOSS else f"the loss of objective {name!r}"
+    return (
+        f"{what} was computed in an earlier call of the closure, at least in part, and kept (in a "
+        "cache, as a state that is carried over), so that its gradient would not be that of the "
+        "present weights; compute it anew in each call, and detach what is carried over"
     )
 
 

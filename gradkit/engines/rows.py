@@ -301,5 +301,6 @@ def no_gradient(name: str, *, none: bool = False) -> str:
         )
     return (
         f"{what} produced no gradient: its loss does not depend on any optimised parameter "
-        f"(was it computed under no_grad, detached, or from frozen parameters only?){leave_out}"
+        f"(was it computed under no_grad, detached, from frozen parameters only, or kept "
+        f"from an earlier call?){leave_out}"
     )

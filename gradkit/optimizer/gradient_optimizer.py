@@ -210,7 +210,7 @@ class GradientOptimizer(Optimizer):
     def __repr__(self) -> str:
         key = f"    {saved_state.KEY}: "
         lines = [line for line in repr(self.base).split("\n") if not line.startswith(key)]
-        parts = ["\n".join(lines), *map(repr, self.transforms)]
+        parts = ["\n".join(lines), *map(repr, self.transforms), *self.options.shown()]
         inside = ",\n".join(part.replace("\n", "\n  ") for part in parts)
         return f"{type(self).__name__}(\n  {inside}\n)".replace(",\n", ",\n  ")
 
@@ -477,8 +477,8 @@ class GradientOptimizer(Optimizer):
     def _transaction(self) -> Iterator[Transaction]:
         if self._stepping:
             raise RuntimeError(
-                "step() was called from inside a closure of the same optimizer; a closure only "
-                "computes losses"
+                "a step of this optimizer is under way: step() was called from inside one of its "
+                "closures, which only compute losses, or from another thread"
             )
         if torch.is_inference_mode_enabled():
             raise RuntimeError(
@@ -550,8 +550,8 @@ class GradientOptimizer(Optimizer):
         assert self._pool is not None  # made by _layout()
         self._pool.trim()
         model, places = self.model, self._places
-        if places is not None:
-            places.check_current()
+        if places is not None and places.check_current():
+            self._names, self._owners = self._parameter_names(layout), _owners(model, layout)
         scale = self._loss_scale
         if scale is not None and layout.has(torch.float16):
             raise ValueError(

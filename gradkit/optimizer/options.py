@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
 from torch import nn
@@ -52,6 +52,8 @@ class StepOptions:
             raise ValueError(
                 f"max_norm is {self.max_norm}; it must be positive, or None for no clipping"
             )
+        if not isinstance(self.replay_rng, bool):
+            raise TypeError(f"replay_rng is {self.replay_rng!r}; pass True or False")
         if self.scaler is not None and not isinstance(self.scaler, GradScaler):
             kind = type(self.scaler).__name__
             raise TypeError(f"scaler is a {kind}; pass a torch.amp.GradScaler")
@@ -60,6 +62,22 @@ class StepOptions:
                 f"process_group is {self.process_group!r}; pass 'auto', None or a ProcessGroup, "
                 "such as torch.distributed.group.WORLD"
             )
+
+    def shown(self) -> list[str]:
+        """The options other than the model that are not the defaults, as `wrap` takes them."""
+        given = {
+            each.name: getattr(self, each.name) for each in fields(self) if each.name != "model"
+        }
+        changed = {
+            name: value for name, value in given.items() if value != getattr(StepOptions, name)
+        }
+        plain = (bool, int, float, str, type(None))
+        return [
+            f"{name}={value!r}"
+            if isinstance(value, plain)
+            else f"{name}={type(value).__name__}(...)"
+            for name, value in changed.items()
+        ]
 
     def streams(self, transforms: Sequence[Transform]) -> Streams:
         """Whether the next step back-propagates the weighted sum of the losses in one pass.

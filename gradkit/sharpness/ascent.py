@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Container
 from dataclasses import KW_ONLY, dataclass, fields
 from typing import Literal
@@ -26,6 +27,7 @@ name and parameter says so."""
 Radius = float | Callable[[float | Float[Tensor, ""]], float]
 """An ascent radius, or a function of a group's learning rate."""
 
+_NORM = re.compile(r"Norm(?![a-z])|Norm[a-z]+ation")  # RMSNorm, and not NormalHead
 _TINY = 1e-12
 _NONE_CHOSEN = (
     "{}(only=) displaces the parameters that its function chooses, and it has chosen none of those "
@@ -55,8 +57,8 @@ class Ascent(Transform):
             `model=` in `wrap`; a function gets the parameter's name and the parameter.
         adaptive: Whether the ascent is scaled by the weights ([Kwon et al., ICML
             2021](https://arxiv.org/abs/2102.11600)): True for parameters called "weight", as in the
-            authors' code (those of at least two dimensions where nobody has given names); "all" for
-            biases, too.
+            authors' code, or parametrised under that name (those of at least two dimensions where
+            nobody has given names); "all" for biases, too.
         eta: η ≥ 0, which keeps weights near 0 moving; with `adaptive`.
         steps: How many steps of length ρ/steps the ascent takes, each along the gradient where the
             last one has led.
@@ -107,7 +109,7 @@ class Ascent(Transform):
         shown = [
             f"{each.name}={getattr(self, each.name)!r}"
             for each in fields(self)
-            if each.name not in _OPTIONS or getattr(self, each.name) != each.default
+            if each.repr and (each.name not in _OPTIONS or getattr(self, each.name) != each.default)
         ]
         return f"{type(self).__name__}({', '.join(shown)})"
 
@@ -202,7 +204,9 @@ class Ascent(Transform):
         if self.adaptive == "all":
             return True
         if isinstance(name, str):
-            return "weight" in name.rpartition(".")[2]
+            # torch calls what makes up a parametrised weight "parametrizations.weight.original".
+            _, parametrised, weight = name.rpartition("parametrizations.")
+            return "weight" in (weight.partition(".")[0] if parametrised else name.split(".")[-1])
         return context.layout.parameters[t].dim() > 1
 
     def _radii(self, context: Context) -> list[float]:
@@ -261,7 +265,7 @@ class Ascent(Transform):
 def is_norm(module: nn.Module | None) -> bool:
     """Whether a module is a normalisation layer, by its class or by its class's name."""
     known = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
-    return isinstance(module, known) or "Norm" in type(module).__name__
+    return isinstance(module, known) or _NORM.search(type(module).__name__) is not None
 
 
 def combined(

@@ -109,7 +109,7 @@ def largest_eigenvalues(
 
 def _fresh(like: Tensor, basis: list[Tensor], generator: torch.Generator) -> tuple[Tensor, float]:
     """A random vector orthogonal to the basis, and its norm."""
-    drawn = torch.randn(like.numel(), generator=generator, dtype=torch.float64)
+    drawn = torch.randn(like.numel(), generator=generator, dtype=torch.float64, device="cpu")
     w = drawn.to(like.device, accumulator(like.device))
     _orthogonalise(w, basis)
     return w, float(torch.linalg.vector_norm(w))
@@ -124,8 +124,10 @@ def _orthogonalise(w: Tensor, basis: list[Tensor]) -> None:
 
 def _ritz(alphas: list[float], betas: list[float]) -> tuple[Tensor, Tensor]:
     """Eigenvalues, in ascending order, and eigenvectors of the tridiagonal matrix."""
-    off = torch.tensor(betas, dtype=torch.float64)
-    matrix = torch.diag(torch.tensor(alphas, dtype=torch.float64))
+    off, diagonal = (
+        torch.tensor(each, dtype=torch.float64, device="cpu") for each in (betas, alphas)
+    )
+    matrix = torch.diag(diagonal)
     values, vectors = torch.linalg.eigh(matrix + torch.diag(off, 1) + torch.diag(off, -1))
     return values, vectors
 
@@ -154,8 +156,10 @@ def estimated_trace(
     wide = accumulator(like.device)
     found: list[float] = []
     for _ in range(samples):
-        signs = torch.randint(2, (like.numel(),), generator=generator, dtype=torch.int8) * 2 - 1
-        z = signs.to(like.device, like.dtype)
+        coins = torch.randint(
+            2, (like.numel(),), generator=generator, dtype=torch.int8, device="cpu"
+        )
+        z = (coins * 2 - 1).to(like.device, like.dtype)
         found.append(float(z.to(wide) @ product(z).to(wide)))
     mean = math.fsum(found) / samples
     variance = math.fsum((value - mean) ** 2 for value in found) / (samples - 1)

@@ -88,7 +88,12 @@ class ESAM(Ascent):
 
     def around(self, inner: Oracle, context: Context) -> Oracle:
         assert self.generator is not None
-        draws = torch.rand(len(context.layout.parameters), generator=self.generator)
+        draws = torch.rand(
+            len(context.layout.parameters),
+            generator=self.generator,
+            dtype=torch.float32,
+            device="cpu",
+        )
         self._perturbed = (draws < self.beta).tolist()
 
         def oracle(at: Point | None = None, only: Container[str] | None = None) -> Gradients:

@@ -192,7 +192,9 @@ def report(
             values, errors = spectrum.values, spectrum.errors
             tried += [rho * spectrum.vector, -rho * spectrum.vector]
         if not tried:
-            drawn = torch.randn(gradient.numel(), generator=generator).to(gradient)
+            drawn = torch.randn(
+                gradient.numel(), generator=generator, dtype=torch.float32, device="cpu"
+            ).to(gradient)
             tried = [drawn * (rho / float(norm(drawn)))]
         rises = [_rise(loss.value(loss.displaced(each)), here) for each in tried]
         first_order = rises[0] if length > 0 else 0.0

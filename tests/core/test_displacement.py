@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import flat
+from helpers import as_users_run_it, flat
 from torch import nn
 
 import gradkit as gk
@@ -205,3 +205,10 @@ def test_parts_that_are_missing_in_a_term_get_memory_of_their_own():
     for found, wanted in zip(made, expected, strict=True):
         if wanted is not None:
             torch.testing.assert_close(found, wanted)
+
+
+def test_a_displacement_of_another_type_is_refused() -> None:
+    weight = nn.Parameter(torch.zeros(3))
+    optimizer = gk.wrap(torch.optim.SGD([weight], lr=0.1))
+    with as_users_run_it(), pytest.raises(TypeError, match=r"at= is a float; .* shape \(3,\)"):
+        optimizer.gradients(lambda: weight.sum(), at=0.1)

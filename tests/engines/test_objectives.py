@@ -57,6 +57,8 @@ OBJECTIVES = {
     "loss, not closure": ({"a": torch.ones(())}, TypeError, "not a closure"),
     "name": ({1: lambda: torch.ones(())}, TypeError, "names are strings"),
     "vector": (lambda: torch.ones(3, requires_grad=True), ValueError, r"shape \(3,\)"),
+    "a loss": (torch.ones(()), TypeError, "not a Tensor; pass a function that runs the model"),
+    "a generator": ((x for x in ()), TypeError, "pass the generator function itself"),
     "number": (lambda: 3.0, TypeError, "returned a float"),
     "integer": (lambda: torch.ones((), dtype=torch.long), ValueError, "torch.int64"),
     "complex": (lambda: torch.ones((), dtype=torch.cfloat), ValueError, "torch.complex64"),

@@ -236,7 +236,7 @@ KINDS = [
         "the same optimizer steps in a closure",
         lambda world: striking(world, lambda loss: world.step(), world.case.moment),
         RuntimeError,
-        "from inside a closure of the same optimizer; a closure only computes losses",
+        "called from inside one of its closures, which only compute losses",
     ),
     Kind(
         "gradients() in a closure",
@@ -244,7 +244,7 @@ KINDS = [
             world, lambda loss: world.optimizer.gradients(world.objectives()), world.case.moment
         ),
         RuntimeError,
-        "from inside a closure of the same optimizer; a closure only computes losses",
+        "called from inside one of its closures, which only compute losses",
     ),
     Kind(
         "state_dict() in a closure that then raises",

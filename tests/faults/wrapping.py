@@ -114,6 +114,7 @@ ARGUMENTS: dict[str, tuple[Make, type[Exception], str]] = {
     "a negative max_norm": (wrapping(max_norm=-1.0), VALUE, "-1.0; it must be positive, or None"),
     "a max_norm of zero": (wrapping(max_norm=0), VALUE, "0; it must be positive, or None"),
     "a NaN for max_norm": (wrapping(max_norm=torch.nan), VALUE, "nan; it must be positive"),
+    "a string for replay_rng": (wrapping(replay_rng="no"), TYPE, "replay_rng is.*'no'"),
     "a string for max_norm": (wrapping(max_norm="1"), TYPE, "max_norm is.*'1'"),
     "a model of somebody else": (wrapping(model=scripted), VALUE, "pass the module that is optim"),
     "the functional engine without a model": (

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import gradkit as gk
 from gradkit.testing import bits as plain
@@ -209,3 +209,47 @@ def test_a_parametrization_cached_around_the_step(engine: str) -> None:
     take = lambda: gradient(loss(expected, given), expected.parameters())  # noqa: E731 # short
     move(expected.parameters(), -0.1, sam(expected, take, rho=0.5))
     assert_close(net, expected)
+
+
+def prune_first(net: nn.Sequential) -> None:
+    prune.l1_unstructured(net[0], "weight", amount=0.5)
+
+
+def make_prunings_permanent(net: nn.Sequential) -> None:
+    prune.remove(net[0], "weight")
+
+
+def orthogonalise(net: nn.Sequential) -> None:
+    parametrizations.orthogonal(net[0])
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("changes", [(prune_first, make_prunings_permanent), (orthogonalise,)])
+def test_parameters_that_move_to_another_place_during_training(changes, engine: str) -> None:
+    """torch keeps the parameter itself, so that optimizers go on with it, under a new name."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    expected, given = copy.deepcopy(net), INPUT.reshape(8, 3)
+    optimizer = sgd(net, engine=engine)
+    bare = torch.optim.SGD(expected.parameters(), lr=0.1)
+    for change in (lambda net: None, *changes):
+        change(net)
+        change(expected)
+        optimizer.step(lambda: loss(net, given))
+        bare.zero_grad()
+        loss(expected, given).backward()
+        bare.step()
+        assert plain([*net.parameters()]) == plain([*expected.parameters()])
+        names = optimizer.gradients(lambda: loss(net, given)).parameter_names
+        assert set(names) == set(dict(net.named_parameters()))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_tied_weight_that_is_replaced_in_one_place(engine: str) -> None:
+    net = Tied()
+    optimizer = sgd(net, engine=engine)
+    optimizer.step(lambda: loss(net, TOKENS))
+    net.head.weight = nn.Parameter(net.head.weight.detach().clone())
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"'head\.weight' is no longer"):
+            optimizer.step(lambda: loss(net, TOKENS))

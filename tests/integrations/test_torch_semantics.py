@@ -1,6 +1,8 @@
 """What code that hangs on parameters, layers and trainers finds with a bare optimizer, it finds."""
 
+import concurrent.futures
 import copy
+import functools
 import io
 import warnings
 
@@ -534,9 +536,10 @@ def test_one_forward_pass_outside_for_several_closures(shared):
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 
-def test_a_hidden_state_that_is_carried_over_with_its_graph():
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_hidden_state_that_is_carried_over_with_its_graph(engine):
     cell = nn.RNNCell(2, 3).double()
-    optimizer = gk.wrap(sgd(cell), gk.Sum(), model=cell)
+    optimizer = gk.wrap(sgd(cell), gk.Sum(), model=cell, engine=engine)
     hidden = [torch.zeros(1, 3, dtype=torch.float64)]
 
     def closure():
@@ -585,6 +588,60 @@ def test_graphs_from_outside_that_are_right_stay_so():
     before = other.weight.detach().clone()
     plain.step(lambda: loss)
     assert not torch.equal(before, other.weight)
+
+
+@pytest.mark.parametrize("part", ["all", "features"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_closure_that_keeps_its_loss_from_call_to_call(part, engine):
+    x, y = data()
+    model = nn.Sequential(make(outputs=3), nn.Tanh(), make(inputs=3))
+    optimizer = gk.wrap(sgd(model), gk.SAM(), model=model, engine=engine)
+    loss = functools.cache(lambda: (model(x) - y).square().mean())
+    features = functools.cache(lambda: model[:2](x))
+    closure = loss if part == "all" else lambda: model[2](features()).square().mean()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match="earlier call"):
+        optimizer.step(closure)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_forward_pass_in_another_thread(engine):
+    """Its nodes have lower sequence numbers than the main thread's, as if they were older."""
+    x, y = data()
+    model, expected = make(), make()
+    for _ in range(9):
+        model(x).sum().backward()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+
+        def objectives(model, run):
+            error = lambda k: (model(x) - y)[:, k].square().mean()  # noqa: E731
+            return {"auxiliary": lambda: run(error, 0), "pseudo": lambda: run(error, 1)}
+
+        in_thread = objectives(model, lambda *call: pool.submit(*call).result())
+        optimizer = gk.wrap(sgd(model), gk.LookAhead(), model=model, engine=engine)
+        optimizer.step(in_thread)
+    other = gk.wrap(sgd(expected), gk.LookAhead(), model=expected, engine=engine)
+    other.step(objectives(expected, lambda error, k: error(k)))
+    for ours, theirs in zip(model.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_another_error_of_a_closure_with_a_part_from_outside():
+    """Only what autograd says of such a graph is put in other words."""
+    model = make()
+    penalty = model.bias.sum()
+    optimizer = gk.wrap(sgd(model), gk.SAM(), model=model)
+    calls = []
+
+    def closure():
+        calls.append(None)
+        if len(calls) == 2:
+            raise RuntimeError("no memory left")
+        return model(data()[0]).sum() + penalty
+
+    with pytest.raises(RuntimeError, match="no memory left"):
+        optimizer.step(closure)
 
 
 @pytest.mark.parametrize("chain", CHAINS)

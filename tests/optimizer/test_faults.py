@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -175,13 +177,60 @@ def test_half_precision_sam() -> None:
     assert weight.isfinite().all()
 
 
-def test_another_default_device() -> None:
-    weight = nn.Parameter(torch.ones(3))
-    optimizer = gk.wrap(torch.optim.SGD([weight], lr=0.1), gk.PCGrad(), gk.SAM())
-    objectives = {str(k): lambda k=k: weight[k] - weight.sum() for k in range(3)}
-    with torch.device("meta"):
-        optimizer.step(objectives)
-    assert weight.isfinite().all()
+CHAINS = {
+    "PCGrad and SAM": lambda model: (gk.PCGrad(), gk.SAM()),
+    "ASAM": lambda model: (gk.ASAM(),),
+    "BSAM": lambda model: (gk.BSAM(num_data=10),),
+    "ESAM": lambda model: (gk.ESAM(),),
+    "gate by two signs": lambda model: (gk.GatedEMA(model, between=("0", "1")),),
+    "gate by signs": lambda model: (gk.SANDMask(), gk.GatedEMA(model, between=("0", "2"))),
+}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_another_default_device_and_dtype(name: str) -> None:
+    results = []
+    for default in (contextlib.nullcontext, lambda: torch.device("meta"), default_float64):
+        torch.manual_seed(0)
+        model = nn.Linear(3, 3)
+        x = torch.randn(4, 3)
+        base = torch.optim.SGD(model.parameters(), lr=0.1)
+        optimizer = gk.wrap(base, *CHAINS[name](model), model=model)
+
+        def loss(k: int, model: nn.Module = model, x: torch.Tensor = x, samples=None):
+            each = (model(x)[:, k] - k).square()
+            return each if samples is None else each[samples]
+
+        objectives = {str(k): lambda samples=None, k=k: loss(k, samples=samples) for k in range(3)}
+        if name != "ESAM":
+            objectives = {key: lambda each=each: each().mean() for key, each in objectives.items()}
+        with default():
+            for _ in range(2):
+                optimizer.step(objectives)
+        gate = optimizer.last_step.gate
+        assert gate is None or gate.device.type == "cpu"
+        results.append((*plain([*model.parameters()]), None if gate is None else float(gate)))
+    assert results[0] == results[1] == results[2]
+
+
+@contextlib.contextmanager
+def default_float64() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_sharpness_is_measured_under_another_default_device() -> None:
+    model = nn.Linear(3, 2)
+    x = torch.ones(4, 3)
+    arguments = {"eigenvalues": 2, "trace_samples": 3}
+    reports = []
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            reports.append(gk.sharpness.report(lambda: model(x).square().sum(), model, **arguments))
+    assert reports[0] == reports[1]
 
 
 def test_outer_autocast_sees_displaced_weights() -> None:

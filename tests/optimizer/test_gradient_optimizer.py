@@ -252,7 +252,7 @@ def test_a_step_inside_a_closure_is_refused(engine: str) -> None:
     def closure():
         optimizer.step(lambda: model(INPUT).sum())
 
-    with pytest.raises(RuntimeError, match="from inside a closure"):
+    with pytest.raises(RuntimeError, match="from inside one of its closures"):
         optimizer.step(closure)
     assert optimizer.step(lambda: model(INPUT).sum()) is not None
 
@@ -404,9 +404,20 @@ def test_nothing_is_leaked() -> None:
 
 def test_repr_shows_the_chain() -> None:
     weight = nn.Parameter(torch.zeros(1))
-    optimizer = gk.wrap(torch.optim.SGD([weight], lr=0.1), gk.PCGrad(), gk.SAM(rho=0.1))
+    base = torch.optim.SGD([weight], lr=0.1)
+    optimizer = gk.wrap(base, gk.PCGrad(), gk.SAM(rho=0.1))
     text = repr(optimizer)
     assert text.index("SGD") < text.index("PCGrad") < text.index("SAM(rho=0.1)")
+    assert text.endswith("SAM(rho=0.1)\n)")
+
+
+def test_repr_shows_the_options_that_are_not_the_defaults() -> None:
+    model = nn.Linear(1, 1)
+    scaler = torch.amp.GradScaler("cpu")
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = gk.wrap(base, gk.SAM(), model=model, max_norm=1.0, nonfinite="skip", scaler=scaler)
+    options = ("nonfinite='skip'", "max_norm=1.0", "scaler=GradScaler(...)")
+    assert repr(optimizer).endswith(",\n  ".join(("SAM(rho=0.05)", *options)) + "\n)")
 
 
 @pytest.mark.parametrize("flatten", [False, True])

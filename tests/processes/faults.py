@@ -255,6 +255,9 @@ def refusals() -> dict[str, str]:
     static = DistributedDataParallel(network(), static_graph=True)
     optimizer = gk.wrap(torch.optim.SGD(static.parameters(), lr=0.1), model=static)
     messages["static graph"] = outcome(lambda: optimizer.step(lambda: losses(static, x)))
+    optimizer = gk.wrap(torch.optim.SGD(model.parameters(), lr=0.1), model=model)
+    with model.join():
+        messages["join"] = outcome(lambda: optimizer.step(lambda: losses(model, x)))
     sharded = prepared("fsdp", network())
     base = torch.optim.SGD(sharded.parameters(), lr=0.1)
     messages["teacher"] = outcome(lambda: gk.EMA(sharded, decay=0.9))

@@ -143,6 +143,7 @@ def test_buffers_are_the_first_ranks_on_all(kind: str) -> None:
         "FSDP1": "use torch.distributed.fsdp.fully_shard",
         "DDP alone": "pass its .module, or leave process_group= out",
         "static graph": "leave that option out",
+        "join": "the same number of steps",
         "functional": "pass its .module as model= and the ranks as process_group=",
         "teacher": "call fully_shard() on it in the same way, and pass it as teacher=",
         "mixed": "call fully_shard() on the root module too",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from helpers import as_users_run_it, flat
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 import gradkit as gk
 
@@ -38,9 +40,12 @@ def points(model: nn.Module) -> list[Tensor]:
 
 
 def step(
-    transform: gk.Transform, engine: str, groups: Callable[[nn.Module], Any] | None = None
+    transform: gk.Transform,
+    engine: str,
+    groups: Callable[[nn.Module], Any] | None = None,
+    make: Callable[[], nn.Module] = network,
 ) -> Tensor:
-    model = network()
+    model = make()
     parameters = model.parameters() if groups is None else groups(model)
     base = torch.optim.SGD(parameters, lr=1.0)
     optimizer = gk.wrap(base, transform, model=model, engine=engine)
@@ -50,10 +55,13 @@ def step(
 
 
 def by_hand(
-    sizes: Callable[[str, Tensor], Tensor | float], radii: Callable[[str], float], steps: int = 1
+    sizes: Callable[[str, Tensor], Tensor | float],
+    radii: Callable[[str], float],
+    steps: int = 1,
+    make: Callable[[], nn.Module] = network,
 ) -> Tensor:
     """The gradient at the end of an ascent with T = `sizes` and each parameter's own radius."""
-    model = network()
+    model = make()
     names = [name for name, _ in model.named_parameters()]
     at = points(model)
     for _ in range(steps):
@@ -95,6 +103,38 @@ def test_which_parameters_and_how_they_are_scaled(kind, engine):
     transform, sizes = SCALED[kind]
     expected = by_hand(sizes, lambda name: 0.3)
     torch.testing.assert_close(step(transform, engine), expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_parametrised_weight_is_scaled_like_a_weight(engine: str) -> None:
+    """Its parts are called 0.parametrizations.weight.original0 and original1."""
+
+    def make() -> nn.Module:
+        model = network()
+        parametrizations.weight_norm(model[0])
+        return model
+
+    expected = by_hand(
+        lambda name, w: w.abs() + 0.1 if "weight" in name else 1.0, lambda name: 0.3, make=make
+    )
+    found = step(gk.ASAM(rho=0.3, eta=0.1), engine, make=make)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+
+
+def test_a_class_whose_name_merely_begins_like_a_norms_is_none() -> None:
+    class NormalHead(nn.Linear):
+        pass
+
+    class OwnNorm2d(nn.Linear):
+        pass
+
+    for kind, works in ((OwnNorm2d, True), (NormalHead, False)):
+        model = nn.Sequential(nn.Linear(3, 2), kind(2, 2)).double()
+        base = torch.optim.SGD(model.parameters(), lr=0.1)
+        optimizer = gk.wrap(base, gk.SAM(only="norm"), model=model)
+        refused = pytest.raises(ValueError, match="layers, and the optimizer has none")
+        with contextlib.nullcontext() if works else refused:
+            optimizer.step(lambda model=model: model(X).sum())
 
 
 @pytest.mark.parametrize("steps", [1, 3])
@@ -263,6 +303,7 @@ def test_bsam_takes_plain_sgd_only(base):
 def test_options_are_shown_where_they_are_not_the_defaults():
     assert repr(gk.SAM(rho=0.1)) == "SAM(rho=0.1)"
     assert repr(gk.GSAM(adaptive="all")) == "GSAM(rho=0.05, adaptive='all', alpha=0.4)"
+    assert repr(gk.ESAM()) == "ESAM(rho=0.05, beta=0.6, gamma=0.5)"  # without the generator
 
 
 @pytest.mark.parametrize(
