@@ -16,8 +16,7 @@ from gradkit.core.displacement import Point
 from gradkit.core.flat import Scope
 from gradkit.core.gradients import Gradients
 from gradkit.core.oracle import Oracle
-from gradkit.surgery.inputs import RuleInputs
-from gradkit.surgery.memory import Remembered, Weighed
+from gradkit.surgery.inputs import Remembered, RuleInputs, Weighed
 from gradkit.surgery.rule import GramRule, Rule, check_scope
 from gradkit.surgery.weighing import active_rows
 

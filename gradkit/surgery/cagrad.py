@@ -10,8 +10,7 @@ import torch
 from gradkit.core.arguments import check_number
 from gradkit.core.flat import Scope
 from gradkit.surgery.dualproj import regularized
-from gradkit.surgery.inputs import RuleInputs
-from gradkit.surgery.memory import Remembered, Weighed
+from gradkit.surgery.inputs import Remembered, RuleInputs, Weighed
 from gradkit.surgery.rule import GramRule, check_scope
 from gradkit.surgery.solvers.conflict_averse import conflict_averse
 from gradkit.surgery.solvers.dual_cone import project_onto_dual_cone

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gradkit.core.flat import Scope
-from gradkit.surgery.inputs import Preference, RuleInputs, check_preference
-from gradkit.surgery.memory import Remembered, Weighed
+from gradkit.surgery.inputs import Preference, Remembered, RuleInputs, Weighed, check_preference
 from gradkit.surgery.rule import GramRule, check_scope
 from gradkit.surgery.spectrum import cosine_solution, gradient_norms, narrowed, reciprocal, widened
 

@@ -7,8 +7,7 @@ from typing import Literal
 
 from gradkit.core.flat import Scope
 from gradkit.core.gram import cosines
-from gradkit.surgery.inputs import RuleInputs
-from gradkit.surgery.memory import Remembered, Weighed
+from gradkit.surgery.inputs import Remembered, RuleInputs, Weighed
 from gradkit.surgery.rule import GramRule, check_scope
 from gradkit.surgery.spectrum import narrowed, widened
 

@@ -13,8 +13,7 @@ from gradkit.core.arguments import check_number
 from gradkit.core.combine import scaled
 from gradkit.core.gradients import Gradients
 from gradkit.core.gram import at_least_single, block_spans, block_width
-from gradkit.surgery.inputs import RuleInputs, too_low
-from gradkit.surgery.memory import Remembered
+from gradkit.surgery.inputs import Remembered, RuleInputs, too_low
 from gradkit.surgery.vectors import VectorRule
 
 

@@ -13,8 +13,7 @@ from torch import Tensor
 from gradkit.core.arguments import check_count, check_number
 from gradkit.core.gradients import Gradients
 from gradkit.core.gram import accumulator, at_least_single, block_spans, block_width
-from gradkit.surgery.inputs import RuleInputs
-from gradkit.surgery.memory import Remembered
+from gradkit.surgery.inputs import Remembered, RuleInputs
 from gradkit.surgery.vectors import VectorRule
 
 # The authors' ε under the root; TorchJD also adds it to the first excess.

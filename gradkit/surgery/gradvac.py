@@ -14,8 +14,7 @@ from gradkit.core.arguments import check_number, own_generator
 from gradkit.core.flat import Scope
 from gradkit.core.gram import cosines
 from gradkit.surgery.host import numpy_or_torch, products_of, random_orders, rows_of, uploaded
-from gradkit.surgery.inputs import RuleInputs
-from gradkit.surgery.memory import Remembered, Weighed
+from gradkit.surgery.inputs import Remembered, RuleInputs, Weighed
 from gradkit.surgery.rule import GramRule, check_scope
 from gradkit.surgery.spectrum import gradient_norms, narrowed, widened
 

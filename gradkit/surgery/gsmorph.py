@@ -9,8 +9,7 @@ import torch
 from gradkit.core.flat import Scope
 from gradkit.surgery.cosine_gate import check_main
 from gradkit.surgery.host import numpy_or_torch, products_of
-from gradkit.surgery.inputs import RuleInputs
-from gradkit.surgery.memory import Remembered, Weighed
+from gradkit.surgery.inputs import Remembered, RuleInputs, Weighed
 from gradkit.surgery.rule import GramRule, check_scope
 from gradkit.surgery.spectrum import narrowed, reciprocal, widened
 

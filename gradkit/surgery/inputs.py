@@ -1,4 +1,4 @@
-"""The inputs of a rule, and checks of preferences."""
+"""The inputs of a rule and what it returns, and checks of preferences."""
 
 from __future__ import annotations
 
@@ -15,6 +15,13 @@ from gradkit.surgery.host import uploaded
 
 Preference = Sequence[float] | Mapping[str, float] | Tensor
 """One number for each objective, in their order (a 1-d tensor, too) or by their names."""
+
+Remembered = Mapping[str, Tensor]
+"""A rule's memory of the objectives that take part: tensors [*batch], [*batch, K] or
+[*batch, K, K] by name."""
+
+Weighed = tuple[Float[Tensor, "*batch K"], Remembered]
+"""Weights, and the new memory."""
 
 
 @dataclass(frozen=True, eq=False)

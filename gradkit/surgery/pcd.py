@@ -11,8 +11,7 @@ from torch import Tensor
 
 from gradkit.core.arguments import check_number
 from gradkit.core.flat import Scope
-from gradkit.surgery.inputs import Preference, RuleInputs, check_preference
-from gradkit.surgery.memory import Remembered, Weighed
+from gradkit.surgery.inputs import Preference, Remembered, RuleInputs, Weighed, check_preference
 from gradkit.surgery.rule import GramRule, check_scope
 from gradkit.surgery.solvers.least_distance import least_distance
 

@@ -22,8 +22,7 @@ from gradkit.surgery.host import (
     rows_of,
     uploaded,
 )
-from gradkit.surgery.inputs import RuleInputs
-from gradkit.surgery.memory import Remembered, Weighed
+from gradkit.surgery.inputs import Remembered, RuleInputs, Weighed
 from gradkit.surgery.rule import GramRule, check_scope
 
 _FEW = 8

@@ -8,8 +8,7 @@ import torch
 
 from gradkit.core.flat import Scope
 from gradkit.surgery.dualproj import check_reg, regularized
-from gradkit.surgery.inputs import Preference, RuleInputs, check_preference
-from gradkit.surgery.memory import Remembered, Weighed
+from gradkit.surgery.inputs import Preference, Remembered, RuleInputs, Weighed, check_preference
 from gradkit.surgery.rule import GramRule, check_scope
 from gradkit.surgery.solvers.dual_cone import project_onto_dual_cone
 

@@ -16,8 +16,7 @@ from gradkit.core.displacement import Point
 from gradkit.core.flat import Layout
 from gradkit.core.gradients import Gradients
 from gradkit.core.oracle import Oracle
-from gradkit.surgery.inputs import RuleInputs, needed
-from gradkit.surgery.memory import Remembered
+from gradkit.surgery.inputs import Remembered, RuleInputs, needed
 from gradkit.surgery.rule import Rule, checked_jacobian
 from gradkit.surgery.weighing import Remembering, active_rows
 

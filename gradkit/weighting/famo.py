@@ -11,8 +11,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gradkit.core.arguments import check_number
-from gradkit.surgery.inputs import Preference, RuleInputs, check_preference, needed, too_low
-from gradkit.surgery.memory import Remembered, Weighed
+from gradkit.surgery.inputs import (
+    Preference,
+    Remembered,
+    RuleInputs,
+    Weighed,
+    check_preference,
+    needed,
+    too_low,
+)
 from gradkit.weighting.adam import adam, adam_memory
 from gradkit.weighting.loss_weighting import LossWeighting
 

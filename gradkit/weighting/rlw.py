@@ -10,8 +10,7 @@ from torch import Tensor
 
 from gradkit.core.arguments import own_generator
 from gradkit.surgery.host import uploaded
-from gradkit.surgery.inputs import RuleInputs
-from gradkit.surgery.memory import Remembered, Weighed
+from gradkit.surgery.inputs import Remembered, RuleInputs, Weighed
 from gradkit.weighting.loss_weighting import LossWeighting
 
 

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from gradkit.core.arguments import check_count, check_number
-from gradkit.surgery.inputs import RuleInputs, needed, too_low
-from gradkit.surgery.memory import Remembered, Weighed
+from gradkit.surgery.inputs import Remembered, RuleInputs, Weighed, needed, too_low
 from gradkit.weighting.loss_weighting import LossWeighting
 
 # Added inside logarithms, as in the authors' code, so that a loss of 0 has one.
