@@ -54,15 +54,14 @@ class DualProj(GramRule):
 
     def __post_init__(self) -> None:
         check_scope(self.scope)
-        check_reg(self.reg)
+        check_number("reg", self.reg, least=0)
         check_preference("preference", self.preference, positive=True)
 
     def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:
         gram = inputs.gram
         bounds = inputs.shares(self.preference, gram).expand(gram.shape[:-1])
-        return project_onto_dual_cone(regularized(gram, self.reg), bounds[..., None, :])[
-            ..., 0, :
-        ], memory
+        projected = project_onto_dual_cone(regularized(gram, self.reg), bounds[..., None, :])
+        return projected[..., 0, :], memory
 
 
 def regularized(gram: Float[Tensor, "*batch K K"], reg: float) -> Float[Tensor, "*batch K K"]:
@@ -76,15 +75,3 @@ def regularized(gram: Float[Tensor, "*batch K K"], reg: float) -> Float[Tensor, 
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     return gram / torch.where(trace == 0, torch.ones_like(trace), trace) + reg * identity
-
-
-def check_reg(reg: float) -> None:
-    """Check the argument `reg`.
-
-    Raises:
-        TypeError: If it is not a number.
-        ValueError: If it is negative or not finite.
-    """
-    check_number("reg", reg)
-    if reg < 0:
-        raise ValueError(f"reg is {reg}; it must be at least 0")

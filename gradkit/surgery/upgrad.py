@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from gradkit.core.arguments import check_number
 from gradkit.core.flat import Scope
-from gradkit.surgery.dualproj import check_reg, regularized
+from gradkit.surgery.dualproj import regularized
 from gradkit.surgery.inputs import Preference, Remembered, RuleInputs, Weighed, check_preference
 from gradkit.surgery.rule import GramRule, check_scope
 from gradkit.surgery.solvers.dual_cone import project_onto_dual_cone
@@ -52,7 +53,7 @@ class UPGrad(GramRule):
 
     def __post_init__(self) -> None:
         check_scope(self.scope)
-        check_reg(self.reg)
+        check_number("reg", self.reg, least=0)
         check_preference("preference", self.preference, positive=True)
 
     def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:

@@ -52,9 +52,7 @@ class DWA(LossWeighting):
     steps_per_epoch: int = 1
 
     def __post_init__(self) -> None:
-        check_number("temperature", self.temperature)
-        if not self.temperature > 0:
-            raise ValueError(f"temperature is {self.temperature}; it must be positive")
+        check_number("temperature", self.temperature, above=0)
         check_count("steps_per_epoch", self.steps_per_epoch, 1)
 
     def init(self, count: int) -> dict[str, Tensor]:

@@ -67,9 +67,7 @@ class STCH(LossWeighting):
     nadir_steps: int = 100
 
     def __post_init__(self) -> None:
-        check_number("mu", self.mu)
-        if not self.mu > 0:
-            raise ValueError(f"mu is {self.mu}; it must be positive")
+        check_number("mu", self.mu, above=0)
         check_count("warmup_steps", self.warmup_steps, 0)
         check_count("nadir_steps", self.nadir_steps, 1)
 
