@@ -83,6 +83,5 @@ class CAGrad(GramRule):
             bounds = gram.new_full((*gram.shape[:-2], 1, count), 1 / count)
             projected = project_onto_dual_cone(regularized(gram, 0.0), bounds)[..., 0, :]
             weights = torch.where(vanishes[..., None], projected, weights)
-        return weights / {"none": 1.0, "square": 1 + self.c**2, "linear": 1 + self.c}[
-            self.rescale
-        ], memory
+        divisors = {"none": 1.0, "square": 1 + self.c**2, "linear": 1 + self.c}
+        return weights / divisors[self.rescale], memory

@@ -76,14 +76,9 @@ class GradNorm(GramRule):
         check_number("lr", self.lr, least=0)
 
     def init(self, count: int) -> dict[str, Tensor]:
-        zeros = torch.zeros(count, dtype=torch.float64)
-        return {
-            "weights": zeros + 1,
-            "first_losses": zeros,
-            "steps": zeros,
-            "first_moments": zeros,
-            "second_moments": zeros,
-        }
+        keys = ("first_losses", "steps", "first_moments", "second_moments")
+        zeros = {key: torch.zeros(count, dtype=torch.float64) for key in keys}
+        return {"weights": torch.ones(count, dtype=torch.float64), **zeros}
 
     def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:
         gram = inputs.gram
