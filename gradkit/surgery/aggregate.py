@@ -17,7 +17,7 @@ from gradkit.core.flat import Scope
 from gradkit.core.gradients import Gradients
 from gradkit.core.oracle import Oracle
 from gradkit.surgery.inputs import Remembered, RuleInputs, Weighed
-from gradkit.surgery.rule import GramRule, Rule, check_scope
+from gradkit.surgery.rule import GramRule, Rule
 from gradkit.surgery.weighing import active_rows
 
 
@@ -72,7 +72,6 @@ class Aggregate(Rule):
     degree = None
 
     def __post_init__(self) -> None:
-        check_scope(self.scope)
         if self.of not in ("auto", "rows", "gram"):
             raise ValueError(f"of is {self.of!r}; choose 'auto', 'rows' or 'gram'")
         if isinstance(self.function, type):

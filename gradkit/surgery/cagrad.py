@@ -11,7 +11,7 @@ from gradkit.core.arguments import check_number
 from gradkit.core.flat import Scope
 from gradkit.surgery.dualproj import regularized
 from gradkit.surgery.inputs import Remembered, RuleInputs, Weighed
-from gradkit.surgery.rule import GramRule, check_scope
+from gradkit.surgery.rule import GramRule
 from gradkit.surgery.solvers.conflict_averse import conflict_averse
 from gradkit.surgery.solvers.dual_cone import project_onto_dual_cone
 
@@ -62,7 +62,6 @@ class CAGrad(GramRule):
     scope: Scope = "global"
 
     def __post_init__(self) -> None:
-        check_scope(self.scope)
         check_number("c", self.c, least=0)
         if self.rescale not in ("none", "square", "linear"):
             raise ValueError(f"rescale is {self.rescale!r}; choose one of none, square, linear")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from gradkit.core.flat import Scope
 from gradkit.surgery.inputs import Preference, Remembered, RuleInputs, Weighed, check_preference
-from gradkit.surgery.rule import GramRule, check_scope
+from gradkit.surgery.rule import GramRule
 from gradkit.surgery.spectrum import cosine_solution, gradient_norms, narrowed, reciprocal, widened
 
 
@@ -49,8 +49,7 @@ class ConFIG(GramRule):
     scope: Scope = "global"
 
     def __post_init__(self) -> None:
-        check_scope(self.scope)
-        check_preference("preference", self.preference, positive=True)
+        check_preference("preference", self.preference, least=0)
 
     def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:
         gram = inputs.gram

@@ -11,7 +11,7 @@ from torch import Tensor
 from gradkit.core.arguments import check_number
 from gradkit.core.flat import Scope
 from gradkit.surgery.inputs import Preference, Remembered, RuleInputs, Weighed, check_preference
-from gradkit.surgery.rule import GramRule, check_scope
+from gradkit.surgery.rule import GramRule
 from gradkit.surgery.solvers.dual_cone import project_onto_dual_cone
 
 
@@ -53,9 +53,8 @@ class DualProj(GramRule):
     scope: Scope = "global"
 
     def __post_init__(self) -> None:
-        check_scope(self.scope)
         check_number("reg", self.reg, least=0)
-        check_preference("preference", self.preference, positive=True)
+        check_preference("preference", self.preference, least=0)
 
     def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:
         gram = inputs.gram

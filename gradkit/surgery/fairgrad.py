@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from gradkit.core.arguments import check_number
 from gradkit.core.flat import Scope
 from gradkit.surgery.inputs import Remembered, RuleInputs, Weighed
-from gradkit.surgery.rule import GramRule, check_scope
+from gradkit.surgery.rule import GramRule
 from gradkit.surgery.solvers.fair import fair_weights
 
 
@@ -46,7 +46,6 @@ class FairGrad(GramRule):
     scope: Scope = "global"
 
     def __post_init__(self) -> None:
-        check_scope(self.scope)
         check_number("alpha", self.alpha, above=0)
         self.degree = (1 - self.alpha) / (1 + self.alpha)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from gradkit.core.arguments import check_number
 from gradkit.core.flat import Scope
 from gradkit.surgery.inputs import Remembered, RuleInputs, Weighed
-from gradkit.surgery.rule import GramRule, check_scope
+from gradkit.surgery.rule import GramRule
 
 # Adam's, as its authors set them.
 _BETAS = (0.9, 0.999)
@@ -71,7 +71,6 @@ class GradNorm(GramRule):
     needs_losses = True
 
     def __post_init__(self) -> None:
-        check_scope(self.scope)
         check_number("alpha", self.alpha, least=0)
         check_number("lr", self.lr, least=0)
 

@@ -10,7 +10,7 @@ from gradkit.core.flat import Scope
 from gradkit.surgery.cosine_gate import check_main
 from gradkit.surgery.host import numpy_or_torch, products_of
 from gradkit.surgery.inputs import Remembered, RuleInputs, Weighed
-from gradkit.surgery.rule import GramRule, check_scope
+from gradkit.surgery.rule import GramRule
 from gradkit.surgery.spectrum import narrowed, reciprocal, widened
 
 
@@ -55,7 +55,6 @@ class GSMorph(GramRule):
     scope: Scope = "tensor"
 
     def __post_init__(self) -> None:
-        check_scope(self.scope)
         check_main(self.main)
 
     def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gradkit.core.arguments import check_number
 from gradkit.surgery.host import uploaded
 
 Preference = Sequence[float] | Mapping[str, float] | Tensor
@@ -62,8 +62,8 @@ class RuleInputs:
             "main objective (main=) takes part in every step"
         )
 
-    def numbers(self, preference: Preference, like: Tensor) -> Float[Tensor, " K"]:
-        """A preference as one number for each row; see `numbers_of`.
+    def numbers(self, preference: int | float | Preference, like: Tensor) -> Float[Tensor, " K"]:
+        """A preference, or a number for all, as one number for each row; see `numbers_of`.
 
         Raises:
             ValueError: If it does not have one number for each row.
@@ -91,12 +91,16 @@ class RuleInputs:
 
 
 def numbers_of(
-    preference: Preference, names: Sequence[str], like: Tensor, every: Sequence[str] = ()
+    preference: int | float | Preference,
+    names: Sequence[str],
+    like: Tensor,
+    every: Sequence[str] = (),
 ) -> Float[Tensor, " K"]:
     """A preference as one number for each of these objectives.
 
     Args:
-        preference: Numbers in order or by name, for these objectives or for all of the step.
+        preference: Numbers in order or by name, for these objectives or for all of the step; or one
+            number for all.
         names: The objectives.
         like: A tensor with the dtype and device of the result.
         every: All objectives of the step.
@@ -104,6 +108,8 @@ def numbers_of(
     Raises:
         ValueError: If it does not have one number for each objective.
     """
+    if isinstance(preference, (int, float)):
+        return like.new_full((len(names),), preference)
     if isinstance(preference, Tensor):
         preference = preference.tolist()
     if isinstance(preference, Mapping):
@@ -141,17 +147,49 @@ def needed(losses: Float[Tensor, " K"] | None, who: object) -> Float[Tensor, " K
     return losses
 
 
-def check_preference(name: str, preference: Preference | None, *, positive: bool = False) -> None:
+def check_numbers(
+    name: str,
+    numbers: int | float | Preference,
+    *,
+    least: int | float | None = None,
+    most: int | float | None = None,
+) -> None:
+    """Check an argument with one number for all objectives, or one for each.
+
+    Args:
+        name: The argument's name, for the message.
+        numbers: The argument.
+        least: The smallest number that is allowed.
+        most: The largest number that is allowed.
+
+    Raises:
+        TypeError: If it is not a number, nor a sequence or mapping of numbers.
+        ValueError: If a number is not finite or outside the range.
+    """
+    if numbers is None or isinstance(numbers, (int, float)):
+        check_number(name, numbers, least=least, most=most)
+    else:
+        check_preference(name, numbers, least=least, most=most)
+
+
+def check_preference(
+    name: str,
+    preference: Preference | None,
+    *,
+    least: int | float | None = None,
+    most: int | float | None = None,
+) -> None:
     """Check an argument with one number for each objective.
 
     Args:
         name: The argument's name, for the message.
         preference: The argument; None is accepted.
-        positive: Whether negative numbers are refused.
+        least: The smallest number that is allowed.
+        most: The largest number that is allowed.
 
     Raises:
         TypeError: If it is not a sequence or mapping of numbers.
-        ValueError: If a number is not finite, or negative where `positive` is set.
+        ValueError: If a number is not finite or outside the range.
     """
     if preference is None:
         return
@@ -162,14 +200,8 @@ def check_preference(name: str, preference: Preference | None, *, positive: bool
             f"{name} is {preference!r}; pass a list with one number for each objective, or a "
             "mapping from their names"
         )
-    numbers = preference.values() if isinstance(preference, Mapping) else preference
-    for number in numbers:
-        if isinstance(number, bool) or not isinstance(number, Real):
-            raise TypeError(f"{name} holds {number!r}; pass numbers")
-        if number != number or number in (float("inf"), float("-inf")):
-            raise ValueError(f"{name} holds {number}; its numbers must be finite")
-        if positive and number < 0:
-            raise ValueError(f"{name} holds {number}; its numbers must be at least 0")
+    for number in preference.values() if isinstance(preference, Mapping) else preference:
+        check_number(f"a number in {name}", number, least=least, most=most)
 
 
 def too_low(

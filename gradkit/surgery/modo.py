@@ -10,7 +10,7 @@ from torch import Tensor
 from gradkit.core.arguments import check_number
 from gradkit.core.flat import Scope
 from gradkit.surgery.inputs import Remembered, RuleInputs, Weighed
-from gradkit.surgery.rule import GramRule, check_scope
+from gradkit.surgery.rule import GramRule
 from gradkit.surgery.solvers.simplex import project_onto_simplex
 
 
@@ -52,7 +52,6 @@ class MoDo(GramRule):
     needs_symmetry = False
 
     def __post_init__(self) -> None:
-        check_scope(self.scope)
         check_number("gamma", self.gamma, above=0)
         check_number("rho", self.rho, least=0)
 

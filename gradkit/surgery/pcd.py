@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,8 +10,8 @@ from torch import Tensor
 
 from gradkit.core.arguments import check_number
 from gradkit.core.flat import Scope
-from gradkit.surgery.inputs import Preference, Remembered, RuleInputs, Weighed, check_preference
-from gradkit.surgery.rule import GramRule, check_scope
+from gradkit.surgery.inputs import Preference, Remembered, RuleInputs, Weighed, check_numbers
+from gradkit.surgery.rule import GramRule
 from gradkit.surgery.solvers.least_distance import least_distance
 
 # A direction's squared norm below this fraction of its terms is rounding error: the relative error
@@ -70,16 +69,7 @@ class PCD(GramRule):
     degree = None
 
     def __post_init__(self) -> None:
-        check_scope(self.scope)
-        if isinstance(self.tau, (int, float)):
-            check_number("tau", self.tau)
-            taus = [self.tau]
-        else:
-            check_preference("tau", self.tau)
-            taus = [*(self.tau.values() if isinstance(self.tau, Mapping) else self.tau)]
-        for tau in taus:
-            if not 0 <= tau <= 1:
-                raise ValueError(f"tau is {tau}; it lies between 0 and 1")
+        check_numbers("tau", self.tau, least=0, most=1)
         check_number("beta", self.beta, least=0, below=1)
         check_number("eps", self.eps, least=0)
 
@@ -94,7 +84,7 @@ class PCD(GramRule):
         normalized = gram * scales[..., :, None] * scales[..., None, :]
         order = [main, *(k for k in range(gram.shape[-1]) if k != main)]
         ordered = normalized[..., order, :][..., :, order]
-        taus = self._taus(inputs, gram)[order[1:]]
+        taus = inputs.numbers(self.tau, gram)[order[1:]]
         demanded = taus * ordered.diagonal(dim1=-2, dim2=-1)[..., 1:]
         weights = torch.empty_like(squares)
         weights[..., order], _ = least_distance(ordered, demanded)
@@ -128,8 +118,3 @@ class PCD(GramRule):
         roots = (average / (1 - self.beta**steps) + self.eps).sqrt()
         scales = torch.where(roots == 0, torch.zeros_like(roots), 1 / roots)
         return scales, {"squares": average, "steps": steps}
-
-    def _taus(self, inputs: RuleInputs, like: Tensor) -> Float[Tensor, " K"]:
-        if isinstance(self.tau, (int, float)):
-            return like.new_full((len(inputs.names),), float(self.tau))
-        return inputs.numbers(self.tau, like)

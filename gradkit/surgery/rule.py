@@ -21,7 +21,8 @@ class Rule(Transform, ABC):
     """Base class for rules that combine several gradients to one direction.
 
     A rule can be used in `wrap`, and alone on a matrix of gradients, `rule(jacobian) -> [P]`. In
-    `wrap` it works on the weighted rows wᵢgᵢ of nonzero weight.
+    `wrap` it works on the weighted rows wᵢgᵢ of nonzero weight. Its `scope`, if it has one, is
+    checked whenever it is set.
     """
 
     joins = True
@@ -31,6 +32,11 @@ class Rule(Transform, ABC):
 
     None if the rule is not homogeneous.
     """
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name == "scope" and value not in SCOPES:
+            raise ValueError(f"scope is {value!r}; choose one of {', '.join(SCOPES)}")
+        super().__setattr__(name, value)
 
     @abstractmethod
     def __call__(self, jacobian: Float[Tensor, "K P"]) -> Float[Tensor, " P"]:
@@ -156,13 +162,3 @@ def checked_losses(losses: Float[Tensor, " K"], count: int | None = None) -> Flo
             + (f", {count} in all" if count else "")
         )
     return losses.detach()
-
-
-def check_scope(scope: str) -> None:
-    """Check the argument `scope`.
-
-    Raises:
-        ValueError: If it is not "global", "group", "tensor" or "shared".
-    """
-    if scope not in SCOPES:
-        raise ValueError(f"scope is {scope!r}; choose one of {', '.join(SCOPES)}")
