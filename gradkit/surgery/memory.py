@@ -157,7 +157,7 @@ def _scope(blocks: Sequence[str] | None) -> str | None:
     return blocks[0].partition(" ")[0] if blocks else None
 
 
-def known_objectives(state: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+def known_objectives(state: Mapping[str, Any], names: Sequence[str] = ()) -> list[str]:
     """The objectives in the memory, followed by new ones."""
     known: list[str] = list(state.get("objectives") or [])
     return known + [name for name in names if name not in known]

@@ -17,6 +17,7 @@ from gradkit.core.flat import Layout
 from gradkit.core.gradients import Gradients
 from gradkit.core.oracle import Oracle
 from gradkit.surgery.inputs import Remembered, RuleInputs, needed
+from gradkit.surgery.memory import known_objectives
 from gradkit.surgery.rule import Rule, checked_jacobian
 from gradkit.surgery.weighing import Remembering, active_rows
 
@@ -84,17 +85,8 @@ class VectorRule(Remembering, Rule):
             memory: Their small memory.
         """
 
-    @property
-    def state(self) -> dict[str, Any]:
-        """The objectives that the rule knows, and its small memory."""
-        if "_state" not in self.__dict__:
-            self.__dict__["_state"] = dict.fromkeys(("objectives", *self.init(1)))
-        state: dict[str, Any] = self.__dict__["_state"]
-        return state
-
     def initial_vectors(self, layout: Layout) -> dict[str, Tensor]:
-        names = self.state["objectives"] or []
-        return {self._key(name): layout.zeros() for name in names}
+        return {self._key(name): layout.zeros() for name in known_objectives(self.state)}
 
     def _key(self, name: str) -> str:
         return f"{self.remembers}.{name}"
@@ -105,7 +97,7 @@ class VectorRule(Remembering, Rule):
         # Cleared in place: an optimizer's state shows these vectors, under these names.
         for vector in self.vectors.values():
             vector.zero_()
-        self.state.update(self.init(len(self.state["objectives"] or [])))
+        self.state.update(self.init(len(known_objectives(self.state))))
 
     def __call__(
         self, jacobian: Float[Tensor, "K P"], losses: Float[Tensor, " K"] | None = None
