@@ -17,7 +17,7 @@ from gradkit.core.flat import Scope
 from gradkit.core.gradients import Gradients
 from gradkit.core.oracle import Oracle
 from gradkit.surgery.inputs import Remembered, RuleInputs, Weighed
-from gradkit.surgery.rule import GramRule, Rule
+from gradkit.surgery.rule import GramRule, Rule, check_is_global
 from gradkit.surgery.weighing import active_rows
 
 
@@ -113,11 +113,7 @@ class Aggregate(Rule):
     def __call__(self, jacobian: Float[Tensor, "K P"]) -> Float[Tensor, " P"]:
         if self.works_on == "gram":
             return self._weighting(jacobian.dtype)(jacobian)
-        if self.scope != "global":
-            raise ValueError(
-                f"{self!r} works by {self.scope}, and a bare matrix does not say where the "
-                "parameters lie; use it in gk.wrap(), or with scope='global'"
-            )
+        check_is_global(self, self.scope)
         return self._direction(jacobian.detach().clone())
 
     def around(self, inner: Oracle, context: Context) -> Oracle:
