@@ -50,5 +50,4 @@ class FairGrad(GramRule):
         self.degree = (1 - self.alpha) / (1 + self.alpha)
 
     def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:
-        gram = inputs.gram
-        return fair_weights(gram, self.alpha), memory
+        return fair_weights(inputs.gram, self.alpha), memory

@@ -56,5 +56,4 @@ class RandomWeights(GramRule):
 
     def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:
         gram = inputs.gram
-        drawn: Float[Tensor, " K"] = inputs.draws
-        return uploaded(drawn.softmax(0), gram).expand(gram.shape[:-1]), memory
+        return uploaded(inputs.draws.softmax(0), gram).expand(gram.shape[:-1]), memory

@@ -54,5 +54,4 @@ class RLW(LossWeighting):
         return torch.randn(count, dtype=torch.float64, generator=self.generator, device="cpu")
 
     def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:
-        draws: Float[Tensor, " K"] = inputs.draws
-        return uploaded(draws.softmax(0), inputs.gram), memory
+        return uploaded(inputs.draws.softmax(0), inputs.gram), memory
