@@ -112,24 +112,22 @@ def numbers_of(
         return like.new_full((len(names),), preference)
     if isinstance(preference, Tensor):
         preference = preference.tolist()
-    if isinstance(preference, Mapping):
-        missing = [name for name in names if name not in preference]
-        if missing:
+    if not isinstance(preference, Mapping):
+        order = names if len(preference) == len(names) else every
+        if len(preference) != len(order):
             raise ValueError(
-                f"there is no number for the objective {missing[0]!r}; there are numbers for "
-                f"{', '.join(map(repr, preference))}"
+                f"there are {len(preference)} numbers ({', '.join(map(str, preference))}) for "
+                f"{len(names)} objectives ({', '.join(names)}); pass one for each, or a "
+                "mapping from names where some may be absent"
             )
-        chosen = [float(preference[name]) for name in names]
-    elif len(preference) == len(every) != len(names):
-        chosen = [float(preference[every.index(name)]) for name in names]
-    elif len(preference) != len(names):
+        preference = dict(zip(order, preference, strict=True))
+    missing = [name for name in names if name not in preference]
+    if missing:
         raise ValueError(
-            f"there are {len(preference)} numbers ({', '.join(map(str, preference))}) for "
-            f"{len(names)} objectives ({', '.join(names)}); pass one for each, or a "
-            "mapping from names where some may be absent"
+            f"there is no number for the objective {missing[0]!r}; there are numbers for "
+            f"{', '.join(map(repr, preference))}"
         )
-    else:
-        chosen = [float(number) for number in preference]
+    chosen = [float(preference[name]) for name in names]
     return uploaded(torch.tensor(chosen, dtype=like.dtype, device="cpu"), like)
 
 
