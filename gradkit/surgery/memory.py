@@ -126,7 +126,7 @@ class Memory:
                 whole = whole.clone()
                 present = self._blocks_of_present(whole)
                 new = remembered[key].detach().to(whole)
-                if learns is not None:
+                if learns is not None and not all(learns):
                     new = torch.where(
                         self._mask(key, learns, whole), new, present[self._where(key)]
                     )

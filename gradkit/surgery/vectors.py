@@ -186,21 +186,17 @@ class VectorRule(Remembering, Rule):
         small = {key: value for key, value in memory.items() if value.dim() == 1}
         renewed = take(len(active))
         learned = []
-        for n, (out, k, weight, loss) in enumerate(
-            zip(renewed, active, weights, losses, strict=True)
-        ):
-            row = gradients.rows[k]
-            old = before.vectors.get(self._key(gradients.names[k]))
+        for n, (name, k) in enumerate(zip(names, active, strict=True)):
+            row, out = gradients.rows[k], renewed[n]
+            old = before.vectors.get(self._key(name))
             if old is not None and not _is_like(old, gradients.rows):
                 old = None
             own = {key: value[n] for key, value in small.items()}
-            learned.append(self.renew(row, weight, loss, old, out, own))
+            learned.append(self.renew(row, weights[n], losses[n], old, out, own))
         total = _summed(learned, gradients)
         result, learnt = self.respond(gradients, active, renewed, total, inputs, memory)
         learns = [name in first for name in names]
-        changed = self.recall(names, empty, (), proposed).with_present(
-            learnt, None if all(learns) else learns
-        )
+        changed = self.recall(names, empty, (), proposed).with_present(learnt, learns)
         vectors = {
             self._key(name): out
             for name, out, new in zip(names, renewed, learns, strict=True)
@@ -229,5 +225,5 @@ def _summed(learned: list[Tensor | None], gradients: Gradients) -> Float[Tensor,
     if not numbers:
         return None
     total = torch.stack(numbers)
-    shards = None if gradients.layout is None else gradients.layout.shards
+    shards = gradients.storage.shards
     return total if shards is None else shards.add_up(total)

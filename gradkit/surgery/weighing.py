@@ -284,7 +284,7 @@ class _Step:
             proposed = context.proposed(rule)
             if proposed:  # by an earlier evaluation of other objectives in this step
                 memory = recall({**rule.state, **proposed})
-            context.propose(rule, **memory.with_present(learnt, None if all(first) else first))
+            context.propose(rule, **memory.with_present(learnt, first))
         return weights
 
 
