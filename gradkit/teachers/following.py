@@ -116,8 +116,7 @@ class Following:
         self.buffers = buffers
         self.shadows: dict[str, Tensor] = {}
         # Buffers that only one of them had from the start are not changed.
-        mine, theirs = set(dict(_buffers(teacher))), set(dict(_buffers(student)))
-        self._apart = mine ^ theirs
+        self._apart = dict(_buffers(teacher)).keys() ^ dict(_buffers(student)).keys()
         self._known: dict[str, tuple[tuple[Any, ...] | None, bool]] = {}
         self._paths = {path for path, _ in student.named_modules(remove_duplicate=False)}
         self._dtypes = {
@@ -224,7 +223,8 @@ class Following:
         exchanges = self._prepare_buffers(plan, writes, dtypes)
         with torch._C.DisableTorchFunctionSubclass():
             writes.run()
-        if (added or exchanges or dtypes != self._dtypes) and writes.take_place:
+        # Whether the teacher moves at all is asked last, since that synchronises with the device.
+        if (added or exchanges or dtypes != self._dtypes) and share > 0:
             self._dtypes = dtypes
             for name, new in (*plan.modules.items(), *plan.parameters.items()):
                 path, _, key = name.rpartition(".")
@@ -359,11 +359,6 @@ class _Writes:
         self._averages: list[tuple[Tensor, Tensor]] = []
         self._puts: list[tuple[Tensor, Tensor]] = []
         self._rounded: list[tuple[Tensor, Tensor]] = []
-
-    @property
-    def take_place(self) -> bool:
-        """Whether the teacher moves at all; this synchronises with the device."""
-        return bool(self._share > 0)
 
     def average(self, own: Tensor, its: Tensor, rounded: Tensor | None = None) -> None:
         """Average with `its`; `rounded` is set to the result in its own dtype."""
