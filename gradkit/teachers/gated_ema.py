@@ -164,8 +164,7 @@ class GatedEMA(MeanTeacher):
             )
 
     def _cosine(self, gradients: Gradients) -> Float[Tensor, ""]:
-        signs = self.measure == "sign_cosine"
-        if not signs and self.only is None:
+        if self.measure == "cosine" and self.only is None:
             return gradients.cosine(*self.between)
         # Only the two rows: others' signs are of no use to anyone.
         first, last = sorted(map(gradients.index, self.between))
@@ -289,8 +288,7 @@ class GatedEMA(MeanTeacher):
         conflict = 1.0 if self.decay_conflict is None else self._present(self.decay_conflict)
 
         def chosen(if_aligned: float, if_conflict: float) -> Float[Tensor, ""]:
-            here, there = torch.full_like(gate, if_aligned), torch.full_like(gate, if_conflict)
-            return torch.where(gate > 0, here, there)
+            return torch.where(gate > 0, torch.full_like(gate, if_aligned), if_conflict)
 
         # 1 − α is computed in double precision, before it becomes a tensor.
         self._move(chosen(1 - aligned, 1 - conflict))
