@@ -76,8 +76,8 @@ class GradNorm(GramRule):
 
     def init(self, count: int) -> dict[str, Tensor]:
         keys = ("first_losses", "steps", "first_moments", "second_moments")
-        zeros = {key: torch.zeros(count, dtype=torch.float64) for key in keys}
-        return {"weights": torch.ones(count, dtype=torch.float64), **zeros}
+        zeros = torch.zeros(count, dtype=torch.float64)
+        return {"weights": zeros + 1, **dict.fromkeys(keys, zeros)}
 
     def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:
         gram = inputs.gram
