@@ -14,8 +14,7 @@ from gradkit.core.context import Context
 from gradkit.core.flat import Layout
 from gradkit.core.oracle import Oracle
 from gradkit.core.transform import Transform
-from gradkit.surgery.inputs import RuleInputs
-from gradkit.surgery.memory import Remembered, Weighed
+from gradkit.surgery.inputs import Remembered, RuleInputs, Weighed
 from gradkit.surgery.weighing import Weighting
 
 _KEPT = "every_weights"

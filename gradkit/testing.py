@@ -7,7 +7,6 @@ point of a step.
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 import io
 import pickle
@@ -104,21 +103,20 @@ class _Problem:
         self.optimizer = make_optimizer(self.model)
         torch.manual_seed(2)
 
-    def closures(self, on_call: Callable[[], None] = lambda: None) -> Closures:
-        """One closure per objective; each calls `on_call` once it has run the network."""
+    def closures(self, changed: Callable[[Tensor], Tensor] = lambda loss: loss) -> Closures:
+        """One closure per objective; each returns what `changed` makes of its loss."""
 
         def closure(number: int) -> Callable[[], Tensor]:
             def loss() -> Tensor:
                 scores: Tensor = self.model(_INPUT * (1 + 0.1 * number))
-                on_call()
-                return (scores - _TARGET.roll(number, 0)).square().mean()
+                return changed((scores - _TARGET.roll(number, 0)).square().mean())
 
             return loss
 
         return {name: closure(number) for number, name in enumerate(self.names)}
 
-    def step(self, on_call: Callable[[], None] = lambda: None) -> Tensor | None:
-        closures: Closures = self.closures(on_call)
+    def step(self, changed: Callable[[Tensor], Tensor] = lambda loss: loss) -> Tensor | None:
+        closures: Closures = self.closures(changed)
         return self.optimizer.step(closures)
 
     def run(self, steps: int) -> None:
@@ -170,6 +168,15 @@ def _require(condition: bool, message: str) -> None:
 def _require_equal(before: dict[str, Any], after: dict[str, Any], when: str, why: str) -> None:
     different = [name for name in before if before[name] != after[name]]
     _require(not different, f"{', '.join(different)} differ {when}: {why}")
+
+
+def _require_equal_runs(first: _Problem, second: _Problem, when: str, why: str) -> None:
+    """Run both on, from the same random numbers, and compare them."""
+    for each in (first, second):
+        each.optimizer.zero_grad()
+        torch.manual_seed(3)
+        each.run(3)
+    _require_equal(first.snapshot(), second.snapshot(), when, why)
 
 
 _PROPOSE = (
@@ -233,11 +240,7 @@ def _check_buffers(make: MakeOptimizer, names: tuple[str, ...]) -> None:
 
 def _check_determinism(make: MakeOptimizer, names: tuple[str, ...]) -> None:
     first, second = _Problem(make, names), _Problem(make, names)
-    torch.manual_seed(2)
-    first.run(3)
-    torch.manual_seed(2)
-    second.run(3)
-    _require_equal(first.snapshot(), second.snapshot(), "between two runs of the same seed", _DRAW)
+    _require_equal_runs(first, second, "between two runs of the same seed", _DRAW)
 
 
 def _check_failures(make: MakeOptimizer, names: tuple[str, ...]) -> None:
@@ -249,7 +252,7 @@ def _check_failures(make: MakeOptimizer, names: tuple[str, ...]) -> None:
         disturbed.run(1)
         position = 0
         while True:
-            before = disturbed.snapshot()
+            before, random = disturbed.snapshot(), torch.get_rng_state()
             if not _raises_at(disturbed, position, error):
                 break
             when = f"after {type(error).__name__} in evaluation {position + 1} of a step"
@@ -257,7 +260,7 @@ def _check_failures(make: MakeOptimizer, names: tuple[str, ...]) -> None:
             position += 1
         _require(position >= len(names), "fewer evaluations than objectives")
         # The last attempt was a complete step, so the undisturbed optimizer takes one, too.
-        torch.set_rng_state(_rng(before))
+        torch.set_rng_state(random)
         untouched.run(1)
         after = disturbed.snapshot()
         _require_equal(untouched.snapshot(), after, "in the step after failed attempts", _PROPOSE)
@@ -266,31 +269,25 @@ def _check_failures(make: MakeOptimizer, names: tuple[str, ...]) -> None:
 def _raises_at(problem: _Problem, position: int, error: BaseException) -> bool:
     calls = 0
 
-    def on_call() -> None:
+    def counted(loss: Tensor) -> Tensor:
         nonlocal calls
         if calls == position:
             raise error
         calls += 1
+        return loss
 
     try:
-        problem.step(on_call)
+        problem.step(counted)
     except type(error) as raised:
         _require(raised is error, "an exception of a closure was replaced by another")
         return True
     return False
 
 
-def _rng(snapshot: dict[str, Any]) -> Tensor:
-    _, shape, data = snapshot["random numbers"]
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8).reshape(shape)
-
-
 def _check_nonfinite(make: MakeOptimizer, names: tuple[str, ...]) -> None:
     problem = _Problem(make, names)
     problem.run(1)
-    with torch.no_grad():
-        weight = problem.model.last.bias
-        weight.fill_(torch.nan)
+    nn.init.constant_(problem.model.last.bias, torch.nan)
     for mode in ("raise", "skip"):
         problem.optimizer.options.nonfinite = mode
         before = problem.snapshot()
@@ -438,11 +435,7 @@ def _check_parts_of_the_objectives(make: MakeOptimizer, names: tuple[str, ...]) 
     kept: list[list[set[str]]] = []
     for asked in ((None,), tuple((name,) for name in names)):
 
-        def ask(
-            inner: Oracle,
-            context: Context,
-            asked: tuple[tuple[str, ...] | None, ...] = asked,
-        ) -> Gradients:
+        def ask(inner: Oracle, context: Context, asked: Sequence[Any] = asked) -> Gradients:
             return [inner(None, only) for only in asked][-1]
 
         problem = _Problem(make, names)
@@ -531,21 +524,13 @@ def _check_that_gradients_are_only_read(make: MakeOptimizer, names: tuple[str, .
 
 
 def _check_zero_gradients(make: MakeOptimizer, names: tuple[str, ...]) -> None:
-    problem = _Problem(make, names)
-    closures = {name: functools.partial(_flat, each) for name, each in problem.closures().items()}
     try:
-        problem.optimizer.step(closures)
+        _Problem(make, names).step(lambda loss: loss.detach() + 0 * loss)
     except NonFiniteError as error:
         raise AssertionError(
             "a step on gradients that are 0 is not finite; add a small number to norms that are "
             "divided by"
         ) from error
-
-
-def _flat(closure: Callable[[], Tensor]) -> Tensor:
-    """The loss, with a gradient of 0."""
-    loss = closure()
-    return loss.detach() + 0 * loss
 
 
 def _check_saving(make: MakeOptimizer, names: tuple[str, ...]) -> None:
@@ -572,12 +557,8 @@ def _check_saving(make: MakeOptimizer, names: tuple[str, ...]) -> None:
         for teacher, values in zip(resumed.teachers(), loaded["teachers"], strict=True):
             teacher.load_state_dict(values)
         resumed.optimizer.load_state_dict(state_dict=loaded["optimizer"])
-        for each in (problem, resumed):
-            each.optimizer.zero_grad()
-            torch.manual_seed(3)
-            each.run(2)
         when = f"between a run saved after {steps} steps and resumed"
-        _require_equal(problem.snapshot(), resumed.snapshot(), when, _KEEP)
+        _require_equal_runs(problem, resumed, when, _KEEP)
 
 
 def _check_copies(make: MakeOptimizer, names: tuple[str, ...]) -> None:
@@ -595,12 +576,7 @@ def _check_copies(make: MakeOptimizer, names: tuple[str, ...]) -> None:
                 f"{how} fails: {error}; define transforms at the top of a module, not in a "
                 "function, and keep no lambda or open file in them"
             ) from error
-        for each in (problem, twin):
-            each.optimizer.zero_grad()
-            torch.manual_seed(3)
-            each.run(2)
-        when = f"between an optimizer and its {how}"
-        _require_equal(problem.snapshot(), twin.snapshot(), when, _KEEP)
+        _require_equal_runs(problem, twin, f"between an optimizer and its {how}", _KEEP)
 
 
 def _check_learning_rates(make: MakeOptimizer, names: tuple[str, ...]) -> None:
@@ -630,19 +606,11 @@ def _check_learning_rates(make: MakeOptimizer, names: tuple[str, ...]) -> None:
 def _check_groups(make: MakeOptimizer, names: tuple[str, ...]) -> None:
     problem = _Problem(make, names)
     problem.run(1)
-    extra = nn.Parameter(torch.zeros(2))
-    problem.model.register_parameter("extra", extra)
+    extra, model = nn.Parameter(torch.zeros(2)), problem.model
+    model.register_parameter("extra", extra)
     problem.optimizer.add_param_group({"params": [extra]})
-    closures = {
-        name: functools.partial(_with_extra, problem.model, closure)
-        for name, closure in problem.closures().items()
-    }
-    problem.optimizer.step(closures)
+    problem.step(lambda loss: loss + (model.get_parameter("extra") - 1).square().sum())
     _require(bool((extra != 0).all()), "a parameter group that was added later is not trained")
-
-
-def _with_extra(model: nn.Module, closure: Callable[[], Tensor]) -> Tensor:
-    return closure() + (model.get_parameter("extra") - 1).square().sum()
 
 
 def _check_without_closure(make: MakeOptimizer, names: tuple[str, ...]) -> None:

@@ -16,9 +16,8 @@ from gradkit.core.displacement import Point
 from gradkit.core.flat import Scope
 from gradkit.core.gradients import Gradients
 from gradkit.core.oracle import Oracle
-from gradkit.surgery.inputs import RuleInputs
-from gradkit.surgery.memory import Remembered, Weighed
-from gradkit.surgery.rule import GramRule, Rule, check_scope
+from gradkit.surgery.inputs import Remembered, RuleInputs, Weighed
+from gradkit.surgery.rule import GramRule, Rule, check_is_global
 from gradkit.surgery.weighing import active_rows
 
 
@@ -73,7 +72,6 @@ class Aggregate(Rule):
     degree = None
 
     def __post_init__(self) -> None:
-        check_scope(self.scope)
         if self.of not in ("auto", "rows", "gram"):
             raise ValueError(f"of is {self.of!r}; choose 'auto', 'rows' or 'gram'")
         if isinstance(self.function, type):
@@ -115,12 +113,8 @@ class Aggregate(Rule):
     def __call__(self, jacobian: Float[Tensor, "K P"]) -> Float[Tensor, " P"]:
         if self.works_on == "gram":
             return self._weighting(jacobian.dtype)(jacobian)
-        if self.scope != "global":
-            raise ValueError(
-                f"{self!r} works by {self.scope}, and a bare matrix does not say where the "
-                "parameters lie; use it in gk.wrap(), or with scope='global'"
-            )
-        return self._direction(jacobian.detach().clone())
+        check_is_global(self, self.scope)
+        return self._result(self.function, jacobian.detach().clone(), "rows")
 
     def around(self, inner: Oracle, context: Context) -> Oracle:
         if self.works_on == "gram":
@@ -160,28 +154,28 @@ class Aggregate(Rule):
             if not gradients.has_unit_weights:
                 for row, weight in zip(rows, gradients.weights[active], strict=True):
                     scaled(row, weight, row)
-            direction = self._direction(rows)
+            direction = self._result(self.function, rows, "rows")
             pieces = torch.split(direction, [stop - start for start, stop in spans])
             for (start, stop), piece in zip(spans, pieces, strict=True):
                 update[start:stop] = piece
         return gradients.replace(update=update, seen_gram=seen)
 
-    def _direction(self, rows: Float[Tensor, "K n"]) -> Float[Tensor, " n"]:
-        # With autograd enabled, as in a script that calls the function on gradients.
-        with torch.enable_grad():
-            result = self.function(rows)
-        return self._checked(result, rows[0], f"rows of shape {list(rows.shape)}")
-
     def _weighting(self, dtype: torch.dtype) -> _Weighting:
         return _Weighting(self, torch.promote_types(dtype, torch.float32))
 
-    def _checked(self, result: object, like: Tensor, what: str) -> Tensor:
-        """The function's result, in the dtype and on the device of `like`.
+    def _result(
+        self, function: Callable[[Tensor], Any], matrix: Float[Tensor, "K n"], kind: str
+    ) -> Float[Tensor, " n"]:
+        """The function's result, in the dtype and on the device of the matrix.
 
         Raises:
             TypeError: If it is not a tensor.
-            ValueError: If it does not have the shape of `like`, or is complex.
+            ValueError: If it does not have the shape of a row of the matrix, or is complex.
         """
+        # With autograd enabled, as in a script that calls the function on gradients.
+        with torch.enable_grad():
+            result = function(matrix)
+        like, what = matrix[0], f"{kind} of shape {list(matrix.shape)}"
         name = getattr(self.function, "__qualname__", repr(self.function))
         if not isinstance(result, Tensor):
             raise TypeError(
@@ -214,20 +208,12 @@ class _Weighting(GramRule):
         return repr(self._aggregate)
 
     def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:
-        gram = inputs.gram
+        gram, owner = inputs.gram, self._aggregate
+        inner = _gramian_weighting(owner.function)
+        function = owner.function if inner is None else inner
         matrices = gram.to(self._dtype).reshape(-1, *gram.shape[-2:])
-        weights = [self._weights_of(matrix) for matrix in matrices]
+        weights = [owner._result(function, each.clone(), "a Gram matrix") for each in matrices]
         return torch.stack(weights).reshape(gram.shape[:-1]).to(gram), memory
-
-    def _weights_of(self, matrix: Float[Tensor, "K K"]) -> Float[Tensor, " K"]:
-        owner = self._aggregate
-        function: Any = _gramian_weighting(owner.function)
-        if function is None:
-            function = owner.function
-        with torch.enable_grad():
-            result = function(matrix.clone())
-        what = f"a Gram matrix of shape {list(matrix.shape)}"
-        return owner._checked(result, matrix[0], what)
 
 
 def _gramian_weighting(function: object) -> Any:

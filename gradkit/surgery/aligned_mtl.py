@@ -10,9 +10,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from gradkit.core.flat import Scope
-from gradkit.surgery.inputs import Preference, RuleInputs, check_preference
-from gradkit.surgery.memory import Remembered, Weighed
-from gradkit.surgery.rule import GramRule, check_scope
+from gradkit.surgery.inputs import Preference, Remembered, RuleInputs, Weighed, check_preference
+from gradkit.surgery.rule import GramRule
 from gradkit.surgery.spectrum import narrowed, rank, reciprocal, widened
 
 ScaleMode = Literal["min", "median", "rmse"]
@@ -64,8 +63,7 @@ class AlignedMTL(GramRule):
     scope: Scope = "global"
 
     def __post_init__(self) -> None:
-        check_scope(self.scope)
-        check_preference("preference", self.preference, positive=True)
+        check_preference("preference", self.preference, least=0)
         if self.scale_mode not in ("min", "median", "rmse"):
             raise ValueError(f"scale_mode is {self.scale_mode!r}; choose 'min', 'median' or 'rmse'")
 

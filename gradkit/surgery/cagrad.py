@@ -10,9 +10,8 @@ import torch
 from gradkit.core.arguments import check_number
 from gradkit.core.flat import Scope
 from gradkit.surgery.dualproj import regularized
-from gradkit.surgery.inputs import RuleInputs
-from gradkit.surgery.memory import Remembered, Weighed
-from gradkit.surgery.rule import GramRule, check_scope
+from gradkit.surgery.inputs import Remembered, RuleInputs, Weighed
+from gradkit.surgery.rule import GramRule
 from gradkit.surgery.solvers.conflict_averse import conflict_averse
 from gradkit.surgery.solvers.dual_cone import project_onto_dual_cone
 
@@ -63,7 +62,6 @@ class CAGrad(GramRule):
     scope: Scope = "global"
 
     def __post_init__(self) -> None:
-        check_scope(self.scope)
         check_number("c", self.c, least=0)
         if self.rescale not in ("none", "square", "linear"):
             raise ValueError(f"rescale is {self.rescale!r}; choose one of none, square, linear")
@@ -84,6 +82,5 @@ class CAGrad(GramRule):
             bounds = gram.new_full((*gram.shape[:-2], 1, count), 1 / count)
             projected = project_onto_dual_cone(regularized(gram, 0.0), bounds)[..., 0, :]
             weights = torch.where(vanishes[..., None], projected, weights)
-        return weights / {"none": 1.0, "square": 1 + self.c**2, "linear": 1 + self.c}[
-            self.rescale
-        ], memory
+        divisors = {"none": 1.0, "square": 1 + self.c**2, "linear": 1 + self.c}
+        return weights / divisors[self.rescale], memory

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gradkit.core.flat import Scope
-from gradkit.surgery.inputs import Preference, RuleInputs, check_preference
-from gradkit.surgery.memory import Remembered, Weighed
-from gradkit.surgery.rule import GramRule, check_scope
+from gradkit.surgery.inputs import Preference, Remembered, RuleInputs, Weighed, check_preference
+from gradkit.surgery.rule import GramRule
 from gradkit.surgery.spectrum import cosine_solution, gradient_norms, narrowed, reciprocal, widened
 
 
@@ -50,8 +49,7 @@ class ConFIG(GramRule):
     scope: Scope = "global"
 
     def __post_init__(self) -> None:
-        check_scope(self.scope)
-        check_preference("preference", self.preference, positive=True)
+        check_preference("preference", self.preference, least=0)
 
     def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:
         gram = inputs.gram

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from gradkit.surgery.inputs import Preference, RuleInputs, check_preference
-from gradkit.surgery.memory import Remembered, Weighed
+from gradkit.surgery.inputs import Preference, Remembered, RuleInputs, Weighed, check_preference
 from gradkit.surgery.rule import GramRule
 
 

@@ -7,9 +7,8 @@ from typing import Literal
 
 from gradkit.core.flat import Scope
 from gradkit.core.gram import cosines
-from gradkit.surgery.inputs import RuleInputs
-from gradkit.surgery.memory import Remembered, Weighed
-from gradkit.surgery.rule import GramRule, check_scope
+from gradkit.surgery.inputs import Remembered, RuleInputs, Weighed
+from gradkit.surgery.rule import GramRule
 from gradkit.surgery.spectrum import narrowed, widened
 
 
@@ -61,7 +60,6 @@ class CosineGate(GramRule):
     scope: Scope = "global"
 
     def __post_init__(self) -> None:
-        check_scope(self.scope)
         check_main(self.main)
         if self.mode not in ("weighted", "unweighted"):
             raise ValueError(f"mode is {self.mode!r}; choose 'weighted' or 'unweighted'")

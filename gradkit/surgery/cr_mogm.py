@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from gradkit.core.arguments import check_number
-from gradkit.surgery.inputs import RuleInputs
-from gradkit.surgery.memory import Remembered, Weighed
+from gradkit.surgery.inputs import Remembered, RuleInputs, Weighed
 from gradkit.surgery.mgda import MGDA
 from gradkit.surgery.rule import GramRule
 

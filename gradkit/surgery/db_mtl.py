@@ -10,11 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gradkit.core.arguments import check_number
-from gradkit.core.combine import scaled
 from gradkit.core.gradients import Gradients
 from gradkit.core.gram import at_least_single, block_spans, block_width
-from gradkit.surgery.inputs import RuleInputs, too_low
-from gradkit.surgery.memory import Remembered
+from gradkit.surgery.inputs import Remembered, RuleInputs, too_low
 from gradkit.surgery.vectors import VectorRule
 
 
@@ -94,14 +92,12 @@ class DBMTL(VectorRule):
         slope = weight / torch.where(shifted > 0, shifted, torch.full_like(shifted, torch.nan))
         beta = self.beta / (memory["steps"] + 1) ** self.sigma
         factor = (1 - beta) * slope
-        if old is None:
-            scaled(row, factor, out)
-            return
         dtype = at_least_single(row.dtype)
-        width = block_width(2, row.device)
-        for start, stop in block_spans(0, len(row), width):
+        for start, stop in block_spans(0, len(row), block_width(2, row.device)):
             new = row[start:stop].to(dtype) * factor.to(dtype)
-            out[start:stop] = new.addcmul_(old[start:stop].to(dtype), beta.to(dtype))
+            if old is not None:
+                new.addcmul_(old[start:stop].to(dtype), beta.to(dtype))
+            out[start:stop] = new
 
     def objection(self, losses: Mapping[str, float]) -> str | None:
         return too_low(self, losses, -self.eps, f"losses above -{self.eps:g}")

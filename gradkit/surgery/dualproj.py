@@ -10,9 +10,8 @@ from torch import Tensor
 
 from gradkit.core.arguments import check_number
 from gradkit.core.flat import Scope
-from gradkit.surgery.inputs import Preference, RuleInputs, check_preference
-from gradkit.surgery.memory import Remembered, Weighed
-from gradkit.surgery.rule import GramRule, check_scope
+from gradkit.surgery.inputs import Preference, Remembered, RuleInputs, Weighed, check_preference
+from gradkit.surgery.rule import GramRule
 from gradkit.surgery.solvers.dual_cone import project_onto_dual_cone
 
 
@@ -54,16 +53,14 @@ class DualProj(GramRule):
     scope: Scope = "global"
 
     def __post_init__(self) -> None:
-        check_scope(self.scope)
-        check_reg(self.reg)
-        check_preference("preference", self.preference, positive=True)
+        check_number("reg", self.reg, least=0)
+        check_preference("preference", self.preference, least=0)
 
     def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:
         gram = inputs.gram
         bounds = inputs.shares(self.preference, gram).expand(gram.shape[:-1])
-        return project_onto_dual_cone(regularized(gram, self.reg), bounds[..., None, :])[
-            ..., 0, :
-        ], memory
+        projected = project_onto_dual_cone(regularized(gram, self.reg), bounds[..., None, :])
+        return projected[..., 0, :], memory
 
 
 def regularized(gram: Float[Tensor, "*batch K K"], reg: float) -> Float[Tensor, "*batch K K"]:
@@ -77,15 +74,3 @@ def regularized(gram: Float[Tensor, "*batch K K"], reg: float) -> Float[Tensor, 
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     return gram / torch.where(trace == 0, torch.ones_like(trace), trace) + reg * identity
-
-
-def check_reg(reg: float) -> None:
-    """Check the argument `reg`.
-
-    Raises:
-        TypeError: If it is not a number.
-        ValueError: If it is negative or not finite.
-    """
-    check_number("reg", reg)
-    if reg < 0:
-        raise ValueError(f"reg is {reg}; it must be at least 0")

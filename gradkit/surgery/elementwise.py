@@ -55,6 +55,7 @@ class ElementwiseRule(Rule):
     Cost: a few passes over the gradients. Memory: one flat vector, the direction.
     """
 
+    sets_update = True
     noise: ClassVar[Literal["uniform", "normal"] | None] = None
     """The distribution of the rule's random numbers, one per component; None without noise."""
 
@@ -78,11 +79,6 @@ class ElementwiseRule(Rule):
             over: The ranks that hold other columns; None if there are none.
         """
         return None
-
-    @property
-    def sets_update(self) -> bool:
-        """True: the result is not a weighted sum of whole gradients."""
-        return True
 
     def __call__(self, jacobian: Float[Tensor, "K P"]) -> Float[Tensor, " P"]:
         jacobian = checked_jacobian(jacobian)

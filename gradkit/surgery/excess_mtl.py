@@ -13,8 +13,7 @@ from torch import Tensor
 from gradkit.core.arguments import check_count, check_number
 from gradkit.core.gradients import Gradients
 from gradkit.core.gram import accumulator, at_least_single, block_spans, block_width
-from gradkit.surgery.inputs import RuleInputs
-from gradkit.surgery.memory import Remembered
+from gradkit.surgery.inputs import Remembered, RuleInputs
 from gradkit.surgery.vectors import VectorRule
 
 # The authors' ε under the root; TorchJD also adds it to the first excess.
@@ -120,20 +119,15 @@ class ExcessMTL(VectorRule):
     def _weights(
         self, excess: Float[Tensor, " K"], memory: Remembered
     ) -> tuple[Float[Tensor, " K"], Remembered]:
-        warmup = self.n_warmup_steps
         steps, logits = memory["steps"], _with_newcomers(memory["logits"], memory["steps"] == 0)
         # Objectives that take no part in this step keep their share of the weight.
         share = logits.logsumexp(0)
         logits = logits - share
-        first = memory["first_excess"]
-        if warmup == 0:
-            first = torch.where(steps == 0, excess, first)
-            raw = steps == 0
-        else:
-            first = torch.where(steps < warmup, first + excess / warmup, first)
-            raw = torch.zeros_like(steps, dtype=torch.bool)
-        relative = torch.where(raw, excess, excess / (first + _EPSILON))
-        moves = steps >= warmup
+        first, counted = memory["first_excess"], max(self.n_warmup_steps, 1)
+        first = torch.where(steps < counted, first + excess / counted, first)
+        moves = steps >= self.n_warmup_steps
+        # Without warm-up the first step's weights are computed from e itself.
+        relative = torch.where(moves & (steps == 0), excess, excess / (first + _EPSILON))
         moved = _moved(logits, self.robust_step_size * relative, moves)
         learnt = {"logits": moved + share, "first_excess": first, "steps": steps + 1}
         return moved.softmax(0), learnt

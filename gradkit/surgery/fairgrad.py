@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 from gradkit.core.arguments import check_number
 from gradkit.core.flat import Scope
-from gradkit.surgery.inputs import RuleInputs
-from gradkit.surgery.memory import Remembered, Weighed
-from gradkit.surgery.rule import GramRule, check_scope
+from gradkit.surgery.inputs import Remembered, RuleInputs, Weighed
+from gradkit.surgery.rule import GramRule
 from gradkit.surgery.solvers.fair import fair_weights
 
 
@@ -47,10 +46,8 @@ class FairGrad(GramRule):
     scope: Scope = "global"
 
     def __post_init__(self) -> None:
-        check_scope(self.scope)
         check_number("alpha", self.alpha, above=0)
         self.degree = (1 - self.alpha) / (1 + self.alpha)
 
     def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:
-        gram = inputs.gram
-        return fair_weights(gram, self.alpha), memory
+        return fair_weights(inputs.gram, self.alpha), memory

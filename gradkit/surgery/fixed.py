@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gradkit.surgery.inputs import RuleInputs
-from gradkit.surgery.memory import Remembered, Weighed
+from gradkit.surgery.inputs import Remembered, RuleInputs, Weighed
 from gradkit.surgery.rule import GramRule
 
 

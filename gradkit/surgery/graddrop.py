@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -59,12 +59,7 @@ class GradDrop(ElementwiseRule):
     generator: torch.Generator | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        check_preference("leak", self.leak, positive=True)
-        if self.leak is not None:
-            shares = self.leak.values() if isinstance(self.leak, Mapping) else self.leak
-            for share in shares:
-                if isinstance(share, (int, float)) and share > 1:
-                    raise ValueError(f"leak holds {share}; its numbers must be at most 1")
+        check_preference("leak", self.leak, least=0, most=1)
         if self.function is not None and not callable(self.function):
             raise TypeError(
                 f"function is {self.function!r}; pass a function of a tensor of purities"

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from gradkit.core.arguments import check_number
 from gradkit.core.flat import Scope
-from gradkit.surgery.inputs import RuleInputs
-from gradkit.surgery.memory import Remembered, Weighed
-from gradkit.surgery.rule import GramRule, check_scope
+from gradkit.surgery.inputs import Remembered, RuleInputs, Weighed
+from gradkit.surgery.rule import GramRule
 
 # Adam's, as its authors set them.
 _BETAS = (0.9, 0.999)
@@ -72,19 +71,13 @@ class GradNorm(GramRule):
     needs_losses = True
 
     def __post_init__(self) -> None:
-        check_scope(self.scope)
         check_number("alpha", self.alpha, least=0)
         check_number("lr", self.lr, least=0)
 
     def init(self, count: int) -> dict[str, Tensor]:
+        keys = ("first_losses", "steps", "first_moments", "second_moments")
         zeros = torch.zeros(count, dtype=torch.float64)
-        return {
-            "weights": zeros + 1,
-            "first_losses": zeros,
-            "steps": zeros,
-            "first_moments": zeros,
-            "second_moments": zeros,
-        }
+        return {"weights": zeros + 1, **dict.fromkeys(keys, zeros)}
 
     def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:
         gram = inputs.gram

@@ -14,9 +14,8 @@ from gradkit.core.arguments import check_number, own_generator
 from gradkit.core.flat import Scope
 from gradkit.core.gram import cosines
 from gradkit.surgery.host import numpy_or_torch, products_of, random_orders, rows_of, uploaded
-from gradkit.surgery.inputs import RuleInputs
-from gradkit.surgery.memory import Remembered, Weighed
-from gradkit.surgery.rule import GramRule, check_scope
+from gradkit.surgery.inputs import Remembered, RuleInputs, Weighed
+from gradkit.surgery.rule import GramRule
 from gradkit.surgery.spectrum import gradient_norms, narrowed, widened
 
 # Cosines of float32 gradients that are nearer to 1 than this cannot be distinguished.
@@ -76,7 +75,6 @@ class GradVac(GramRule):
     generator: torch.Generator | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        check_scope(self.scope)
         check_number("beta", self.beta, least=0, most=1)
         self.generator = own_generator(self.generator)
 

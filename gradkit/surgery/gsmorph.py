@@ -9,9 +9,8 @@ import torch
 from gradkit.core.flat import Scope
 from gradkit.surgery.cosine_gate import check_main
 from gradkit.surgery.host import numpy_or_torch, products_of
-from gradkit.surgery.inputs import RuleInputs
-from gradkit.surgery.memory import Remembered, Weighed
-from gradkit.surgery.rule import GramRule, check_scope
+from gradkit.surgery.inputs import Remembered, RuleInputs, Weighed
+from gradkit.surgery.rule import GramRule
 from gradkit.surgery.spectrum import narrowed, reciprocal, widened
 
 
@@ -56,7 +55,6 @@ class GSMorph(GramRule):
     scope: Scope = "tensor"
 
     def __post_init__(self) -> None:
-        check_scope(self.scope)
         check_main(self.main)
 
     def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:

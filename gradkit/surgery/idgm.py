@@ -128,18 +128,13 @@ class IDGM(Transform):
         context: Context,
     ) -> Float[Tensor, " P"]:
         """The Hessian of an objective times v, written to v."""
-        epsilon = self._distance(context)
+        epsilon = self.epsilon or float(torch.finfo(context.layout.dtype).eps ** (1 / 3))
         norm = context.norm(v)
         factor = torch.where(norm > 0, epsilon / norm, torch.zeros_like(norm))
         ahead = inner(context.displaced(at, v, factor), (name,))
         behind = inner(context.displaced(at, v, -factor), (name,))
         torch.sub(ahead.rows[ahead.index(name)], behind.rows[behind.index(name)], out=v)
         return v.mul_(norm / (2 * epsilon))
-
-    def _distance(self, context: Context) -> float:
-        if self.epsilon is not None:
-            return self.epsilon
-        return float(torch.finfo(context.layout.dtype).eps ** (1 / 3))
 
     def _check_precision(self, context: Context) -> None:
         for dtype in (torch.float16, torch.bfloat16):

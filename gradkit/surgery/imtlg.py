@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gradkit.core.flat import Scope
-from gradkit.surgery.inputs import RuleInputs
-from gradkit.surgery.memory import Remembered, Weighed
-from gradkit.surgery.rule import GramRule, check_scope
+from gradkit.surgery.inputs import Remembered, RuleInputs, Weighed
+from gradkit.surgery.rule import GramRule
 from gradkit.surgery.spectrum import (
     cosine_solution,
     gradient_norms,
@@ -58,9 +57,6 @@ class IMTLG(GramRule):
     """
 
     scope: Scope = "global"
-
-    def __post_init__(self) -> None:
-        check_scope(self.scope)
 
     def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:
         gram = inputs.gram

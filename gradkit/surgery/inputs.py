@@ -1,20 +1,27 @@
-"""The inputs of a rule, and checks of preferences."""
+"""The inputs of a rule and what it returns, and checks of preferences."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gradkit.core.arguments import check_number
 from gradkit.surgery.host import uploaded
 
 Preference = Sequence[float] | Mapping[str, float] | Tensor
 """One number for each objective, in their order (a 1-d tensor, too) or by their names."""
+
+Remembered = Mapping[str, Tensor]
+"""A rule's memory of the objectives that take part: tensors [*batch], [*batch, K] or
+[*batch, K, K] by name."""
+
+Weighed = tuple[Float[Tensor, "*batch K"], Remembered]
+"""Weights, and the new memory."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,8 +62,8 @@ class RuleInputs:
             "main objective (main=) takes part in every step"
         )
 
-    def numbers(self, preference: Preference, like: Tensor) -> Float[Tensor, " K"]:
-        """A preference as one number for each row; see `numbers_of`.
+    def numbers(self, preference: int | float | Preference, like: Tensor) -> Float[Tensor, " K"]:
+        """A preference, or a number for all, as one number for each row; see `numbers_of`.
 
         Raises:
             ValueError: If it does not have one number for each row.
@@ -84,12 +91,16 @@ class RuleInputs:
 
 
 def numbers_of(
-    preference: Preference, names: Sequence[str], like: Tensor, every: Sequence[str] = ()
+    preference: int | float | Preference,
+    names: Sequence[str],
+    like: Tensor,
+    every: Sequence[str] = (),
 ) -> Float[Tensor, " K"]:
     """A preference as one number for each of these objectives.
 
     Args:
-        preference: Numbers in order or by name, for these objectives or for all of the step.
+        preference: Numbers in order or by name, for these objectives or for all of the step; or one
+            number for all.
         names: The objectives.
         like: A tensor with the dtype and device of the result.
         every: All objectives of the step.
@@ -97,26 +108,26 @@ def numbers_of(
     Raises:
         ValueError: If it does not have one number for each objective.
     """
+    if isinstance(preference, (int, float)):
+        return like.new_full((len(names),), preference)
     if isinstance(preference, Tensor):
         preference = preference.tolist()
-    if isinstance(preference, Mapping):
-        missing = [name for name in names if name not in preference]
-        if missing:
+    if not isinstance(preference, Mapping):
+        order = names if len(preference) == len(names) else every
+        if len(preference) != len(order):
             raise ValueError(
-                f"there is no number for the objective {missing[0]!r}; there are numbers for "
-                f"{', '.join(map(repr, preference))}"
+                f"there are {len(preference)} numbers ({', '.join(map(str, preference))}) for "
+                f"{len(names)} objectives ({', '.join(names)}); pass one for each, or a "
+                "mapping from names where some may be absent"
             )
-        chosen = [float(preference[name]) for name in names]
-    elif len(preference) == len(every) != len(names):
-        chosen = [float(preference[every.index(name)]) for name in names]
-    elif len(preference) != len(names):
+        preference = dict(zip(order, preference, strict=True))
+    missing = [name for name in names if name not in preference]
+    if missing:
         raise ValueError(
-            f"there are {len(preference)} numbers ({', '.join(map(str, preference))}) for "
-            f"{len(names)} objectives ({', '.join(names)}); pass one for each, or a "
-            "mapping from names where some may be absent"
+            f"there is no number for the objective {missing[0]!r}; there are numbers for "
+            f"{', '.join(map(repr, preference))}"
         )
-    else:
-        chosen = [float(number) for number in preference]
+    chosen = [float(preference[name]) for name in names]
     return uploaded(torch.tensor(chosen, dtype=like.dtype, device="cpu"), like)
 
 
@@ -134,17 +145,49 @@ def needed(losses: Float[Tensor, " K"] | None, who: object) -> Float[Tensor, " K
     return losses
 
 
-def check_preference(name: str, preference: Preference | None, *, positive: bool = False) -> None:
+def check_numbers(
+    name: str,
+    numbers: int | float | Preference,
+    *,
+    least: int | float | None = None,
+    most: int | float | None = None,
+) -> None:
+    """Check an argument with one number for all objectives, or one for each.
+
+    Args:
+        name: The argument's name, for the message.
+        numbers: The argument.
+        least: The smallest number that is allowed.
+        most: The largest number that is allowed.
+
+    Raises:
+        TypeError: If it is not a number, nor a sequence or mapping of numbers.
+        ValueError: If a number is not finite or outside the range.
+    """
+    if numbers is None or isinstance(numbers, (int, float)):
+        check_number(name, numbers, least=least, most=most)
+    else:
+        check_preference(name, numbers, least=least, most=most)
+
+
+def check_preference(
+    name: str,
+    preference: Preference | None,
+    *,
+    least: int | float | None = None,
+    most: int | float | None = None,
+) -> None:
     """Check an argument with one number for each objective.
 
     Args:
         name: The argument's name, for the message.
         preference: The argument; None is accepted.
-        positive: Whether negative numbers are refused.
+        least: The smallest number that is allowed.
+        most: The largest number that is allowed.
 
     Raises:
         TypeError: If it is not a sequence or mapping of numbers.
-        ValueError: If a number is not finite, or negative where `positive` is set.
+        ValueError: If a number is not finite or outside the range.
     """
     if preference is None:
         return
@@ -155,14 +198,8 @@ def check_preference(name: str, preference: Preference | None, *, positive: bool
             f"{name} is {preference!r}; pass a list with one number for each objective, or a "
             "mapping from their names"
         )
-    numbers = preference.values() if isinstance(preference, Mapping) else preference
-    for number in numbers:
-        if isinstance(number, bool) or not isinstance(number, Real):
-            raise TypeError(f"{name} holds {number!r}; pass numbers")
-        if number != number or number in (float("inf"), float("-inf")):
-            raise ValueError(f"{name} holds {number}; its numbers must be finite")
-        if positive and number < 0:
-            raise ValueError(f"{name} holds {number}; its numbers must be at least 0")
+    for number in preference.values() if isinstance(preference, Mapping) else preference:
+        check_number(f"a number in {name}", number, least=least, most=most)
 
 
 def too_low(

@@ -8,9 +8,8 @@ import torch
 
 from gradkit.core.arguments import check_count
 from gradkit.core.flat import Scope
-from gradkit.surgery.inputs import RuleInputs
-from gradkit.surgery.memory import Remembered, Weighed
-from gradkit.surgery.rule import GramRule, check_scope
+from gradkit.surgery.inputs import Remembered, RuleInputs, Weighed
+from gradkit.surgery.rule import GramRule
 from gradkit.surgery.spectrum import narrowed, widened
 
 
@@ -58,7 +57,6 @@ class Krum(GramRule):
     scope: Scope = "global"
 
     def __post_init__(self) -> None:
-        check_scope(self.scope)
         check_count("n_byzantine", self.n_byzantine, 0)
         check_count("n_selected", self.n_selected)
 

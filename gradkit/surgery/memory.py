@@ -6,20 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-Remembered = Mapping[str, Tensor]
-"""A rule's memory of the objectives that take part: tensors [*batch], [*batch, K] or
-[*batch, K, K] by name."""
-
-Weighed = tuple[Float[Tensor, "*batch K"], Remembered]
-"""Weights, and the new memory."""
+from gradkit.surgery.inputs import Remembered
 
 
-def check_remembered(
-    who: object, remembered: Mapping[str, Tensor], known: Mapping[str, Tensor]
-) -> None:
+def check_remembered(who: object, remembered: Remembered, known: Mapping[str, Tensor]) -> None:
     """Check that a rule's new memory has known names only.
 
     Raises:
@@ -111,7 +103,7 @@ class Memory:
         }
 
     def with_present(
-        self, remembered: Mapping[str, Tensor], learns: Sequence[bool] | None = None
+        self, remembered: Remembered, learns: Sequence[bool] | None = None
     ) -> dict[str, Any]:
         """The state after the memory of the objectives that take part has changed.
 
@@ -134,7 +126,7 @@ class Memory:
                 whole = whole.clone()
                 present = self._blocks_of_present(whole)
                 new = remembered[key].detach().to(whole)
-                if learns is not None:
+                if learns is not None and not all(learns):
                     new = torch.where(
                         self._mask(key, learns, whole), new, present[self._where(key)]
                     )
@@ -165,7 +157,7 @@ def _scope(blocks: Sequence[str] | None) -> str | None:
     return blocks[0].partition(" ")[0] if blocks else None
 
 
-def known_objectives(state: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+def known_objectives(state: Mapping[str, Any], names: Sequence[str] = ()) -> list[str]:
     """The objectives in the memory, followed by new ones."""
     known: list[str] = list(state.get("objectives") or [])
     return known + [name for name in names if name not in known]

@@ -8,9 +8,8 @@ from typing import Literal, get_args
 import torch
 
 from gradkit.core.flat import Scope
-from gradkit.surgery.inputs import RuleInputs
-from gradkit.surgery.memory import Remembered, Weighed
-from gradkit.surgery.rule import GramRule, check_scope
+from gradkit.surgery.inputs import Remembered, RuleInputs, Weighed
+from gradkit.surgery.rule import GramRule
 from gradkit.surgery.solvers.simplex import simplex_minimum
 
 Normalization = Literal["none", "l2", "loss", "loss+"]
@@ -50,7 +49,6 @@ class MGDA(GramRule):
     scope: Scope = "global"
 
     def __post_init__(self) -> None:
-        check_scope(self.scope)
         if self.normalization not in get_args(Normalization):
             raise ValueError(
                 f"normalization is {self.normalization!r}; choose one of "

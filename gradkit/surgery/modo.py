@@ -9,9 +9,8 @@ from torch import Tensor
 
 from gradkit.core.arguments import check_number
 from gradkit.core.flat import Scope
-from gradkit.surgery.inputs import RuleInputs
-from gradkit.surgery.memory import Remembered, Weighed
-from gradkit.surgery.rule import GramRule, check_scope
+from gradkit.surgery.inputs import Remembered, RuleInputs, Weighed
+from gradkit.surgery.rule import GramRule
 from gradkit.surgery.solvers.simplex import project_onto_simplex
 
 
@@ -53,7 +52,6 @@ class MoDo(GramRule):
     needs_symmetry = False
 
     def __post_init__(self) -> None:
-        check_scope(self.scope)
         check_number("gamma", self.gamma, above=0)
         check_number("rho", self.rho, least=0)
 

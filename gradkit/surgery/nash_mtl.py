@@ -8,9 +8,8 @@ import torch
 
 from gradkit.core.arguments import check_number
 from gradkit.core.flat import Scope
-from gradkit.surgery.inputs import RuleInputs
-from gradkit.surgery.memory import Remembered, Weighed
-from gradkit.surgery.rule import GramRule, check_scope
+from gradkit.surgery.inputs import Remembered, RuleInputs, Weighed
+from gradkit.surgery.rule import GramRule
 from gradkit.surgery.solvers.fair import fair_weights
 
 
@@ -53,7 +52,6 @@ class NashMTL(GramRule):
     degree = 0.0
 
     def __post_init__(self) -> None:
-        check_scope(self.scope)
         if self.max_norm is not None:
             check_number("max_norm", self.max_norm)
             if self.max_norm <= 0:

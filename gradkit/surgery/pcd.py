@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from gradkit.core.arguments import check_number
 from gradkit.core.flat import Scope
-from gradkit.surgery.inputs import Preference, RuleInputs, check_preference
-from gradkit.surgery.memory import Remembered, Weighed
-from gradkit.surgery.rule import GramRule, check_scope
+from gradkit.surgery.inputs import Preference, Remembered, RuleInputs, Weighed, check_numbers
+from gradkit.surgery.rule import GramRule
 from gradkit.surgery.solvers.least_distance import least_distance
+from gradkit.surgery.spectrum import reciprocal
 
 # A direction's squared norm below this fraction of its terms is rounding error: the relative error
 # of inner products of float32 gradients is about 1e-8.
@@ -71,16 +70,7 @@ class PCD(GramRule):
     degree = None
 
     def __post_init__(self) -> None:
-        check_scope(self.scope)
-        if isinstance(self.tau, (int, float)):
-            check_number("tau", self.tau)
-            taus = [self.tau]
-        else:
-            check_preference("tau", self.tau)
-            taus = [*(self.tau.values() if isinstance(self.tau, Mapping) else self.tau)]
-        for tau in taus:
-            if not 0 <= tau <= 1:
-                raise ValueError(f"tau is {tau}; it lies between 0 and 1")
+        check_numbers("tau", self.tau, least=0, most=1)
         check_number("beta", self.beta, least=0, below=1)
         check_number("eps", self.eps, least=0)
 
@@ -95,30 +85,17 @@ class PCD(GramRule):
         normalized = gram * scales[..., :, None] * scales[..., None, :]
         order = [main, *(k for k in range(gram.shape[-1]) if k != main)]
         ordered = normalized[..., order, :][..., :, order]
-        taus = self._taus(inputs, gram)[order[1:]]
+        taus = inputs.numbers(self.tau, gram)[order[1:]]
         demanded = taus * ordered.diagonal(dim1=-2, dim2=-1)[..., 1:]
         weights = torch.empty_like(squares)
         weights[..., order], _ = least_distance(ordered, demanded)
-        vanishes = self._vanishes(weights, normalized)
-        # A zero direction meets a positive constraint only by rounding error.
         alone = torch.zeros_like(weights)
         alone[..., main] = 1
-        cannot = vanishes & (demanded > 0).any(-1)
+        # A zero direction meets a positive constraint only by rounding error.
+        cannot = (_squared_norm(weights, normalized) == 0) & (demanded > 0).any(-1)
         weights = torch.where(cannot[..., None], alone, weights)
-        square = (weights[..., None, :] @ normalized @ weights[..., :, None])[..., 0, 0]
-        vanishes = self._vanishes(weights, normalized) | (squares[..., main] == 0)
-        ratio = squares[..., main] / torch.where(vanishes, torch.ones_like(square), square)
-        factor = torch.where(vanishes, torch.zeros_like(ratio), ratio.sqrt())
+        factor = (squares[..., main] * reciprocal(_squared_norm(weights, normalized))).sqrt()
         return weights * scales * factor[..., None], learnt
-
-    @staticmethod
-    def _vanishes(
-        weights: Float[Tensor, "*batch K"], gram: Float[Tensor, "*batch K K"]
-    ) -> Bool[Tensor, "*batch"]:
-        """Whether the direction is 0 up to rounding error."""
-        square = (weights[..., None, :] @ gram @ weights[..., :, None])[..., 0, 0]
-        whole = (weights.abs() * gram.diagonal(dim1=-2, dim2=-1).sqrt()).sum(-1).square()
-        return square <= _PRECISION * whole
 
     def _scales(
         self, squares: Float[Tensor, "*batch K"], memory: Remembered
@@ -127,10 +104,13 @@ class PCD(GramRule):
         steps = memory["steps"] + 1
         average = self.beta * memory["squares"] + (1 - self.beta) * squares
         roots = (average / (1 - self.beta**steps) + self.eps).sqrt()
-        scales = torch.where(roots == 0, torch.zeros_like(roots), 1 / roots)
-        return scales, {"squares": average, "steps": steps}
+        return reciprocal(roots), {"squares": average, "steps": steps}
 
-    def _taus(self, inputs: RuleInputs, like: Tensor) -> Float[Tensor, " K"]:
-        if isinstance(self.tau, (int, float)):
-            return like.new_full((len(inputs.names),), float(self.tau))
-        return inputs.numbers(self.tau, like)
+
+def _squared_norm(
+    weights: Float[Tensor, "*batch K"], gram: Float[Tensor, "*batch K K"]
+) -> Float[Tensor, "*batch"]:
+    """The direction's squared norm; 0 if that is rounding error."""
+    square = (weights[..., None, :] @ gram @ weights[..., :, None])[..., 0, 0]
+    whole = (weights.abs() * gram.diagonal(dim1=-2, dim2=-1).sqrt()).sum(-1).square()
+    return torch.where(square <= _PRECISION * whole, 0.0, square)

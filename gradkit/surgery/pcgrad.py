@@ -22,9 +22,8 @@ from gradkit.surgery.host import (
     rows_of,
     uploaded,
 )
-from gradkit.surgery.inputs import RuleInputs
-from gradkit.surgery.memory import Remembered, Weighed
-from gradkit.surgery.rule import GramRule, check_scope
+from gradkit.surgery.inputs import Remembered, RuleInputs, Weighed
+from gradkit.surgery.rule import GramRule
 
 _FEW = 8
 
@@ -67,7 +66,6 @@ class PCGrad(GramRule):
     generator: torch.Generator | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        check_scope(self.scope)
         if self.reduction not in ("sum", "mean"):
             raise ValueError(f"reduction is {self.reduction!r}; choose 'sum' or 'mean'")
         self.generator = own_generator(self.generator)

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from gradkit.core.arguments import own_generator
 from gradkit.surgery.host import uploaded
-from gradkit.surgery.inputs import RuleInputs
-from gradkit.surgery.memory import Remembered, Weighed
+from gradkit.surgery.inputs import Remembered, RuleInputs, Weighed
 from gradkit.surgery.rule import GramRule
 
 
@@ -57,5 +56,4 @@ class RandomWeights(GramRule):
 
     def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:
         gram = inputs.gram
-        drawn: Float[Tensor, " K"] = inputs.draws
-        return uploaded(drawn.softmax(0), gram).expand(gram.shape[:-1]), memory
+        return uploaded(inputs.draws.softmax(0), gram).expand(gram.shape[:-1]), memory

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gradkit.core.combine import combine
-from gradkit.core.flat import SCOPES
+from gradkit.core.flat import SCOPES, Scope
 from gradkit.core.gram import accumulator
 from gradkit.core.gram import gram as gram_matrix
 from gradkit.core.transform import Transform
@@ -21,7 +21,8 @@ class Rule(Transform, ABC):
     """Base class for rules that combine several gradients to one direction.
 
     A rule can be used in `wrap`, and alone on a matrix of gradients, `rule(jacobian) -> [P]`. In
-    `wrap` it works on the weighted rows wᵢgᵢ of nonzero weight.
+    `wrap` it works on the weighted rows wᵢgᵢ of nonzero weight. Its `scope`, if it has one, is
+    checked whenever it is set.
     """
 
     joins = True
@@ -31,6 +32,11 @@ class Rule(Transform, ABC):
 
     None if the rule is not homogeneous.
     """
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name == "scope" and value not in SCOPES:
+            raise ValueError(f"scope is {value!r}; choose one of {', '.join(SCOPES)}")
+        super().__setattr__(name, value)
 
     @abstractmethod
     def __call__(self, jacobian: Float[Tensor, "K P"]) -> Float[Tensor, " P"]:
@@ -94,11 +100,7 @@ class GramRule(Weighting, Rule):
                 say where the parameters lie; if the gradients are not a matrix; or if losses are
                 missing or not one for each objective.
         """
-        if self.scope != "global":
-            raise ValueError(
-                f"{self!r} works by {self.scope}, and a bare matrix does not say where the "
-                "parameters lie; use it in gk.wrap(), or with scope='global'"
-            )
+        check_is_global(self, self.scope)
         jacobian = checked_jacobian(jacobian)
         weights = self._weights_alone(gram_matrix(jacobian), losses)
         return combine(jacobian, weights, range(len(jacobian)), torch.empty_like(jacobian[0]))
@@ -111,9 +113,7 @@ def checked_jacobian(jacobian: Float[Tensor, "K P"]) -> Float[Tensor, "K P"]:
         TypeError: If it is not a tensor of floating-point numbers.
         ValueError: If it is not a matrix with at least one row.
     """
-    if not isinstance(jacobian, Tensor) or not jacobian.is_floating_point():
-        what = jacobian.dtype if isinstance(jacobian, Tensor) else type(jacobian).__name__
-        raise TypeError(f"the gradients are {what}; pass a tensor of floating-point numbers [K, P]")
+    _check_floating("the gradients are", jacobian, " [K, P]")
     if jacobian.dim() != 2 or len(jacobian) == 0:
         raise ValueError(
             f"the gradients have shape {tuple(jacobian.shape)}; pass a matrix [K, P], one gradient "
@@ -129,9 +129,7 @@ def checked_gram(gram: Float[Tensor, "*batch K K"]) -> Float[Tensor, "*batch K K
         TypeError: If they are not a tensor of floating-point numbers.
         ValueError: If they are not square, with at least one row.
     """
-    if not isinstance(gram, Tensor) or not gram.is_floating_point():
-        what = gram.dtype if isinstance(gram, Tensor) else type(gram).__name__
-        raise TypeError(f"the Gram matrix is {what}; pass a tensor of floating-point numbers")
+    _check_floating("the Gram matrix is", gram)
     if gram.dim() < 2 or gram.shape[-1] != gram.shape[-2] or gram.shape[-1] == 0:
         raise ValueError(
             f"the Gram matrix has shape {tuple(gram.shape)}; pass [..., K, K], K at least 1"
@@ -147,9 +145,7 @@ def checked_losses(losses: Float[Tensor, " K"], count: int | None = None) -> Flo
         ValueError: If they are not a vector with one loss for each of `count` objectives, or with
             at least one loss if `count` is None.
     """
-    if not isinstance(losses, Tensor) or not losses.is_floating_point():
-        what = losses.dtype if isinstance(losses, Tensor) else type(losses).__name__
-        raise TypeError(f"the losses are {what}; pass a tensor of floating-point numbers [K]")
+    _check_floating("the losses are", losses, " [K]")
     if losses.dim() != 1 or len(losses) != (count or len(losses)) or len(losses) == 0:
         raise ValueError(
             f"the losses have shape {tuple(losses.shape)}; pass one for each objective"
@@ -158,11 +154,20 @@ def checked_losses(losses: Float[Tensor, " K"], count: int | None = None) -> Flo
     return losses.detach()
 
 
-def check_scope(scope: str) -> None:
-    """Check the argument `scope`.
+def _check_floating(what: str, value: object, shape: str = "") -> None:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{what} {kind}; pass a tensor of floating-point numbers{shape}")
+
+
+def check_is_global(rule: Rule, scope: Scope) -> None:
+    """Check that a rule can be called on a bare matrix.
 
     Raises:
-        ValueError: If it is not "global", "group", "tensor" or "shared".
+        ValueError: If its scope is another one than "global".
     """
-    if scope not in SCOPES:
-        raise ValueError(f"scope is {scope!r}; choose one of {', '.join(SCOPES)}")
+    if scope != "global":
+        raise ValueError(
+            f"{rule!r} works by {scope}, and a bare matrix does not say where the parameters lie; "
+            "use it in gk.wrap(), or with scope='global'"
+        )

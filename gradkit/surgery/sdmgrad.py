@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 from gradkit.core.arguments import check_number
 from gradkit.core.flat import Scope
-from gradkit.surgery.inputs import Preference, RuleInputs, check_preference
-from gradkit.surgery.memory import Remembered, Weighed
-from gradkit.surgery.rule import GramRule, check_scope
+from gradkit.surgery.inputs import Preference, Remembered, RuleInputs, Weighed, check_preference
+from gradkit.surgery.rule import GramRule
 from gradkit.surgery.solvers.simplex import simplex_minimum
 
 
@@ -50,9 +49,8 @@ class SDMGrad(GramRule):
     scope: Scope = "global"
 
     def __post_init__(self) -> None:
-        check_scope(self.scope)
         check_number("lambda_", self.lambda_, least=0)
-        check_preference("preference", self.preference, positive=True)
+        check_preference("preference", self.preference, least=0)
 
     def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:
         gram = inputs.gram

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -79,8 +80,5 @@ the eigenvalue -1; pass J @ J.T of the gradients J
 def _which(gram: Tensor, number: int) -> str:
     if gram.dim() == 2:
         return "this one"
-    place: list[str] = []
-    for size in reversed(gram.shape[:-2]):
-        number, index = divmod(number, size)
-        place.insert(0, str(index))
-    return f"that at [{', '.join(place)}]"
+    place = np.unravel_index(number, gram.shape[:-2])
+    return f"that at [{', '.join(map(str, place))}]"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from gradkit.core.arguments import check_count
 from gradkit.surgery.elementwise import ElementwiseRule
+
+Choice = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(eq=False)
@@ -55,28 +58,25 @@ class TrimmedMean(ElementwiseRule):
         # A sort by columns takes ten times as long for a few rows.
         kept = list(rows)
         for _ in range(trim):
-            kept = _without_largest(kept)
+            kept = _without_extreme(kept, torch.maximum, torch.minimum)
         for _ in range(trim):
-            kept = _without_smallest(kept)
+            kept = _without_extreme(kept, torch.minimum, torch.maximum)
         total = torch.zeros_like(kept[0])
         for row in kept:
             total += row
         return total / len(kept)
 
 
-def _without_largest(rows: list[Tensor]) -> list[Tensor]:
-    """The elements of each column except the largest."""
-    largest, kept = rows[0], []
-    for row in rows[1:]:
-        kept.append(torch.minimum(largest, row))
-        largest = torch.maximum(largest, row)
-    return kept
+def _without_extreme(rows: list[Tensor], extreme: Choice, other: Choice) -> list[Tensor]:
+    """The elements of each column except the extreme one.
 
-
-def _without_smallest(rows: list[Tensor]) -> list[Tensor]:
-    """The elements of each column except the smallest."""
-    smallest, kept = rows[0], []
+    Args:
+        rows: The elements, one row after the other.
+        extreme: Which of two elements is nearer to that extreme.
+        other: The other one of the two.
+    """
+    found, kept = rows[0], []
     for row in rows[1:]:
-        kept.append(torch.maximum(smallest, row))
-        smallest = torch.minimum(smallest, row)
+        kept.append(other(found, row))
+        found = extreme(found, row)
     return kept

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
+from gradkit.core.arguments import check_number
 from gradkit.core.flat import Scope
-from gradkit.surgery.dualproj import check_reg, regularized
-from gradkit.surgery.inputs import Preference, RuleInputs, check_preference
-from gradkit.surgery.memory import Remembered, Weighed
-from gradkit.surgery.rule import GramRule, check_scope
+from gradkit.surgery.dualproj import regularized
+from gradkit.surgery.inputs import Preference, Remembered, RuleInputs, Weighed, check_preference
+from gradkit.surgery.rule import GramRule
 from gradkit.surgery.solvers.dual_cone import project_onto_dual_cone
 
 
@@ -52,9 +52,8 @@ class UPGrad(GramRule):
     scope: Scope = "global"
 
     def __post_init__(self) -> None:
-        check_scope(self.scope)
-        check_reg(self.reg)
-        check_preference("preference", self.preference, positive=True)
+        check_number("reg", self.reg, least=0)
+        check_preference("preference", self.preference, least=0)
 
     def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:
         gram = inputs.gram

@@ -16,8 +16,8 @@ from gradkit.core.displacement import Point
 from gradkit.core.flat import Layout
 from gradkit.core.gradients import Gradients
 from gradkit.core.oracle import Oracle
-from gradkit.surgery.inputs import RuleInputs, needed
-from gradkit.surgery.memory import Remembered
+from gradkit.surgery.inputs import Remembered, RuleInputs, needed
+from gradkit.surgery.memory import known_objectives
 from gradkit.surgery.rule import Rule, checked_jacobian
 from gradkit.surgery.weighing import Remembering, active_rows
 
@@ -85,17 +85,8 @@ class VectorRule(Remembering, Rule):
             memory: Their small memory.
         """
 
-    @property
-    def state(self) -> dict[str, Any]:
-        """The objectives that the rule knows, and its small memory."""
-        if "_state" not in self.__dict__:
-            self.__dict__["_state"] = dict.fromkeys(("objectives", *self.init(1)))
-        state: dict[str, Any] = self.__dict__["_state"]
-        return state
-
     def initial_vectors(self, layout: Layout) -> dict[str, Tensor]:
-        names = self.state["objectives"] or []
-        return {self._key(name): layout.zeros() for name in names}
+        return {self._key(name): layout.zeros() for name in known_objectives(self.state)}
 
     def _key(self, name: str) -> str:
         return f"{self.remembers}.{name}"
@@ -106,7 +97,7 @@ class VectorRule(Remembering, Rule):
         # Cleared in place: an optimizer's state shows these vectors, under these names.
         for vector in self.vectors.values():
             vector.zero_()
-        self.state.update(self.init(len(self.state["objectives"] or [])))
+        self.state.update(self.init(len(known_objectives(self.state))))
 
     def __call__(
         self, jacobian: Float[Tensor, "K P"], losses: Float[Tensor, " K"] | None = None
@@ -195,21 +186,17 @@ class VectorRule(Remembering, Rule):
         small = {key: value for key, value in memory.items() if value.dim() == 1}
         renewed = take(len(active))
         learned = []
-        for n, (out, k, weight, loss) in enumerate(
-            zip(renewed, active, weights, losses, strict=True)
-        ):
-            row = gradients.rows[k]
-            old = before.vectors.get(self._key(gradients.names[k]))
+        for n, (name, k) in enumerate(zip(names, active, strict=True)):
+            row, out = gradients.rows[k], renewed[n]
+            old = before.vectors.get(self._key(name))
             if old is not None and not _is_like(old, gradients.rows):
                 old = None
             own = {key: value[n] for key, value in small.items()}
-            learned.append(self.renew(row, weight, loss, old, out, own))
+            learned.append(self.renew(row, weights[n], losses[n], old, out, own))
         total = _summed(learned, gradients)
         result, learnt = self.respond(gradients, active, renewed, total, inputs, memory)
         learns = [name in first for name in names]
-        changed = self.recall(names, empty, (), proposed).with_present(
-            learnt, None if all(learns) else learns
-        )
+        changed = self.recall(names, empty, (), proposed).with_present(learnt, learns)
         vectors = {
             self._key(name): out
             for name, out, new in zip(names, renewed, learns, strict=True)
@@ -238,5 +225,5 @@ def _summed(learned: list[Tensor | None], gradients: Gradients) -> Float[Tensor,
     if not numbers:
         return None
     total = torch.stack(numbers)
-    shards = None if gradients.layout is None else gradients.layout.shards
+    shards = gradients.storage.shards
     return total if shards is None else shards.add_up(total)

@@ -17,8 +17,8 @@ from gradkit.core.flat import Scope
 from gradkit.core.gradients import Gradients
 from gradkit.core.transform import Reweighing, Transform, Weigh
 from gradkit.surgery.host import uploaded
-from gradkit.surgery.inputs import RuleInputs
-from gradkit.surgery.memory import Memory, Remembered, Weighed, check_remembered, known_objectives
+from gradkit.surgery.inputs import Remembered, RuleInputs, Weighed
+from gradkit.surgery.memory import Memory, check_remembered, known_objectives
 
 
 class Remembering(Transform):
@@ -284,7 +284,7 @@ class _Step:
             proposed = context.proposed(rule)
             if proposed:  # by an earlier evaluation of other objectives in this step
                 memory = recall({**rule.state, **proposed})
-            context.propose(rule, **memory.with_present(learnt, None if all(first) else first))
+            context.propose(rule, **memory.with_present(learnt, first))
         return weights
 
 

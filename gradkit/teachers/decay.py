@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Real
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -32,8 +34,6 @@ def check_decay(name: str, value: float) -> None:
         TypeError: If it is not a number.
         ValueError: If it is not between 0 and 1.
     """
-    if value != value:
+    if isinstance(value, Real) and not 0 <= value <= 1:  # NaN lies nowhere
         raise ValueError(f"{name} is {value}; a decay lies between 0 and 1")
     check_number(name, value)
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name} is {value}; a decay lies between 0 and 1")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from gradkit.core.context import Context
-from gradkit.teachers.decay import check_decay, like, warmed_up
+from gradkit.teachers.decay import check_decay, like
 from gradkit.teachers.following import Buffers
 from gradkit.teachers.mean_teacher import MeanTeacher
 
@@ -87,6 +87,6 @@ class EMA(MeanTeacher):
         self._begin()
 
     def after_step(self, context: Context) -> None:
-        decay = warmed_up(self.decay, self._t) if self.warmup else self.decay
+        decay = self._present(self.decay)
         self._move(1 - decay)
         context.decay = like(decay, context)

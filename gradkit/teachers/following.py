@@ -116,8 +116,7 @@ class Following:
         self.buffers = buffers
         self.shadows: dict[str, Tensor] = {}
         # Buffers that only one of them had from the start are not changed.
-        mine, theirs = set(dict(_buffers(teacher))), set(dict(_buffers(student)))
-        self._apart = mine ^ theirs
+        self._apart = dict(_buffers(teacher)).keys() ^ dict(_buffers(student)).keys()
         self._known: dict[str, tuple[tuple[Any, ...] | None, bool]] = {}
         self._paths = {path for path, _ in student.named_modules(remove_duplicate=False)}
         self._dtypes = {
@@ -141,7 +140,7 @@ class Following:
         teacher, student = unwrapped(teacher), unwrapped(student)
         reshard(student)
         reshard(teacher)
-        here, there = _modules(teacher), _modules(student)
+        here, there = (dict(m.named_modules(remove_duplicate=False)) for m in (teacher, student))
         mine, theirs = _parameters(here), _parameters(there)
         found: dict[int, Pair] = {}
         for name, own in mine.items():
@@ -224,14 +223,12 @@ class Following:
         exchanges = self._prepare_buffers(plan, writes, dtypes)
         with torch._C.DisableTorchFunctionSubclass():
             writes.run()
-        if (added or exchanges or dtypes != self._dtypes) and writes.take_place:
+        # Whether the teacher moves at all is asked last, since that synchronises with the device.
+        if (added or exchanges or dtypes != self._dtypes) and share > 0:
             self._dtypes = dtypes
-            for path, module in plan.modules.items():
-                parent, key = _place(plan.teacher, path)
-                parent.add_module(key, module)
-            for name, parameter in plan.parameters.items():
-                owner, key = _place(plan.teacher, name)
-                owner.register_parameter(key, parameter)
+            for name, new in (*plan.modules.items(), *plan.parameters.items()):
+                path, _, key = name.rpartition(".")
+                setattr(plan.teacher.get_submodule(path), key, new)
             for exchange in exchanges:
                 exchange.run()
 
@@ -318,8 +315,9 @@ class Following:
                         weights = sorted(span for span in spans if span is not None)
                     if _overlap(local(own), weights) or id(own) in averaged:
                         continue
+                    averages = self.buffers == "average" and own.is_floating_point()
                     with torch._C.DisableTorchFunctionSubclass():
-                        if self.buffers == "average" and _is_averaged(own):
+                        if averages and not is_short(own):
                             averaged.add(id(own))
                             its = local(its).to(own.device, own.dtype)
                             writes.average(local(own), its)
@@ -362,11 +360,6 @@ class _Writes:
         self._puts: list[tuple[Tensor, Tensor]] = []
         self._rounded: list[tuple[Tensor, Tensor]] = []
 
-    @property
-    def take_place(self) -> bool:
-        """Whether the teacher moves at all; this synchronises with the device."""
-        return bool(self._share > 0)
-
     def average(self, own: Tensor, its: Tensor, rounded: Tensor | None = None) -> None:
         """Average with `its`; `rounded` is set to the result in its own dtype."""
         self._averages.append((own, its))
@@ -400,20 +393,12 @@ def is_short(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.dtype.itemsize < 4
 
 
-def _is_averaged(buffer: Tensor) -> bool:
-    return buffer.is_floating_point() and not is_short(buffer)
-
-
 def paired(teacher: nn.Module, student: nn.Module) -> Iterator[Pair]:
     """The pairs of parameters with the same names, without a check."""
     theirs = dict(unwrapped(student).named_parameters(remove_duplicate=False))
     for name, own in unwrapped(teacher).named_parameters():
         if name in theirs:
             yield Pair(name, own, theirs[name])
-
-
-def _modules(module: nn.Module) -> dict[str, nn.Module]:
-    return dict(module.named_modules(remove_duplicate=False))
 
 
 def _parameters(modules: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
@@ -536,8 +521,3 @@ def _buffers(module: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
     for path, each in module.named_modules(remove_duplicate=False):
         for key, buffer in each._buffers.items():
             yield joined(path, key), buffer
-
-
-def _place(module: nn.Module, name: str) -> tuple[nn.Module, str]:
-    path, _, key = name.rpartition(".")
-    return module.get_submodule(path), key

@@ -21,7 +21,7 @@ from gradkit.core.oracle import Oracle, Selection
 from gradkit.core.ranks import Shards, local, reshard
 from gradkit.core.storage import Parts
 from gradkit.core.unwrapping import unwrapped
-from gradkit.teachers.decay import check_decay, warmed_up
+from gradkit.teachers.decay import check_decay
 from gradkit.teachers.following import Buffers
 from gradkit.teachers.mean_teacher import MeanTeacher
 
@@ -164,8 +164,7 @@ class GatedEMA(MeanTeacher):
             )
 
     def _cosine(self, gradients: Gradients) -> Float[Tensor, ""]:
-        signs = self.measure == "sign_cosine"
-        if not signs and self.only is None:
+        if self.measure == "cosine" and self.only is None:
             return gradients.cosine(*self.between)
         # Only the two rows: others' signs are of no use to anyone.
         first, last = sorted(map(gradients.index, self.between))
@@ -285,15 +284,11 @@ class GatedEMA(MeanTeacher):
 
     def _follow(self, gate: Float[Tensor, ""]) -> Float[Tensor, ""]:
         """Move the teacher and count the step; returns the decay."""
-        aligned, conflict = self.decay_aligned, self.decay_conflict
-        if self.warmup:
-            aligned = warmed_up(aligned, self._t)
-            conflict = None if conflict is None else warmed_up(conflict, self._t)
-        conflict = 1.0 if conflict is None else conflict
+        aligned = self._present(self.decay_aligned)
+        conflict = 1.0 if self.decay_conflict is None else self._present(self.decay_conflict)
 
         def chosen(if_aligned: float, if_conflict: float) -> Float[Tensor, ""]:
-            here, there = torch.full_like(gate, if_aligned), torch.full_like(gate, if_conflict)
-            return torch.where(gate > 0, here, there)
+            return torch.where(gate > 0, torch.full_like(gate, if_aligned), if_conflict)
 
         # 1 − α is computed in double precision, before it becomes a tensor.
         self._move(chosen(1 - aligned, 1 - conflict))

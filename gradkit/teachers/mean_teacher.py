@@ -14,6 +14,7 @@ from gradkit.core.ranks import as_part_of, is_sharded, local, reshard
 from gradkit.core.transform import Transform
 from gradkit.core.unwrapping import unwrapped
 from gradkit.teachers.copying import make_teacher, saved_buffers
+from gradkit.teachers.decay import warmed_up
 from gradkit.teachers.following import Buffers, Following, Plan, Share, is_short, paired
 
 _SAMPLES = 8
@@ -28,12 +29,14 @@ class MeanTeacher(Transform):
     Attributes:
         student: The module that is trained.
         teacher: The module that follows it.
+        warmup: Whether to start as a plain mean of the student's weights.
         in_state: Whether the optimizer's state dict includes the teacher.
         buffers: What the teacher's buffers do.
     """
 
     student: nn.Module
     teacher: nn.Module
+    warmup: bool
     in_state: bool
     buffers: Buffers
 
@@ -76,11 +79,9 @@ class MeanTeacher(Transform):
         self._following.move(plan, share)
         self.state["t"] += 1
 
-    @property
-    def _t(self) -> int:
-        """The number of the step that is being applied, from 1 on."""
-        t: int = self.state["t"]
-        return t + 1
+    def _present(self, decay: float) -> float:
+        """A decay in the step that is being applied: during warm-up less than its final value."""
+        return warmed_up(decay, self.state["t"] + 1) if self.warmup else decay
 
     # What is saved with the optimizer.
 

@@ -8,12 +8,4 @@ from gradkit.weighting.rlw import RLW
 from gradkit.weighting.stch import STCH
 from gradkit.weighting.uw import UW
 
-__all__ = [
-    "DWA",
-    "FAMO",
-    "GLS",
-    "RLW",
-    "STCH",
-    "UW",
-    "LossWeighting",
-]
+__all__ = ["DWA", "FAMO", "GLS", "RLW", "STCH", "UW", "LossWeighting"]

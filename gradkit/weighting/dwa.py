@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from gradkit.core.arguments import check_count, check_number
-from gradkit.surgery.inputs import RuleInputs, needed
-from gradkit.surgery.memory import Remembered, Weighed
+from gradkit.surgery.inputs import Remembered, RuleInputs, Weighed, needed
 from gradkit.weighting.loss_weighting import LossWeighting
 
 
@@ -53,9 +52,7 @@ class DWA(LossWeighting):
     steps_per_epoch: int = 1
 
     def __post_init__(self) -> None:
-        check_number("temperature", self.temperature)
-        if not self.temperature > 0:
-            raise ValueError(f"temperature is {self.temperature}; it must be positive")
+        check_number("temperature", self.temperature, above=0)
         check_count("steps_per_epoch", self.steps_per_epoch, 1)
 
     def init(self, count: int) -> dict[str, Tensor]:

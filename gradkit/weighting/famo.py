@@ -11,8 +11,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gradkit.core.arguments import check_number
-from gradkit.surgery.inputs import Preference, RuleInputs, check_preference, needed, too_low
-from gradkit.surgery.memory import Remembered, Weighed
+from gradkit.surgery.inputs import (
+    Preference,
+    Remembered,
+    RuleInputs,
+    Weighed,
+    check_numbers,
+    needed,
+    too_low,
+)
 from gradkit.weighting.adam import adam, adam_memory
 from gradkit.weighting.loss_weighting import LossWeighting
 
@@ -73,10 +80,7 @@ class FAMO(LossWeighting):
     def __post_init__(self) -> None:
         check_number("lr", self.lr, least=0)
         check_number("decay", self.decay, least=0)
-        if isinstance(self.min_losses, (int, float)):
-            check_number("min_losses", self.min_losses)
-        else:
-            check_preference("min_losses", self.min_losses)
+        check_numbers("min_losses", self.min_losses)
 
     def init(self, count: int) -> dict[str, Tensor]:
         """ξ, Adam's memory, ln D of the last step, and whether there was a last step."""
@@ -110,6 +114,4 @@ class FAMO(LossWeighting):
         return too_low(self, losses, least, "no losses below min_losses")
 
     def _logs(self, losses: Float[Tensor, " K"], inputs: RuleInputs) -> Float[Tensor, " K"]:
-        if isinstance(self.min_losses, (int, float)):
-            return (losses - self.min_losses + _EPS).log()
         return (losses - inputs.numbers(self.min_losses, losses) + _EPS).log()

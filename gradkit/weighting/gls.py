@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from gradkit.surgery.inputs import RuleInputs, too_low
-from gradkit.surgery.memory import Remembered, Weighed
+from gradkit.surgery.inputs import Remembered, RuleInputs, Weighed, too_low
 from gradkit.weighting.loss_weighting import LossWeighting
 
 

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from gradkit.core.arguments import own_generator
 from gradkit.surgery.host import uploaded
-from gradkit.surgery.inputs import RuleInputs
-from gradkit.surgery.memory import Remembered, Weighed
+from gradkit.surgery.inputs import Remembered, RuleInputs, Weighed
 from gradkit.weighting.loss_weighting import LossWeighting
 
 
@@ -55,5 +54,4 @@ class RLW(LossWeighting):
         return torch.randn(count, dtype=torch.float64, generator=self.generator, device="cpu")
 
     def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:
-        draws: Float[Tensor, " K"] = inputs.draws
-        return uploaded(draws.softmax(0), inputs.gram), memory
+        return uploaded(inputs.draws.softmax(0), inputs.gram), memory

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from gradkit.core.arguments import check_count, check_number
-from gradkit.surgery.inputs import RuleInputs, needed, too_low
-from gradkit.surgery.memory import Remembered, Weighed
+from gradkit.surgery.inputs import Remembered, RuleInputs, Weighed, needed, too_low
 from gradkit.weighting.loss_weighting import LossWeighting
 
 # Added inside logarithms, as in the authors' code, so that a loss of 0 has one.
@@ -68,9 +67,7 @@ class STCH(LossWeighting):
     nadir_steps: int = 100
 
     def __post_init__(self) -> None:
-        check_number("mu", self.mu)
-        if not self.mu > 0:
-            raise ValueError(f"mu is {self.mu}; it must be positive")
+        check_number("mu", self.mu, above=0)
         check_count("warmup_steps", self.warmup_steps, 0)
         check_count("nadir_steps", self.nadir_steps, 1)
 

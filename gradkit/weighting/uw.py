@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from gradkit.core.arguments import check_number
-from gradkit.surgery.inputs import RuleInputs, needed
-from gradkit.surgery.memory import Remembered, Weighed
+from gradkit.surgery.inputs import Remembered, RuleInputs, Weighed, needed
 from gradkit.weighting.adam import adam, adam_memory
 from gradkit.weighting.loss_weighting import LossWeighting
 

@@ -12,7 +12,6 @@ from gradkit.core.flat import Scope
 from gradkit.core.gram import cosines
 from gradkit.surgery import ElementwiseRule, GramRule
 from gradkit.surgery.inputs import Preference, check_preference
-from gradkit.surgery.rule import check_scope
 from surgery.table import Entry, of_class
 
 
@@ -28,9 +27,8 @@ class Recalling(GramRule):
     scope: Scope = "global"
 
     def __post_init__(self):
-        check_scope(self.scope)
         check_number("beta", self.beta)
-        check_preference("preference", self.preference, positive=True)
+        check_preference("preference", self.preference, least=0)
 
     def init(self, count):
         return {
@@ -68,7 +66,6 @@ class Drawn(GramRule):
     generator: torch.Generator | None = field(default=None, repr=False)
 
     def __post_init__(self):
-        check_scope(self.scope)
         self.generator = own_generator(self.generator)
 
     def draw(self, count):
@@ -90,9 +87,6 @@ class ByLosses(GramRule):
 
     needs_losses = True
     scope: Scope = "global"
-
-    def __post_init__(self):
-        check_scope(self.scope)
 
     def init(self, count):
         return {"first": torch.full((count,), torch.nan)}

@@ -151,7 +151,7 @@ def test_arguments_are_checked():
     with as_users_run_it():
         with pytest.raises(ValueError, match="scale_mode is 'max'; choose 'min', 'median' or 'rm"):
             gk.AlignedMTL(scale_mode="max")
-        with pytest.raises(ValueError, match="preference holds nan"):
+        with pytest.raises(ValueError, match="a number in preference is nan"):
             gk.AlignedMTL([1.0, torch.nan])
         with pytest.raises(ValueError, match="scope is 'layer'"):
             gk.AlignedMTL(scope="layer")

@@ -40,7 +40,7 @@ def test_constant_checks_its_argument():
         for wrong in (None, "ab", torch.ones(2, 1), 1.0, [1.0, "x"], [True, 1.0]):
             with pytest.raises(TypeError, match="weights"):
                 gk.Constant(wrong)
-        with pytest.raises(ValueError, match="weights holds inf"):
+        with pytest.raises(ValueError, match="a number in weights is inf"):
             gk.Constant({"a": torch.inf})
     with pytest.raises(ValueError, match=r"2 numbers \(1.0, 2.0\) for 3 objectives \(0, 1, 2\)"):
         gk.Constant([1.0, 2.0])(ROWS)

@@ -115,9 +115,9 @@ def test_random_numbers_are_the_generators_own():
 
 def test_arguments_are_checked():
     cases = (
-        (gk.GradDrop, {"leak": [1.5]}, ValueError, "leak holds 1.5; its numbers must be at most 1"),
-        (gk.GradDrop, {"leak": {"a": 1.5}}, ValueError, "leak holds 1.5"),
-        (gk.GradDrop, {"leak": [-0.5]}, ValueError, "leak holds -0.5"),
+        (gk.GradDrop, {"leak": [1.5]}, ValueError, "in leak is 1.5; it must be between 0 and 1"),
+        (gk.GradDrop, {"leak": {"a": 1.5}}, ValueError, "a number in leak is 1.5"),
+        (gk.GradDrop, {"leak": [-0.5]}, ValueError, "a number in leak is -0.5"),
         (gk.GradDrop, {"leak": 0.5}, TypeError, "leak is 0.5"),
         (gk.GradDrop, {"function": 2}, TypeError, "function is 2"),
         (gk.AgrRand, {"generator": 3}, TypeError, "generator is 3"),

@@ -138,7 +138,7 @@ def test_arguments_are_checked():
         for make in BOTH:
             with pytest.raises(ValueError, match="scope is 'layer'"):
                 make(scope="layer")
-        with pytest.raises(ValueError, match=r"preference holds -1\.0; its numbers must be at lea"):
+        with pytest.raises(ValueError, match=r"in preference is -1\.0; it must be at least 0"):
             gk.ConFIG([1.0, -1.0])
         with pytest.raises(TypeError, match=r"preference is 2\.0"):
             gk.ConFIG(2.0)

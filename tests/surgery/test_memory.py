@@ -13,8 +13,8 @@ import gradkit as gk
 from surgery.rule_steps import series
 
 BAD = [
-    (lambda: gk.PCD(tau=1.5), "tau is 1.5; it lies between 0 and 1"),
-    (lambda: gk.PCD(tau=[0.1, -0.1]), "tau is -0.1; it lies between 0 and 1"),
+    (lambda: gk.PCD(tau=1.5), "tau is 1.5; it must be between 0 and 1"),
+    (lambda: gk.PCD(tau=[0.1, -0.1]), "a number in tau is -0.1; it must be between 0 and 1"),
     (lambda: gk.PCD(beta=1.0), "beta is 1.0; it must be at least 0 and less than 1"),
     (lambda: gk.PCD(eps=-1.0), "eps is -1.0; it must be at least 0"),
     (lambda: gk.MoDo(gamma=0.0), "gamma is 0.0; it must be positive"),

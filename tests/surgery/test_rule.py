@@ -42,6 +42,13 @@ def test_weights_are_checked(function, what):
             Own(function)(ROWS)
 
 
+def test_a_scope_is_checked_whenever_it_is_set():
+    rule = Own(None)
+    with as_users_run_it(), pytest.raises(ValueError, match="scope is 'layer'; choose one of glo"):
+        rule.scope = "layer"
+    assert rule.scope == "global"
+
+
 def test_batches_are_not_to_be_forgotten():
     rule = Own(lambda inputs, memory: (inputs.gram.new_ones(3), memory), scope="tensor")
     with as_users_run_it(), pytest.raises(ValueError, match=r"a tensor of shape \(4, 3\)"):

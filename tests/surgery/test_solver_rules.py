@@ -93,8 +93,11 @@ BAD = [
     (lambda: gk.CAGrad(c=-1), "c is -1; it must be at least 0"),
     (lambda: gk.CAGrad(rescale="half"), "rescale is 'half'; choose one of"),
     (lambda: gk.UPGrad(reg=-1e-4), "reg is -0.0001; it must be at least 0"),
-    (lambda: gk.UPGrad(preference=[-1.0, 2.0]), "preference holds -1.0; its numbers must be at"),
-    (lambda: gk.DualProj(preference=[float("nan")]), "preference holds nan; its numbers must be f"),
+    (lambda: gk.UPGrad(preference=[-1.0, 2.0]), "a number in preference is -1.0; it must be at l"),
+    (
+        lambda: gk.DualProj(preference=[float("nan")]),
+        "in preference is nan; it must be a f",
+    ),
     (lambda: gk.SDMGrad(lambda_=-1), "lambda_ is -1; it must be at least 0"),
     (lambda: gk.NashMTL(max_norm=0), "max_norm is 0; it must be positive"),
     (lambda: gk.FairGrad(alpha=0.0), "alpha is 0.0; it must be positive"),

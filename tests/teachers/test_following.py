@@ -251,6 +251,18 @@ def test_parameters_and_modules_that_appear_are_copied():
     assert teacher(X).shape == (4, 3)
 
 
+def test_what_was_none_may_become_a_module_or_a_parameter():
+    student = nn.Linear(3, 2)
+    student.head = student.scale = None
+    ema = gk.EMA(student, decay=0.5)
+    optimizer = wrapped(student, ema)
+    student.head, student.scale = nn.Linear(2, 2), nn.Parameter(torch.ones(2))
+    optimizer.step(lambda: (student.head(student(X)) * student.scale).square().mean())
+    assert bits(ema.teacher.head) == bits(student.head)
+    assert torch.equal(ema.teacher.scale, student.scale)
+    assert not any(each.requires_grad for each in ema.teacher.parameters())
+
+
 def resized(student):
     student.bias = nn.Parameter(torch.zeros(5))
 

@@ -21,7 +21,7 @@ import gradkit as gk
         (lambda: gk.FAMO(lr=-0.1), "lr is -0.1; it must be at least 0"),
         (lambda: gk.FAMO(decay=-1.0), "decay is -1.0; it must be at least 0"),
         (lambda: gk.FAMO(min_losses=math.inf), "min_losses is inf; it must be a finite number"),
-        (lambda: gk.FAMO(min_losses=["x"]), "min_losses holds 'x'; pass numbers"),
+        (lambda: gk.FAMO(min_losses=["x"]), "a number in min_losses is 'x'; pass a number"),
         (lambda: gk.STCH(mu=-1.0), "mu is -1.0; it must be positive"),
         (lambda: gk.STCH(warmup_steps=-1), "warmup_steps is -1; it must be at least 0"),
         (lambda: gk.STCH(nadir_steps=0), "nadir_steps is 0; it must be at least 1"),

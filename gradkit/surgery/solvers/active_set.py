@@ -56,29 +56,21 @@ class Quadratic:
         gram: G, semidefinite with a diagonal of ones and zeros; one matrix may serve all problems.
         linear: q.
         normal: a > 0, or None.
-        total: The value of a·x, instead of 1.
     """
 
     gram: Float[Tensor, "#B K K"]
     linear: Float[Tensor, "B K"]
     normal: Float[Tensor, "B K"] | None = None
-    total: float = 1.0
 
     def __post_init__(self) -> None:
         self.ridge = ridge(self.gram)
         self.tolerance = 32 * self.gram.shape[-1] * torch.finfo(self.gram.dtype).eps
 
-    def part(self, start: int, stop: int) -> Quadratic:
-        """A range of the batch, in the same memory."""
-        gram = self.gram if len(self.gram) == 1 else self.gram[start:stop]
-        normal = None if self.normal is None else self.normal[start:stop]
-        return Quadratic(gram, self.linear[start:stop], normal, self.total)
-
-    def select(self, rows: Int[Tensor, " b"]) -> Quadratic:
-        """Some problems of the batch."""
+    def select(self, rows: slice | Int[Tensor, " b"]) -> Quadratic:
+        """Some problems of the batch; those of a slice in the same memory."""
         gram = self.gram if len(self.gram) == 1 else self.gram[rows]
         normal = None if self.normal is None else self.normal[rows]
-        return Quadratic(gram, self.linear[rows], normal, self.total)
+        return Quadratic(gram, self.linear[rows], normal)
 
     def stationary(
         self, support: Bool[Tensor, "B K"], centre: Float[Tensor, "B K"]
@@ -109,7 +101,7 @@ class Quadratic:
         point = base + solve(residual.unsqueeze(-1)).squeeze(-1)
         if self.normal is None or along is None:
             return point, self.linear
-        missing = self.total - (self.normal * point).sum(-1, keepdim=True)
+        missing = 1 - (self.normal * point).sum(-1, keepdim=True)
         multiplier = missing / (self.normal * along).sum(-1, keepdim=True)
         return point + multiplier * along, self.linear - multiplier * self.normal
 
@@ -163,7 +155,6 @@ def over_simplex(
     gram: Float[Tensor, "B K K"],
     linear: Float[Tensor, "B K"],
     normal: Float[Tensor, "B K"],
-    total: float = 1.0,
 ) -> Quadratic:
     """The problem with a normal.
 
@@ -171,7 +162,7 @@ def over_simplex(
     range of G, and there is no cancellation of large numbers where G alone is singular.
     """
     across = normal / normal.amax(-1, keepdim=True)
-    return Quadratic(gram + across.unsqueeze(-1) * across.unsqueeze(-2), linear, normal, total)
+    return Quadratic(gram + across.unsqueeze(-1) * across.unsqueeze(-2), linear, normal)
 
 
 def matvec(
@@ -216,11 +207,11 @@ def minimise(
     if batch > most:
         parts = [
             minimise(
-                problem.part(start, start + most),
-                support[start : start + most],
-                *(None if each is None else each[start : start + most] for each in (point, near)),
+                problem.select(rows),
+                support[rows],
+                *(None if each is None else each[rows] for each in (point, near)),
             )
-            for start in range(0, batch, most)
+            for rows in (slice(start, start + most) for start in range(0, batch, most))
         ]
         points, supports, misses = zip(*parts, strict=True)
         return torch.cat(points), torch.cat(supports), torch.cat(misses)

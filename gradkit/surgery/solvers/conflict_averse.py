@@ -7,12 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gradkit.core.gram import accumulator
-from gradkit.surgery.solvers.active_set import (
-    matvec,
-    minimise,
-    over_simplex,
-    proximal_step,
-)
+from gradkit.surgery.solvers.active_set import matvec, minimise, over_simplex, proximal_step
 from gradkit.surgery.solvers.prepared import prepare
 from gradkit.surgery.solvers.simplex import normalise
 

@@ -27,11 +27,7 @@ def prepare(
     norms = wide.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
     least = torch.where(norms > 0, norms, torch.inf).amin(-1, keepdim=True)
     least = torch.where(least.isinf(), 1.0, least)
-    return (
-        semidefinite(cosines(wide)),
-        torch.where(norms > 0, norms, least),
-        finite,
-    )
+    return semidefinite(cosines(wide)), torch.where(norms > 0, norms, least), finite
 
 
 def semidefinite(gram: Float[Tensor, "*batch K K"]) -> Float[Tensor, "*batch K K"]:
