@@ -6,6 +6,7 @@ from collections.abc import Container
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from gradkit.core.arguments import check_count, check_number
@@ -61,9 +62,23 @@ class LookSAM(Ascent):
         check_count("k", self.k)
         check_number("alpha", self.alpha)
         self.state["steps"] = 0
+        self._forget_norm()
 
     def initial_vectors(self, layout: Layout) -> dict[str, Tensor]:
+        self._forget_norm()
         return {"orthogonal": layout.zeros()}
+
+    def _forget_norm(self) -> None:
+        self._measured: tuple[int, int] | None = None
+        self._gram: Float[Tensor, "1 1"] | None = None
+
+    def _orthogonal(self, layout: Layout) -> Dense:
+        """g_v, whose norm is computed once until it changes."""
+        vector = self.vectors["orthogonal"]
+        version = (id(vector), vector._version)
+        known = Dense(vector[None], layout, self._gram if version == self._measured else None)
+        self._measured, self._gram = version, known.gram("global", signs=False)
+        return known
 
     def around(self, inner: Oracle, context: Context) -> Oracle:
         steps: int = self.state["steps"]
@@ -73,7 +88,7 @@ class LookSAM(Ascent):
             first = inner(at, only)
             g = first.stored()
             if steps % self.k:
-                known = Dense(self.vectors["orthogonal"][None], context.layout)
+                known = self._orthogonal(context.layout)
                 size = known.norm()
                 factor = torch.where(size > 0, self.alpha * g.norm() / size, 0 * size)
                 return combined(first, context, (g, 1.0), (known, factor))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -459,3 +460,31 @@ def test_a_combination_is_clipped(make):
         directions.append(flat(parameter.grad for parameter in model.parameters()))
     whole, clipped = directions
     torch.testing.assert_close(clipped, whole * (1e-3 / (whole.norm() + 1e-6)))
+
+
+def test_looksam_notices_another_orthogonal_vector():
+    w = nn.Parameter(torch.tensor([1.0, 1.0], dtype=torch.float64))
+    looksam = gk.LookSAM(rho=5**0.5, k=3, alpha=0.25)
+    optimizer = gk.wrap(torch.optim.SGD([w], lr=0.0), looksam)
+
+    def update() -> Tensor:
+        optimizer.step(lambda: w[0] ** 2 / 2 + w[1] ** 2)
+        assert w.grad is not None
+        return w.grad - torch.tensor([1.0, 2.0], dtype=torch.float64)  # g
+
+    def expected(vector: Tensor) -> Tensor:
+        return 0.25 * 5**0.5 * vector / vector.norm()
+
+    update()
+    state = copy.deepcopy(optimizer.state_dict())
+    torch.testing.assert_close(update(), expected(torch.tensor([-2.0, 1.0]).double()))
+    other = torch.tensor([3.0, 40.0], dtype=torch.float64)
+    looksam.vectors["orthogonal"] = other
+    torch.testing.assert_close(update(), expected(other))
+    for saved in (state, copy.deepcopy(state)):
+        for vectors in saved["state"].values():
+            for key, each in vectors.items():
+                if "orthogonal" in str(key):
+                    each.mul_(torch.tensor([5.0, 0.0]).double())
+        optimizer.load_state_dict(saved)
+        torch.testing.assert_close(update(), expected(torch.tensor([-1.0, 0.0]).double()))
