@@ -119,6 +119,10 @@ MISFITS = {
         lambda g, c: g.with_update(torch.ones(9)),
         r"Returns returned an update of shape \(9,\).* weights, of shape \(8,\)",
     ),
+    "a complex update": (
+        lambda g, c: g.with_update(g.direction() * 1j),
+        r"Returns returned an update of dtype torch\.complex64; .* a real vector",
+    ),
     "an update in parts": (
         lambda g, c: g.with_update(parts(g, c)),
         r"Returns returned a list as its update.*context\.layout\.flatten\(\)",

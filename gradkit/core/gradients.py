@@ -237,6 +237,10 @@ class Gradients:
             weights = _zeroed(weights.clone(), indices)
         return self.replace(weights=weights, observers=self.observers | set(names))
 
+    def __repr__(self) -> str:
+        shown = ("names", "losses", "weights", "lr_scale")
+        return f"Gradients({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
+
     def misfit(self, numel: int) -> str | None:
         """What of these gradients does not fit a flat vector of this length, in words.
 
@@ -249,6 +253,8 @@ class Gradients:
                 f"an update of shape {tuple(update.shape)}; give with_update() a flat vector of "
                 f"the length of the weights, of shape {(numel,)}"
             )
+        if isinstance(update, Tensor) and not update.is_floating_point():
+            return f"an update of dtype {update.dtype}; give with_update() a real vector"
         if update is not None and not isinstance(update, (Tensor, Storage)):
             return (
                 f"a {type(update).__name__} as its update; give with_update() a flat vector of "

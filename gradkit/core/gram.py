@@ -242,8 +242,8 @@ def _sign_products_of_pair(rows: Float[Tensor, "2 P"]) -> Float[Tensor, "2 2"]:
                 counts = _count_signs(block, masks[:, :columns])
                 plain = counts[:2] == (columns, columns)
             own, other, agreement = own + counts[0], other + counts[1], agreement + counts[2]
-    counted = [[own, agreement], [agreement, other]]
-    return torch.tensor(counted, dtype=torch.float64, device="cpu")
+    found = [[own, agreement], [agreement, other]]
+    return torch.tensor(found, dtype=torch.float64, device="cpu")
 
 
 def _count_signs(

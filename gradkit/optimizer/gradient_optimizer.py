@@ -712,7 +712,11 @@ class GradientOptimizer(Optimizer):
             pre(self)
         text = saved_state.encode(self.transforms, marks=True)
         self.base.param_groups[0][saved_state.KEY] = text
-        saved_state.renew_tensors(self.transforms, self.base)
+        # Other code may have replaced the base's state by copies, as moving it to a device does.
+        if self._vector_layout is None:
+            saved_state.renew_tensors(self.transforms, self.base)
+        else:
+            saved_state.relink(self.transforms, self._vector_layout, self.base)
         state: dict[str, Any] = self.base.state_dict()
         self.base.param_groups[0][saved_state.KEY] = saved_state.encode(self.transforms)
         if self._beside is not None:

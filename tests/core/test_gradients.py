@@ -158,6 +158,14 @@ def test_another_evaluations_direction_as_the_update():
     torch.testing.assert_close(changed.rows, b)
 
 
+def test_repr_shows_what_has_one_entry_for_each_objective():
+    gradients = gk.Gradients(("a", "b"), torch.tensor([1.0, 2.0]), torch.zeros(2, 3)).observe("b")
+    assert repr(gradients) == (
+        "Gradients(names=('a', 'b'), losses=tensor([1., 2.]), "
+        "weights=tensor([1., 0.], dtype=torch.float64), lr_scale=tensor(1., dtype=torch.float64))"
+    )
+
+
 def test_a_bound_is_of_the_update_it_came_with():
     row = torch.randn(1, 5, dtype=torch.float64)
     gradients = gk.Gradients(("loss",), torch.zeros(1), row)

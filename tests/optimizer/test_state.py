@@ -50,6 +50,18 @@ def test_vectors_are_saved_for_parameters_of_every_kind(make_base) -> None:
     assert values.tolist() == [2.125, 2.125, 1.75, 1.75, 3.25, 3.25]
 
 
+def test_what_is_saved_is_current_where_other_code_has_replaced_the_state_by_copies() -> None:
+    """As trainers do that move the optimizer's state to another device and back."""
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = gk.wrap(torch.optim.Adam([weight], lr=0.1), Mean())
+    optimizer.step(weight.sum)
+    for parameter, state in optimizer.state.items():
+        optimizer.state[parameter] = {name: value.clone() for name, value in state.items()}
+    optimizer.step(weight.sum)
+    (saved,) = optimizer.state_dict()["state"].values()
+    assert saved["gradkit.0.mean"].tolist() == [3.25, 3.25]  # 10 → 5.5 → 3.25
+
+
 class Norms(gk.Transform):
     """Keeps a number for each objective under a name that it has not declared."""
 
