@@ -189,8 +189,6 @@ class VectorRule(Remembering, Rule):
         for n, (name, k) in enumerate(zip(names, active, strict=True)):
             row, out = gradients.rows[k], renewed[n]
             old = before.vectors.get(self._key(name))
-            if old is not None and not _is_like(old, gradients.rows):
-                old = None
             own = {key: value[n] for key, value in small.items()}
             learned.append(self.renew(row, weights[n], losses[n], old, out, own))
         total = _summed(learned, gradients)
