@@ -20,6 +20,7 @@ from gradkit.tta.statistics import (
     CountingStatistics,
     PerChannel,
     at_least_float32,
+    require_running_statistics,
     source_moments,
     unbiased_moments,
 )
@@ -285,6 +286,7 @@ def VPTTA(  # noqa: N802 # the method's name
     ):
         check_count(name, value)
     check_number("neighbours", neighbours, most=memory)
+    require_running_statistics(model, "VPTTA")
     return Adapter(
         Prompted(model, channels, prompt_size),
         statistics=WarmUp(warm_up),
