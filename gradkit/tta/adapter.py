@@ -235,7 +235,7 @@ class Adapter:
             RuntimeError: If there are objectives, but `torch.inference_mode()` is on; or if
                 `episodic` is "image", and something cannot be computed for several images at once.
             TypeError: If images are not a tensor.
-            ValueError: If an objective cannot work with these images.
+            ValueError: If there are no images, or an objective cannot work with them.
         """
         images = self._received(images)
         if self._episodes is not None:
@@ -272,6 +272,10 @@ class Adapter:
             raise TypeError(
                 f"images is a {type(images).__name__}; pass a tensor [N, C, H, W] of images alone, "
                 "without their labels"
+            )
+        if not images.numel():
+            raise ValueError(
+                f"images have the shape {list(images.shape)}: there are none to adapt to"
             )
         images = _plain(images)
         if self.optimizer is not None:

@@ -225,10 +225,17 @@ class StrongAugmentation:
         Examples:
             >>> StrongAugmentation().check_images(torch.eye(4)[None, None])
         """
-        if image.dim() != 4 or not image.is_floating_point():
+        if image.dim() != 4:
             raise ValueError(
-                "the augmentation needs floating-point images [N, C, H, W] in [0, 1], but got "
-                f"{image.dtype} of shape {list(image.shape)}."
+                "the strong augmentation works on images [N, C, H, W], but these have the shape "
+                f"{list(image.shape)}. Volumes need an augmentation of their own, a function of "
+                "images and generator: augmentation=... of RoTTA, DistilledFuse or Consistency; "
+                "GraTa takes GraTa(pseudo=Consistency(augmentation=...))."
+            )
+        if not image.is_floating_point():
+            raise ValueError(
+                "the strong augmentation works on floating-point images in [0, 1], but these are "
+                f"{image.dtype}: pass images.float(), divided by the largest possible value."
             )
         outside = range_outside(image)
         if outside is not None:

@@ -151,10 +151,6 @@ class Episodes:
                 "torch.autocast does not reach the vectorised passes of several images; adapt "
                 f"outside of it, or {_ONE_BY_ONE}"
             )
-        if not len(images):
-            raise ValueError(
-                f"images have the shape {list(images.shape)}: there are none to adapt to"
-            )
         weights = self._fresh(len(images))
         before = self._logits(weights, images) if self.predict == "before" else None
         with self._objectives_at_start():

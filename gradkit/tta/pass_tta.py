@@ -25,6 +25,7 @@ from gradkit.tta.statistics import (
     Statistics,
     at_least_float32,
     norm_affine_parameters,
+    require_running_statistics,
     unbiased_moments,
 )
 
@@ -87,8 +88,14 @@ class Decorated(nn.Module):
         """The images as the model gets them.
 
         Raises:
-            ValueError: If they have another number of channels than `channels`.
+            ValueError: If they are not [N, C, H, W], or have another number of channels than
+                `channels`.
         """
+        if images.dim() != 4:
+            raise ValueError(
+                f"images have the shape {list(images.shape)}, but PASS's decorator is for images "
+                "[N, C, H, W]"
+            )
         if images.shape[1] != self.first.in_channels:
             raise ValueError(
                 f"images have {images.shape[1]} channels, and PASS's decorator was made for "
@@ -348,7 +355,7 @@ def PASS(  # noqa: N802 # the method's name
         ValueError: If an argument has no valid value, if the model has no BatchNorm with running
             statistics, if it does not take images of `image_size`, or if it has no module of that
             name with such an output; in a call, if there are other numbers of weights than of
-            classes, or images have other than `channels` channels.
+            classes, or images are not [N, C, H, W] or have other than `channels` channels.
 
     Examples:
         >>> import torch, gradkit as gk
@@ -359,6 +366,7 @@ def PASS(  # noqa: N802 # the method's name
         >>> adapter.model.prompts.bank.shape
         torch.Size([2, 8, 8])
     """
+    require_running_statistics(model, "PASS")
     running = RunningStatistics(0.1)
     return Adapter(
         Decorated(model, channels, hidden, generator, prompted, prompts, image_size),

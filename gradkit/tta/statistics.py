@@ -473,6 +473,23 @@ def install_statistics(model: nn.Module, statistics: str | Statistics) -> nn.Mod
     return model
 
 
+def require_running_statistics(model: nn.Module, method: str) -> None:
+    """Check that a method that cannot do without running statistics finds some in the model.
+
+    Raises:
+        ValueError: If no layer has any.
+
+    Examples:
+        >>> require_running_statistics(nn.BatchNorm1d(2), "PASS")
+    """
+    if not any(name.split(".")[-1] == "running_mean" for name, _ in model.named_buffers()):
+        raise ValueError(
+            f"{type(model).__name__} has no BatchNorm with running statistics, which {method} "
+            "needs: use a method that can do without, such as TENT with "
+            'statistics="source"'
+        )
+
+
 def _check_exchangeable(model: nn.Module, statistics: Statistics) -> None:
     """Check that no layer outside torch.nn normalises by running statistics.
 

@@ -20,6 +20,7 @@ from gradkit.tta.statistics import (
     CountingStatistics,
     PerChannel,
     at_least_float32,
+    require_running_statistics,
     source_moments,
     unbiased_moments,
 )
@@ -129,8 +130,9 @@ class WarmUp(CountingStatistics):
         mean = m * mean + (1 - m) * source_mean
         var = m * var + (1 - m) * source_var
         if self.gaps is not None:
-            own_var, own_mean = torch.var_mean(values, dim=2, correction=1)
-            gap = (mean - own_mean).abs().mean() + (var.sqrt() - own_var.sqrt()).abs().mean()
+            # Unlike a square root, std has a gradient (0) where a channel is constant.
+            own_std, own_mean = torch.std_mean(values, dim=2, correction=1)
+            gap = (mean - own_mean).abs().mean() + (var.sqrt() - own_std).abs().mean()
             self.gaps.append(gap)
         return mean, var
 
@@ -284,6 +286,7 @@ def VPTTA(  # noqa: N802 # the method's name
     ):
         check_count(name, value)
     check_number("neighbours", neighbours, most=memory)
+    require_running_statistics(model, "VPTTA")
     return Adapter(
         Prompted(model, channels, prompt_size),
         statistics=WarmUp(warm_up),

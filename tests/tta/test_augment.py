@@ -365,10 +365,16 @@ def test_impossible_settings(change, message):
 
 
 @pytest.mark.parametrize(
-    "image", [torch.zeros(3, 8, 8), torch.zeros(1, 3, 8, 8, dtype=torch.uint8)], ids=["3d", "uint8"]
+    ("image", "message"),
+    [
+        (torch.zeros(3, 8, 8), r"shape \[3, 8, 8\]"),
+        (torch.zeros(1, 1, 8, 8, 8), r"Volumes need .* GraTa\(pseudo=Consistency\(augmentation="),
+        (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), r"are torch.uint8: pass images.float\(\)"),
+    ],
+    ids=["image", "volume", "uint8"],
 )
-def test_what_is_no_batch_of_images_is_refused(image, request):
+def test_what_is_no_batch_of_images_is_refused(image, message, request):
     jaxtyping.config.update("jaxtyping_disable", True)  # which would refuse it with its own error
     request.addfinalizer(lambda: jaxtyping.config.update("jaxtyping_disable", False))
-    with pytest.raises(ValueError, match=r"floating-point images \[N, C, H, W\]"):
+    with pytest.raises(ValueError, match=message):
         StrongAugmentation()(image, generator())

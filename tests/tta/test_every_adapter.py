@@ -207,6 +207,16 @@ def test_an_image_that_is_not_finite_harms_no_later_one(name: str) -> None:
         assert torch.equal(logits, twin(stream[4]))
 
 
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_a_batch_without_images_is_an_error_that_changes_nothing(name: str) -> None:
+    adapter = make(name, network(torch.float64))
+    adapter(images(1)[0])
+    before = plain(adapter.state_dict())
+    with pytest.raises(ValueError, match=r"shape \[0, 3, 12, 16\]: there are none to adapt to"):
+        adapter(images(1)[0][:0])
+    assert plain(adapter.state_dict()) == before
+
+
 def test_the_table_has_every_adapter_that_draws_before_a_step() -> None:
     made = {name: make(name).objectives.values() for name in ADAPTERS}
     assert {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jaxtyping
 import pytest
 import torch
 import torch.nn.functional as F
@@ -170,3 +171,20 @@ def test_images_with_other_channels_are_named():
     with pytest.raises(ValueError, match=r"have 1 channels, .* made for 3; pass channels=1"):
         gk.tta.PASS(model)(torch.rand(1, 1, 4, 4))
     assert gk.tta.PASS(model, channels=1)(torch.rand(1, 1, 4, 4)).shape == (1, 2, 4, 4)
+
+
+def test_volumes_are_refused(request) -> None:
+    jaxtyping.config.update("jaxtyping_disable", True)  # which would refuse them with its own error
+    request.addfinalizer(lambda: jaxtyping.config.update("jaxtyping_disable", False))
+    model = nn.Sequential(nn.Conv3d(1, 2, 1), nn.BatchNorm3d(2)).eval()
+    with pytest.raises(ValueError, match=r"decorator is for images \[N, C, H, W\]"):
+        gk.tta.PASS(model, channels=1)(torch.rand(1, 1, 4, 4, 4))
+
+
+@pytest.mark.parametrize("method", [gk.tta.PASS, gk.tta.VPTTA])
+def test_a_model_without_running_statistics_is_named(method) -> None:
+    """The model, not the method's wrapper; and no advice that ends at another error."""
+    for norm in (nn.InstanceNorm2d(2), nn.BatchNorm2d(2, track_running_stats=False)):
+        model = nn.Sequential(nn.Conv2d(3, 2, 1), norm).eval()
+        with pytest.raises(ValueError, match=f"Sequential has no .* which {method.__name__} needs"):
+            method(model)

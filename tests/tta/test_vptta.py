@@ -80,6 +80,17 @@ def test_a_prompt_of_ones_changes_nothing() -> None:
         torch.testing.assert_close(model(x), x)
 
 
+def test_a_constant_channel_or_image_takes_a_step() -> None:
+    """A dead convolution, a black slice: their variance is 0."""
+    dead = network()
+    with torch.no_grad():
+        dead[0].weight[:2] = 0
+    for model, x in ((dead, images(1)[0]), (network(), torch.zeros(1, 3, 12, 16).double())):
+        adapter = gk.tta.VPTTA(model)
+        assert adapter(x).isfinite().all()
+        assert adapter.last_step.applied
+
+
 def test_several_steps_start_from_one_prompt() -> None:
     one, two = gk.tta.VPTTA(network()), gk.tta.VPTTA(network(), steps=2)
     x = images(1)[0]
