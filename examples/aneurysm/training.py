@@ -124,7 +124,8 @@ def fit(
     if resume and (directory / LAST).exists():
         restore(fitted.training, directory / LAST)
     main = rank() == 0
-    train(fitted.training, directory, description if main else None, on_epoch, writes=main)
+    shown = description if main else None
+    train(fitted.training, directory, shown, on_epoch, writes=main, unit="validation")
     return fitted
 
 

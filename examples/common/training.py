@@ -111,6 +111,7 @@ def train(
     description: str | None = None,
     on_epoch: Callable[[Entry], None] | None = None,
     writes: bool = True,
+    unit: str = "epoch",
 ) -> Path:
     """Trains for the epochs that are left, and returns the path of the best one's checkpoint.
 
@@ -122,6 +123,7 @@ def train(
         description: what lines of progress begin with; None shows none.
         on_epoch: called after each epoch's checkpoints are written.
         writes: whether this process writes them; of several ranks that train together, one does.
+        unit: what lines of progress call an epoch.
 
     Raises:
         TrainingError: a loss is no longer finite.
@@ -129,7 +131,7 @@ def train(
     """
     directory.mkdir(parents=True, exist_ok=True)
     done, epochs = len(training.history), training.settings["epochs"]
-    with Progress(epochs, description, "epoch", initial=done, every_round=True) as shown:
+    with Progress(epochs, description, unit, initial=done, every_round=True) as shown:
         for epoch in range(done, epochs):
             if is_exhausted(training):
                 break

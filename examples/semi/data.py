@@ -87,6 +87,22 @@ def hold_out(
     return list(range(start)), list(range(start, len(cases)))
 
 
+def check_shown(task: Task, samples: Dataset[Sample], which: str, remedy: str) -> None:
+    """Checks that some image shows the structure, without which nothing is learnt or told apart.
+
+    Args:
+        task: for the structure's name.
+        samples: images with labels.
+        which: what they are, with their number.
+        remedy: what to do.
+
+    Raises:
+        DataError: none does.
+    """
+    if not any(samples[index].target.any() for index in range(length(samples))):
+        raise DataError(f"none of the {which} shows the {task.structures[0]}; {remedy}")
+
+
 def open_data(
     task: Task,
     root: str,
@@ -112,7 +128,8 @@ def open_data(
         test_images: at most this many of each site's test list.
 
     Raises:
-        DataError: the labelled site has no labels, too few images, or only one examination.
+        DataError: the labelled site has no labels, too few images, or only one examination; or its
+            labelled images in a folder, or those for validation, have empty masks.
     """
     unlabelled: list[Dataset[Sample]] = []
     validation: dict[str, Dataset[Sample]] = {}
@@ -143,6 +160,12 @@ def open_data(
                     f"{len(held_out)} for validation; give at most as many --labels, not {labels}"
                 )
             chosen, training = Subset(samples, training[:labels]), training[labels:]
+            if root != SYNTHETIC:
+                for part, name, remedy in (
+                    (chosen, "labelled image(s)", "give more --labels"),
+                    (validation[site], "image(s) for validation", "put other images at its end"),
+                ):
+                    check_shown(task, part, f"{length(part)} {name} of {site} in {root}", remedy)
         if training:
             unlabelled.append(Subset(samples, training))
         if "test" in splits_of(task, root, site):

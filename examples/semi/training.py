@@ -437,7 +437,7 @@ def fit(
             if on_epoch is not None:
                 on_epoch(entry)
 
-        return train(training, directory, description, record)
+        return train(training, directory, description, record, unit="validation")
 
 
 def check_details(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -176,6 +176,26 @@ def test_too_few_images_are_named(tmp_path):
         open_data(PROSTATE, "synthetic", ["site_a"], "site_a", 24, 16, 0, 36)
 
 
+@pytest.mark.parametrize(
+    ("empty", "message"),
+    [
+        (slice(0, 2), "none of the 2 labelled .* shows the prostate; give more --labels"),
+        (
+            slice(24, 36),
+            "none of the 12 .* for validation of site_a .* put other images at its end",
+        ),
+    ],
+)
+def test_empty_masks_where_labels_are_needed_are_an_error(tmp_path, empty, message):
+    """Slices above the organ come first in the order of names."""
+    export(PROSTATE, tmp_path, ["site_a"], train=36)
+    open_data(PROSTATE, str(tmp_path), ["site_a"], "site_a", 2, 32)
+    for path in sorted((tmp_path / "site_a" / "train" / "mask").iterdir())[empty]:
+        Image.new("L", (32, 32), 255).save(path)
+    with pytest.raises(DataError, match=message):
+        open_data(PROSTATE, str(tmp_path), ["site_a"], "site_a", 2, 32)
+
+
 def test_a_limit_takes_the_first_images(tmp_path):
     root = export(PROSTATE, tmp_path, ["site_a"])
     some = open_site(PROSTATE, root, "site_a", "train", 32, 0, 3)
