@@ -48,12 +48,15 @@ def read_mask(path: Path) -> Image.Image:
     return picture
 
 
-def read_pair(image_path: Path, mask_path: Path) -> tuple[Image.Image, Image.Image]:
-    """Read a photograph and its mask.
+def read_pair(image_path: Path, mask_path: Path | None) -> tuple[Image.Image, Image.Image | None]:
+    """Read a photograph and its mask, if it has one.
 
     Raises:
         DataError: If either cannot be read, or their sizes differ.
     """
-    image, mask = read_image(image_path), read_mask(mask_path)
+    image = read_image(image_path)
+    if mask_path is None:
+        return image, None
+    mask = read_mask(mask_path)
     check_sizes(image_path, image, mask_path, mask)
     return image, mask

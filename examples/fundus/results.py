@@ -68,10 +68,21 @@ def markdown_table(
         "holds for this source model and this order of images: it does not cover how results "
         "vary between trainings.",
     ]
-    note = confounding_note(results)
-    if note is not None:
-        lines += ["", note]
+    for note in (labels_note(results), confounding_note(results)):
+        if note is not None:
+            lines += ["", note]
     return "\n".join(lines) + "\n"
+
+
+def labels_note(results: Sequence[Result]) -> str | None:
+    """A sentence where images have no masks, and so no scores."""
+    cases = sum(len(result.cases) for result in results)
+    scored = sum(len(result.scored) for result in results)
+    if scored == cases:
+        return None
+    if scored == 0:
+        return f"No scores: none of the {cases} images has a mask."
+    return f"Scored: {scored} of {cases} images; the others have no mask."
 
 
 def confounding_note(results: Sequence[Result]) -> str | None:
