@@ -19,9 +19,9 @@ from PIL import Image
 from torch.utils.data import Dataset, Subset
 
 from examples.common.datasets import Sample
-from examples.common.pictures import DataError, one_line
+from examples.common.pictures import DataError, check_told_apart, levels_of, one_line, visible
 from examples.common.suggestions import did_you_mean
-from examples.fundus.pictures import decode_target, read_pair
+from examples.fundus.pictures import LEVELS, decode_target, read_pair
 from examples.fundus.sample import STRUCTURES, Split, normalise
 from examples.fundus.synthetic import CENTRES, SyntheticFundus
 
@@ -159,7 +159,7 @@ def available_domains(root: str | Path) -> list[str]:
         raise DataError(
             f"{root} is not a folder; give the folder of the lists, or {SYNTHETIC!r}{guess}"
         )
-    names = {path.stem for path in root.glob("*.csv")}
+    names = {path.stem for path in visible(root.glob("*.csv"))}
     names = {name.removesuffix("_train").removesuffix("_test") for name in names}
     if not names:
         raise DataError(f"{root} has no lists; put <DOMAIN>_train.csv and <DOMAIN>_test.csv there")
@@ -286,6 +286,10 @@ def check(root: str | Path, domains: Iterable[str], masks: Masks = "all") -> Non
         return
     # All lists first: they are quick to read.
     datasets = [FundusDataset(root, domain, cache=False, masks=masks) for domain in domains]
-    for dataset in datasets:
+    for domain, dataset in zip(domains, datasets, strict=True):
+        found = []
         for _, image_path, mask_path in dataset.pairs:
-            read_pair(image_path, mask_path)
+            _, mask = read_pair(image_path, mask_path)
+            if mask_path is not None and mask is not None:
+                found.append((mask_path, levels_of(mask)))
+        check_told_apart(domain, found, decode_target, STRUCTURES, LEVELS)

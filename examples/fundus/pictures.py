@@ -16,8 +16,11 @@ from examples.common.pictures import DataError, check_sizes, read_image, read_le
 BACKGROUND, RIM, CUP = 255, 128, 0
 """Grey levels of a mask."""
 
+LEVELS = "255 outside the disc, 0 in the cup, any grey between them in the rim"
+"""What a mask holds, for messages."""
 
-def decode_target(mask: UInt8[Tensor, "S S"]) -> Float[Tensor, "2 S S"]:
+
+def decode_target(mask: UInt8[Tensor, "h w"]) -> Float[Tensor, "2 h w"]:
     """Turn a mask's grey levels into the nested channels [disc with cup, cup]."""
     return torch.stack([mask != BACKGROUND, mask == CUP]).float()
 
