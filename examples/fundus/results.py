@@ -61,13 +61,14 @@ def markdown_table(
         source, n, scores = in_domain
         values = (source, f"{source} (in domain)", "none", "source", None)
         rows.insert(0, common.scored_row(dict(zip(LABELS, values, strict=True)), n, scores))
-    lines = [
-        common.markdown_table(LABELS, SCORES, rows),
-        "",
-        "Dice in %. The interval is a percentile bootstrap over the images of a target, which "
-        "holds for this source model and this order of images: it does not cover how results "
-        "vary between trainings.",
-    ]
+    lines = [common.markdown_table(LABELS, SCORES, rows)]
+    if any(row.scores for row in rows):
+        lines += [
+            "",
+            "Dice in %. The interval is a percentile bootstrap over the images of a target, which "
+            "holds for this source model and this order of images: it does not cover how results "
+            "vary between trainings.",
+        ]
     for note in (labels_note(results), confounding_note(results)):
         if note is not None:
             lines += ["", note]

@@ -201,6 +201,7 @@ def test_images_without_masks_are_predicted_and_not_scored(
     assert result["images"] == expected
     assert result["n"] == scored
     (row,) = [line for line in table.splitlines() if line.startswith("| centre_a")]
+    assert ("Dice in %" in table) == (scored > 0)
     if scored:
         assert {name: result[name] for name in ("disc", "cup")} == {
             name: expected[1][name] for name in ("disc", "cup")
