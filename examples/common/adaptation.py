@@ -53,7 +53,7 @@ class Stream:
     """What adapting over one target came to.
 
     Attributes:
-        scores: one per case, in the order of the stream.
+        scores: one per case, in the order of the stream; empty ones of cases without labels.
         predictions: of the cases asked for, by their index; [structures, *space].
         cosines: of the pseudo and the auxiliary gradient, one per case; GraTa only.
         lr_scales: factor that this cosine puts on the learning rate, one per case; GraTa only.
@@ -77,7 +77,7 @@ def adapt_online(
 ) -> Stream:
     """Adapts to one sample after another, in order, and scores the prediction of each.
 
-    Targets are used for nothing but the score.
+    Targets are used for nothing but the score. Samples without labels are predicted all the same.
 
     Args:
         adapter: fresh, or as an earlier stream left it.
@@ -100,7 +100,8 @@ def adapt_online(
             sample = samples[index]
             logits = predict(sample.image.unsqueeze(0).to(device))
             prediction = segment(logits[0].float().cpu())
-            stream.scores.append(CaseScores(sample.name, score(prediction, sample.target)))
+            scores = score(prediction, sample.target) if sample.has_labels else {}
+            stream.scores.append(CaseScores(sample.name, scores))
             if index in keep:
                 stream.predictions[index] = prediction
             step = adapter.last_step

@@ -17,12 +17,18 @@ class Sample:
     Attributes:
         name: What tells it from others, such as the path of its file from the root of the data.
         image: Its intensities, float32.
-        target: A channel for each structure, 0 or 1, float32.
+        target: A channel for each structure, 0 or 1, float32; NaN throughout where there are no
+            labels, so that no loss or score of them could go unnoticed.
     """
 
     name: str
     image: Float[Tensor, "channels ..."]
     target: Float[Tensor, "structures ..."]
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether there are labels."""
+        return not self.target.isnan().any()
 
 
 def length(dataset: Dataset[Any]) -> int:

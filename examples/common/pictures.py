@@ -1,10 +1,13 @@
 """Reading pictures of any mode and format as what they mean, or not at all."""
 
 import warnings
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
 # By Pillow's names. Some can also do without loss, but a decoded picture does not tell.
 LOSSY_FORMATS = {"JPEG", "MPO", "JPEG2000", "WEBP", "AVIF"}
@@ -40,6 +43,16 @@ def decode(path: Path) -> Image.Image:
         raise DataError(
             f"{path} cannot be decoded ({one_line(error)}); replace it by an intact file"
         ) from error
+
+
+def visible(paths: Iterable[Path]) -> list[Path]:
+    """Paths without hidden ones, such as the ._ files that macOS writes beside others; sorted.
+
+    Example:
+        >>> [path.name for path in visible([Path("b.png"), Path("._b.png"), Path("a.png")])]
+        ['a.png', 'b.png']
+    """
+    return sorted(path for path in paths if not path.name.startswith("."))
 
 
 def one_line(error: Exception) -> str:
@@ -113,4 +126,52 @@ def check_sizes(image_path: Path, image: Image.Image, mask_path: Path, mask: Ima
         raise DataError(
             f"{mask_path} has {mask.width}x{mask.height} pixels but its image "
             f"{image_path} {image.width}x{image.height}; export both at the same size"
+        )
+
+
+def levels_of(mask: Image.Image) -> list[int]:
+    """The grey levels that a mask holds, ascending.
+
+    Example:
+        >>> levels_of(Image.new("L", (2, 2), 128))
+        [128]
+    """
+    return [level for level, count in enumerate(mask.histogram()) if count]
+
+
+def check_told_apart(
+    where: str,
+    masks: Sequence[tuple[Path, Sequence[int]]],
+    decode: Callable[[Tensor], Tensor],
+    structures: Sequence[str],
+    levels: str,
+) -> None:
+    """Make sure that the masks of one origin tell a structure from the one that lies in it.
+
+    Masks of 1 bit, and those of the outer structure alone, have the level of the inner one in all
+    of it. A single mask may: it is an error where no mask has anything else.
+
+    Args:
+        where: What the masks belong to, for messages.
+        masks: Path and grey levels of each.
+        decode: Grey levels [h, w] to a target, whose first two channels are the structures.
+        structures: Their names.
+        levels: What a mask holds, for messages.
+
+    Raises:
+        DataError: If the structures are equal in all masks, and not empty in one.
+    """
+    equal = None
+    for path, found in masks:
+        outer, inner = decode(torch.tensor([list(found)], dtype=torch.uint8))[:2]
+        if not outer.equal(inner):
+            return
+        if equal is None and outer.any():
+            equal = path, ", ".join(map(str, found))
+    if equal is not None:
+        outer_name, inner_name = structures[:2]
+        raise DataError(
+            f"{equal[0]} has no values but {equal[1]}, and as in all masks of {where} the "
+            f"{inner_name} would equal the {outer_name}; a mask has {levels}: export the masks "
+            "anew, in 8 bits and with both structures"
         )

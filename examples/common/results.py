@@ -27,14 +27,22 @@ class Result:
 
     Attributes:
         labels: what tells it from other results, by name; None where a label does not apply.
-        cases: the scores of each case.
+        cases: the scores of each case; empty where a case has no labels.
     """
 
     labels: Mapping[str, Label]
     cases: Sequence[CaseScores]
 
+    @property
+    def scored(self) -> list[CaseScores]:
+        """The cases that have labels, over which means are taken."""
+        return [case for case in self.cases if case.scores]
+
     def score(self, name: str) -> float:
-        """The mean over cases of a score, or for `MEAN` the mean of these means.
+        """The mean over scored cases of a score, or for `MEAN` the mean of these means.
+
+        Raises:
+            ValueError: no case is scored.
 
         Example:
             >>> cases = [CaseScores("a", {"x": 1.0, "y": 2.0}), CaseScores("b", {"x": 3.0, "y": 4})]
@@ -42,15 +50,17 @@ class Result:
             >>> result.score("x"), result.score("mean")
             (2.0, 2.5)
         """
-        means = mean_scores(self.cases)
+        means = mean_scores(self.scored)
         return _with_mean(means)[name]
 
     def values(self, name: str) -> list[float]:
-        """A score, or for `MEAN` the mean of the scores, of each case."""
-        return [case.mean if name == MEAN else case.scores[name] for case in self.cases]
+        """A score, or for `MEAN` the mean of the scores, of each scored case."""
+        return [case.mean if name == MEAN else case.scores[name] for case in self.scored]
 
     def as_json(self, scores: Sequence[str], unit: str = "case") -> dict[str, Any]:
-        """Plain values: labels, number of cases, means of scores, and the scores of every case.
+        """Plain values: labels, number of scored cases, means of scores, and scores of every case.
+
+        Means are None where no case is scored.
 
         Args:
             scores: names of the scores whose means to write.
@@ -58,8 +68,8 @@ class Result:
         """
         return {
             **self.labels,
-            "n": len(self.cases),
-            **{name: self.score(name) for name in scores},
+            "n": len(self.scored),
+            **{name: self.score(name) if self.scored else None for name in scores},
             f"{unit}s": [{unit: case.case, **case.scores} for case in self.cases],
         }
 
@@ -94,8 +104,8 @@ class Row:
 
     Attributes:
         labels: by name.
-        n: number of cases; None for an average over results.
-        scores: mean scores by name.
+        n: number of scored cases; None for an average over results.
+        scores: mean scores by name; empty where no case is scored.
         intervals: of some scores, by name; None where there are too few cases for one.
     """
 
@@ -114,12 +124,15 @@ def result_row(result: Result, seed: int, intervals: Collection[str] = (MEAN,)) 
     """The row of a result.
 
     Args:
-        result: with at least one case.
+        result: any; without a scored case its row has no scores.
         seed: of the bootstrap.
         intervals: names of the scores that get a 95% bootstrap interval over cases.
     """
-    row = scored_row(result.labels, len(result.cases), mean_scores(result.cases))
-    several = len(result.cases) > 1
+    n = len(result.scored)
+    if n == 0:
+        return Row(result.labels, n, {})
+    row = scored_row(result.labels, n, mean_scores(result.scored))
+    several = n > 1
     return replace(
         row,
         intervals={
@@ -144,7 +157,7 @@ def average_rows(results: Sequence[Result], over: str, by: str) -> list[Row]:
     rows = []
     for value in dict.fromkeys(result.labels[by] for result in results):
         group = [result for result in results if result.labels[by] == value]
-        means = [mean_scores(result.cases) for result in group]
+        means = [mean_scores(result.scored) for result in group]
         averages = {name: mean([each[name] for each in means]) for name in means[0]}
         labels = {**group[0].labels, over: f"average over {over}s"}
         rows.append(Row(labels, None, _with_mean(averages)))
@@ -156,7 +169,7 @@ def markdown_table(labels: Sequence[str], scores: Sequence[str], rows: Sequence[
 
     Args:
         labels: names of the labels to show.
-        scores: names of the scores to show, with two decimals.
+        scores: names of the scores to show, with two decimals; a dash for those that a row lacks.
         rows: from top to bottom.
 
     Example:
@@ -193,6 +206,8 @@ def _text(label: Label) -> str:
 
 
 def _score(row: Row, name: str) -> str:
+    if name not in row.scores:
+        return "-"
     text = f"{row.scores[name]:.2f}"
     if name not in row.intervals:
         return text

@@ -18,7 +18,8 @@ class CaseScores:
 
     Attributes:
         case: its name.
-        scores: by name, such as the Dice of each structure by that structure's name.
+        scores: by name, such as the Dice of each structure by that structure's name; empty where
+            there are no labels.
     """
 
     case: str

@@ -9,7 +9,7 @@ whole epoch and ends with the same bits.
 """
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeAlias, TypeVar
@@ -133,7 +133,7 @@ def train(
     done, epochs = len(training.history), training.settings["epochs"]
     with Progress(epochs, description, unit, initial=done, every_round=True) as shown:
         for epoch in range(done, epochs):
-            if is_exhausted(training):
+            if is_exhausted(training.history, training.select, training.patience):
                 break
             losses = run_epoch(training, epoch)
             scores = training.validate()
@@ -161,12 +161,20 @@ def train(
     return directory / BEST
 
 
-def is_exhausted(training: Training[Any]) -> bool:
-    """Whether the best epoch lies `patience` epochs back."""
-    if training.patience is None or not training.history:
+def is_exhausted(
+    history: Sequence[Entry], select: Callable[[Entry], float], patience: int | None
+) -> bool:
+    """Whether the best epoch lies `patience` epochs back; never where that is None.
+
+    Example:
+        >>> history = [{"dice": 80.0}, {"dice": 90.0}, {"dice": 85.0}]
+        >>> [is_exhausted(history, lambda entry: entry["dice"], patience) for patience in (1, 2)]
+        [True, False]
+    """
+    if patience is None or not history:
         return False
-    values = [training.select(entry) for entry in training.history]
-    return len(values) - 1 - values.index(max(values)) >= training.patience
+    values = [select(entry) for entry in history]
+    return len(values) - 1 - values.index(max(values)) >= patience
 
 
 def run_epoch(training: Training[Batch], epoch: int) -> dict[str, float]:

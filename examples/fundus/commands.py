@@ -23,7 +23,7 @@ from examples.common.usage import (
     require_empty,
     split_names,
 )
-from examples.fundus.data import SYNTHETIC, available_domains, check, open_domain
+from examples.fundus.data import SYNTHETIC, Masks, available_domains, check, open_domain
 from examples.fundus.earlier import (
     EPOCHS,
     check_earlier,
@@ -293,6 +293,7 @@ class Adapt:
     Writes OUT/results.json and, for each image, OUT/masks/TARGET/METHOD/IMAGE at the network's
     resolution: 255 background, 128 rim, 0 cup. Names of images that do not end in .png get this
     ending besides their own. Results and masks of the same kind from an earlier run are replaced.
+    Images for which the lists name no mask are predicted, not scored.
     """
 
     checkpoint: Path
@@ -304,6 +305,8 @@ class Adapt:
     detta-released need a checkpoint with auxiliary heads."""
     data_root: str = "synthetic"
     """Folder of the lists and images, or "synthetic" for generated photographs."""
+    missing_masks: bool = False
+    """Take images whose mask is not there, though the lists name it, as images without one."""
     statistics: str = "test"
     """Where tent and grata take batch normalisation's statistics: source, test, mixed:SHARE."""
     lr: float = 1e-4
@@ -334,7 +337,8 @@ class Adapt:
         size, source = told(self.checkpoint, architecture)
         require(source != self.target, f"--target is {source}, the checkpoint's own source")
         check_training(size=size)
-        check(self.data_root, [self.target])
+        masks: Masks = "present" if self.missing_masks else "listed"
+        check(self.data_root, [self.target], masks)
         ratio = None
         if METHODS[self.method].ratio:
             ratio = require_cup_ratio(self.checkpoint, self._images_of(source, size))
@@ -343,7 +347,7 @@ class Adapt:
 
         note_statistics([self.method], self.checkpoint)
         samples = open_domain(
-            self.data_root, self.target, "all", size, self.seed, self.target_images
+            self.data_root, self.target, "all", size, self.seed, self.target_images, masks
         )
         adapter = build_adapter(
             self.method, model.to(device), self.statistics, self.lr, self.seed, ratio

@@ -2,14 +2,15 @@
 
 The layout is that of the release of GraTa (Chen et al., AAAI 2025,
 https://arxiv.org/abs/2408.07343): a folder with `<DOMAIN>_train.csv` and `<DOMAIN>_test.csv`, or a
-single `<DOMAIN>.csv`, whose columns `image` and `mask` hold paths relative to the folder.
+single `<DOMAIN>.csv`, whose columns `image` and `mask` hold paths relative to the folder. Where
+labels are not needed, the column `mask` or single cells of it may be left out.
 """
 
 import csv
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import get_args
+from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -18,10 +19,10 @@ from PIL import Image
 from torch.utils.data import Dataset, Subset
 
 from examples.common.datasets import Sample
-from examples.common.pictures import DataError, one_line
+from examples.common.pictures import DataError, check_told_apart, levels_of, one_line, visible
 from examples.common.suggestions import did_you_mean
-from examples.fundus.pictures import decode_target, read_pair
-from examples.fundus.sample import Split, normalise
+from examples.fundus.pictures import LEVELS, decode_target, read_pair
+from examples.fundus.sample import STRUCTURES, Split, normalise
 from examples.fundus.synthetic import CENTRES, SyntheticFundus
 
 __all__ = ["DataError", "FundusDataset", "available_domains", "check", "open_domain"]
@@ -32,6 +33,10 @@ SYNTHETIC = "synthetic"
 SYNTHETIC_LENGTH = 100
 """Photographs of a synthetic domain where no length is asked for: half training, half test."""
 
+Masks: TypeAlias = Literal["all", "listed", "present"]
+"""Which images must have a mask: all of them, those for which a list names one, or those whose
+named mask is there: none needs one."""
+
 
 def resolve(root: Path, relative: str, source: str) -> Path:
     """Join a path from a list to the root.
@@ -40,17 +45,26 @@ def resolve(root: Path, relative: str, source: str) -> Path:
         DataError: If the path is empty, absolute, or leaves the root; `source` tells where it is.
     """
     if not relative:
-        raise DataError(f"{source} has an empty path; fill in both columns, image and mask")
+        raise DataError(
+            f"{source} has an empty path; fill in both columns, image and mask (only `adapt` takes "
+            "images without masks)"
+        )
     if os.path.isabs(relative) or f"{os.path.normpath(relative)}/".startswith("../"):
         raise DataError(f"{source} leads out of the root ({relative}); use paths relative to it")
     return root / relative
 
 
-def read_list(root: Path, name: str) -> list[tuple[str, Path, Path]]:
+def read_list(root: Path, name: str, masks: Masks = "all") -> list[tuple[str, Path, Path | None]]:
     """Read one list: the image's relative path, the image's path and the mask's, row by row.
 
+    Args:
+        root: Folder of the list.
+        name: File name of the list.
+        masks: Which images must have a mask; the path of one that an image lacks is None.
+
     Raises:
-        DataError: If the list is missing, is no CSV, lacks a column, has no rows or a bad path.
+        DataError: If the list is missing, is no CSV, lacks a column, has no rows or a bad path, or
+            names a mask that is missing but need not be.
     """
     path = root / name
     if not path.is_file():
@@ -66,21 +80,37 @@ def read_list(root: Path, name: str) -> list[tuple[str, Path, Path]]:
         ) from error
     columns = [name.lower() for name in header]
     for column in ("image", "mask"):
-        if columns.count(column) != 1:
+        optional = column == "mask" and masks != "all"
+        if columns.count(column) > 1 or (column not in columns and not optional):
             raise DataError(_column_error(path, header, column))
     rows = [row for row in rows if row not in ([], [""])]  # without empty lines
     if not rows:
         raise DataError(f"{path} lists no images; add rows or remove the domain")
-    pairs = []
+    pairs: list[tuple[str, Path, Path | None]] = []
     for number, row in enumerate(rows, start=1):
         source = f"row {number} of {path}"
         cells = dict(zip(columns, row, strict=False))  # a row may be short
         image, mask = cells.get("image", ""), cells.get("mask", "")
-        # The release names the masks of several annotators `.tif`; the first one's are `-1.tif`.
-        stem, suffix = os.path.splitext(mask)
-        mask = f"{stem}-1{suffix}" if suffix.lower() == ".tif" else mask
-        pairs.append((image, resolve(root, image, source), resolve(root, mask, source)))
+        image_path = resolve(root, image, source)
+        pairs.append((image, image_path, _mask_path(root, mask, source, masks)))
     return pairs
+
+
+def _mask_path(root: Path, relative: str, source: str, masks: Masks) -> Path | None:
+    """The path of an image's mask, or None where it has none and needs none."""
+    if not relative and masks != "all":
+        return None
+    # The release names the masks of several annotators `.tif`; the first one's are `-1.tif`.
+    stem, suffix = os.path.splitext(relative)
+    path = resolve(root, f"{stem}-1{suffix}" if suffix.lower() == ".tif" else relative, source)
+    if masks == "all" or path.exists():
+        return path
+    if masks == "listed":
+        raise DataError(
+            f"{path} does not exist, which {source} names; restore the file, leave its cell empty, "
+            "or pass --missing-masks"
+        )
+    return None
 
 
 def _column_error(path: Path, header: list[str], column: str) -> str:
@@ -129,7 +159,7 @@ def available_domains(root: str | Path) -> list[str]:
         raise DataError(
             f"{root} is not a folder; give the folder of the lists, or {SYNTHETIC!r}{guess}"
         )
-    names = {path.stem for path in root.glob("*.csv")}
+    names = {path.stem for path in visible(root.glob("*.csv"))}
     names = {name.removesuffix("_train").removesuffix("_test") for name in names}
     if not names:
         raise DataError(f"{root} has no lists; put <DOMAIN>_train.csv and <DOMAIN>_test.csv there")
@@ -148,6 +178,7 @@ class FundusDataset(Dataset[Sample]):
         split: "train", "test", or "all": the training list, then the test list.
         size: Side of the square images in pixels.
         cache: Keep decoded pictures in memory, resized (four bytes a pixel).
+        masks: Which images must have a mask; targets of those without one are NaN.
 
     Raises:
         DataError: If a list is missing or wrong; on access, if a picture is.
@@ -161,14 +192,15 @@ class FundusDataset(Dataset[Sample]):
         split: Split = "all",
         size: int = 128,
         cache: bool = True,
+        masks: Masks = "all",
     ) -> None:
         if size < 1:
             raise ValueError(f"size must be at least 1 pixel, not {size}")
         root = Path(root)
         names = list_names(root, domain, split)
-        self.pairs = [pair for name in names for pair in read_list(root, name)]
+        self.pairs = [pair for name in names for pair in read_list(root, name, masks)]
         self.size, self.cache = size, cache
-        self._decoded: dict[int, tuple[NDArray[np.uint8], NDArray[np.uint8]]] = {}
+        self._decoded: dict[int, tuple[NDArray[np.uint8], NDArray[np.uint8] | None]] = {}
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -182,11 +214,16 @@ class FundusDataset(Dataset[Sample]):
             image, mask = read_pair(image_path, mask_path)
             square = (self.size, self.size)
             pixels = np.array(image.resize(square, Image.Resampling.BICUBIC))
-            grey = np.array(mask.resize(square, Image.Resampling.NEAREST))
+            nearest = Image.Resampling.NEAREST
+            grey = None if mask is None else np.array(mask.resize(square, nearest))
             if self.cache:
                 self._decoded[index] = pixels, grey
         normalised = normalise(torch.from_numpy(pixels).permute(2, 0, 1).float())
-        return Sample(name, normalised.contiguous(), decode_target(torch.from_numpy(grey)))
+        if grey is None:
+            target = torch.full((len(STRUCTURES), self.size, self.size), torch.nan)
+        else:
+            target = decode_target(torch.from_numpy(grey))
+        return Sample(name, normalised.contiguous(), target)
 
 
 def open_domain(
@@ -196,6 +233,7 @@ def open_domain(
     size: int = 128,
     seed: int = 0,
     length: int | None = None,
+    masks: Masks = "all",
 ) -> Dataset[Sample]:
     """Open a domain of a folder, or a synthetic centre.
 
@@ -207,6 +245,7 @@ def open_domain(
         seed: Seed of a synthetic centre.
         length: Number of photographs; of a folder, at most this many from the start. None is all of
             them, or for a synthetic centre 100, of which 50 train and 50 test.
+        masks: Which images of a folder must have a mask; targets of those without one are NaN.
 
     Raises:
         DataError: If the folder, the domain or a list is missing or wrong.
@@ -219,14 +258,19 @@ def open_domain(
             raise DataError(f"no synthetic domain {domain!r}; choose from {', '.join(CENTRES)}")
         count = length or (SYNTHETIC_LENGTH if split == "all" else SYNTHETIC_LENGTH // 2)
         return SyntheticFundus(domain, count, size, seed, split)
-    dataset = FundusDataset(root, domain, split, size)
+    dataset = FundusDataset(root, domain, split, size, masks=masks)
     if length is None or length >= len(dataset):
         return dataset
     return Subset(dataset, range(length))
 
 
-def check(root: str | Path, domains: Iterable[str]) -> None:
+def check(root: str | Path, domains: Iterable[str], masks: Masks = "all") -> None:
     """Validate all lists and decode all pictures of some domains, so that no run fails halfway.
+
+    Args:
+        root: Folder of the lists, or "synthetic".
+        domains: Names of the domains.
+        masks: Which images must have a mask.
 
     Raises:
         DataError: For the first problem found.
@@ -241,7 +285,11 @@ def check(root: str | Path, domains: Iterable[str]) -> None:
     if root == SYNTHETIC:
         return
     # All lists first: they are quick to read.
-    datasets = [FundusDataset(root, domain, cache=False) for domain in domains]
-    for dataset in datasets:
+    datasets = [FundusDataset(root, domain, cache=False, masks=masks) for domain in domains]
+    for domain, dataset in zip(domains, datasets, strict=True):
+        found = []
         for _, image_path, mask_path in dataset.pairs:
-            read_pair(image_path, mask_path)
+            _, mask = read_pair(image_path, mask_path)
+            if mask_path is not None and mask is not None:
+                found.append((mask_path, levels_of(mask)))
+        check_told_apart(domain, found, decode_target, STRUCTURES, LEVELS)

@@ -16,8 +16,11 @@ from examples.common.pictures import DataError, check_sizes, read_image, read_le
 BACKGROUND, RIM, CUP = 255, 128, 0
 """Grey levels of a mask."""
 
+LEVELS = "255 outside the disc, 0 in the cup, any grey between them in the rim"
+"""What a mask holds, for messages."""
 
-def decode_target(mask: UInt8[Tensor, "S S"]) -> Float[Tensor, "2 S S"]:
+
+def decode_target(mask: UInt8[Tensor, "h w"]) -> Float[Tensor, "2 h w"]:
     """Turn a mask's grey levels into the nested channels [disc with cup, cup]."""
     return torch.stack([mask != BACKGROUND, mask == CUP]).float()
 
@@ -48,12 +51,15 @@ def read_mask(path: Path) -> Image.Image:
     return picture
 
 
-def read_pair(image_path: Path, mask_path: Path) -> tuple[Image.Image, Image.Image]:
-    """Read a photograph and its mask.
+def read_pair(image_path: Path, mask_path: Path | None) -> tuple[Image.Image, Image.Image | None]:
+    """Read a photograph and its mask, if it has one.
 
     Raises:
         DataError: If either cannot be read, or their sizes differ.
     """
-    image, mask = read_image(image_path), read_mask(mask_path)
+    image = read_image(image_path)
+    if mask_path is None:
+        return image, None
+    mask = read_mask(mask_path)
     check_sizes(image_path, image, mask_path, mask)
     return image, mask

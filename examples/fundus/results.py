@@ -61,17 +61,29 @@ def markdown_table(
         source, n, scores = in_domain
         values = (source, f"{source} (in domain)", "none", "source", None)
         rows.insert(0, common.scored_row(dict(zip(LABELS, values, strict=True)), n, scores))
-    lines = [
-        common.markdown_table(LABELS, SCORES, rows),
-        "",
-        "Dice in %. The interval is a percentile bootstrap over the images of a target, which "
-        "holds for this source model and this order of images: it does not cover how results "
-        "vary between trainings.",
-    ]
-    note = confounding_note(results)
-    if note is not None:
-        lines += ["", note]
+    lines = [common.markdown_table(LABELS, SCORES, rows)]
+    if any(row.scores for row in rows):
+        lines += [
+            "",
+            "Dice in %. The interval is a percentile bootstrap over the images of a target, which "
+            "holds for this source model and this order of images: it does not cover how results "
+            "vary between trainings.",
+        ]
+    for note in (labels_note(results), confounding_note(results)):
+        if note is not None:
+            lines += ["", note]
     return "\n".join(lines) + "\n"
+
+
+def labels_note(results: Sequence[Result]) -> str | None:
+    """A sentence where images have no masks, and so no scores."""
+    cases = sum(len(result.cases) for result in results)
+    scored = sum(len(result.scored) for result in results)
+    if scored == cases:
+        return None
+    if scored == 0:
+        return f"No scores: none of the {cases} images has a mask."
+    return f"Scored: {scored} of {cases} images; the others have no mask."
 
 
 def confounding_note(results: Sequence[Result]) -> str | None:

@@ -15,7 +15,7 @@ import torch
 from examples.common.checkpoint import load
 from examples.common.command_line import interruptible
 from examples.common.results import remove_results, write_json
-from examples.common.training import BEST, LAST, check_settings
+from examples.common.training import BEST, LAST, check_settings, is_exhausted
 from examples.common.usage import check_writable, open_device, require, require_empty, split_names
 from examples.semi.data import Data, open_data, open_site
 from examples.semi.folder import SPLITS, available_sites, check, splits_of, write
@@ -327,8 +327,13 @@ def train_method(run: Run, folder: Path, text: str) -> Path:
     """
     last = folder / LAST
     if last.exists():
-        done = len(load(last)["history"])
-        print(f"going on with {folder} after {done} validations", file=sys.stderr)
+        history, settings = load(last)["history"], run.settings
+        after = f"after {len(history)} validations"
+        if len(history) >= settings.epochs or is_exhausted(history, run.select, settings.patience):
+            note = f"{folder} is finished {after}; --overwrite trains anew"
+        else:
+            note = f"going on with {folder} {after}"
+        print(note, file=sys.stderr)
     with interruptible(GOES_ON, last.exists):
         return fit(run, folder, f"{text}, {run.settings.labelled}, seed {run.settings.seed}")
 

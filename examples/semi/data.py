@@ -139,7 +139,7 @@ def open_data(
         samples = open_site(task, root, site, "train", size, seed, train_images)
         names = [samples[index].name for index in range(length(samples))]
         training, held_out = hold_out(names, task.case)
-        if samples[0].target.isnan().any():  # without labels nothing can be validated
+        if not samples[0].has_labels:  # without labels nothing can be validated
             training, held_out = [*training, *held_out], []
             if site == labelled:
                 raise DataError(

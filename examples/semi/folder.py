@@ -16,7 +16,15 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from examples.common.datasets import Sample
-from examples.common.pictures import DataError, check_sizes, read_image, read_levels
+from examples.common.pictures import (
+    DataError,
+    check_sizes,
+    check_told_apart,
+    levels_of,
+    read_image,
+    read_levels,
+    visible,
+)
 from examples.common.suggestions import did_you_mean
 from examples.semi.task import SYNTHETIC, Split, Task
 
@@ -37,7 +45,7 @@ def available_sites(task: Task, root: str) -> list[str]:
         raise DataError(
             f"{folder} is not a folder; give the folder of the sites, or {SYNTHETIC!r}{guess}"
         )
-    names = sorted(path.parent.name for path in folder.glob("*/train") if path.is_dir())
+    names = [path.name for path in visible(folder.iterdir()) if (path / "train").is_dir()]
     if not names:
         raise DataError(f"{folder} has no sites; put {_layout(task)} there")
     return names
@@ -81,7 +89,7 @@ class SiteDataset(Dataset[Sample]):
         for part in (images, masks) if self.has_labels else (images,):
             if not part.is_dir():
                 raise DataError(f"{part} is not a folder; put {_layout(task)} into {root}")
-        self.pairs = [(path, masks / path.name) for path in sorted(images.glob("*.png"))]
+        self.pairs = [(path, masks / path.name) for path in visible(images.glob("*.png"))]
         if not self.pairs:
             raise DataError(f"{images} holds no .png; add images or remove the site")
         for image, mask in self.pairs if self.has_labels else ():
@@ -145,14 +153,19 @@ def check(task: Task, root: str, sites: Iterable[str]) -> None:
     if root == SYNTHETIC:
         return
     # All folders first: they are quick to list.
-    datasets = [
-        SiteDataset(task, root, site, split, 1)
+    datasets = {
+        site: [SiteDataset(task, root, site, split, 1) for split in splits_of(task, root, site)]
         for site in sites
-        for split in splits_of(task, root, site)
-    ]
-    for dataset in datasets:
-        for index in range(len(dataset)):
-            dataset.read(index)
+    }
+    for site, halves in datasets.items():
+        found = []
+        for dataset in halves:
+            for index, (_, mask_path) in enumerate(dataset.pairs):
+                _, mask = dataset.read(index)
+                if mask is not None:
+                    found.append((mask_path, levels_of(mask)))
+        if len(task.structures) > 1:
+            check_told_apart(site, found, task.decode, task.structures, task.levels)
 
 
 def write(task: Task, root: Path, site: str, split: Split, samples: Dataset[Sample]) -> None:

@@ -1,5 +1,7 @@
 """One sample at a time, in order, without looking at its target: in two and three dimensions."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -47,6 +49,21 @@ def test_one_image_at_a_time_in_order_and_no_label_is_read():
         assert torch.equal(image[0], sample.image)
     assert [score.case for score in stream.scores] == ["0.png", "1.png", "2.png", "3.png"]
     assert set(stream.predictions) == {1, 3}
+
+
+def test_samples_without_labels_are_predicted_and_not_scored():
+    images = [torch.rand(3, 8, 8) for _ in range(3)]
+    labelled = [Sample(str(n), image, torch.ones(2, 8, 8)) for n, image in enumerate(images)]
+    without = [replace(sample, target=torch.full((2, 8, 8), torch.nan)) for sample in labelled]
+    mixed = [without[0], labelled[1], without[2]]
+    whole, part = (
+        adapt_online(tta.TENT(network(), lr=0.1), samples, CPU, DICE, range(3))
+        for samples in (labelled, mixed)
+    )
+    assert [case.scores for case in part.scores] == [{}, whole.scores[1].scores, {}]
+    assert [case.case for case in part.scores] == ["0", "1", "2"]
+    for number in range(3):
+        assert torch.equal(part.predictions[number], whole.predictions[number])
 
 
 def test_the_whole_target_may_come_first():

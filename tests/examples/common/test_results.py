@@ -89,3 +89,24 @@ def test_results_of_an_earlier_run_are_removed(tmp_path, there):
         (tmp_path / "table.md").write_text("earlier")
     assert remove_results(tmp_path, names) == there
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_cases_without_labels_have_no_part_in_means():
+    unlabelled = CaseScores("d", {})
+    mixed, whole = result("RUNMC", cases=[unlabelled, *CASES]), result("RUNMC")
+    names = ["dice", "hd95", "mean"]
+    content, expected = mixed.as_json(names), whole.as_json(names)
+    assert content.pop("cases") == [{"case": "d"}, *expected.pop("cases")]
+    assert content == expected
+    assert result_row(mixed, 0) == result_row(whole, 0)
+    assert average_rows([mixed, result("BMC")], "site", "method") == average_rows(
+        [whole, result("BMC")], "site", "method"
+    )
+
+
+def test_a_result_without_a_score_has_a_row_of_dashes():
+    none = result("RUNMC", cases=[CaseScores("d", {}), CaseScores("e", {})])
+    content = none.as_json(["dice"])
+    assert (content["n"], content["dice"]) == (0, None)
+    *_, line = markdown_table(["site"], ["dice", "mean"], [result_row(none, 0)]).splitlines()
+    assert line == "| RUNMC | 0 | - | - |"

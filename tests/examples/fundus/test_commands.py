@@ -141,6 +141,122 @@ def test_adapt_gives_the_scores_of_compare_and_the_masks(compared, checkpoint, t
         assert cup_score(path, dataset[index]) == pytest.approx(scores["cup"], abs=1e-3)
 
 
+# Target images without masks
+
+
+def listing(root, rows):
+    """A centre with one list of these lines, in place of centre_c's two."""
+    (root / "centre_c_train.csv").unlink()
+    (root / "centre_c_test.csv").unlink()
+    (root / "centre_c.csv").write_text("\n".join(rows) + "\n")
+
+
+def unmask(root, kind):
+    """Takes the masks of centre_c, or all but the second one, out of lists or folders."""
+    lists = [(root / f"centre_c_{half}.csv").read_text().split() for half in ("train", "test")]
+    rows = [row.split(",") for row in lists[0][1:] + lists[1][1:]]
+    if kind == "no column":
+        listing(root, ["image", *(image for image, _ in rows)])
+    elif kind == "empty cells":
+        listing(root, ["image,mask", *(f"{image}," for image, _ in rows)])
+    elif kind == "short rows":
+        listing(root, ["image,mask", *(image for image, _ in rows)])
+    elif kind == "some cells":
+        named = ["", rows[1][1], "", "", "", ""]
+        pairs = zip(rows, named, strict=True)
+        listing(root, ["image,mask", *(f"{image},{mask}" for (image, _), mask in pairs)])
+    else:
+        for number, (_, mask) in enumerate(rows):
+            if kind == "no files" or number != 1:
+                (root / mask).unlink()
+
+
+@pytest.mark.parametrize(
+    ("kind", "scored"),
+    [
+        ("no column", 0),
+        ("empty cells", 0),
+        ("short rows", 0),
+        ("no files", 0),
+        ("some cells", 1),
+        ("some files", 1),
+    ],
+)
+def test_images_without_masks_are_predicted_and_not_scored(
+    exported, checkpoint, tmp_path, capsys, kind, scored
+):
+    root = copy_tree(exported, tmp_path / "data")
+    unmask(root, kind)
+    words = ["adapt", "--checkpoint", checkpoint, "--target", "centre_c", "--method", "tent"]
+    words += ["--missing-masks"] * kind.endswith("files")
+    assert run(*words, "--data-root", exported, "--out", tmp_path / "whole") == 0
+    whole = read(tmp_path / "whole")[0]
+    capsys.readouterr()
+    assert run(*words, "--data-root", root, "--out", tmp_path / "out") == 0
+    result, table = read(tmp_path / "out")[0], capsys.readouterr().out
+    expected = [
+        image if scored and number == 1 else {"image": image["image"]}
+        for number, image in enumerate(whole["images"])
+    ]
+    assert result["images"] == expected
+    assert result["n"] == scored
+    (row,) = [line for line in table.splitlines() if line.startswith("| centre_a")]
+    assert ("Dice in %" in table) == (scored > 0)
+    if scored:
+        assert {name: result[name] for name in ("disc", "cup")} == {
+            name: expected[1][name] for name in ("disc", "cup")
+        }
+        assert row.endswith(f"| 1 | {result['disc']:.2f} | {result['cup']:.2f} "
+                            f"| {result['mean']:.2f} [-] |")  # fmt: skip
+        assert "Scored: 1 of 6 images; the others have no mask." in table
+    else:
+        assert (result["disc"], result["cup"], result["mean"]) == (None, None, None)
+        assert row.endswith("| 0 | - | - | - |")
+        assert "No scores: none of the 6 images has a mask." in table
+    folders = [tmp_path / name / "masks" / "centre_c" for name in ("whole", "out")]
+    files = [sorted(folder.rglob("*.png")) for folder in folders]
+    assert len(files[0]) == len(files[1]) == 6
+    for one, other in zip(*files, strict=True):  # labels have no part in what is predicted
+        assert one.name == other.name
+        assert one.read_bytes() == other.read_bytes()
+
+
+def test_a_table_of_scored_images_speaks_of_no_masks(exported, checkpoint, tmp_path, capsys):
+    words = ["adapt", "--checkpoint", checkpoint, "--target", "centre_c", "--method", "none"]
+    words += ["--missing-masks", "--data-root", exported]
+    assert run(*words, "--out", tmp_path) == 0
+    assert "mask" not in capsys.readouterr().out
+
+
+def test_a_named_mask_must_be_there_unless_the_user_says_so(
+    capsys, exported, checkpoint, tmp_path, nothing_is_computed
+):
+    root = copy_tree(exported, tmp_path / "data")
+    _, row = (root / "centre_c_test.csv").read_text().split()[:2]
+    mask = root / row.split(",")[1]
+    mask.unlink()
+    words = ["adapt", "--checkpoint", checkpoint, "--target", "centre_c", "--data-root", root]
+    words += ["--out", tmp_path / "out"]
+    message = complaint(capsys, *words)
+    assert f"{mask} does not exist, which row 1 of {root / 'centre_c_test.csv'} names" in message
+    assert "restore the file, leave its cell empty, or pass --missing-masks" in message
+    mask.write_text("no picture")  # there, but broken
+    assert f"{mask} cannot be decoded" in complaint(capsys, *words, "--missing-masks")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["no column", "empty cells", "no files"])
+def test_compare_needs_masks(capsys, exported, tmp_path, nothing_is_computed, kind):
+    root = copy_tree(exported, tmp_path / "data")
+    unmask(root, kind)
+    words = ["compare", "--data-root", root, "--targets", "centre_c", "--out", tmp_path / "out"]
+    assert {
+        "no column": f"{root / 'centre_c.csv'} has no column 'mask'",
+        "empty cells": "fill in both columns, image and mask (only `adapt` takes images without",
+        "no files": "does not exist; restore the file, or correct the list that names it",
+    }[kind] in complaint(capsys, *words)
+
+
 def cup_score(path, sample):
     """Dice (%) of the cup of a mask on disk."""
     with Image.open(path) as picture:

@@ -167,6 +167,12 @@ class TestLayout:
         write_list(root, "a_b.csv", [("clinic/1.png", "clinic/1_mask.png")])
         assert available_domains(root) == available_domains(str(root)) == ["a_b", "clinic"]
 
+    def test_hidden_files_are_no_lists(self, root: Path) -> None:
+        for name in ("._clinic_train.csv", ".~lock.csv"):
+            (root / name).write_bytes(b"\0\5\x16\7")
+        assert available_domains(root) == ["clinic"]
+        check(root, available_domains(root))
+
     def test_a_byte_order_mark_is_no_part_of_the_header(self, root: Path) -> None:
         text = (root / "clinic_train.csv").read_text()
         (root / "clinic_train.csv").write_text(text, encoding="utf-8-sig")
@@ -288,6 +294,27 @@ class TestCheck:
     def test_intact_data_pass(self, root: Path) -> None:
         check(root, ["clinic"])
         check(str(root), available_domains(root))
+
+    @pytest.mark.parametrize("bits", [1, 8])
+    def test_disc_equals_cup_in_all_masks(self, root: Path, bits: int) -> None:
+        for number in range(5):
+            disc = Image.fromarray(np.where(rings(shift=number - 2) < 255, 0, 255).astype(np.uint8))
+            disc.convert({1: "1", 8: "L"}[bits]).save(root / f"clinic/{number}_mask.png")
+        self.fails(
+            root,
+            r"clinic/3_mask\.png has no values but 0, 255, and as in all masks of clinic the cup "
+            r"would equal the disc; a mask has 255 outside the disc, 0 in the cup, any grey between"
+            r" them in the rim: export the masks anew, in 8 bits and with both structures",
+        )
+        Image.fromarray(rings(shift=2)).save(root / "clinic/4_mask.png")  # a rim in one suffices
+        check(root, ["clinic"])
+
+    @pytest.mark.parametrize("levels", [(255, 128), (255, 254), (255,)])
+    def test_masks_without_a_cup_pass(self, root: Path, levels: tuple[int, ...]) -> None:
+        for number in range(5):
+            mask = np.where(rings() < 255, levels[-1], 255).astype(np.uint8)
+            Image.fromarray(mask).save(root / f"clinic/{number}_mask.png")
+        check(root, ["clinic"])
 
     def test_missing_root(self, tmp_path: Path) -> None:
         self.fails(tmp_path / "nowhere", r"nowhere is not a folder")

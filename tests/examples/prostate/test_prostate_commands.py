@@ -15,6 +15,7 @@ from examples.prostate.__main__ import main as prostate
 from examples.prostate.task import TASK
 from examples.semi import commands, comparison
 from examples.semi.data import open_site
+from examples.semi.training import Run
 
 METHODS = "supervised,fixmatch,divergence:critic"
 TINY = ["--size", "32", "--width", "2", "--iterations", "4", "--every", "2", "--batch-size", "2"]
@@ -151,7 +152,21 @@ def test_a_finished_comparison_is_not_trained_again(compared, tmp_path, monkeypa
     assert run(*words) == 0
     assert read(compared / "results.json") == results
     assert {path: path.read_bytes() for path in compared.rglob("*.pt")} == before
-    assert "after 2 validations" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.count("is finished after 2 validations; --overwrite trains anew") == 6
+    assert "going on" not in error
+
+
+def test_a_training_that_patience_has_ended_is_finished(tmp_path, monkeypatch, capsys):
+    """Every validation is as good as the first, so that of four the second is the last."""
+    monkeypatch.setattr(Run, "validate", lambda self: {"dice_site_a": 50.0, "loss_site_a": 1.0})
+    words = ["train", *TINY, *SITES, "--method", "supervised", "--iterations", 8]
+    words += ["--patience", 1, "--out", tmp_path]
+    assert run(*words) == 0
+    capsys.readouterr()
+    monkeypatch.setattr(common_training, "run_epoch", None)
+    assert run(*words) == 0
+    assert "supervised_site_a_0 is finished after 2 validations" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("no_figures")
@@ -171,6 +186,10 @@ def test_the_same_command_goes_on_after_an_interruption(tmp_path, monkeypatch, c
     assert not (tmp_path / "parts" / "results.json").exists()
     assert run(*words, "--out", tmp_path / "parts") == 0
     assert calls == [0, 1, 0, 1, 1]
+    error = capsys.readouterr().err
+    assert "supervised_site_a_0 is finished after 2 validations" in error
+    assert "going on with" in error
+    assert "fixmatch_site_a_0 after 1 validations" in error
     assert run(*words, "--out", tmp_path / "whole") == 0
     assert read(tmp_path / "parts" / "results.json") == read(tmp_path / "whole" / "results.json")
 

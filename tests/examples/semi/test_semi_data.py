@@ -138,6 +138,36 @@ def test_bad_data_is_named(tmp_path, change, message):
         check(PROSTATE, str(root), available_sites(PROSTATE, str(root)))
 
 
+def test_structures_that_are_equal_in_all_masks_of_a_site_are_named(tmp_path):
+    root = export(FUNDUS, tmp_path, ["centre_a", "centre_b"])
+    paths = sorted(tmp_path.glob("centre_b/*/ROIs/mask/*.png"))
+    assert len(paths) == 6
+    rims = [np.array(Image.open(path)) for path in paths]
+    for path, rim in zip(paths, rims, strict=True):
+        Image.fromarray(np.where(rim <= 128, 0, 255).astype(np.uint8)).save(path)
+    message = (
+        r"centre_b/train/ROIs/mask/.*\.png has no values but 0, 255, and as in all masks of "
+        r"centre_b the cup would equal the disc; a mask has 0 in the cup, 128 in the rim, 255 out"
+    )
+    with pytest.raises(DataError, match=message):
+        check(FUNDUS, root, ["centre_a", "centre_b"])
+    Image.fromarray(rims[-1]).save(paths[-1])
+    check(FUNDUS, root, ["centre_a", "centre_b"])
+
+
+@TASKS
+def test_hidden_files_are_no_images_and_hidden_folders_no_sites(task, tmp_path):
+    """As macOS writes them beside all files of other systems' disks, and git at the root."""
+    site = task.sites[0]
+    root = export(task, tmp_path, [site])
+    for path in sorted(tmp_path.rglob("*.png")):
+        path.with_name(f"._{path.name}").write_bytes(b"\0\5\x16\7")
+    shutil.copytree(tmp_path / site, tmp_path / ".trash")
+    assert available_sites(task, root) == [site]
+    check(task, root, [site])
+    assert len(SiteDataset(task, root, site, "train", 32)) == 4
+
+
 # Splits
 
 
