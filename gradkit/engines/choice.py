@@ -53,7 +53,7 @@ class ParameterPlaces:
                     places.setdefault(id(parameter), []).append((name, module, key))
         return [places.get(id(parameter), []) for parameter in self.layout.parameters]
 
-    def _not_optimised(self) -> list[nn.Parameter]:
+    def _not_optimised(self) -> list[Tensor]:
         own = set(self.layout.parameters)
         return [each for each in dict.fromkeys(self._held) if each is not None and each not in own]
 
@@ -119,7 +119,7 @@ class ParameterPlaces:
         return True
 
 
-def _parameters_of(modules: Sequence[nn.Module]) -> tuple[list[str], list[nn.Parameter | None]]:
+def _parameters_of(modules: Sequence[nn.Module]) -> tuple[list[str], list[Tensor | None]]:
     """The modules' own parameters, with the keys under which they are held."""
     held = [module._parameters for module in modules if module._parameters]
     keys = [key for each in held for key in each.keys()]  # noqa: SIM118 # scripted modules' need it

@@ -371,7 +371,7 @@ class Evaluator:
             freed = "graph a second time" in str(error)
             if check.outside is not None and freed:
                 raise RuntimeError(freed_outside(key or LOSS)) from error
-            if freed and not first and known is None:
+            if freed and check.is_older and not first and known is None:
                 raise RuntimeError(kept_from_before(key or LOSS)) from error
             unusable = freed or "modified by an inplace operation" in str(error)
             if known is None or not self._is_displaced or not unusable:

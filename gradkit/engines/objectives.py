@@ -150,6 +150,7 @@ class GraphCheck:
     Attributes:
         outside: The mark of a node from before the closure ran through which a loss depends on a
             leaf; None if none was found. Such a loss would be the same at other weights.
+        is_older: Whether a node from before the closure ran was found.
     """
 
     def __init__(
@@ -169,7 +170,9 @@ class GraphCheck:
             self._mark = object()
             _mark_accumulators(self._leaves, self._mark)
         # Above those of all autograd nodes so far.
-        self._begin = 0 if leaves is None else _sequence_number()
+        self._now = _sequence_number()
+        self._begin = 0 if leaves is None else self._now
+        self.is_older = False
         self._seen: set[object] = set()
 
     @functools.cached_property
@@ -218,7 +221,9 @@ class GraphCheck:
                 )
             if self._known is not None and node.metadata.get(_OUTSIDE) is self._known:
                 self.outside = self._known
-            old = self.outside is None and node._sequence_nr() < self._begin
+            number = node._sequence_nr()
+            self.is_older |= number < self._now
+            old = self.outside is None and number < self._begin
             for following, _ in node.next_functions:
                 if old and self._is_leaf_from_before(following):
                     self.outside = node.metadata[_OUTSIDE] = object()
