@@ -131,7 +131,7 @@ class Gradients:
         seen_gram: Float[Tensor, "K K"] | None = None,
         bound: Float[Tensor, ""] | None = None,
     ) -> None:
-        vars(self).update(
+        vars(self).update(  # since the class is frozen
             names=names,
             losses=losses,
             storage=Dense(rows, layout) if isinstance(rows, Tensor) else rows,
