@@ -164,11 +164,11 @@ class GraphCheck:
         self.outside: Any = None
         self._copied = copied
         self._known = known
-        self._leaves = None if leaves is None else tuple(leaves)
         self._mark: object | None = None
-        if displaced and self._leaves is not None:
-            self._mark = object()
-            _mark_accumulators(self._leaves, self._mark)
+        if displaced and leaves is not None:
+            leaves, self._mark = tuple(leaves), object()
+            _mark_accumulators(leaves, self._mark)
+        self._leaves = leaves
         # Above those of all autograd nodes so far.
         self._now = _sequence_number()
         self._begin = 0 if leaves is None else self._now
@@ -205,7 +205,7 @@ class GraphCheck:
             RuntimeError: If a graph that is still to be differentiated has a reentrant checkpoint,
                 or if it reaches a leaf of another evaluation.
         """
-        seen = self._seen
+        seen, now = self._seen, self._now
         ahead = [] if loss.grad_fn in seen else [loss.grad_fn]
         while ahead:
             node: Any = ahead.pop()
@@ -221,9 +221,10 @@ class GraphCheck:
                 )
             if self._known is not None and node.metadata.get(_OUTSIDE) is self._known:
                 self.outside = self._known
-            number = node._sequence_nr()
-            self.is_older |= number < self._now
-            old = self.outside is None and number < self._begin
+            number, old = node._sequence_nr(), False
+            if number < now:
+                self.is_older = True
+                old = self.outside is None and number < self._begin
             for following, _ in node.next_functions:
                 if old and self._is_leaf_from_before(following):
                     self.outside = node.metadata[_OUTSIDE] = object()
