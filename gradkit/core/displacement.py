@@ -117,9 +117,8 @@ class Displacement:
         layout = self.layout
         if out is None:
             out = torch.empty(layout.numel, dtype=layout.dtype, device=layout.device)
-        terms = [(v, _Factor(f)) for v, f in map(self.terms.__getitem__, self._order())]
-        whole = [(vector, factor) for vector, factor in terms if isinstance(vector, Tensor)]
-        if len(whole) == len(terms) and out.dtype == at_least_single(out.dtype):
+        whole = [(v, factor) for v, factor in self._in_order() if isinstance(v, Tensor)]
+        if len(whole) == len(self.terms) and out.dtype == at_least_single(out.dtype):
             return _write_sum(whole, out)
         self._write_parts(layout.views(out))
         return out
@@ -150,10 +149,12 @@ class Displacement:
         ones = [n for n, (_, factor) in enumerate(self.terms) if _Factor(factor).is_one]
         return sorted(range(len(self.terms)), key=lambda n: n not in ones[:1])
 
+    def _in_order(self) -> list[tuple[Float[Tensor, " P"] | Parts, _Factor]]:
+        return [(self.terms[n][0], _Factor(self.terms[n][1])) for n in self._order()]
+
     def _write_parts(self, out: list[Tensor] | list[Tensor | None]) -> None:
         """Write the displacement to `out`, one tensor per parameter; None where there is none."""
-        terms = map(self.terms.__getitem__, self._order())
-        views = [(self._views(vector), _Factor(factor)) for vector, factor in terms]
+        views = [(self._views(vector), factor) for vector, factor in self._in_order()]
         for t, memory in enumerate(out):
             there = [(part[t], factor) for part, factor in views]
             found = [(part, factor) for part, factor in there if part is not None]
@@ -225,6 +226,7 @@ class LazySum(Storage):
         rows, (views,) = self._pool.take(1)
         if self._total is not None:
             self._total.flat(rows[0])
+            self._total = None  # and with it the terms
         elif self._parts is not None:
             copy_parts(self._parts, views)
         return rows
@@ -242,7 +244,7 @@ class LazySum(Storage):
 
         Where something else refers to a term, it keeps its value.
         """
-        if self._total is not None and "rows" not in vars(self):
+        if self._total is not None:
             self._parts = self._total.into_a_term()
             self._total = self._total if self._parts is None else None
 
@@ -330,13 +332,14 @@ def _write_pair(a: Tensor, x: _Factor, b: Tensor, y: _Factor, out: Tensor) -> bo
     """Write `x * a + y * b` to a large `out` in one pass over memory; False if it was not done.
 
     torch's only function for it is that for outer products, of which one vector is 1 here. It takes
-    the factors from the host, so that it is for CPUs, ignores what it should multiply by 0, and may
-    write to `b` only.
+    the factors from the host, so that it is for CPUs, and ignores what it should multiply by 0.
     """
     if out.numel() < _LARGE or out.device.type != "cpu":
         return False
+    if out.data_ptr() == a.data_ptr():  # it may write to its first argument only, which is b
+        a, x, b, y = b, y, a, x
     alike = all(each.is_contiguous() and each.dtype == out.dtype for each in (a, b, out))
-    if not alike or float(y.value) == 0 or out.data_ptr() == a.data_ptr():
+    if not alike or float(y.value) == 0:
         return False
     torch.addr(
         b.view(1, -1),

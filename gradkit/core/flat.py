@@ -340,8 +340,10 @@ class Pool:
         buffer; a free buffer of the same size beside it would be one more than is needed.
         """
         for count, buffers in self._buffers.items():
-            held = [buffer for buffer in buffers if not buffer.is_free()]
-            free = sorted({*buffers}.difference(held), key=lambda buffer: buffer.steps_idle)
+            held: list[_Buffer] = []
+            free: list[_Buffer] = []
+            for buffer in sorted(buffers, key=lambda each: each.steps_idle):
+                (free if buffer.is_free() else held).append(buffer)
             if count > 1:
                 self._buffers[count] = [] if held else [b for b in free if b.steps_idle == 0]
             else:

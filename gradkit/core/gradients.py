@@ -285,7 +285,8 @@ class Gradients:
     def without_spent_rows(self) -> Gradients:
         """A copy without rows, if the direction is a sum that may take their memory.
 
-        Otherwise the same object.
+        Otherwise the same object. Let go of this one before `settle`, which takes only memory to
+        which nothing else refers.
         """
         if isinstance(self._update, LazySum) and self._update.is_made_of(self.storage.parts):
             return self.replace(rows=Spent(self.storage), seen_gram=self._seen_gram)

@@ -122,7 +122,7 @@ class ParameterPlaces:
 def _parameters_of(modules: Sequence[nn.Module]) -> tuple[list[str], list[Tensor | None]]:
     """The modules' own parameters, with the keys under which they are held."""
     held = [module._parameters for module in modules if module._parameters]
-    keys = [key for each in held for key in each.keys()]  # noqa: SIM118 # scripted modules' need it
+    keys = [key for each in held for key in each.keys()]  # noqa: SIM118 # scripted: not iterable
     return keys, [parameter for each in held for parameter in each.values()]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Container, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from itertools import chain
 from typing import Any
 
 import torch
@@ -355,11 +354,11 @@ class Evaluator:
     def _running(self, key: str | None, leaves: Sequence[Tensor]) -> Iterator[None]:
         """A context for a closure and its gradients; `key` is its objective, None if joint."""
         first, known = key not in self._evaluated, self._outside.get(key)
+        parameters = self._context.layout.parameters
+        copied = leaves is not parameters
+        every = (*leaves, *parameters) if copied else parameters
         self._check = check = GraphCheck(
-            chain(leaves, self._context.layout.parameters) if first else None,
-            known,
-            displaced=self._is_displaced,
-            copied=leaves is not self._context.layout.parameters,
+            every if first else None, known, displaced=self._is_displaced, copied=copied
         )
         _forget_parametrizations()
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from typing import Any
 
@@ -155,7 +155,7 @@ class GraphCheck:
 
     def __init__(
         self,
-        leaves: Iterable[Tensor] | None = None,
+        leaves: Sequence[Tensor] | None = None,
         known: Any = None,
         *,
         displaced: bool = False,
@@ -166,7 +166,7 @@ class GraphCheck:
         self._known = known
         self._mark: object | None = None
         if displaced and leaves is not None:
-            leaves, self._mark = tuple(leaves), object()
+            self._mark = object()
             _mark_accumulators(leaves, self._mark)
         self._leaves = leaves
         # Above those of all autograd nodes so far.
@@ -243,7 +243,7 @@ class GraphCheck:
 _EXISTED, _OUTSIDE = "gradkit.existed", "gradkit.outside"
 
 
-def _mark_accumulators(leaves: Iterable[Tensor], mark: object) -> None:
+def _mark_accumulators(leaves: Sequence[Tensor], mark: object) -> None:
     """Mark the nodes that accumulate the leaves' gradients, where graphs keep them alive."""
     with torch.enable_grad():
         for leaf in leaves:
