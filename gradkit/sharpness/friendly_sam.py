@@ -21,14 +21,15 @@ class FriendlySAM(Ascent):
     """Friendly SAM ([Li et al., CVPR 2024](https://arxiv.org/abs/2403.12350)).
 
         g = ∇L(θ)
-        d = g − σ·m                       m = 0 at first
+        d = g − σ·m                       in the first step d = g, and then m ← g
         m ← λ·m + (1 − λ)·g
         step on ∇L(θ + ρ·d/(‖d‖ + 1e-12))
 
-    m follows the full batch's gradient, so that the ascent goes along the batch's own noise.
+    m follows the full batch's gradient, so that the ascent goes along the batch's own noise. The
+    order and the first step are those of the authors' code.
 
     Cost: two gradients of each objective. Memory: four flat vectors, state included. State: m, one
-    flat vector.
+    flat vector; whether there is one.
 
     Args:
         rho: The ascent radius ρ ≥ 0. 0.05 is the authors' class; their scripts take 0.1 and 0.2.
@@ -47,7 +48,7 @@ class FriendlySAM(Ascent):
         >>> w.data  # the first step is SAM's
         tensor([2.6700, 3.5600])
         >>> optimizer.transforms[0].vectors["mean"]
-        tensor([0.3000, 0.4000])
+        tensor([3., 4.])
     """
 
     sigma: float = 1.0
@@ -58,6 +59,7 @@ class FriendlySAM(Ascent):
         check_number("sigma", self.sigma)
         check_number("lmbda", self.lmbda, least=0, below=1)
         check_one_step(self)
+        self.state["seen"] = False
 
     def initial_vectors(self, layout: Layout) -> dict[str, Tensor]:
         return {"mean": layout.zeros()}
@@ -67,8 +69,9 @@ class FriendlySAM(Ascent):
         def oracle(at: Point | None = None, only: Container[str] | None = None) -> Gradients:
             g, mean = inner(at, only).stored().vector, self.vectors["mean"]
             if not context.proposed(self):  # later evaluations are at displaced weights
-                new = context.displaced(None, mean, self.lmbda).plus(g, 1 - self.lmbda)
-                context.propose(self, mean=new)
+                share = 1 - self.lmbda if self.state["seen"] else 1.0
+                new = context.displaced(None, mean, self.lmbda).plus(g, share)
+                context.propose(self, mean=new, seen=True)
             d = context.sum_of((g, 1.0), (mean, -self.sigma))
             return inner(context.point(at) + self.rise_along(d, at, context), only)
 

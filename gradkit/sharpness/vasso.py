@@ -20,14 +20,14 @@ from gradkit.sharpness.ascent import Ascent, check_one_step
 class VaSSO(Ascent):
     """Variance-suppressed SAM ([Li & Giannakis, NeurIPS 2023](https://arxiv.org/abs/2309.15639)).
 
-        d ← (1 − θ)·d + θ·∇L(w)           d = 0 at first
+        d ← (1 − θ)·d + θ·∇L(w)           in the first step d = ∇L(w), as in the authors' code
         step on ∇L(w + ρ·d/(‖d‖ + 1e-12))
 
     The ascent goes along a running mean of gradients, whose variance is smaller than a batch's. The
     authors add 1e-7 to ‖d‖.
 
     Cost: two gradients of each objective. Memory: four flat vectors, state included. State: d, one
-    flat vector.
+    flat vector; whether there is one.
 
     Args:
         rho: The ascent radius ρ ≥ 0; the authors take 0.05 to 0.2.
@@ -52,6 +52,7 @@ class VaSSO(Ascent):
         super().__post_init__()
         check_number("theta", self.theta, above=0, most=1)
         check_one_step(self)
+        self.state["seen"] = False
 
     def initial_vectors(self, layout: Layout) -> dict[str, Tensor]:
         return {"mean": layout.zeros()}
@@ -60,9 +61,10 @@ class VaSSO(Ascent):
 
         def oracle(at: Point | None = None, only: Container[str] | None = None) -> Gradients:
             g = inner(at, only).stored().vector
-            d = context.sum_of((self.vectors["mean"], 1 - self.theta), (g, self.theta))
+            share = self.theta if self.state["seen"] else 1.0
+            d = context.sum_of((self.vectors["mean"], 1 - self.theta), (g, share))
             if not context.proposed(self):  # later evaluations are at displaced weights
-                context.propose(self, mean=d)
+                context.propose(self, mean=d, seen=True)
             return inner(context.point(at) + self.rise_along(d, at, context), only)
 
         return oracle

@@ -117,7 +117,7 @@ def unit(v: Tensor) -> Tensor:
 def by_hand(chain: str) -> Tensor:
     """The weights after the same steps, where both ranks' halves are in one process."""
     w = nn.utils.parameters_to_vector(network().parameters()).detach()
-    mean = torch.zeros_like(w)
+    mean = None
     for step, batch in enumerate(batches()[:STEPS]):
         halves = batch.chunk(2)
         if chain == "in another":
@@ -144,7 +144,8 @@ def by_hand(chain: str) -> Tensor:
                 found.append(g_s - 0.4 * (g - (g @ g_s) / (g_s @ g_s) * g_s))
             elif chain == "FriendlySAM":
                 g = rows(w, x).sum(0)
-                found.append(rows(w + 0.1 * unit(g - mean), x).sum(0))
+                noise = g if mean is None else g - mean
+                found.append(rows(w + 0.1 * unit(noise), x).sum(0))
             elif chain == "SAM, two steps":
                 point = w + 0.05 * unit(rows(w, x).sum(0))
                 found.append(rows(point + 0.05 * unit(rows(point, x).sum(0)), x).sum(0))
@@ -153,7 +154,8 @@ def by_hand(chain: str) -> Tensor:
             else:
                 found.append(sam(w, x, 0.1))
         if chain == "FriendlySAM":
-            mean = 0.9 * mean + 0.1 * sum(rows(w, x).sum(0) for x in halves) / 2
+            g = sum(rows(w, x).sum(0) for x in halves) / 2
+            mean = g if mean is None else 0.9 * mean + 0.1 * g
         both = sum(found) / 2
         w = w - LR * (gk.MGDA()(both) if chain == "MGDA outside" else both)
     return w

@@ -59,14 +59,14 @@ def sagm(w: Tensor, grad: Grad, memory: Memory) -> Tensor:
 
 
 def friendly(w: Tensor, grad: Grad, memory: Memory) -> Tensor:
-    g, mean = grad(w), memory.held.get("mean", torch.zeros_like(w))
-    memory.held["mean"] = 0.9 * mean + 0.1 * g
-    return grad(w + 0.1 * unit(g - 0.7 * mean))
+    g, mean = grad(w), memory.held.get("mean")
+    memory.held["mean"] = g if mean is None else 0.9 * mean + 0.1 * g
+    return grad(w + 0.1 * unit(g if mean is None else g - 0.7 * mean))
 
 
 def vasso(w: Tensor, grad: Grad, memory: Memory) -> Tensor:
-    d = 0.6 * memory.held.get("d", torch.zeros_like(w)) + 0.4 * grad(w)
-    memory.held["d"] = d
+    g = grad(w)
+    memory.held["d"] = d = 0.6 * memory.held.get("d", g) + 0.4 * g
     return grad(w + 0.1 * unit(d))
 
 
