@@ -16,7 +16,7 @@ from gradkit.sharpness.ascent import Ascent, check_synchronised
 
 @dataclass(eq=False, repr=False)
 class AESAM(Ascent):
-    """Adaptive policy for SAM ([Jiang et al., ICLR 2023](https://arxiv.org/abs/2210.05492)).
+    """Adaptive policy for SAM ([Jiang et al., ICLR 2023](https://arxiv.org/abs/2304.14647)).
 
         μ ← δ·μ + (1 − δ)·‖g‖²,   σ² ← δ·σ² + (1 − δ)·(‖g‖² − μ)²       g = ∇L(θ)
         where ‖g‖² ≥ μ + c_t·σ:   step on ∇L(θ + ρ·g/‖g‖), else on g

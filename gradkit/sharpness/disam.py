@@ -25,7 +25,8 @@ class DISAM(Ascent):
         step on 1/K·Σ_k ∇L_k(θ + ρ·g/(‖g‖ + 1e-12))
 
     Domains whose loss is above the mean have less say in the ascent, which otherwise follows those
-    that have converged least. The variance is the population's.
+    that have converged least. The variance is the population's. The authors' code takes the mean
+    loss over all samples of a batch, which is the same for domains with equally many.
 
     Cost: two gradients of each domain. Memory: K + 2 flat vectors. State: none.
 

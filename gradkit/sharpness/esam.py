@@ -30,7 +30,8 @@ class ESAM(Ascent):
     With γ < 1 objectives return one loss per sample, a vector [N] (`reduction="none"`); the
     objective's value is its mean. Samples are chosen for each objective by itself. With
     micro-batches, each yields its own vector, scaled as its mean would be, and the share γ of each
-    is taken. (The authors' code keeps one sample fewer, and draws S at the end of the step before.)
+    is taken. (The authors' code keeps one sample fewer, and draws S at the end of the step before,
+    so that its first step perturbs all tensors. The defaults are its script's for a ResNet-18.)
 
     A closure may take an argument `samples`, the indices [k] of samples, None for all. It is then
     called without gradients on all samples, and again on the chosen ones, as in the authors' code:

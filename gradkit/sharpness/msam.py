@@ -22,7 +22,8 @@ class MSAM(Ascent):
     The base's own momentum, SGD's "momentum_buffer" or Adam's "exp_avg", shows the way uphill, so
     that no further gradient is needed. In the authors' code weights stay displaced between steps,
     and evaluating the model takes a move back; here they are restored. The first step, which has no
-    momentum yet, is plain.
+    momentum yet, is plain. Weight decay is the base's, at the weights; the authors' SGD takes it
+    at the displaced ones, and their AdamW after the step.
 
     Cost: one gradient of each objective. Memory: one flat vector. State: none but the base's.
 

@@ -28,6 +28,10 @@ class SAMPa(Ascent):
     one after the other.) η is each parameter group's learning rate. The first step, which has no
     g_y yet, takes ∇L(x).
 
+    Both gradients are of the present batch, and y⁺ is a plain step. In the authors' code for two
+    processes ∇L(x̃) is that of the batch before, of which g_y is the gradient, the step to y⁺ has
+    the base's momentum and weight decay, and the first g_y is 0.
+
     Cost: two gradients of each objective; three in the first step. Memory: four flat vectors,
     state included. State: g_y, one flat vector; whether there is one.
 

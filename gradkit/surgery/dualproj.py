@@ -31,7 +31,7 @@ class DualProj(GramRule):
     Args:
         preference: p, one number ≥ 0 for each objective, in order or by name; 1/K each by default.
         reg: The projection is computed with G/trace(G) + reg·I, which makes it unique. With 0 it is
-            one of the solutions.
+            one of the solutions. (TorchJD does not project where trace(G) < 1e-4, its `norm_eps`.)
         scope: The parameters over which inner products are computed: all ("global"), each "group",
             each "tensor", or those "shared" by objectives.
 

@@ -40,8 +40,8 @@ class GradVac(GramRule):
         d = Σ_i g'_i
 
     The targets φ̂ start at 0, for which the step is PCGrad's; with β = 0 they stay 0. They are not
-    symmetric, since φ is measured on the present g'_i, after earlier corrections. As in the paper,
-    targets move after every visit; LibMTL's code moves only those of pairs that it corrects.
+    symmetric, since φ is measured on the present g'_i, after earlier corrections. Targets move
+    after every visit, also those of pairs that are not corrected, as in LibMTL's code.
 
     A zero gradient (or a g'_i that has vanished) has cosine 0 with all others and is not corrected.
     Targets are limited to 1 − 1e-8, since w grows without bound near 1.

@@ -21,7 +21,9 @@ class NashMTL(GramRule):
 
     Each objective gains the same, ⟨a_i g_i, d⟩ = 1, so that ‖d‖ = √K whatever the gradients'
     norms. The authors approximate a by a sequence of convex programs, starting from the step
-    before. Here a is the minimum of ½aᵀGa − Σ ln a_i, found by Newton's method.
+    before, from the gradients of shared parameters, and multiply losses by it, so that heads are
+    weighted, too. Here a is the minimum of ½aᵀGa − Σ ln a_i, found by Newton's method. Their
+    `update_weights_every=k` is `gk.Every(k, gk.NashMTL())`.
 
     If the gradients are Pareto-stationary there is no solution, and a grows without bound near such
     a point: then G's cosines are regularised (see `fair_weights`). A zero gradient has weight 0.

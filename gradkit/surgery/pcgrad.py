@@ -40,7 +40,8 @@ class PCGrad(GramRule):
         d = Σ_i g'_i
 
     Only inner products are needed, so the whole algorithm runs on the Gram matrix, for all i at
-    once. With two objectives the order does not matter and there is a closed form.
+    once. With two objectives the order does not matter and there is a closed form. The authors'
+    code visits in the objectives' own order, since it drops what its shuffle returns.
 
     Homogeneous of degree 1. Cost: none beyond the gradients. State: the generator.
 

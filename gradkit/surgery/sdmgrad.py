@@ -23,7 +23,8 @@ class SDMGrad(GramRule):
     λ = 0 is MGDA; large λ approaches g_p. In the paper, w is updated by projected stochastic
     gradient descent on inner products of two independent batches; here the problem is solved
     exactly on the present batch. The authors' code takes 20 such steps with momentum on one batch,
-    which end far from the minimum unless the gradients are similar. Its λ is 0.3 or, by class, 0.6.
+    which end far from the minimum unless the gradients are similar, and start from the w of the
+    step before; its d is K times as large, clipped to norm 1. Its λ is 0.3 or, by class, 0.6.
 
     Homogeneous of degree 1. Cost: none beyond the gradients. State: none.
 
