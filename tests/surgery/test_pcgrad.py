@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import pytorch_optimizer
 import torch
 from helpers import (
     CONFLICT,
@@ -140,6 +141,25 @@ def test_pcgrad_of_two_equals_torchjds():
         conflicts += int(torch.dot(*jacobian) < 0)
         assert relative_error(gk.PCGrad()(jacobian), theirs(jacobian)) < 1e-12
     assert 50 < conflicts < 150
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_pcgrad_of_two_equals_pytorch_optimizers(reduction):
+    ours, theirs = (torch.nn.Parameter(torch.zeros(5, dtype=torch.float64)) for _ in range(2))
+    base = torch.optim.SGD([theirs], lr=0.1)
+    peer = pytorch_optimizer.PCGrad(base, reduction=reduction)
+    optimizer = gk.wrap(torch.optim.SGD([ours], lr=0.1), gk.PCGrad(reduction=reduction))
+    generator = seeded(0)
+    conflicts = 0
+    for _ in range(20):
+        jacobian = torch.randn(2, 5, generator=generator, dtype=torch.float64)
+        optimizer.step(lambda: dict(zip("ab", (jacobian @ ours - 1).square() / 4, strict=True)))
+        conflicts += int(optimizer.last_step.cosine("a", "b") < 0)
+        peer.pc_backward([*((jacobian @ theirs - 1).square() / 4)])
+        base.step()
+        torch.testing.assert_close(ours, theirs)
+    assert 5 < conflicts < 15
+    assert float(ours.detach().norm()) > 0.3
 
 
 @settings(deadline=None)
