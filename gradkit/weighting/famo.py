@@ -20,6 +20,7 @@ from gradkit.surgery.inputs import (
     needed,
     too_low,
 )
+from gradkit.surgery.memory import known_objectives
 from gradkit.weighting.adam import adam, adam_memory
 from gradkit.weighting.loss_weighting import LossWeighting
 
@@ -41,11 +42,14 @@ class FAMO(LossWeighting):
     An objective that falls less than the others gains weight. The weights sum to 1.
 
     The authors' code evaluates all losses on the same batch again after each step, at the cost of a
-    forward pass. Here Dᵢ(θ_{t+1}) comes from the next step, which is the first to use the new ξ, at
-    no cost. The two batches then differ, and their noise enters δ; with the same batch in every
-    step the two methods are equal. For an objective that has missed some steps, δ is its fall since
-    the last step in which it took part. A new objective does not change ξ in its first step. The
-    authors also clip gradients: `max_norm=1.0` in `wrap`.
+    forward pass. For their method, pass these losses to `update` after each step. Without it
+    Dᵢ(θ_{t+1}) comes from the next step, which is the first to use the new ξ, at no cost. The two
+    batches then differ: where losses vary more between batches than they fall in a step, δ is
+    mostly noise, and z stays near its start. With the same batch in every step the two are equal.
+
+    For an objective that has missed some steps, δ is its fall since the last step in which it took
+    part. A new objective does not change ξ in its first step. The authors also clip gradients:
+    `max_norm=1.0` in `wrap`.
 
     Losses multiplied by s multiply the direction by s, while the 1e-8 is negligible; the scale of a
     single loss changes only the direction's norm. Losses below `min_losses` give NaN.
@@ -89,16 +93,73 @@ class FAMO(LossWeighting):
 
     def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:
         logs = self._logs(needed(inputs.first_losses, self), inputs)
+        learnt = self._learnt(logs, memory)
+        # zᵢ/Dᵢ, normalised, computed from logarithms: it neither overflows nor underflows.
+        weights = (learnt["xi"] - self._logs(inputs.needed_losses(self), inputs)).softmax(0)
+        return weights, {**learnt, "logs": logs, "seen": torch.ones_like(logs)}
+
+    @torch.no_grad()
+    def update(self, losses: Mapping[str, int | float | Float[Tensor, ""]]) -> None:
+        """Update ξ by the losses after a step, on that step's batch, as the authors' code does.
+
+        The next step then leaves ξ as it is. Losses of objectives that took no part in the last
+        step change nothing, nor does a call after a step that was skipped. Where several ranks
+        train together, pass losses that are averaged over them.
+
+        Args:
+            losses: The losses by the objectives' names.
+
+        Raises:
+            ValueError: If there has been no step with one of the objectives, or if a loss is not
+                finite or not above its minimum; nothing is changed then.
+
+        Examples:
+            >>> import torch, gradkit as gk
+            >>> w, famo = torch.nn.Parameter(torch.ones(2)), gk.FAMO()
+            >>> optimizer = gk.wrap(torch.optim.SGD([w], lr=0.1), famo)
+            >>> def losses():
+            ...     return {"a": w[0] ** 2, "b": w[1] ** 2 + 3}
+            >>> _ = optimizer.step(losses)
+            >>> with torch.no_grad():
+            ...     famo.update(losses())
+            >>> famo.state["xi"]  # the first has fallen more
+            tensor([-0.0250,  0.0250], dtype=torch.float64)
+        """
+        known = known_objectives(self.state)
+        for name in losses:
+            if name not in known:
+                raise ValueError(
+                    f"there has been no step with the objective {name!r}; call update() after a "
+                    "step, with losses by the objectives' names"
+                )
+        numbers = {name: float(loss) for name, loss in losses.items()}
+        wrong = self.objection(numbers) or next(
+            (
+                f"the loss of {name!r} is {loss}"
+                for name, loss in numbers.items()
+                if loss == math.inf
+            ),
+            None,
+        )
+        if wrong is not None:
+            raise ValueError(f"{wrong}; nothing was changed")
+        values = torch.tensor([*numbers.values()], dtype=torch.float64, device="cpu")
+        memory = self.recall(tuple(losses), values, (), self.state)
+        inputs = RuleInputs(values.new_zeros(len(values), len(values)), tuple(losses))
+        learnt = self._learnt(self._logs(values, inputs), memory.of_present())
+        self.state.update(memory.with_present({**learnt, "seen": torch.zeros_like(values)}))
+
+    def _learnt(
+        self, logs: Float[Tensor, " K"], memory: Remembered
+    ) -> dict[str, Float[Tensor, " K"]]:
+        """ξ and Adam's memory after a step of Adam, for objectives whose last ln D is known."""
         known, xi = memory["seen"] > 0, memory["xi"]
         z = xi.masked_fill(~known, -torch.inf).softmax(0)
         falls = torch.where(known, memory["logs"] - logs, torch.zeros_like(logs))
         gradient = z * (falls - (z * falls).sum())
         new_xi, remembered = adam(xi, gradient, memory, self.lr, self.decay)
         remembered["xi"] = new_xi
-        learnt = {key: torch.where(known, new, memory[key]) for key, new in remembered.items()}
-        # zᵢ/Dᵢ, normalised, computed from logarithms: it neither overflows nor underflows.
-        weights = (learnt["xi"] - self._logs(inputs.needed_losses(self), inputs)).softmax(0)
-        return weights, {**learnt, "logs": logs, "seen": torch.ones_like(logs)}
+        return {key: torch.where(known, new, memory[key]) for key, new in remembered.items()}
 
     def objection(self, losses: Mapping[str, float]) -> str | None:
         lowest = self.min_losses
