@@ -93,4 +93,11 @@ class STCH(LossWeighting):
         }
 
     def objection(self, losses: Mapping[str, float]) -> str | None:
+        for place, name in enumerate(self.state["objectives"] or ()):
+            steps, total = (float(self.state[key][place]) for key in ("steps", "total"))
+            if name in losses and steps >= self.warmup_steps + self.nadir_steps and total == 0:
+                return (
+                    f"{self!r} divides losses by their means in the {self.nadir_steps} steps after "
+                    f"the warm-up, and that of objective {name!r} is 0"
+                )
         return too_low(self, losses, -_EPS, "no negative losses")

@@ -34,3 +34,16 @@ def test_a_sharp_stch_follows_the_largest_loss_alone():
     weighting(torch.tensor([1.0, 1.0], dtype=torch.float64))
     weights = weighting(torch.tensor([2.0, 3.0], dtype=torch.float64))
     assert weights.tolist() == pytest.approx([0.0, 2 / 3], abs=1e-12)
+
+
+@pytest.mark.parametrize("rows", ["auto", "keep"])
+def test_a_nadir_of_zero_is_named(rows):
+    parameter = torch.nn.Parameter(torch.ones((), dtype=torch.float64))
+    base = torch.optim.SGD([parameter], lr=0.1)
+    optimizer = gk.wrap(base, gk.STCH(warmup_steps=1, nadir_steps=2), rows=rows)
+    for _ in range(3):
+        optimizer.step(lambda: {"a": 2 * parameter, "idle": 0 * parameter})
+    found = r"STCH.* divides losses by their means in the 2 steps .* of objective 'idle' is 0, so"
+    with pytest.raises(gk.NonFiniteError, match=found):
+        optimizer.step(lambda: {"a": 2 * parameter, "idle": 0 * parameter})
+    optimizer.step(lambda: {"a": 2 * parameter})
