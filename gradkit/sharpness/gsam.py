@@ -21,8 +21,9 @@ class GSAM(Ascent):
         step on g_s − α·(g − (g·g_s/‖g_s‖²)·g_s)
 
     The part of g that is orthogonal to g_s is descended, which lowers the gap between the two
-    losses without raising L(θ + ε). The authors let ρ follow the learning rate; here a schedule may
-    write the entry "rho" of the base optimizer's groups.
+    losses without raising L(θ + ε). The authors let ρ follow the learning rate, as
+    `gk.sharpness.RhoByLR` does; a schedule may also write the entry "rho" of the base optimizer's
+    groups.
 
     Cost: two gradients of each objective. Memory: two flat vectors. State: none.
 
