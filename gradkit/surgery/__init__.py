@@ -26,6 +26,7 @@ from gradkit.surgery.inputs import RuleInputs
 from gradkit.surgery.krum import Krum
 from gradkit.surgery.mgda import MGDA
 from gradkit.surgery.mldg import MLDG
+from gradkit.surgery.moco import MoCo
 from gradkit.surgery.modo import MoDo
 from gradkit.surgery.nash_mtl import NashMTL
 from gradkit.surgery.pcd import PCD
@@ -67,6 +68,7 @@ __all__ = [
     "GramRule",
     "Krum",
     "Mean",
+    "MoCo",
     "MoDo",
     "NashMTL",
     "PCGrad",

@@ -13,7 +13,7 @@ from gradkit.core.arguments import check_number
 from gradkit.core.gradients import Gradients
 from gradkit.core.gram import at_least_single, block_spans, block_width
 from gradkit.surgery.inputs import Remembered, RuleInputs, too_low
-from gradkit.surgery.vectors import VectorRule
+from gradkit.surgery.vectors import VectorRule, with_rows
 
 
 @dataclass(eq=False)
@@ -111,11 +111,7 @@ class DBMTL(VectorRule):
         inputs: RuleInputs,
         memory: Remembered,
     ) -> tuple[Gradients, Remembered]:
-        rows = renewed
-        if len(active) < len(gradients.names):  # observers' rows are not changed
-            rows = gradients.rows.clone()
-            rows[active] = renewed
-        balanced = gradients.replace(rows=rows)
+        balanced = gradients.replace(rows=with_rows(gradients, active, renewed))
         norms = balanced.gram().diagonal()[active].sqrt()
         scales = norms.max() / torch.where(norms == 0, torch.ones_like(norms), norms)
         weights = torch.zeros_like(gradients.weights)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from gradkit.core.arguments import check_number
@@ -59,11 +60,33 @@ class MoDo(GramRule):
         return {"weights": torch.full((count,), 1 / count)}
 
     def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:
-        gram = inputs.gram
-        # Objectives that take no part in this step keep their share of the weight.
-        share = memory["weights"].sum(-1, keepdim=True)
-        share = torch.where(share > 0, share, torch.ones_like(share))
-        old = memory["weights"] / share
-        slope = (gram @ old[..., None])[..., 0] + self.rho * old
-        weights = project_onto_simplex(old - self.gamma * slope)
-        return weights, {"weights": weights * share}
+        weights, learnt = descended(inputs.gram, memory["weights"], self.gamma, self.rho)
+        return weights, {"weights": learnt}
+
+
+def descended(
+    gram: Float[Tensor, "*batch K K"], weights: Float[Tensor, "*batch K"], gamma: float, rho: float
+) -> tuple[Float[Tensor, "*batch K"], Float[Tensor, "*batch K"]]:
+    """The weights after a projected gradient step.
+
+    Args:
+        gram: G, of the objectives that take part.
+        weights: Their weights, which sum to less than 1 if others take no part.
+        gamma: γ.
+        rho: ρ.
+
+    Returns:
+        Weights of sum 1, and the same with the sum of the old weights, so that objectives that take
+        no part keep their share.
+
+    Examples:
+        >>> gram = torch.tensor([[18.0, -22.0], [-22.0, 38.0]])
+        >>> descended(gram, torch.tensor([0.25, 0.25]), gamma=0.01, rho=0.0)
+        (tensor([0.5500, 0.4500]), tensor([0.2750, 0.2250]))
+    """
+    share = weights.sum(-1, keepdim=True)
+    share = torch.where(share > 0, share, torch.ones_like(share))
+    old = weights / share
+    slope = (gram @ old[..., None])[..., 0] + rho * old
+    new = project_onto_simplex(old - gamma * slope)
+    return new, new * share

@@ -97,7 +97,8 @@ class VectorRule(Remembering, Rule):
         # Cleared in place: an optimizer's state shows these vectors, under these names.
         for vector in self.vectors.values():
             vector.zero_()
-        self.state.update(self.init(len(known_objectives(self.state))))
+        known = known_objectives(self.state)
+        self.state.update(self.init(len(known)) if known else {})
 
     def __call__(
         self, jacobian: Float[Tensor, "K P"], losses: Float[Tensor, " K"] | None = None
@@ -201,6 +202,17 @@ class VectorRule(Remembering, Rule):
             if new
         }
         return result, changed, vectors
+
+
+def with_rows(
+    gradients: Gradients, active: list[int], renewed: Float[Tensor, "K P"]
+) -> Float[Tensor, "N P"]:
+    """The rows of all objectives, with new ones for those in `active`; observers' are unchanged."""
+    if len(active) == len(gradients.names):
+        return renewed
+    rows = gradients.rows.clone()
+    rows[active] = renewed
+    return rows
 
 
 @dataclass(eq=False)

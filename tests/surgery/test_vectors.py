@@ -1,4 +1,4 @@
-"""Rules that keep one vector per objective: DB-MTL and ExcessMTL."""
+"""Rules that keep one vector per objective: DB-MTL, ExcessMTL and MoCo."""
 
 import copy
 import io
@@ -12,7 +12,7 @@ from torch import nn
 import gradkit as gk
 from surgery.vector_steps import Run, normal, positive
 
-RULES = (gk.DBMTL, gk.ExcessMTL)
+RULES = (gk.DBMTL, gk.ExcessMTL, gk.MoCo)
 every_rule = pytest.mark.parametrize("make", RULES)
 
 
@@ -225,6 +225,9 @@ def test_arguments_are_checked():
         (gk.DBMTL, {"beta": 1.0}, ValueError, "beta is 1.0; it must be at least 0 and less"),
         (gk.DBMTL, {"eps": -1.0}, ValueError, "eps is -1.0; it must be at least 0"),
         (gk.DBMTL, {"beta": "1"}, TypeError, "beta is '1'"),
+        (gk.MoCo, {"beta": 0.0}, ValueError, "beta is 0.0; it must be positive and at most 1"),
+        (gk.MoCo, {"gamma": 0.0}, ValueError, "gamma is 0.0; it must be positive"),
+        (gk.MoCo, {"rho": "1"}, TypeError, "rho is '1'"),
         (gk.DBMTL, {"sigma": -0.5}, ValueError, "sigma is -0.5; it must be at least 0"),
         (gk.ExcessMTL, {"robust_step_size": 0.0}, ValueError, "robust_step_size is 0.0"),
         (gk.ExcessMTL, {"n_warmup_steps": -1}, ValueError, "n_warmup_steps is -1"),
