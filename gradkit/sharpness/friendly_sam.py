@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -63,6 +64,10 @@ class FriendlySAM(Ascent):
 
     def initial_vectors(self, layout: Layout) -> dict[str, Tensor]:
         return {"mean": layout.zeros()}
+
+    def completed(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """A saved state; those of earlier versions had a mean from the start."""
+        return {"seen": True, **saved}
 
     def around(self, inner: Oracle, context: Context) -> Oracle:
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import io
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -310,6 +312,26 @@ def test_a_resumed_run_goes_on_bit_for_bit(name: str) -> None:
     other.load_state_dict(state)
     run(resumed, other, data[4:])
     assert torch.equal(flat(model.parameters()), flat(resumed.parameters()))
+
+
+@pytest.mark.parametrize("name", ["FriendlySAM", "VaSSO"])
+def test_a_mean_that_was_saved_without_its_mark_goes_on(name: str) -> None:
+    """Earlier versions did not save whether there was one."""
+    model, data = network(), batches(4)
+    optimizer = wrapped(name, model)
+    for x, y in data[:2]:
+        optimizer.step(losses(model, x, y))
+    state = copy.deepcopy(optimizer.state_dict())
+    text = json.loads(state["param_groups"][0]["gradkit"])
+    assert text["transforms"][0]["state"].pop("seen") is True
+    state["param_groups"][0]["gradkit"] = json.dumps(text)
+    other = copy.deepcopy(model)
+    resumed = wrapped(name, other)
+    resumed.load_state_dict(state)
+    for x, y in data[2:]:
+        optimizer.step(losses(model, x, y))
+        resumed.step(losses(other, x, y))
+    assert torch.equal(flat(model.parameters()), flat(other.parameters()))
 
 
 @pytest.mark.parametrize("name", METHODS)
