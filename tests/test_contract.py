@@ -38,7 +38,8 @@ class Momentum(gk.Transform):
 
         def oracle(at=None, only=None):
             gradients = inner(at, only)
-            mean = self.vectors["mean"].lerp(gradients.direction(), 0.5 + noise / 2)
+            mean = self.vectors["mean"]
+            mean = mean.lerp(gradients.direction(), (0.5 + noise / 2).to(mean))
             context.propose(
                 self, mean=mean, steps=self.state["steps"] + 1, share=self.state["share"] / 3
             )

@@ -8,7 +8,6 @@ import nibabel as nib
 import numpy as np
 from jaxtyping import Float, Shaped
 from nibabel.filebasedimages import ImageFileError
-from numpy.typing import NDArray
 
 
 class NiftiError(ValueError):
@@ -24,8 +23,8 @@ class Volume:
         affine: From voxel indices to mm, homogeneous.
     """
 
-    voxels: Shaped[NDArray[np.generic], "X Y Z"]
-    affine: Float[NDArray[np.float64], "4 4"]
+    voxels: Shaped[np.ndarray, "X Y Z"]
+    affine: Float[np.ndarray, "4 4"]
 
     @property
     def spacing(self) -> tuple[float, float, float]:

@@ -370,7 +370,7 @@ class _Writes:
         """Copy `its`, unless the share is 0."""
         if isinstance(self._share, Tensor):
             its = its.to(own.device, own.dtype)
-            its = torch.where(self._share.to(own.device) > 0, its, own)
+            its = _where(self._share.to(own.device) > 0, its, own)
         self._puts.append((own, its))
 
     def run(self) -> None:
@@ -386,6 +386,13 @@ class _Writes:
         for pairs in (self._rounded, self._puts):
             if pairs:
                 torch._foreach_copy_([mine for mine, _ in pairs], [theirs for _, theirs in pairs])
+
+
+def _where(condition: Tensor, its: Tensor, own: Tensor) -> Tensor:
+    """`torch.where` for two tensors of one dtype, which may be float8 also in older torch."""
+    if own.dtype.itemsize > 1:
+        return torch.where(condition, its, own)
+    return torch.where(condition, its.view(torch.uint8), own.view(torch.uint8)).view(own.dtype)
 
 
 def is_short(tensor: Tensor) -> bool:

@@ -145,9 +145,9 @@ def range_outside(image: Tensor) -> tuple[float, float] | None:
     """
     if not image.numel():
         return None
-    low, high = torch.stack(torch.aminmax(image.detach())).tolist()
-    outside = (low < -_OVERSHOOT or high > 1 + _OVERSHOOT) and math.isfinite(high - low)
-    return (low, high) if outside else None
+    low, high = torch.aminmax(image.detach())
+    outside = ((low < -_OVERSHOOT) | (high > 1 + _OVERSHOOT)) & torch.isfinite(high - low)
+    return (float(low), float(high)) if outside else None  # one copy from the device if inside
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,7 @@ def test_sam_on_a_compiled_model_equals_the_loop_by_hand(backend: str, way: str)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Skipping serialization of skipfiles_:UserWarning")  # torch 2.6
 @pytest.mark.skipif(shutil.which("c++") is None, reason="the default backend compiles C++")
 @pytest.mark.skipif(
     " " in torch.__file__,

@@ -15,6 +15,9 @@ from torch.optim import Optimizer, lr_scheduler, swa_utils
 import gradkit as gk
 from integrations.references import assert_close, assert_equal, data, error, gradient, network
 
+# Older versions of SequentialLR pass their own schedulers what torch deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step:UserWarning")
+
 ENGINES = ["functional", "inplace"]
 BATCHES = data(8)
 

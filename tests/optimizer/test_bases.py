@@ -26,7 +26,8 @@ from torch.optim import SGD, Adam, Optimizer
 
 import gradkit as gk
 
-with warnings.catch_warnings(action="ignore"):  # torch's own module uses what torch deprecates
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # torch's own module uses what torch deprecates
     from torch.distributed.optim import PostLocalSGDOptimizer, ZeroRedundancyOptimizer
 
 ENGINES = ["functional", "inplace"]

@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import signal
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -380,7 +381,9 @@ def test_memory_above_plain_training(
 ) -> None:
     plain = peak_memory["plain", "none", "clear"]
     assert 1.9 < plain < 2.2  # weights and gradients
-    assert 0.9 < peak_memory[mode, engine, gradients] - plain < most + 0.1
+    # Callers in Python 3.10 keep their arguments, a displacement too, until the call returns.
+    kept = mode == "sam" and sys.version_info < (3, 11)
+    assert 0.9 < peak_memory[mode, engine, gradients] - plain < most + kept + 0.1
 
 
 def test_nothing_is_leaked() -> None:

@@ -14,6 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -32,6 +33,9 @@ _CONTEXT.set_forkserver_preload(
     ]
 )
 
+SHARDS_ON_CPU = hasattr(torch.cpu.Stream, "record_event")
+"""Whether `fully_shard` works on a CPU in this version of torch."""
+
 GRACE = 30
 """Seconds beyond a rank's own time limit after which it is killed from outside."""
 
@@ -46,6 +50,7 @@ def on_ranks(
     *arguments: Any,
     timeout: float = 60,
     limit: float = 180,
+    shards: bool = False,
 ) -> list[Any]:
     """What `function(*arguments)` returns on each of `count` ranks of a gloo group.
 
@@ -55,10 +60,13 @@ def on_ranks(
         arguments: Its arguments.
         timeout: Seconds after which a collective that not every rank has entered fails.
         limit: Seconds after which a rank prints its threads' stacks and ends.
+        shards: Whether parameters are sharded on the CPU; skips the test if torch cannot.
 
     Raises:
         FailedRankError: A rank did not come back with a result.
     """
+    if shards and not SHARDS_ON_CPU:
+        pytest.skip("fully_shard of this version of torch needs an accelerator")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         ranks = [

@@ -157,7 +157,7 @@ def test_what_cannot_be_right_is_refused(name: str, message: str) -> None:
 
 @cache
 def further() -> list[dict[str, Any]]:
-    return on_ranks(2, further_scenarios, timeout=10)
+    return on_ranks(2, further_scenarios, timeout=10, shards=True)
 
 
 def after_one_step() -> torch.Tensor:
@@ -210,7 +210,7 @@ def test_every_rank_finds_gradients_that_were_not_cleared() -> None:
 
 
 def test_a_failure_among_collectives_ends_by_the_groups_timeout() -> None:
-    first, second = on_ranks(2, fails_among_collectives, timeout=10)
+    first, second = on_ranks(2, fails_among_collectives, timeout=10, shards=True)
     assert second["message"] == "ValueError: bad data"
     assert second["seconds"] < 5
     assert first["message"].startswith("RuntimeError")

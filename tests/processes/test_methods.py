@@ -22,7 +22,7 @@ def alone() -> dict[str, dict[str, Any]]:
 
 @cache
 def together(kind: str) -> list[dict[str, dict[str, Any]]]:
-    return on_ranks(2, train_all, kind)
+    return on_ranks(2, train_all, kind, shards=kind == "fsdp")
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.distributed
 
 @cache
 def together(kind: str) -> list[dict[str, Any]]:
-    return on_ranks(2, run, kind)
+    return on_ranks(2, run, kind, shards=kind == "fsdp")
 
 
 @pytest.mark.parametrize("chain", CHAINS)

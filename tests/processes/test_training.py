@@ -32,12 +32,13 @@ def alone() -> dict[str, dict[str, Tensor]]:
 
 @cache
 def together(kind: str, ranks: int) -> list[dict[str, dict[str, Tensor]]]:
-    return on_ranks(ranks, train_all, kind, [case for count, case in RUNS if count == ranks])
+    cases = [case for count, case in RUNS if count == ranks]
+    return on_ranks(ranks, train_all, kind, cases, shards=kind == "fsdp")
 
 
 @cache
 def variants() -> list[dict[str, dict[str, Tensor]]]:
-    return on_ranks(4, train_variants)
+    return on_ranks(4, train_variants, shards=True)
 
 
 def check(found: list[dict[str, Tensor]], expected: dict[str, Tensor]) -> None:
@@ -62,4 +63,4 @@ def test_options_of_the_wrappers_change_nothing(variant: str) -> None:
 def test_a_gate_of_shards_at_hand_adds_them_up() -> None:
     expected = train_at_hand("plain")
     assert set(expected["gates"].tolist()) == {0.0, 1.0}
-    check(on_ranks(2, train_at_hand, "fsdp"), expected)
+    check(on_ranks(2, train_at_hand, "fsdp", shards=True), expected)
