@@ -27,6 +27,7 @@ from gradkit.engines.objectives import (
     LOSS,
     GraphCheck,
     NoGradientError,
+    NoLossError,
     Objectives,
     as_plain,
     checked_loss,
@@ -436,10 +437,14 @@ class Evaluator:
 
         Raises:
             TypeError: If a name is not a string.
-            ValueError: If there are no names, if they have changed, or if `only` has another one.
+            NoLossError: If there are no names.
+            ValueError: If they have changed, or if `only` has another one.
         """
         if not names:
-            raise ValueError("the closure returned an empty mapping of losses")
+            raise NoLossError(
+                "the closure returned an empty mapping of losses; take no step where a batch has "
+                "none, or pass on_empty='skip' to gk.wrap()"
+            )
         for name in names:
             if not isinstance(name, str):
                 raise TypeError(f"the name of an objective is {name!r}; names are strings")

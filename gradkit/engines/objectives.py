@@ -29,6 +29,10 @@ class NoGradientError(RuntimeError):
         self.loss = loss
 
 
+class NoLossError(NoGradientError, ValueError):
+    """A closure returned a mapping without losses."""
+
+
 def check_objectives(objectives: object) -> None:
     """Check the objectives passed to `step`.
 

@@ -20,6 +20,7 @@ from torch._compile import _disable_dynamo
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from gradkit.core.caller import caller_level
 from gradkit.core.context import Context
 from gradkit.core.flat import Layout, Pool
 from gradkit.core.gradients import Gradients
@@ -35,7 +36,13 @@ from gradkit.engines.evaluator import Evaluator
 from gradkit.engines.functional import FunctionalSession
 from gradkit.engines.inplace import InplaceSession
 from gradkit.engines.loss_scale import LossScale
-from gradkit.engines.objectives import LOSS, NoGradientError, Objectives, check_objectives
+from gradkit.engines.objectives import (
+    LOSS,
+    NoGradientError,
+    NoLossError,
+    Objectives,
+    check_objectives,
+)
 from gradkit.engines.rows import stacked
 from gradkit.engines.session import Session
 from gradkit.engines.stored import StoredGradients
@@ -52,8 +59,8 @@ _IDLE = (
     "last_step.applied is False. This warning is given once"
 )
 _ALONE = (
-    "{!r} acts between objectives, and the step has one only, {!r}; pass step() a mapping of "
-    "named objectives. This warning is given once"
+    "{!r} acts between objectives, and the step has one only, {!r}: pass step() a mapping of named "
+    "objectives, unless the others have no loss in this batch. This warning is given once"
 )
 
 _STARTS_ANEW = (
@@ -61,6 +68,10 @@ _STARTS_ANEW = (
     "the base; it is dropped, and they start anew. To go on with it, wrap first, and then load "
     "into the wrapped optimizer"
 )
+
+
+# Methods of other wrappers, for passes that are made by hand.
+_BY_HAND = ("first_step", "second_step", "pc_backward")
 
 
 class GradientOptimizer(Optimizer):
@@ -115,7 +126,7 @@ class GradientOptimizer(Optimizer):
         for transform in transforms:
             transform.check_free(self)
         if saved_state.drop_earlier(self.transforms, base):
-            warnings.warn(_STARTS_ANEW, UserWarning, stacklevel=3)
+            warnings.warn(_STARTS_ANEW, UserWarning, stacklevel=caller_level())
         # The key is there from the start, since some checkpoint formats save only the keys that a
         # new optimizer has.
         self.base.param_groups[0][saved_state.KEY] = saved_state.encode(self.transforms)
@@ -205,7 +216,10 @@ class GradientOptimizer(Optimizer):
             found = None if base is None or name.startswith("_") else getattr(base, name, None)
             if inspect.isroutine(found):
                 return found
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            problem = f"{type(self).__name__!r} object has no attribute {name!r}"
+            if name in _BY_HAND:
+                problem += "; pass step() the closure, which it calls as often as it needs"
+            raise AttributeError(problem)
 
     def __repr__(self) -> str:
         key = f"    {saved_state.KEY}: "
@@ -388,7 +402,7 @@ class GradientOptimizer(Optimizer):
                 except NoGradientError as error:
                     if self.options.on_empty == "skip":
                         return self._skip_empty(transaction, error.loss), None
-                    if not transaction.may_be_idle():
+                    if isinstance(error, NoLossError) or not transaction.may_be_idle():
                         raise
                     transaction.idle()
                     self._record_idle(transaction, error.loss)
@@ -438,7 +452,7 @@ class GradientOptimizer(Optimizer):
         """Warn, once for each kind."""
         if kind not in self._warned:
             self._warned.add(kind)
-            warnings.warn(text, UserWarning, stacklevel=4)
+            warnings.warn(text, UserWarning, stacklevel=caller_level())
 
     def _evaluate(
         self, transaction: Transaction, closure: Objectives | None, nonfinite: Nonfinite

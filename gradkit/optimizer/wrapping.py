@@ -76,10 +76,10 @@ def wrap(
             weighted by their losses only, so that no inner product is needed, and keeps rows
             otherwise. In a streamed step `last_step.gram` is NaN unless a rule has used it.
         on_empty: What to do if the objectives leave nothing to step on (a closure that returns
-            None, a filter that keeps no sample). "skip" changes nothing except torch's default
-            random number generators, and sets `last_step.applied` to False. "raise" is an error if
-            the step has several objectives; with one, the base steps without gradients, as in
-            torch, with one warning.
+            None, a filter that keeps no sample, a mapping without losses). "skip" changes nothing
+            except torch's default random number generators, and sets `last_step.applied` to False.
+            "raise" is an error if the step has several objectives, or a mapping without losses;
+            with one objective the base steps without gradients, as in torch, with one warning.
 
     Returns:
         The optimizer; see `GradientOptimizer`.

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gradkit.core.arguments import check_number
+from gradkit.core.caller import caller_level
 from gradkit.core.context import Context
 from gradkit.core.displacement import Point
 from gradkit.core.gradients import Gradients
@@ -160,7 +161,7 @@ class GatedEMA(MeanTeacher):
                 f"{self.state['t']} steps were aligned; gate_rate counts from the next step on, "
                 "and the teacher goes on as before",
                 UserWarning,
-                stacklevel=3,
+                stacklevel=caller_level(),
             )
 
     def _cosine(self, gradients: Gradients) -> Float[Tensor, ""]:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from gradkit.core.caller import caller_level
 from gradkit.core.context import Context
 from gradkit.core.ranks import as_part_of, is_sharded, local, reshard
 from gradkit.core.transform import Transform
@@ -69,7 +70,7 @@ class MeanTeacher(Transform):
                 "unless it is still to be loaded; save and load teacher.state_dict(), at best "
                 "before the optimizer's, or pass in_state=True, with which that holds the teacher",
                 UserWarning,
-                stacklevel=3,
+                stacklevel=caller_level(),
             )
 
     def _move(self, share: Share) -> None:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from gradkit.core.caller import caller_level
 from gradkit.tta.augment import StrongAugmentation, minmax
 from gradkit.tta.statistics import at_least_float32
 from gradkit.tta.vectorised import in_autocast, vectorised
@@ -462,7 +463,7 @@ def _of_all(model: Model, images: Sequence[Tensor], batched: bool) -> Iterable[T
             warnings.warn(
                 f"the model cannot take several views at once ({reason}), so that it took them "
                 "one by one; pass batched_views=False",
-                stacklevel=3,
+                stacklevel=caller_level(),
             )
             return outputs
     return (logits_of(model, each) for each in images)

@@ -463,3 +463,10 @@ def test_distributed_checkpoints_carry_all_state(engine: str, flatten: bool) -> 
     ):
         assert torch.equal(ours, theirs)
     assert twin_ema.state == ema.state == {"t": 3}
+
+
+@pytest.mark.parametrize("name", ["first_step", "second_step", "pc_backward"])
+def test_what_other_wrappers_do_by_hand_is_told(name: str) -> None:
+    optimizer = gk.wrap(torch.optim.SGD(network().parameters(), lr=0.1), gk.SAM())
+    with pytest.raises(AttributeError, match=f"no attribute '{name}'; pass step.. the closure"):
+        getattr(optimizer, name)

@@ -68,6 +68,32 @@ def test_the_choice_is_checked():
         gk.wrap(torch.optim.SGD(network().parameters(), lr=0.1), on_empty="ignore")
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_batch_without_any_loss(engine):
+    model, x = network(), torch.randn(8, 3)
+    labelled = torch.tensor([True, False])
+
+    def losses():
+        return {str(n): model(x)[:, n].mean() for n in range(2) if labelled[n]}
+
+    strict, lenient = (
+        gk.wrap(
+            torch.optim.SGD(model.parameters(), lr=0.1), model=model, engine=engine, on_empty=choice
+        )
+        for choice in ("raise", "skip")
+    )
+    for optimizer in (strict, lenient):
+        optimizer.step(losses)
+    labelled[0] = False
+    everything = (model.state_dict, strict.state_dict, lenient.state_dict)
+    before = gk.testing.bits([part() for part in everything])
+    with pytest.raises(ValueError, match=r"take no step .* or pass on_empty='skip' to gk.wrap"):
+        strict.step(losses)
+    assert lenient.step(losses) is None
+    assert not lenient.last_step.applied
+    assert gk.testing.bits([part() for part in everything]) == before
+
+
 class Drawing(gk.Transform):
     """Draws noise in each step, and does nothing with it."""
 

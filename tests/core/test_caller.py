@@ -1,0 +1,34 @@
+"""Warnings name the user's line."""
+
+from pathlib import Path
+
+import pytest
+from children import run_python
+
+SCRIPT = """
+import sys, torch, warnings, gradkit as gk
+
+warnings.simplefilter("always")
+weights = torch.nn.Parameter(torch.ones(2))
+base = torch.optim.SGD([weights], lr=0.1)
+optimizer = gk.wrap(base, gk.PCGrad())
+if "scheduled" in sys.argv:  # which wraps step()
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)
+
+
+def train():
+    optimizer.step(lambda: weights.sum())  # here
+
+
+train()
+"""
+
+
+@pytest.mark.parametrize("how", ["plain", "scheduled"])
+def test_a_warning_of_a_step_names_the_line_that_called_it(how: str, tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    (line,) = (n for n, text in enumerate(SCRIPT.split("\n"), 1) if "# here" in text)
+    done = run_python(str(script), how)
+    assert done.returncode == 0, done.stderr
+    assert f"train.py:{line}: UserWarning: PCGrad(" in done.stderr
