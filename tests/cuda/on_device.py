@@ -155,6 +155,7 @@ ARGUMENTS: dict[str, Chain] = {
     "Constant": lambda model: (gk.Constant([0.5, 1.0, 2.0]),),
     "CosineLR": lambda model: (gk.CosineLR("source", "target"),),
     "EMA": lambda model: (gk.EMA(model, decay=0.9),),
+    "ESAM": lambda model: (gk.ESAM(gamma=1.0),),  # less needs losses per sample
     "GatedEMA": lambda model: (gk.GatedEMA(model, between=("source", "target")),),
     "LookAhead": lambda model: (gk.LookAhead("source", "target"),),
 }
