@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from examples.common.usage import require
 from examples.fundus.data import SYNTHETIC
 
 ELSEWHERE = ("out", "models", "overwrite", "workers", "processes")
@@ -17,6 +18,19 @@ def write_results(record: Mapping[str, Any], text: str, out: Path, name: str) ->
     """Writes OUT/NAME.json for programs and OUT/NAME.md for people."""
     (out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
     (out / f"{name}.md").write_text(text)
+
+
+def check_name(name: str) -> None:
+    """Makes sure that results of this name are files of their folder.
+
+    Raises:
+        UsageError: the name is empty, hidden or has a folder.
+    """
+    require(
+        name != "" and Path(name).name == name and not name.startswith("."),
+        f"--name is {name!r}; give a file name without folder and ending, such as seed1; --out is "
+        "the folder",
+    )
 
 
 def command_line(name: str, command: Any, hidden: tuple[str, ...] = ()) -> str:

@@ -124,6 +124,14 @@ class TestFundus:
         assert main([*words, "--sources", "centre_a", "--overwrite"]) == 0
         assert json.loads(file.read_text())["width"] == 2
 
+    def test_an_interrupted_run_is_told_how_to_go_on(
+        self, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "centre_a.json").write_text("earlier")
+        line = complaint(capsys, *words, "--sources", "centre_a,centre_b")
+        assert "go on with the others by --sources centre_b, choose" in line
+
     def test_other_settings_are_not_mixed_in(
         self, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
