@@ -8,7 +8,7 @@ labels are not needed, the column `mask` or single cells of it may be left out.
 
 import csv
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
@@ -46,8 +46,8 @@ def resolve(root: Path, relative: str, source: str) -> Path:
     """
     if not relative:
         raise DataError(
-            f"{source} has an empty path; fill in both columns, image and mask (only `adapt` takes "
-            "images without masks)"
+            f"{source} has an empty path; fill in both columns, image and mask (only `adapt` and "
+            "`heads` take images without masks)"
         )
     if os.path.isabs(relative) or f"{os.path.normpath(relative)}/".startswith("../"):
         raise DataError(f"{source} leads out of the root ({relative}); use paths relative to it")
@@ -86,6 +86,8 @@ def read_list(root: Path, name: str, masks: Masks = "all") -> list[tuple[str, Pa
     rows = [row for row in rows if row not in ([], [""])]  # without empty lines
     if not rows:
         raise DataError(f"{path} lists no images; add rows or remove the domain")
+    if "mask" not in columns:
+        _check_no_masks(root, path, header, rows)
     pairs: list[tuple[str, Path, Path | None]] = []
     for number, row in enumerate(rows, start=1):
         source = f"row {number} of {path}"
@@ -94,6 +96,23 @@ def read_list(root: Path, name: str, masks: Masks = "all") -> list[tuple[str, Pa
         image_path = resolve(root, image, source)
         pairs.append((image, image_path, _mask_path(root, mask, source, masks)))
     return pairs
+
+
+def _check_no_masks(
+    root: Path, path: Path, header: Sequence[str], rows: Iterable[Sequence[str]]
+) -> None:
+    """Makes sure that a list without a column `mask` has none of another name.
+
+    Raises:
+        DataError: A column but `image` names files.
+    """
+    for row in rows:
+        for name, cell in zip(header, row, strict=False):
+            if name.lower() != "image" and cell and (root / cell).is_file():
+                raise DataError(
+                    f"{path} has no column 'mask', but {name!r} names files such as {cell}; call "
+                    "the masks' column mask, or remove it where there are none"
+                )
 
 
 def _mask_path(root: Path, relative: str, source: str, masks: Masks) -> Path | None:

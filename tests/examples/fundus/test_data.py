@@ -309,11 +309,26 @@ class TestCheck:
         Image.fromarray(rings(shift=2)).save(root / "clinic/4_mask.png")  # a rim in one suffices
         check(root, ["clinic"])
 
-    @pytest.mark.parametrize("levels", [(255, 128), (255, 254), (255,)])
-    def test_masks_without_a_cup_pass(self, root: Path, levels: tuple[int, ...]) -> None:
-        for number in range(5):
-            mask = np.where(rings() < 255, levels[-1], 255).astype(np.uint8)
+    def masks(self, root: Path, *levels: int) -> None:
+        """Discs of a single level each."""
+        for number, level in enumerate(levels):
+            mask = np.where(rings() < 255, level, 255).astype(np.uint8)
             Image.fromarray(mask).save(root / f"clinic/{number}_mask.png")
+
+    @pytest.mark.parametrize("level", [128, 254])
+    def test_no_cup_in_all_masks(self, root: Path, level: int) -> None:
+        self.masks(root, *5 * [level])
+        pattern = rf"has no values but {level}, 255, and as in all masks of clinic the cup would be"
+        self.fails(root, f"{pattern} empty; a mask has 255")
+        Image.fromarray(rings()).save(root / "clinic/4_mask.png")  # a cup in one suffices
+        check(root, ["clinic"])
+
+    def test_masks_of_the_disc_alone_of_two_kinds(self, root: Path) -> None:
+        self.masks(root, 0, 128, 0, 128, 255)
+        self.fails(root, r"the cup would (be empty or equal the disc|equal the disc or be empty);")
+
+    def test_empty_masks_pass(self, root: Path) -> None:
+        self.masks(root, *5 * [255])
         check(root, ["clinic"])
 
     def test_missing_root(self, tmp_path: Path) -> None:
