@@ -77,7 +77,7 @@ class GatedEMA(MeanTeacher):
     Raises:
         TypeError: If an argument is of the wrong type.
         ValueError: If an argument has no valid value, if the student cannot be copied, or if the
-            teacher does not fit; in `step`, if it no longer fits.
+            teacher does not fit; in `step`, if it no longer fits or a decay has left its range.
 
     Examples:
         >>> import torch, gradkit as gk
@@ -106,9 +106,7 @@ class GatedEMA(MeanTeacher):
     buffers: Buffers = "copy"
 
     def __post_init__(self) -> None:
-        check_decay("decay_aligned", self.decay_aligned)
-        if self.decay_conflict is not None:
-            check_decay("decay_conflict", self.decay_conflict)
+        self._check_decays()
         if self.measure not in ("sign_cosine", "cosine"):
             raise ValueError(f"measure is {self.measure!r}; choose 'sign_cosine' or 'cosine'")
         check_number("threshold", self.threshold, finite=False)
@@ -140,6 +138,10 @@ class GatedEMA(MeanTeacher):
             return gradients
 
         return oracle
+
+    def before_step(self, context: Context) -> None:
+        self._check_decays()
+        super().before_step(context)
 
     def after_step(self, context: Context) -> None:
         assert self._gate is not None  # set by the first evaluation
@@ -237,8 +239,9 @@ class GatedEMA(MeanTeacher):
 
         Raises:
             RuntimeError: If an optimizer made by `wrap` updates this teacher.
-            ValueError: If the gate is not a floating-point tensor without dimensions, or if the
-                teacher no longer fits the student; nothing is changed then.
+            ValueError: If the gate is not a floating-point tensor without dimensions, if a decay is
+                no longer between 0 and 1, or if the teacher no longer fits the student; nothing is
+                changed then.
         """
         if self._owner() is not None:
             raise RuntimeError(
@@ -247,6 +250,7 @@ class GatedEMA(MeanTeacher):
             )
         if not isinstance(gate, Tensor) or gate.shape != () or not gate.is_floating_point():
             raise ValueError(f"gate is {gate!r}; pass what gate() returned before the step")
+        self._check_decays()
         with torch.no_grad():
             return self._follow(gate)
 
@@ -287,6 +291,11 @@ class GatedEMA(MeanTeacher):
         averages = {f"shadow.{name}": each for name, each in state_dict["averages"].items()}
         self.load_tensors(averages, mark=None)
         self.state.update(state_dict["counters"])
+
+    def _check_decays(self) -> None:
+        check_decay("decay_aligned", self.decay_aligned)
+        if self.decay_conflict is not None:
+            check_decay("decay_conflict", self.decay_conflict)
 
     def _trained(self) -> list[nn.Parameter]:
         reshard(self.student)

@@ -579,15 +579,16 @@ def test_a_loop_without_wrap_resumes_with_the_same_bits(dtype, tmp_path):
     """In bfloat16 the teacher's weights are roundings of averages, which must be saved, too."""
 
     def made():
+        torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)).to(dtype)
         return model, gk.GatedEMA(model, decay_aligned=0.99, warmup=False)
 
     def steps(model, gated, numbers):
         for t in numbers:
-            a, b = (torch.randn(2, 5, 3, generator=seeded(t))).to(dtype)
-            losses = [model(a).float().square().mean(), model(b).float().sum()]
+            loss = model(torch.randn(5, 3, generator=seeded(t)).to(dtype)).float().square().mean()
+            losses = [loss, 0.5 * (-1) ** t * loss]  # aligned and in conflict, in turn
             parameters = list(model.parameters())
-            rows = [torch.autograd.grad(loss, parameters) for loss in losses]
+            rows = [torch.autograd.grad(each, parameters, retain_graph=True) for each in losses]
             gate = gated.gate(*rows)
             with torch.no_grad():
                 for parameter, one, other in zip(parameters, *rows, strict=True):
@@ -607,7 +608,7 @@ def test_a_loop_without_wrap_resumes_with_the_same_bits(dtype, tmp_path):
     for name, value in gated.teacher.state_dict().items():
         assert torch.equal(resumed.teacher.state_dict()[name], value), name
     assert resumed.state == gated.state
-    assert 0 < float(gated.state["aligned"]) < 16
+    assert float(gated.state["aligned"]) == 8
 
 
 def test_what_loading_without_wrap_refuses():
@@ -623,6 +624,25 @@ def test_what_loading_without_wrap_refuses():
     _optimizer = gk.wrap(torch.optim.SGD(model.parameters(), lr=0.1), owned)
     with pytest.raises(RuntimeError, match=r"belongs to an optimizer made by gk\.wrap"):
         owned.load_state_dict(before)
+
+
+@pytest.mark.parametrize("name", ["decay_aligned", "decay_conflict"])
+def test_a_schedule_that_leaves_the_range_of_decays_is_refused_before_anything_moves(name):
+    model = student(1)
+    gated = gk.GatedEMA(model, warmup=False)
+    optimizer = gk.wrap(torch.optim.SGD(model.parameters(), lr=1.0), gated, model=model)
+    alone = gk.GatedEMA(model)
+    for each in (gated, alone):
+        setattr(each, name, 1.5)
+    with pytest.raises(ValueError, match=f"{name} is 1.5; a decay lies between 0 and 1"):
+        optimizer.step(named(model, [[1.0], [1.0]]))
+    with pytest.raises(ValueError, match=f"{name} is 1.5; a decay lies between 0 and 1"):
+        alone.update(torch.tensor(1.0))
+    assert torch.equal(flat(model.parameters()), flat(gated.teacher.parameters()))
+    assert gated.state["t"] == alone.state["t"] == 0
+    setattr(gated, name, 0.5)
+    optimizer.step(named(model, [[1.0], [1.0]]))
+    assert gated.state["t"] == 1
 
 
 def test_a_choice_of_no_trained_parameter_is_refused_before_anything_moves():
