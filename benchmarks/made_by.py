@@ -3,7 +3,7 @@
 import json
 import shlex
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,8 @@ def check_name(name: str) -> None:
 def command_line(name: str, command: Any, hidden: tuple[str, ...] = ()) -> str:
     """The command with these options, without those that have their default.
 
-    A folder of data is DATA, and one of models with heads HEADS: where they are on one machine is
-    of no interest elsewhere.
+    A folder of data is DATA, one of models that must be given MODELS, and one of models with heads
+    HEADS: where they are on one machine is of no interest elsewhere.
 
     Args:
         name: of the benchmark.
@@ -52,6 +52,8 @@ def command_line(name: str, command: Any, hidden: tuple[str, ...] = ()) -> str:
     words = [f"python -m benchmarks {name}"]
     for field in fields(command):
         value, option = getattr(command, field.name), field.name.replace("_", "-")
+        if field.name == "models" and field.default is MISSING:
+            words.append("--models MODELS")
         if field.name in (*ELSEWHERE, *hidden) or value == field.default:
             continue
         if field.name in ("data", "data_root") and value != SYNTHETIC:

@@ -332,7 +332,8 @@ def test_every_part_runs(words: list[str], tmp_path: Path) -> None:
         ("distilled", "centre_b", 2),
     ]
     table = (out / "composition.md").read_text()
-    assert table.startswith("Made by `python -m benchmarks composition --data-root synthetic ")
+    made_by = "Made by `python -m benchmarks composition --data-root synthetic --models MODELS "
+    assert table.startswith(made_by)
     assert table.endswith(report(found))
     assert "| distilled, gated | 26 + 2 back |" in table
     assert "| all factors, by the source alone |" in table
