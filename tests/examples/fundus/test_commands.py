@@ -508,6 +508,17 @@ def test_unwritable_output(capsys, tmp_path, checkpoint, nothing_is_computed, co
     assert "choose another --out" in message
 
 
+def test_a_checkpoint_tells_size_and_width(exported, checkpoint, tmp_path):
+    words = ["compare", "--checkpoint", checkpoint, "--data-root", exported, "--methods", "none"]
+    assert run(*words, "--targets", "centre_c", "--target-images", 2, "--out", tmp_path) == 0
+    kept = load(tmp_path / "centre_a.pt")["architecture"]
+    assert (kept["size"], kept["width"]) == (64, 2)
+    words = ["adapt", "--checkpoint", checkpoint, "--data-root", exported, "--method", "none"]
+    words += ["--target", "centre_c", "--target-images", 2, "--out", tmp_path / "adapted"]
+    assert run(*words) == 0
+    assert read(tmp_path / "adapted")[0]["images"] == read(tmp_path)[0]["images"]
+
+
 def test_other_checkpoints(capsys, tmp_path, checkpoint, nothing_is_computed):
     words = ["compare", "--out", tmp_path / "out", "--checkpoint"]
     wider = complaint(capsys, *words, checkpoint, "--width", 4, "--size", 64)
