@@ -304,6 +304,8 @@ def check(root: str | Path, domains: Iterable[str], masks: Masks = "all") -> Non
     if root == SYNTHETIC:
         return
     # All lists first: they are quick to read.
+    if masks == "all":
+        _check_apart(Path(root), domains)
     datasets = [FundusDataset(root, domain, cache=False, masks=masks) for domain in domains]
     for domain, dataset in zip(domains, datasets, strict=True):
         found = []
@@ -312,3 +314,22 @@ def check(root: str | Path, domains: Iterable[str], masks: Masks = "all") -> Non
             if mask_path is not None and mask is not None:
                 found.append((mask_path, levels_of(mask)))
         check_told_apart(domain, found, decode_target, STRUCTURES, LEVELS)
+
+
+def _check_apart(root: Path, domains: Iterable[str]) -> None:
+    """Makes sure that no image is in two lists, one of which may train and the other test.
+
+    Raises:
+        DataError: One is, or a list is missing or wrong.
+    """
+    found: dict[str, str] = {}
+    for domain in domains:
+        for name in list_names(root, domain, "all"):
+            for image, _, _ in read_list(root, name):
+                path = os.path.normpath(image)
+                if found.setdefault(path, name) != name:
+                    raise DataError(
+                        f"{root / image} is in {found[path]} and in {name}, where one may be for "
+                        "training and the other for testing; remove it from one (images that are "
+                        "not divided are listed in a single <DOMAIN>.csv)"
+                    )

@@ -331,6 +331,21 @@ class TestCheck:
         self.masks(root, *5 * [255])
         check(root, ["clinic"])
 
+    def test_an_image_in_two_lists(self, root: Path) -> None:
+        names = sorted(path.name for path in root.glob("clinic_*.csv"))
+        assert names == ["clinic_test.csv", "clinic_train.csv"]
+        tested = (root / "clinic_test.csv").read_text().splitlines()
+        with (root / "clinic_train.csv").open("a") as file:
+            file.write(tested[1] + "\n")
+        self.fails(root, r"is in clinic_train.csv and in clinic_test.csv, .* remove it from one")
+        (root / "clinic_train.csv").unlink()
+        (root / "clinic_test.csv").rename(root / "clinic.csv")
+        check(root, ["clinic"])
+        write_list(root, "ward.csv", [tuple(tested[1].split(","))])
+        check(root, ["clinic"])
+        self.fails(root, r"is in clinic.csv and in ward.csv", ["clinic", "ward"])
+        check(root, ["clinic", "ward"], "present")  # nothing is trained, as in `adapt`
+
     def test_missing_root(self, tmp_path: Path) -> None:
         self.fails(tmp_path / "nowhere", r"nowhere is not a folder")
 
@@ -402,8 +417,8 @@ class TestCheck:
         self.fails(root, rf"clinic/{name} does not exist")
 
     def test_missing_tif_is_named_as_it_was_looked_for(self, root: Path) -> None:
-        write_list(root, "clinic_test.csv", [("clinic/0.png", "clinic/0_mask.tif")])
-        self.fails(root, r"clinic/0_mask-1\.tif does not exist")
+        write_list(root, "clinic_test.csv", [("clinic/2.png", "clinic/2_mask.tif")])
+        self.fails(root, r"clinic/2_mask-1\.tif does not exist")
 
     @pytest.mark.parametrize("name", ["0.png", "0_mask.png"])
     def test_folder_for_a_picture(self, root: Path, name: str) -> None:
@@ -500,7 +515,7 @@ class TestCheck:
         write_list(root, "clinic_test.csv", [(row[0], row[1])])
         self.fails(root, r"row 1 of .*clinic_test\.csv leads out of the root")
 
-    @pytest.mark.parametrize("path", ["clinic/../clinic/0.png", "..clinic/0.png"])
+    @pytest.mark.parametrize("path", ["clinic/../clinic/2.png", "..clinic/0.png"])
     def test_dots_within_the_root_are_fine(self, root: Path, path: str) -> None:
         (root / "..clinic").mkdir()
         Image.fromarray(noise(0)).save(root / "..clinic/0.png")
