@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from benchmarks.alignment.intervals import Interval, mean_interval, paired_interval
 from benchmarks.machine import describe_machine
-from benchmarks.made_by import command_line, write_results
+from benchmarks.made_by import check_name, command_line, write_results
 from benchmarks.tables import plus_minus
 from examples.common.command_line import interruptible
 from examples.common.metrics import mean
@@ -39,6 +39,11 @@ METHODS = (
 that its trainings would be those of `dim`."""
 REFERENCES = ("fixmatch", "dim")
 """What methods are compared with, where it is there."""
+PUBLISHED = {
+    "prostate": {"size": 384, "width": 64, "iterations": 60000},
+    "fundus": {"size": 256, "width": 64, "iterations": 30000},
+}
+"""Settings of DiM's and MiDSS's trainings, for the report."""
 HIDDEN = ("device", "threads")
 """Options that do not change the results, and so are no part of the command that is printed."""
 
@@ -67,6 +72,7 @@ class DiM(Experiment):
         task = TASKS[self.task]
         methods = parse_methods(self.methods)
         require(self.seeds >= 2, f"--seeds is {self.seeds}; an interval needs at least 2")
+        check_name(self.name)
         trainings = self.train_all(task, methods, self.seeds, self.out)
         with interruptible(GOES_ON, lambda: True):
             record = {
@@ -156,13 +162,16 @@ def report(record: Mapping[str, Any]) -> str:
     )
     size = (
         f"Images of {settings['size']} pixels a side, a U-Net of width {settings['width']}, "
-        f"{settings['iterations']} iterations: far below the published settings."
+        f"{settings['iterations']} iterations"
     )
+    published = PUBLISHED[settings["task"]]
+    if all(2 * settings[name] <= value for name, value in published.items()):
+        size += ": far below the published settings"
     machine = ", ".join(f"{key} {value}" for key, value in record["machine"].items())
     sections = [
         f"# DiM part by part: {settings['task']}",
         f"Made by `{record['command']}`.\n\nMachine: {machine}.",
-        f"{about} {size}",
+        f"{about} {size}.",
         "\n".join(table),
         RECONSTRUCTED,
     ]

@@ -90,7 +90,14 @@ class Fundus(SourceModels):
 
     def _check_earlier(self, sources: Sequence[str], domains: Sequence[str]) -> None:
         if not self.overwrite:
-            refuse_to_replace(self._files(sources))
+            files = self._files(sources)
+            left = [name for name in sources if self.out / f"{name}.json" not in files]
+            require(
+                not (files and left),
+                f"{files and files[0]} is there from an earlier run; go on with the others by "
+                f"--sources {','.join(left)}, choose another --out, or replace it with --overwrite",
+            )
+            refuse_to_replace(files)
         for file in self._files(set(domains) - set(sources)):
             record = json.loads(file.read_text())
             for name, value in self.settings().items():

@@ -26,7 +26,7 @@ from benchmarks.alignment.digits import Pool, pool
 from benchmarks.alignment.intervals import Interval, mean_interval, paired_interval
 from benchmarks.alignment.jobs import run_jobs
 from benchmarks.machine import describe_machine
-from benchmarks.made_by import command_line, write_results
+from benchmarks.made_by import check_name, command_line, write_results
 from benchmarks.tables import plus_minus
 from examples.common.usage import check_writable, refuse_to_replace, require
 
@@ -213,6 +213,7 @@ class GSEMA:
             self.contrast >= 0 and math.isfinite(self.contrast),
             f"--contrast is {self.contrast}; choose a number of at least 0",
         )
+        check_name(self.name)
         if not self.overwrite:
             refuse_to_replace([self.out / f"{self.name}.json"])
         check_writable(self.out)

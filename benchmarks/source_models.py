@@ -4,8 +4,9 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from examples.common.usage import UsageError, split_names
+from examples.common.usage import UsageError, require, split_names
 from examples.fundus.data import available_domains, check
+from examples.fundus.validation import check_counts, check_training
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,13 @@ class SourceModels:
 
         Raises:
             DataError: something is wrong with the data.
-            UsageError: there is no centre of such a name.
+            UsageError: there is no centre of such a name, or a number is out of range.
         """
+        check_counts(self.seed, self.threads)
+        check_training(self.size, self.width)
+        require(
+            self.images is None or self.images >= 1, f"--images is {self.images}; choose at least 1"
+        )
         domains = available_domains(self.data_root)
         sources = split_names("--sources", self.sources or ",".join(domains), domains)
         check(self.data_root, domains)

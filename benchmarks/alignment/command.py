@@ -258,5 +258,6 @@ class Alignment:
     ) -> dict[str, Any]:
         """The record of a problem whose rows are trainings; draws the differences."""
         summary = summarise(rows, list(measures))
-        plot_differences(summary, measures, unit, out / f"{self.problem}.png")
+        if any(f"{measure}, difference" in row for row in summary for measure in measures):
+            plot_differences(summary, measures, unit, out / f"{self.problem}.png")
         return {**details, "measures": measures, "summary": summary, "rows": rows}

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.alignment.strategies import REFERENCE
-from benchmarks.tables import Column, Row, plus_minus, table_of
+from benchmarks.tables import Column, Row, plus_minus, section, table_of
 
 _TIMES = (
     "Milliseconds are medians of a whole step, the closure included, in processor time of one "
@@ -72,11 +72,13 @@ def _trainings(record: Mapping[str, Any]) -> list[str]:
         for measure, title in measures.items()
     ]
     good = [line for line in record["summary"] if not line["error"]]
+    compared = [line for line in good if line["strategy"] != REFERENCE]
+    if not any(line["strategy"] == REFERENCE for line in good):
+        compared = []  # there is nothing to take a difference from
     count = record["summary"][0]["n"]
     return [
         _by_strategy(good, values),
-        f"## Minus {REFERENCE}",
-        _by_strategy([line for line in good if line["strategy"] != REFERENCE], differences),
+        *section(f"Minus {REFERENCE}", _by_strategy(compared, differences)),
         f"Means over {count} trainings ± half of Student's 95% interval; the differences to "
         f"{REFERENCE} are taken in pairs in which all else is the same. {_MANY}",
         "Conflicts are the share of pairs of objectives, over all steps, whose gradients, as the "

@@ -64,7 +64,8 @@ class Composition(SourceModels):
     """Centres to adapt to, separated by commas; default all others."""
     parts: str = "pairs,shifted"
     """What to run, separated by commas: pairs (all variants that do not learn), shifted (each
-    source's test list in made-up colours, to learn gates from), distilled (those that learn)."""
+    source's test list in made-up colours, to learn gates from), distilled (those that learn, for
+    whose table pairs are needed, too)."""
     out: Path = Path("runs/benchmark-composition")
     """Folder of the results."""
     overwrite: bool = False
@@ -75,6 +76,10 @@ class Composition(SourceModels):
         domains, sources = self.centres()
         targets = split_names("--targets", self.targets or ",".join(domains), domains)
         parts = split_names("--parts", self.parts, PARTS)
+        require(
+            parts == ["shifted"] or any([source] != targets for source in sources),
+            f"--targets is {targets[0]}, the source itself; choose from the other centres",
+        )
         device = open_device(self.device, self.threads)
         check_writable(self.out)
         for source in (self._source(name, device) for name in sources):
@@ -104,9 +109,14 @@ class Composition(SourceModels):
             found = json.loads(path.read_text())["made_with"]
             if found == made_with:
                 return
+            other = [name for name, value in made_with.items() if found.get(name) != value]
+            then, now = (
+                ", ".join(f"{name} {each.get(name)}" for name in other)
+                for each in (found, made_with)
+            )
             raise UsageError(
-                f"{path} was made with {found}, not {made_with}; choose another --out, or run it "
-                "again with --overwrite"
+                f"{path} was made with {then}, not {now}; choose another --out, or run it again "
+                "with --overwrite"
             )
         record = {
             "part": part,

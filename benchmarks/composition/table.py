@@ -134,6 +134,13 @@ def report(records: Sequence[Record]) -> str:
             *variant_table(list(students.values()), (BASELINE, FUSED, GATED, *STUDENTS)),
             "",
         ]
+    alone = [pair for pair in by_pair(records, "distilled") if pair not in pairs]
+    if alone:
+        lines += [
+            f"Of {len(alone)} pair(s) that learn there is no table, since what they are compared "
+            "with is not there: run --parts pairs, too.",
+            "",
+        ]
     machines = {tuple(record["machine"].items()) for record in records}
     lines += [
         "Intervals are percentile bootstraps over images, within pairs. They hold for these source "

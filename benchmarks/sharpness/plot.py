@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from torch import Tensor
 
 from benchmarks.alignment.plot import COLOURS
@@ -76,13 +76,14 @@ def plot_digits(
     """
     plain = next(line for line in chosen if line["method"] == REFERENCE)
     names = [line["method"] for line in chosen if line["method"] != REFERENCE]
-    figure = Figure(figsize=(9, 1.4 + 0.28 * max(len(names), 1)), layout="constrained")
+    figure = Figure(figsize=(9, 1.6 + 0.28 * max(len(names), 1)), layout="constrained")
     gain, curvature, cost = figure.subplots(1, 3, sharey=True, width_ratios=(1.6, 1, 1))
     gain.axvline(0, color=_DARK, linewidth=0.8)
-    for lines, colour, shift, label in (
+    kinds = (
         (default, COLOURS[4], -0.17, "default rho"),
         (chosen, COLOURS[0], 0.17, "chosen rho"),
-    ):
+    )
+    for lines, colour, shift, _ in kinds:
         by_name = {line["method"]: line for line in lines}
         for place, name in enumerate(names):
             if name not in by_name:
@@ -99,11 +100,9 @@ def plot_digits(
                 [one["mean"]], [place + shift],
                 xerr=[[one["mean"] - one["low"]], [one["high"] - one["mean"]]],
                 color=colour, marker="o", markerfacecolor=colour if certain else "white",
-                markersize=4, capsize=2, linewidth=1, label=label if place == 0 else None,
+                markersize=4, capsize=2, linewidth=1,
             )  # fmt: skip
     gain.set_xlabel(f"accuracy minus {REFERENCE}, points", fontsize=8)
-    if names:
-        gain.legend(fontsize=7, loc="best", frameon=False)
     by_name = {line["method"]: line for line in chosen}
     for axes, level, values, title in (
         (
@@ -117,10 +116,14 @@ def plot_digits(
             values, range(len(names)), color=COLOURS[0], marker="o", markersize=4, linestyle="none"
         )
         axes.set_xlabel(title, fontsize=8)
-    curvature.set_xscale("log")
-    curvature.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    curvature.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    curvature.xaxis.set_minor_locator(NullLocator())
+    values = [plain["eigenvalue"], *(by_name[name]["eigenvalue"] for name in names)]
+    if 0 < 4 * min(values) < max(values):
+        curvature.set_xscale("log")
+        curvature.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        curvature.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        curvature.xaxis.set_minor_locator(NullLocator())
+    else:
+        curvature.xaxis.set_major_locator(MaxNLocator(4))
     cost.set_xlim(left=0)
     gain.set_yticks(range(len(names)), names)
     gain.set_ylim(len(names) - 0.5, -0.5)
@@ -135,4 +138,11 @@ def plot_digits(
         "chosen rho",
         fontsize=8,
     )
+    figure.legend(
+        handles=[
+            Line2D([], [], color=colour, marker="o", markersize=4, linewidth=1, label=label)
+            for _, colour, _, label in kinds
+        ],
+        loc="outside upper left", ncols=2, frameon=False, fontsize=8,
+    )  # fmt: skip
     figure.savefig(path, dpi=120)

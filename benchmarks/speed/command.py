@@ -1,5 +1,6 @@
 """The command `python -m benchmarks speed`."""
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ from examples.common.usage import (
     check_writable,
     open_device,
     refuse_to_replace,
+    require,
     split_names,
 )
 from gradkit.surgery import PCGrad, Rule
@@ -122,6 +124,7 @@ class Speed:
     def run(self) -> None:
         """Measures, writes and prints the report."""
         parts = split_names("--parts", self.parts, PARTS)
+        self._check()
         device = open_device(self.device, self.threads)
         problems = self._problems(device)
         adapted = self._adapted(device)
@@ -258,6 +261,34 @@ class Speed:
                 yield resunet(case, self.width, device), dict(rules), count
             for case in _cases(self.elementwise_cases):
                 yield resunet(case, self.width, device), by_number, count
+
+    def _check(self) -> None:
+        """Makes sure that all numbers are in range.
+
+        Raises:
+            UsageError: One is not.
+        """
+        for name, least in (
+            ("width", 1), ("transformer_width", 1), ("transformer_layers", 1), ("rounds", 1),
+            ("peer_rounds", 0), ("rule_rounds", 1), ("stream_width", 1),
+            ("stream_resunet_width", 1), ("tta_width", 1), ("overhead_pairs", 1),
+            ("memory_width", 1), ("threads", 1), ("seed", 0),
+        ):  # fmt: skip
+            value, option = getattr(self, name), name.replace("_", "-")
+            require(value >= least, f"--{option} is {value}; choose at least {least}")
+        for name in ("width", "stream_resunet_width", "tta_width"):
+            value, option = getattr(self, name), name.replace("_", "-")
+            require(value % 2 == 0, f"--{option} is {value}; choose an even number")
+        require(
+            self.transformer_width % 8 == 0,
+            f"--transformer-width is {self.transformer_width}; choose a multiple of its 8 heads",
+        )
+        for name in ("seconds", "weight_seconds"):
+            value, option = getattr(self, name), name.replace("_", "-")
+            require(
+                value >= 0 and math.isfinite(value),
+                f"--{option} is {value}; choose a number of at least 0",
+            )
 
     def _with_many(
         self, objectives: list[int], device: torch.device

@@ -3,6 +3,7 @@
 Each command checks everything it was given before it computes or writes anything.
 """
 
+import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from examples.aneurysm.data import (
     available_centres,
     check,
     entries_of,
+    lost,
     open_centre,
     to_grid_of,
 )
@@ -78,10 +80,9 @@ class Train(TrainingOptions):
             )
         elif not self.overwrite:
             refuse_earlier([self.out])
-        centres = self.open_centres()
+        sources = self.open_centres([self.held_out], scored=False)
         device = local_device(self.open_device())
         check_writable(self.out)
-        sources = {name: data for name, data in centres.items() if name != self.held_out}
         kept = [self.resume]
         with ExitStack() as stack:
             stack.enter_context(joined_ranks(device))
@@ -117,7 +118,8 @@ class Evaluate:
     """Segment the volumes of one centre with a trained network, and score them.
 
     Writes OUT/results.json, OUT/table.md and, with --save, the labels of each volume as NIfTI on
-    the grid of its image.
+    the grid of its image. Scores are of the resampled volumes that the network sees; volumes for
+    which the list has no label are segmented, not scored.
     """
 
     checkpoint: Path
@@ -144,10 +146,13 @@ class Evaluate:
         network, architecture = load_network(self.checkpoint)
         centre = architecture.held_out if self.centre is None else self.centre
         split_names("--centre", centre, available_centres(self.data_root), single=True)
-        check(self.data_root, [centre])
+        size = architecture.size
+        note = lost(check(self.data_root, [centre], size, unlabelled=[centre]), size)
+        if note is not None:
+            print(note, file=sys.stderr)
         device = open_device(self.device, self.threads)
         check_writable(self.out)
-        samples = open_centre(self.data_root, centre, architecture.size, length=self.volumes)
+        samples = open_centre(self.data_root, centre, size, length=self.volumes, labels=False)
         cases, predictions = score_volumes(
             network.to(device), samples, architecture.patch, device, architecture.mirror
         )
@@ -159,7 +164,8 @@ class Evaluate:
         (self.out / "table.md").write_text(f"{table}\n")
         if self.save:
             (self.out / "labels").mkdir(exist_ok=True)
-            originals = [] if self.data_root == SYNTHETIC else entries_of(self.data_root, centre)
+            synthetic = self.data_root == SYNTHETIC
+            originals = [] if synthetic else entries_of(self.data_root, centre, labels=False)
             for index, (case, label) in enumerate(zip(cases, predictions, strict=True)):
                 name = case.case.removesuffix(".gz").removesuffix(".nii").replace("/", "_")
                 volume = Volume(label.numpy().astype(np.uint8), np.eye(4))

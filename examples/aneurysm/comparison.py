@@ -77,7 +77,7 @@ class Compare(TrainingOptions):
         runs = list(product(held_out, range(self.seeds), methods))
         if not (self.resume or self.overwrite):
             refuse_earlier([self.folder(*run) for run in runs])
-        centres = self.open_centres()
+        centres = self.open_centres(held_out)
         device = local_device(self.open_device())
         check_writable(self.out)
         with joined_ranks(device), interruptible(RESUME, lambda: True):

@@ -2,11 +2,12 @@
 
 The list is a MONAI datalist: `datalist.json` in the root of the data, whose `training` is a list of
 objects `image`, `label` and `centre`. Paths are relative to the root and lead to NIfTI volumes;
-labels are 0 background, 1 vessel, 2 aneurysm.
+labels are 0 background, 1 vessel, 2 aneurysm. Where labels are not needed, `label` may be left out.
 """
 
+import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,9 +32,13 @@ SYNTHETIC_LENGTH = 10
 LIST = "datalist.json"
 STRUCTURES = ("vessel", "aneurysm")
 """The channels of a target, which do not overlap; labels are 1 and 2."""
+ANEURYSM = 1 + STRUCTURES.index("aneurysm")
+"""Label of an aneurysm."""
 
 WINDOW = (0.5, 99.9)  # percentiles; vessels are about 1% of a volume
 TOLERANCE = 1e-2  # mm, by which the corners of an image and its label may differ
+LARGEST = 1e30  # of values, whose sums over a volume float32 can hold
+SMALLEST = 1e-6  # span of values between the percentiles, which is to become 1
 
 
 class DataError(ValueError):
@@ -47,21 +52,41 @@ class Entry:
     Attributes:
         name: The image's path, relative to the root.
         image: Path of the image.
-        label: Path of the label.
+        label: Path of the label, if it has one.
         centre: Where it was acquired.
+        row: Where it is in the list, for messages.
     """
 
     name: str
     image: Path
-    label: Path
+    label: Path | None
     centre: str
+    row: str
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A volume in which no fault was found.
+
+    Attributes:
+        entry: Of the list.
+        labelled: Whether its label has an aneurysm.
+        shown: Whether it still has one at the size of training.
+        digest: SHA-256 of the image's values.
+    """
+
+    entry: Entry
+    labelled: bool
+    shown: bool
+    digest: bytes
 
 
 def read_list(root: Path) -> list[Entry]:
     """Reads the list of a folder.
 
     Raises:
-        DataError: It is missing, is no datalist, or lacks an entry's path or centre.
+        DataError: It is missing, is no datalist, lacks an image's path or centre, or has an image
+            or a label twice.
     """
     if not root.is_dir():
         guess = did_you_mean(str(root), [SYNTHETIC])
@@ -79,20 +104,32 @@ def read_list(root: Path) -> list[Entry]:
     if not isinstance(rows, list) or not rows:
         raise DataError(f"{path} has no list 'training'; put the volumes there")
     entries = []
+    taken: dict[Path, str] = {}
     for number, row in enumerate(rows, start=1):
-        for key in ("image", "label", "centre"):
+        where = f"volume {number} of {path}"
+        for key in ("image", "centre", "label"):
             value = row.get(key) if isinstance(row, dict) else None
+            if key == "label" and value is None:
+                continue
             if not isinstance(value, str) or not value.strip():
-                raise DataError(f"volume {number} of {path} has no {key!r}; give it as text")
-        for key in ("image", "label"):
-            if Path(row[key]).is_absolute() or ".." in Path(row[key]).parts:
+                found = f" (but {', '.join(map(repr, row))})" if isinstance(row, dict) else ""
+                raise DataError(f"{where} has no {key!r}{found}; give it as text")
+            if key == "centre":
+                continue
+            if Path(value).is_absolute() or ".." in Path(value).parts:
                 raise DataError(
-                    f"the {key} of volume {number} of {path} leads out of the root ({row[key]}); "
-                    "use paths relative to it"
+                    f"the {key} of {where} leads out of the root ({value}); use paths relative to "
+                    "it"
                 )
-        entries.append(
-            Entry(row["image"], root / row["image"], root / row["label"], row["centre"].strip())
-        )
+            if Path(value) in taken:
+                raise DataError(
+                    f"the {key} of {where}, {value}, is {taken[Path(value)]}, too; list each file "
+                    "once, or a patient is in training and test"
+                )
+            taken[Path(value)] = f"the {key} of volume {number}"
+        label = None if row.get("label") is None else root / row["label"]
+        image, centre = root / row["image"], row["centre"].strip()
+        entries.append(Entry(row["image"], image, label, centre, where))
     return entries
 
 
@@ -107,26 +144,47 @@ def available_centres(root: str | Path) -> list[str]:
     return sorted({entry.centre for entry in read_list(Path(root))})
 
 
-def entries_of(root: str | Path, centre: str) -> list[Entry]:
+def entries_of(root: str | Path, centre: str, labels: bool = True) -> list[Entry]:
     """The volumes of one centre of a folder, in the order of the list.
 
+    Args:
+        root: Folder of the list.
+        centre: Which volumes.
+        labels: Whether all of them must have a label.
+
     Raises:
-        DataError: The list is missing or wrong, or has no such centre.
+        DataError: The list is missing or wrong, or has no such centre, or a label is missing.
     """
     entries = [entry for entry in read_list(Path(root)) if entry.centre == centre]
     if not entries:
         raise DataError(f"{root} has no centre {centre!r}")
+    for entry in entries:
+        if labels and entry.label is None:
+            raise DataError(
+                f"{entry.row} has no 'label'; give it as text (only `evaluate`, and the centre "
+                "that `train` holds out, need none)"
+            )
     return entries
 
 
-def read_pair(entry: Entry) -> tuple[Volume, Volume]:
-    """Reads an image and its label.
+def read_pair(entry: Entry) -> tuple[Volume, Volume | None]:
+    """Reads an image and its label, if it has one.
 
     Raises:
         NiftiError: One of them cannot be read.
         DataError: They do not fit each other, or the values are wrong.
     """
-    image, label = read(entry.image), read(entry.label)
+    image = read(entry.image)
+    if not np.isfinite(image.voxels).all():
+        raise DataError(f"{entry.image} has values that are not finite; replace them")
+    least, most = float(image.voxels.min()), float(image.voxels.max())
+    if least == most:
+        raise DataError(f"{entry.image} is constant ({least:g}); export it again")
+    if max(-least, most) > LARGEST:
+        raise DataError(f"{entry.image} has values up to {max(-least, most):g}; scale them down")
+    if entry.label is None:
+        return image, None
+    label = read(entry.label)
     if image.voxels.shape != label.voxels.shape:
         sizes = ["x".join(map(str, volume.voxels.shape)) for volume in (label, image)]
         raise DataError(
@@ -140,13 +198,9 @@ def read_pair(entry: Entry) -> tuple[Volume, Volume]:
             f"{entry.label} lies {apart:.3g} mm away from its image {entry.image} (their affines "
             "differ); resample the label to the image"
         )
-    if not np.isfinite(image.voxels).all():
-        raise DataError(f"{entry.image} has values that are not finite; replace them")
-    if image.voxels.min() == image.voxels.max():
-        raise DataError(f"{entry.image} is constant ({image.voxels.min():g}); export it again")
     unknown = np.setdiff1d(label.voxels, [0, 1, 2])
     if len(unknown):
-        found = ", ".join(f"{value:g}" for value in unknown[:3])
+        found = ", ".join(f"{value:.9g}" for value in unknown[:3])
         raise DataError(
             f"{entry.label} has the unknown label {found}; use 0 background, 1 vessel, 2 aneurysm"
         )
@@ -205,6 +259,37 @@ def to_label(target: Float[Tensor, "2 ..."]) -> Shaped[Tensor, "..."]:
     return (target[0] + 2 * target[1]).long()
 
 
+def read_sample(entry: Entry, size: int) -> tuple[Sample, Checked]:
+    """Reads a volume as a network sees it, and what is to be known of it.
+
+    Args:
+        entry: Of the list; the target of a volume without a label is NaN.
+        size: Voxels along the longest side.
+
+    Raises:
+        NiftiError: Image or label cannot be read.
+        DataError: They do not fit each other, or the values are wrong.
+    """
+    volume, label = read_pair(entry)
+    image = resample(volume, size, nearest=False)
+    low, high = np.percentile(image.numpy(), WINDOW)
+    if high - low < SMALLEST:
+        raise DataError(
+            f"{entry.image}, resampled to a size of {size}, spans only {high - low:g} between its "
+            f"percentiles {WINDOW[0]:g} and {WINDOW[1]:g}, where it is clipped; scale it up, or "
+            "export it again"
+        )
+    if label is None:
+        target = torch.full((len(STRUCTURES), *image.shape[1:]), torch.nan)
+        labelled = shown = False
+    else:
+        target = to_target(resample(label, size, nearest=True))
+        labelled = bool((label.voxels == ANEURYSM).any())
+        shown = bool(target[ANEURYSM - 1].any())
+    digest = hashlib.sha256(np.ascontiguousarray(volume.voxels)).digest()
+    return Sample(entry.name, normalise(image), target), Checked(entry, labelled, shown, digest)
+
+
 class Angiograms(Dataset[Sample]):
     """The volumes of one centre of a folder, resampled, normalised and kept in memory.
 
@@ -212,13 +297,14 @@ class Angiograms(Dataset[Sample]):
         root: Folder of the list.
         centre: Which volumes.
         size: Voxels along the longest side of a volume.
+        labels: Whether all must have a label; targets of those without one are NaN.
 
     Raises:
         DataError: The list is missing or wrong, or has no such centre; on access, if a volume is.
     """
 
-    def __init__(self, root: str | Path, centre: str, size: int) -> None:
-        self.entries = entries_of(root, centre)
+    def __init__(self, root: str | Path, centre: str, size: int, labels: bool = True) -> None:
+        self.entries = entries_of(root, centre, labels)
         self.size = size
         self._read: dict[int, Sample] = {}
 
@@ -228,12 +314,7 @@ class Angiograms(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         index = range(len(self.entries))[index]  # counts from the end where negative
         if index not in self._read:
-            entry = self.entries[index]
-            image, label = read_pair(entry)
-            target = to_target(resample(label, self.size, nearest=True))
-            self._read[index] = Sample(
-                entry.name, normalise(resample(image, self.size, nearest=False)), target
-            )
+            self._read[index], _ = read_sample(self.entries[index], self.size)
         return self._read[index]
 
 
@@ -255,7 +336,12 @@ class _Normalised(Dataset[Sample]):
 
 
 def open_centre(
-    root: str | Path, centre: str, size: int, seed: int = 0, length: int | None = None
+    root: str | Path,
+    centre: str,
+    size: int,
+    seed: int = 0,
+    length: int | None = None,
+    labels: bool = True,
 ) -> Dataset[Sample]:
     """Opens a centre of a folder, or a synthetic one.
 
@@ -265,6 +351,7 @@ def open_centre(
         size: Voxels along the longest side of a volume.
         seed: Seed of a synthetic centre.
         length: Number of synthetic volumes; None is 10. A folder's are all used.
+        labels: Whether all of a folder's must have a label; targets of those without one are NaN.
 
     Raises:
         DataError: The folder, the list or the centre is missing or wrong.
@@ -273,11 +360,22 @@ def open_centre(
         if centre not in CENTRES:
             raise DataError(f"no synthetic centre {centre!r}; choose from {', '.join(CENTRES)}")
         return _Normalised(SyntheticAngiograms(centre, length or SYNTHETIC_LENGTH, size, seed))
-    return Angiograms(root, centre, size)
+    return Angiograms(root, centre, size, labels)
 
 
-def check(root: str | Path, centres: Iterable[str]) -> None:
+def check(
+    root: str | Path, centres: Iterable[str], size: int, unlabelled: Collection[str] = ()
+) -> list[Checked]:
     """Reads the list and all volumes of some centres, so that no run fails halfway.
+
+    Args:
+        root: Folder of the list, or "synthetic", where there is nothing to check.
+        centres: Names of the centres.
+        size: Voxels along the longest side of a volume, in training.
+        unlabelled: Centres whose volumes need no label.
+
+    Returns:
+        What was checked: volumes of the centres, in their order.
 
     Raises:
         DataError: For the first problem found.
@@ -289,7 +387,41 @@ def check(root: str | Path, centres: Iterable[str]) -> None:
         if centre not in known:
             raise DataError(f"{root} has no centre {centre!r}; choose from {', '.join(known)}")
     if root == SYNTHETIC:
-        return
-    for entry in read_list(Path(root)):
-        if entry.centre in wanted:
-            read_pair(entry)
+        return []
+    entries = [
+        entry
+        for centre in wanted
+        for entry in entries_of(root, centre, labels=centre not in unlabelled)
+    ]
+    checked = []
+    seen: dict[bytes, Entry] = {}
+    for entry in entries:
+        _, found = read_sample(entry, size)
+        if found.digest in seen:
+            raise DataError(
+                f"{entry.image} and {seen[found.digest].image} are the same volume; list it once, "
+                "or a patient is in training and test"
+            )
+        seen[found.digest] = entry
+        checked.append(found)
+    return checked
+
+
+def lost(checked: Iterable[Checked], size: int) -> str | None:
+    """Tells of volumes whose aneurysm has no voxel at the size of training; None if there are none.
+
+    Such a volume scores 100 where nothing is predicted.
+
+    Example:
+        >>> entry = Entry("a.nii", Path("a.nii"), Path("b.nii"), "a", "volume 1")
+        >>> found = [Checked(entry, True, shown, b"") for shown in (True, False)]
+        >>> print(lost(found, 32))
+        at size 32 the aneurysm of 1 of 2 volume(s), first a.nii, has no voxel; choose a larger size
+    """
+    volumes = list(checked)
+    names = [each.entry.name for each in volumes if each.labelled and not each.shown]
+    if not names:
+        return None
+    count = f"{len(names)} of {len(volumes)} volume(s)"
+    where = f"at size {size} the aneurysm of {count}, first {names[0]}"
+    return f"{where}, has no voxel; choose a larger size"

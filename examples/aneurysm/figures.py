@@ -23,6 +23,7 @@ from examples.common.tsne import embed
 # Okabe and Ito's colours, told apart by colour-blind readers, https://jfly.uni-koeln.de/color/
 VESSEL_COLOUR, ANEURYSM_COLOUR = (0.34, 0.71, 0.91), (0.90, 0.62, 0.0)
 CENTRE_COLOURS = ("#0072B2", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#E69F00", "#000000")
+MARKERS = ("o", "^", "s", "D", "v", "P")
 DPI = 150
 AXIS = 1  # projections are along it; the first axis runs along the head, upwards
 WINDOW = 10  # steps in a running mean
@@ -67,8 +68,11 @@ def save_projections(path: Path, rows: Sequence[Shown]) -> None:
     """Saves a row for each case: projection, ground truth, and the prediction of each method."""
     methods = list(rows[0].predictions)
     columns = 2 + len(methods)
-    figure = Figure(figsize=(1.6 * columns, 1.85 * len(rows) + 0.6), layout="constrained")
-    grid = figure.subplots(len(rows), columns, squeeze=False)
+    heights = [_height(shown.sample.image) for shown in rows]
+    figure = Figure(
+        figsize=(1.6 * columns, 1.6 * sum(heights) + 0.25 * len(rows) + 0.6), layout="constrained"
+    )
+    grid = figure.subplots(len(rows), columns, squeeze=False, height_ratios=heights)
     for axes_row, shown in zip(grid, rows, strict=True):
         target = shown.sample.target
         truth = (target[0] + 2 * target[1]).long()
@@ -106,23 +110,22 @@ def save_latents(
     """
     figure = Figure(figsize=(3.3 * len(latents), 3.7), layout="constrained")
     grid = figure.subplots(1, len(latents), squeeze=False)[0]
-    names = list(dict.fromkeys(centres))
+    marks = _marks(list(dict.fromkeys(centres)), held_out)
     of = np.array(centres)
     for axes, (method, features) in zip(grid, latents.items(), strict=True):
         points = embed(features).numpy()
-        for name, colour in zip(names, CENTRE_COLOURS, strict=False):
-            marker, size = ("x", 16) if name == held_out else ("o", 10)
+        for name, mark in marks.items():
             x, y = points[of == name].T
-            axes.scatter(x, y, s=size, c=colour, marker=marker, linewidths=1)
+            axes.scatter(x, y, s=16 if name == held_out else 10, linewidths=1, **mark)
         apart = separation(features, centres)
         axes.set_title(f"{method}: silhouette {apart:.3f}", fontsize=9)
         axes.set(xticks=[], yticks=[])
     handles = [
         Line2D(
-            [], [], linestyle="none", marker="x" if name == held_out else "o", color=colour,
-            markersize=5, label=f"{name} (held out)" if name == held_out else name,
+            [], [], linestyle="none", markersize=5,
+            label=f"{name} (held out)" if name == held_out else name, **mark,
         )
-        for name, colour in zip(names, CENTRE_COLOURS, strict=False)
+        for name, mark in marks.items()
     ]  # fmt: skip
     figure.legend(
         handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=8,
@@ -190,6 +193,24 @@ def pooled_latents(
     with torch.no_grad():
         means = [model(chunk.to(device)).latent.mean((2, 3, 4)) for chunk in patches.split(4)]
     return torch.cat(means).cpu()
+
+
+def _height(image: Float[Tensor, "1 d h w"]) -> float:
+    """Height of a projection relative to its width, within what leaves room for a centre's name."""
+    height, width = image[0].amax(AXIS).shape
+    return min(max(height / width, 0.45), 2.0)
+
+
+def _marks(names: Sequence[str], held_out: str) -> dict[str, dict[str, str]]:
+    """Colour and marker of each centre: a cross if held out; beyond seven centres other markers."""
+    count = len(CENTRE_COLOURS)
+    return {
+        name: {
+            "color": CENTRE_COLOURS[k % count],
+            "marker": "x" if name == held_out else MARKERS[k // count % len(MARKERS)],
+        }
+        for k, name in enumerate(names)
+    }
 
 
 def _draw(axes: Axes, picture: NDArray[np.float32]) -> None:

@@ -10,7 +10,7 @@ from monai.inferers import SlidingWindowInferer
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from examples.aneurysm.data import STRUCTURES
+from examples.aneurysm.data import ANEURYSM, STRUCTURES
 from examples.common.datasets import Sample, length
 from examples.common.metrics import overlaps
 from examples.common.scores import CaseScores
@@ -68,7 +68,7 @@ def score_case(
     prediction: Int[Tensor, "d h w"], target: Float[Tensor, "2 d h w"]
 ) -> dict[str, float]:
     """Scores of the aneurysm of one case, by `overlaps`, and whether one of the two is empty."""
-    aneurysm: Bool[Tensor, "d h w"] = prediction == 1 + STRUCTURES.index("aneurysm")
+    aneurysm: Bool[Tensor, "d h w"] = prediction == ANEURYSM
     actual = target[STRUCTURES.index("aneurysm")]
     empty = not (aneurysm.any() and actual.any())
     return {**overlaps(aneurysm, actual), EMPTY: 100.0 * empty}
@@ -87,7 +87,7 @@ def score_volumes(
 
     Args:
         model: As for `segment_volume`, which tells of the next arguments, too.
-        samples: With targets.
+        samples: Those without labels are segmented, not scored.
         window: Side of the windows, voxels.
         device: Where the model is.
         mirror: Whether to average over all mirror images.
@@ -98,7 +98,8 @@ def score_volumes(
     for index in range(length(samples)) if cases is None else cases:
         sample = samples[index]
         prediction = segment_volume(model, sample.image, window, device, mirror, amp)
-        scores.append(CaseScores(sample.name, score_case(prediction, sample.target)))
+        of_case = score_case(prediction, sample.target) if sample.has_labels else {}
+        scores.append(CaseScores(sample.name, of_case))
         predictions.append(prediction)
     return scores, predictions
 

@@ -1,6 +1,7 @@
 """Options that the commands share, and their checks."""
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,14 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset
 
-from examples.aneurysm.data import SYNTHETIC, available_centres, check, open_centre
+from examples.aneurysm.data import (
+    ANEURYSM,
+    SYNTHETIC,
+    available_centres,
+    check,
+    lost,
+    open_centre,
+)
 from examples.aneurysm.methods import WITH_TEACHER
 from examples.aneurysm.networks import NetworkName
 from examples.aneurysm.settings import PresetName, Schedule, TeacherKind, TrainingSettings
@@ -41,7 +49,7 @@ class TrainingOptions:
     """Of ema, gsema and the contrasts: frozen (it only follows, as in the authors' code) or
     supervised (it is trained on both views, too: the paper's Equation 6)."""
     iterations: int = 300
-    """Training steps."""
+    """Training steps; rounded up to a multiple of --validations."""
     validations: int = 3
     """How often the held-in cases are validated; the best time is kept."""
     batch_size: int = 2
@@ -114,12 +122,18 @@ class TrainingOptions:
         """The kind of data root, `synthetic` or `folder`."""
         return SYNTHETIC if self.data_root == SYNTHETIC else "folder"
 
-    def open_centres(self) -> dict[str, Dataset[Sample]]:
-        """All centres, checked; each has at least two volumes.
+    def open_centres(
+        self, held_out: Sequence[str], scored: bool = True
+    ) -> dict[str, Dataset[Sample]]:
+        """The centres, all of them checked; each that is trained on has at least two volumes.
+
+        Args:
+            held_out: Centres that are left out, one after the other.
+            scored: Whether these are scored; if not, they are not opened and need no labels.
 
         Raises:
             DataError: Something is wrong with the data.
-            UsageError: A centre has a single volume.
+            UsageError: A centre has a single volume, or those to train on show no aneurysm.
         """
         names = available_centres(self.data_root)
         require(
@@ -127,14 +141,26 @@ class TrainingOptions:
             f"--data-root {self.data_root} has only the centre {names[0]!r}; give volumes of at "
             "least two centres, one of which is held out",
         )
-        check(self.data_root, names)
+        checked = check(self.data_root, names, self.size, () if scored else held_out)
+        for left_out in held_out:
+            sources = [each for each in checked if each.entry.centre != left_out]
+            require(
+                not sources or any(each.shown for each in sources),
+                f"no volume of {self.data_root} but those of {left_out}, which is held out, shows "
+                f"an aneurysm (label {ANEURYSM}) at --size {self.size}; correct the labels, or "
+                "choose a larger --size",
+            )
+        note = lost(checked, self.size)
+        if note is not None:
+            print(note, file=sys.stderr)
         centres = {
             name: open_centre(self.data_root, name, self.size, length=self.volumes)
             for name in names
+            if scored or name not in held_out
         }
         for name, samples in centres.items():
             require(
-                length(samples) > 1,
+                length(samples) > 1 or [name] == list(held_out),
                 f"{name} has 1 volume in {self.data_root}; give at least 2, one of which validates",
             )
         return centres

@@ -93,10 +93,10 @@ def markdown_table(results: Sequence[Result], seed: int = 0) -> str:
     lines.append(
         f"Scores of the aneurysm in %, means over {cases} cases of {', '.join(centres)} (each held "
         f"out once) and {len(seeds)} seed(s). The interval is a percentile bootstrap over cases, "
-        "each a mean over seeds; sd is the standard deviation of the mean over seeds. Both empty "
-        "scores 100, one of them empty 0: `empty` is the share of cases where prediction or "
-        "target is empty. The paper's figures are of other data (@neurIST, 223 patients) and a "
-        "larger network: only orders can be compared."
+        "each a mean over seeds, and does not cover how trainings vary; sd is the standard "
+        "deviation of the mean over seeds. Both empty scores 100, one of them empty 0: `empty` is "
+        "the share of cases where prediction or target is empty. The paper's figures are of other "
+        "data (@neurIST, 223 patients) and a larger network: only orders can be compared."
     )
     return "\n".join(lines) + "\n"
 

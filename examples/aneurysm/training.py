@@ -199,8 +199,9 @@ def make_training(
         means = mean_scores(gathered(mine, count))
         return {name: means[name] for name in OVERLAPS}
 
-    # Workers have no say in the result.
+    # Workers have no say in the result; names are what a message calls them.
     shared = {name: value for name, value in asdict(settings).items() if name != "workers"}
+    shared["iterations per validation"] = shared.pop("interval")
     extra: dict[str, Any] = {"gate_log": gate}
     if teacher is not None:
         extra = {"teacher": teacher, **extra}

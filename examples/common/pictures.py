@@ -148,8 +148,9 @@ def check_told_apart(
 ) -> None:
     """Make sure that the masks of one origin tell a structure from the one that lies in it.
 
-    Masks of 1 bit, and those of the outer structure alone, have the level of the inner one in all
-    of it. A single mask may: it is an error where no mask has anything else.
+    Masks of 1 bit have the level of the inner structure in all of the outer one; those of the outer
+    structure alone may also have it nowhere. A single mask may: it is an error where no mask has
+    anything else.
 
     Args:
         where: What the masks belong to, for messages.
@@ -159,19 +160,24 @@ def check_told_apart(
         levels: What a mask holds, for messages.
 
     Raises:
-        DataError: If the structures are equal in all masks, and not empty in one.
+        DataError: If the structures are equal in all masks, or the inner one is empty in all, and
+            the outer one is not empty in one.
     """
-    equal = None
+    outer_name, inner_name = structures[:2]
+    first = None
+    wrong = {}  # in order, without repetition
     for path, found in masks:
         outer, inner = decode(torch.tensor([list(found)], dtype=torch.uint8))[:2]
-        if not outer.equal(inner):
+        if not outer.any():
+            continue
+        if inner.any() and not outer.equal(inner):
             return
-        if equal is None and outer.any():
-            equal = path, ", ".join(map(str, found))
-    if equal is not None:
-        outer_name, inner_name = structures[:2]
+        wrong[f"equal the {outer_name}" if inner.any() else "be empty"] = None
+        first = first or (path, ", ".join(map(str, found)))
+    if first is not None:
+        path, values = first
         raise DataError(
-            f"{equal[0]} has no values but {equal[1]}, and as in all masks of {where} the "
-            f"{inner_name} would equal the {outer_name}; a mask has {levels}: export the masks "
-            "anew, in 8 bits and with both structures"
+            f"{path} has no values but {values}, and as in all masks of {where} the {inner_name} "
+            f"would {' or '.join(wrong)}; a mask has {levels}: export the masks anew, in 8 bits "
+            "and with both structures"
         )

@@ -160,9 +160,9 @@ class Heads:
     """Train auxiliary heads for a source model; keep both at OUT/SOURCE.pt.
 
     The heads reproduce the image, remove noise from it, enlarge a smaller one, and tell how it was
-    turned; detta and GraTa with other objectives adapt by them. The model segments as before, bit
-    for bit. A folder that holds a training or the centre's model is refused, unless --resume goes
-    on with the training or --overwrite replaces it.
+    turned; detta and GraTa with other objectives adapt by them. They learn from images alone,
+    without masks. The model segments as before, bit for bit. A folder that holds a training or the
+    centre's model is refused, unless --resume goes on with the training or --overwrite replaces it.
     """
 
     checkpoint: Path
@@ -211,8 +211,10 @@ class Heads:
             "with such a --size",
         )
         split_names("--source", source, available_domains(self.data_root), single=True)
-        check(self.data_root, [source])
-        samples, _ = open_source(self.data_root, source, size, self.seed, self.train_images)
+        check(self.data_root, [source], "present")
+        samples, _ = open_source(
+            self.data_root, source, size, self.seed, self.train_images, masks="present"
+        )
         device = open_device(self.device, self.threads)
         epochs = check_earlier(
             self.out, source, self.epochs, self.resume, self.overwrite, HeadSettings.epochs

@@ -40,6 +40,9 @@ from examples.fundus.validation import (
     open_source,
 )
 
+SIZE, WIDTH = 128, 16
+"""Of images and network where neither an option nor a checkpoint tells."""
+
 
 @dataclass(frozen=True)
 class Compare:
@@ -70,10 +73,12 @@ class Compare:
     """Learning rate of tent and grata."""
     checkpoint: Path | None = None
     """Source model to use instead of training one."""
-    size: int = 128
-    """Side of the square images, pixels; a multiple of 32, at least 64."""
-    width: int = 16
-    """Channels of the network's first stage; 64 is the published network."""
+    size: int | None = None
+    """Side of the square images, pixels; a multiple of 32, at least 64; default: as --checkpoint
+    tells, else 128."""
+    width: int | None = None
+    """Channels of the network's first stage; 64 is the published network; default: as --checkpoint
+    tells, else 16."""
     epochs: int | None = None
     """Passes over the training images; default 20, with --resume as many as the training has. More
     extend it: further epochs take the learning rates of the longer schedule."""
@@ -103,11 +108,13 @@ class Compare:
         others = [domain for domain in domains if domain != self.source]
         targets = split_names("--targets", self.targets, others, source=self.source)
         methods = split_names("--methods", self.methods, list(METHODS))
+        check_training(self.size, self.width, self.epochs)
+        size, width = self._geometry()
         training = Train(
             self.data_root,
             self.source,
-            self.size,
-            self.width,
+            size,
+            width,
             self.epochs,
             train_images=self.train_images,
             seed=self.seed,
@@ -117,16 +124,13 @@ class Compare:
             resume=self.resume,
             overwrite=self.overwrite,
         )
-        check_training(
-            self.size, self.width, self.epochs, training.batch_size, training.learning_rate
-        )
         check_adaptation(self.statistics, self.lr)
         check_counts(self.seed, self.threads, self.train_images, self.target_images)
         check(self.data_root, [self.source, *targets])
         trained_on, unseen = open_source(
             self.data_root,
             self.source,
-            self.size,
+            size,
             self.seed,
             self.train_images,
             self.target_images,
@@ -147,9 +151,7 @@ class Compare:
                 "--resume continues a training, and --checkpoint takes the place of one; leave "
                 "one of them out",
             )
-            model, architecture = load_source_model(
-                self.checkpoint, self.width, self.size, self.source
-            )
+            model, architecture = load_source_model(self.checkpoint, width, size, self.source)
             check_heads(methods, architecture.auxiliary_heads)
             if not self.overwrite:
                 refuse_to_replace_model(kept, model)
@@ -162,11 +164,24 @@ class Compare:
             save_source_model(kept, architecture, model.state_dict(), **facts)
         # What was trained is kept: --resume goes on with the adaptation.
         with interruptible(RESUME, lambda: self.checkpoint is None):
-            self._adapt(model.to(device), unseen, targets, methods, ratio, device)
+            self._adapt(model.to(device), size, unseen, targets, methods, ratio, device)
+
+    def _geometry(self) -> tuple[int, int]:
+        """Side of the images and width of the network, by the options, the checkpoint or default.
+
+        Raises:
+            CheckpointError: the checkpoint is missing, unreadable, or of another size or width.
+        """
+        size, width = self.size, self.width
+        if self.checkpoint is not None:
+            _, found = load_source_model(self.checkpoint, width, size, self.source)
+            size, width = found.size, found.width
+        return SIZE if size is None else size, WIDTH if width is None else width
 
     def _adapt(
         self,
         model: ResUNet34,
+        size: int,
         unseen: Dataset[Sample] | None,
         targets: Sequence[str],
         methods: Sequence[str],
@@ -178,9 +193,7 @@ class Compare:
         if unseen is not None:
             in_domain = (self.source, length(unseen), evaluate(model, unseen, device))
         data = {
-            target: open_domain(
-                self.data_root, target, "all", self.size, self.seed, self.target_images
-            )
+            target: open_domain(self.data_root, target, "all", size, self.seed, self.target_images)
             for target in targets
         }
         shown = {

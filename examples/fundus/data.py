@@ -8,7 +8,7 @@ labels are not needed, the column `mask` or single cells of it may be left out.
 
 import csv
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
@@ -46,8 +46,8 @@ def resolve(root: Path, relative: str, source: str) -> Path:
     """
     if not relative:
         raise DataError(
-            f"{source} has an empty path; fill in both columns, image and mask (only `adapt` takes "
-            "images without masks)"
+            f"{source} has an empty path; fill in both columns, image and mask (only `adapt` and "
+            "`heads` take images without masks)"
         )
     if os.path.isabs(relative) or f"{os.path.normpath(relative)}/".startswith("../"):
         raise DataError(f"{source} leads out of the root ({relative}); use paths relative to it")
@@ -86,6 +86,8 @@ def read_list(root: Path, name: str, masks: Masks = "all") -> list[tuple[str, Pa
     rows = [row for row in rows if row not in ([], [""])]  # without empty lines
     if not rows:
         raise DataError(f"{path} lists no images; add rows or remove the domain")
+    if "mask" not in columns:
+        _check_no_masks(root, path, header, rows)
     pairs: list[tuple[str, Path, Path | None]] = []
     for number, row in enumerate(rows, start=1):
         source = f"row {number} of {path}"
@@ -94,6 +96,23 @@ def read_list(root: Path, name: str, masks: Masks = "all") -> list[tuple[str, Pa
         image_path = resolve(root, image, source)
         pairs.append((image, image_path, _mask_path(root, mask, source, masks)))
     return pairs
+
+
+def _check_no_masks(
+    root: Path, path: Path, header: Sequence[str], rows: Iterable[Sequence[str]]
+) -> None:
+    """Makes sure that a list without a column `mask` has none of another name.
+
+    Raises:
+        DataError: A column but `image` names files.
+    """
+    for row in rows:
+        for name, cell in zip(header, row, strict=False):
+            if name.lower() != "image" and cell and (root / cell).is_file():
+                raise DataError(
+                    f"{path} has no column 'mask', but {name!r} names files such as {cell}; call "
+                    "the masks' column mask, or remove it where there are none"
+                )
 
 
 def _mask_path(root: Path, relative: str, source: str, masks: Masks) -> Path | None:
@@ -285,6 +304,8 @@ def check(root: str | Path, domains: Iterable[str], masks: Masks = "all") -> Non
     if root == SYNTHETIC:
         return
     # All lists first: they are quick to read.
+    if masks == "all":
+        _check_apart(Path(root), domains)
     datasets = [FundusDataset(root, domain, cache=False, masks=masks) for domain in domains]
     for domain, dataset in zip(domains, datasets, strict=True):
         found = []
@@ -293,3 +314,22 @@ def check(root: str | Path, domains: Iterable[str], masks: Masks = "all") -> Non
             if mask_path is not None and mask is not None:
                 found.append((mask_path, levels_of(mask)))
         check_told_apart(domain, found, decode_target, STRUCTURES, LEVELS)
+
+
+def _check_apart(root: Path, domains: Iterable[str]) -> None:
+    """Makes sure that no image is in two lists, one of which may train and the other test.
+
+    Raises:
+        DataError: One is, or a list is missing or wrong.
+    """
+    found: dict[str, str] = {}
+    for domain in domains:
+        for name in list_names(root, domain, "all"):
+            for image, _, _ in read_list(root, name):
+                path = os.path.normpath(image)
+                if found.setdefault(path, name) != name:
+                    raise DataError(
+                        f"{root / image} is in {found[path]} and in {name}, where one may be for "
+                        "training and the other for testing; remove it from one (images that are "
+                        "not divided are listed in a single <DOMAIN>.csv)"
+                    )

@@ -8,7 +8,7 @@ from torch.utils.data import Dataset
 from examples.common.adaptation import parse_statistics
 from examples.common.datasets import Sample, length
 from examples.common.usage import UsageError, require
-from examples.fundus.data import DataError, open_domain
+from examples.fundus.data import DataError, Masks, open_domain
 from examples.fundus.methods import METHODS
 from examples.fundus.network import ENCODER_STRIDE
 
@@ -107,6 +107,7 @@ def open_source(
     seed: int,
     limit: int | None,
     test_limit: int | None = None,
+    masks: Masks = "all",
 ) -> tuple[Dataset[Sample], Dataset[Sample] | None]:
     """The images to train on, and those of the same centre that the training never sees.
 
@@ -117,6 +118,7 @@ def open_source(
         seed: of synthetic data.
         limit: at most this many of the train list; None is all, or 100 synthetic ones.
         test_limit: at most this many of the test list; None is all.
+        masks: which images of a folder must have a mask.
 
     Raises:
         UsageError: there are fewer than two images to train on.
@@ -124,10 +126,10 @@ def open_source(
     if root == "synthetic" and limit is None:
         limit = SYNTHETIC_TRAIN_IMAGES
     try:
-        train = open_domain(root, domain, "train", size, seed, limit)
-        test = open_domain(root, domain, "test", size, seed, test_limit)
+        train = open_domain(root, domain, "train", size, seed, limit, masks)
+        test = open_domain(root, domain, "test", size, seed, test_limit, masks)
     except DataError:  # the centre has one undivided list; all of it is for training
-        train, test = open_domain(root, domain, "all", size, seed, limit), None
+        train, test = open_domain(root, domain, "all", size, seed, limit, masks), None
     count = length(train)
     require(count >= 2, f"{domain} has {count} image to train on in {root}; give at least 2")
     return train, test

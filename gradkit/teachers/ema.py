@@ -33,6 +33,10 @@ class EMA(MeanTeacher):
     teacher and saved with the optimizer. If other code writes to the teacher, the average continues
     from these values.
 
+    `decay` may be changed between steps, for a schedule. A teacher that predicts in training mode
+    inside a closure updates its own buffers in each evaluation, unless `model=` of `wrap` holds it,
+    too: `model=torch.nn.ModuleList([student, teacher])`.
+
     There are two ways to save a teacher. Either save it as a module beside the optimizer:
     `{"teacher": ema.teacher.state_dict(), "optimizer": optimizer.state_dict()}`. Or pass
     `in_state=True`: the optimizer's state then includes the teacher's parameters and saved buffers,
@@ -61,7 +65,7 @@ class EMA(MeanTeacher):
     Raises:
         TypeError: If an argument is of the wrong type.
         ValueError: If the decay is not between 0 and 1, if the student cannot be copied, or if the
-            teacher does not fit; in `step`, if it no longer fits.
+            teacher does not fit; in `step`, if one of these no longer holds.
 
     Examples:
         >>> import torch, gradkit as gk
@@ -85,6 +89,10 @@ class EMA(MeanTeacher):
     def __post_init__(self) -> None:
         check_decay("decay", self.decay)
         self._begin()
+
+    def before_step(self, context: Context) -> None:
+        check_decay("decay", self.decay)  # a schedule may have changed it
+        super().before_step(context)
 
     def after_step(self, context: Context) -> None:
         decay = self._present(self.decay)

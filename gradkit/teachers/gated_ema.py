@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal
@@ -52,7 +52,8 @@ class GatedEMA(MeanTeacher):
     how the teacher is saved. A step that does not move the teacher does not change its buffers.
     The step's record has `gate`, `gate_cosine`, `gate_rate` and `decay`.
 
-    Without `wrap`, from gradients at hand: `gate` before the student's step, and `update` after it.
+    Without `wrap`, from gradients at hand: `gate` before the student's step, and `update` after it;
+    `state_dict` saves the teacher with its averages and counters.
 
     Cost: no gradient beyond the two objectives' own; the cosine, and one pass over the weights.
     Memory: that of `EMA`. State: t, the number of aligned steps, and the step after which they are
@@ -77,7 +78,7 @@ class GatedEMA(MeanTeacher):
     Raises:
         TypeError: If an argument is of the wrong type.
         ValueError: If an argument has no valid value, if the student cannot be copied, or if the
-            teacher does not fit; in `step`, if it no longer fits.
+            teacher does not fit; in `step`, if it no longer fits or a decay has left its range.
 
     Examples:
         >>> import torch, gradkit as gk
@@ -106,9 +107,7 @@ class GatedEMA(MeanTeacher):
     buffers: Buffers = "copy"
 
     def __post_init__(self) -> None:
-        check_decay("decay_aligned", self.decay_aligned)
-        if self.decay_conflict is not None:
-            check_decay("decay_conflict", self.decay_conflict)
+        self._check_decays()
         if self.measure not in ("sign_cosine", "cosine"):
             raise ValueError(f"measure is {self.measure!r}; choose 'sign_cosine' or 'cosine'")
         check_number("threshold", self.threshold, finite=False)
@@ -140,6 +139,10 @@ class GatedEMA(MeanTeacher):
             return gradients
 
         return oracle
+
+    def before_step(self, context: Context) -> None:
+        self._check_decays()
+        super().before_step(context)
 
     def after_step(self, context: Context) -> None:
         assert self._gate is not None  # set by the first evaluation
@@ -195,8 +198,9 @@ class GatedEMA(MeanTeacher):
             The gate []: 1 if they are aligned, 0 if in conflict.
 
         Raises:
-            ValueError: If the gradients do not have the parameters' shapes, or if `only` chooses
-                none of these parameters.
+            ValueError: If the gradients do not have the parameters' shapes, if they share memory,
+                as where both are the parameters' `.grad`, or if `only` chooses none of these
+                parameters.
 
         Examples:
             >>> import torch, gradkit as gk
@@ -213,6 +217,12 @@ class GatedEMA(MeanTeacher):
         """
         parameters = self._trained()
         spans = self._spans(parameters)
+        if source is not target and _share_memory(source, target):
+            raise ValueError(
+                f"the gradients of {self.between[0]!r} and {self.between[1]!r} share memory, as "
+                "where both are the parameters' .grad, to which each backward() adds; take them by "
+                "torch.autograd.grad(), or clone .grad and clear it in between"
+            )
         rows = [
             _flat(name, gradient, parameters)
             for name, gradient in zip(self.between, (source, target), strict=True)
@@ -230,8 +240,9 @@ class GatedEMA(MeanTeacher):
 
         Raises:
             RuntimeError: If an optimizer made by `wrap` updates this teacher.
-            ValueError: If the gate is not a floating-point tensor without dimensions, or if the
-                teacher no longer fits the student; nothing is changed then.
+            ValueError: If the gate is not a floating-point tensor without dimensions, if a decay is
+                no longer between 0 and 1, or if the teacher no longer fits the student; nothing is
+                changed then.
         """
         if self._owner() is not None:
             raise RuntimeError(
@@ -240,8 +251,52 @@ class GatedEMA(MeanTeacher):
             )
         if not isinstance(gate, Tensor) or gate.shape != () or not gate.is_floating_point():
             raise ValueError(f"gate is {gate!r}; pass what gate() returned before the step")
+        self._check_decays()
         with torch.no_grad():
             return self._follow(gate)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The teacher, its float32 averages and the counters, for use without `wrap`.
+
+        Returns:
+            Tensors and plain values, which `torch.load(..., weights_only=True)` reads. They are not
+            copies.
+        """
+        return {
+            "teacher": unwrapped(self.teacher).state_dict(),
+            "averages": dict(self._following.shadows),
+            "counters": dict(self.state),
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], /) -> None:
+        """Take over what `state_dict` returned, for use without `wrap`.
+
+        Raises:
+            RuntimeError: If an optimizer made by `wrap` saves and loads this state, or if the
+                teacher is of another model.
+            ValueError: If it is no state of a `GatedEMA`; nothing is changed then.
+        """
+        if self._owner() is not None:
+            raise RuntimeError(
+                "this teacher belongs to an optimizer made by gk.wrap(), whose state_dict() has "
+                "these counters and averages; load that, and pass in_state=True to have the "
+                "teacher in it"
+            )
+        parts = ("teacher", "averages", "counters")
+        if state_dict.keys() != {*parts} or state_dict["counters"].keys() != self.state.keys():
+            raise ValueError(
+                f"a state with {', '.join(map(repr, state_dict))} is no state of GatedEMA; pass "
+                "what state_dict() returned"
+            )
+        unwrapped(self.teacher).load_state_dict(state_dict["teacher"])
+        averages = {f"shadow.{name}": each for name, each in state_dict["averages"].items()}
+        self.load_tensors(averages, mark=None)
+        self.state.update(state_dict["counters"])
+
+    def _check_decays(self) -> None:
+        check_decay("decay_aligned", self.decay_aligned)
+        if self.decay_conflict is not None:
+            check_decay("decay_conflict", self.decay_conflict)
 
     def _trained(self) -> list[nn.Parameter]:
         reshard(self.student)
@@ -295,6 +350,18 @@ class GatedEMA(MeanTeacher):
         self._move(chosen(1 - aligned, 1 - conflict))
         self.state["aligned"] = self.state["aligned"] + gate
         return chosen(aligned, conflict)
+
+
+def _share_memory(source: Float[Tensor, " P"] | Parts, target: Float[Tensor, " P"] | Parts) -> bool:
+    """Whether a part of one gradient is the same memory as that of the other."""
+    one, other = ([each] if isinstance(each, Tensor) else list(each) for each in (source, target))
+    return any(
+        a is not None
+        and b is not None
+        and a.numel() > 0
+        and local(a).data_ptr() == local(b).data_ptr()
+        for a, b in zip(one, other, strict=False)
+    )
 
 
 def _flat(

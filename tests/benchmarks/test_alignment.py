@@ -341,6 +341,18 @@ def test_command(
         assert (tmp_path / "one" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.parametrize("options", [("--strategies", "Sum"), ("--lr", "1e30")])
+def test_without_a_difference_there_is_neither_picture_nor_section(
+    options: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reference alone, or where it fails."""
+    monkeypatch.setattr(digits, "TEST_PAIRS", 50)
+    words = ["--problem", "digits", "--strategies", "Sum,PCGrad", "--steps", "4", "--seeds", "2"]
+    assert main(["alignment", *words, *options, "--out", str(tmp_path)]) == 0
+    assert not (tmp_path / "digits.png").exists()
+    assert "Minus Sum" not in (tmp_path / "digits.md").read_text()
+
+
 def test_fundus_command(tmp_path: Path) -> None:
     words = ("--problem", "fundus", "--strategies", "PCGrad", "--steps", "1", "--seeds", "2")
     data = ("--data", "synthetic", "--held-out", "centre_a", "--images", "1", "--width", "2")

@@ -124,6 +124,33 @@ class TestFundus:
         assert main([*words, "--sources", "centre_a", "--overwrite"]) == 0
         assert json.loads(file.read_text())["width"] == 2
 
+    def test_an_interrupted_run_is_told_how_to_go_on(
+        self, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "centre_a.json").write_text("earlier")
+        line = complaint(capsys, *words, "--sources", "centre_a,centre_b")
+        assert "go on with the others by --sources centre_b, choose" in line
+
+    @pytest.mark.parametrize("name", ["fundus", "composition"])
+    @pytest.mark.parametrize(
+        ("option", "value", "message"),
+        [
+            ("--images", "0", "--images is 0; choose at least 1"),
+            ("--threads", "0", "--threads is 0"),
+            ("--seed", "-1", "--seed is -1"),
+            ("--size", "65", "--size is 65; choose a multiple"),
+            ("--width", "3", "--width is 3; choose"),
+        ],
+    )
+    def test_numbers_are_checked(
+        self, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+        name: str, option: str, value: str, message: str,
+    ) -> None:  # fmt: skip
+        line = complaint(capsys, name, *words[1:], "--sources", "centre_a", option, value)
+        assert message in line
+        assert not (tmp_path / "out").exists()
+
     def test_other_settings_are_not_mixed_in(
         self, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:

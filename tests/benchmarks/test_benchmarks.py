@@ -177,6 +177,12 @@ def test_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("--tta-cases", "8", "--tta-cases: the case '8' is not BATCHxSIZE"),
         ("--objectives", "1,2", "give numbers from 2 on"),
         ("--parts", "pcgrad,speed", "unknown name 'speed'"),
+        ("--rounds", "0", "--rounds is 0; choose at least 1"),
+        ("--overhead-pairs", "0", "--overhead-pairs is 0; choose at least 1"),
+        ("--threads", "0", "--threads is 0; choose at least 1"),
+        ("--width", "3", "--width is 3; choose an even number"),
+        ("--transformer-width", "20", "--transformer-width is 20; choose a multiple of its 8"),
+        ("--seconds", "nan", "--seconds is nan; choose a number of at least 0"),
     ],
 )
 def test_speed_refuses(

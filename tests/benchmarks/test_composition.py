@@ -299,10 +299,26 @@ def test_it_is_resumed_pair_by_pair(
     capsys.readouterr()
     other = [*words, "pairs", "--targets", "centre_b", "--images", "1"]
     message = complaint_of(capsys, main, *other)
-    assert "'images': 2" in message
+    assert "centre_b.json was made with images 2, not images 1; choose" in message
     assert "--overwrite" in message
     assert main([*other, "--overwrite"]) == 0
     assert [len(json.loads(file.read_text())["images"]) for file in files] == [1, 2, 2, 2]
+
+
+def test_a_source_is_not_its_own_target(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words += ["--sources", "centre_a", "--targets", "centre_a"]
+    assert "--targets is centre_a, the source itself" in complaint_of(capsys, main, *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_students_without_what_they_are_compared_with_are_told() -> None:
+    alone = [record for record in records() if record["part"] == "distilled"]
+    text = report(alone)
+    assert "| variant |" not in text
+    assert "Of 1 pair(s) that learn there is no table" in text
+    assert "there is no table" not in report(records())
 
 
 def test_every_part_runs(words: list[str], tmp_path: Path) -> None:
@@ -316,7 +332,8 @@ def test_every_part_runs(words: list[str], tmp_path: Path) -> None:
         ("distilled", "centre_b", 2),
     ]
     table = (out / "composition.md").read_text()
-    assert table.startswith("Made by `python -m benchmarks composition --data-root synthetic ")
+    made_by = "Made by `python -m benchmarks composition --data-root synthetic --models MODELS "
+    assert table.startswith(made_by)
     assert table.endswith(report(found))
     assert "| distilled, gated | 26 + 2 back |" in table
     assert "| all factors, by the source alone |" in table

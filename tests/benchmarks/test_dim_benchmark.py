@@ -102,6 +102,19 @@ def test_the_report_pairs_seeds() -> None:
         "| dim | 62.00 ± 139.77 | 68.00 | 56.00 | +2.00 ± 12.71 | - | 3.00 | 40.00 |"
     )
     assert "(real) of here (4), there (4)" in text
+    assert "width 2, 5 iterations: far below the published settings." in text
+    settings |= {"size": 384, "width": 64, "iterations": 60000}
+    text = report({"command": "c", "machine": {}, "settings": settings, "rows": rows})
+    assert "width 64, 60000 iterations." in text
+
+
+def test_a_name_with_a_folder_is_refused_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*SMALL, "--seeds", "2", "--name", "a/b", "--out", str(tmp_path / "out")]
+    assert main(words) == 2
+    assert "--name is 'a/b'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("dim*.json"))

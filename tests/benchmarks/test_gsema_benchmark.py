@@ -52,13 +52,16 @@ def test_with_a_contrast_a_teacher_changes_its_student(tmp_path: Path) -> None:
         ("seeds", "1", "an interval needs"),
         ("lr", "nan", "positive"),
         ("contrast", "-1", "at least"),
+        ("name", "a/b", "--name is 'a/b'; give a file name"),
+        ("name", "", "--name is ''; give a file name"),
     ],
 )
 def test_arguments(
     option: str, value: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["gsema", f"--{option}", value, "--out", str(tmp_path)]) == 2
+    assert main(["gsema", f"--{option}={value}", "--out", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["gsema", "gsema-apart"])

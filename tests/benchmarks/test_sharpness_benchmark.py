@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 from children import ROOT
+from matplotlib.figure import Figure
 
 import gradkit as gk
 from benchmarks.__main__ import COMMANDS, main
 from benchmarks.sharpness import command, digits, landscape, methods
+from benchmarks.sharpness.plot import plot_digits
 from benchmarks.sharpness.report import report
 from benchmarks.sharpness.summary import steps_of_as_many_gradients, summarise
 from benchmarks.speed import sharpness as speed
@@ -310,3 +312,20 @@ def test_rows_of_sharpness_aware_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(lines) == 5
     assert lines[2].count("[") == 2  # SAM beside its peer
     assert lines[4].count("[") == 1
+
+
+@pytest.mark.parametrize(("far", "scale"), [(0.1, "log"), (1.2, "linear")])
+def test_the_legend_is_there_though_the_first_method_fails(
+    far: float, scale: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **options: figures.append(figure))
+    lines = [
+        {"method": name, "eigenvalue": value, "difference": {"mean": mean, "low": -99, "high": 9}}
+        for name, value, mean in (("SGD", 1.0, 0), ("SAM", far, -20), ("ASAM", 1.1, 1))
+    ]
+    plot_digits(lines, lines, {"SAM": 2.0, "ASAM": 2.0}, tmp_path / "x.png")
+    (figure,) = figures
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["default rho", "chosen rho"]
+    assert figure.axes[1].get_xscale() == scale

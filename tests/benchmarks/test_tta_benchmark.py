@@ -32,7 +32,7 @@ from examples.common.adaptation import adapt_online
 from examples.common.datasets import Sample
 from examples.fundus.gate import CupRatio
 from examples.fundus.heads import with_heads
-from examples.fundus.methods import METHODS
+from examples.fundus.methods import METHODS, Method
 from examples.fundus.network import ResUNet34
 from examples.fundus.objectives import OBJECTIVES
 from examples.fundus.sample import DICE
@@ -750,3 +750,15 @@ def test_cosines_as_a_table_and_a_picture(tmp_path: Path) -> None:
     plot_cosines(lines, tmp_path / "cosines.png")
     with Image.open(tmp_path / "cosines.png") as picture:
         assert min(picture.size) > 300
+
+
+def test_a_method_of_ones_own_is_in_the_first_table(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = Method("Mine", lambda model, chosen: tta.TENT(model, 1e-3), "test")
+    monkeypatch.setitem(METHODS, "mine", own)
+    words = words_of(data, tmp_path, "--table", 1, "--methods", "mine")
+    assert main(words) == 0
+    table = (tmp_path / "table1.md").read_text()
+    assert "| Mine |" in table
+    assert "| DUA |" not in table

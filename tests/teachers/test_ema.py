@@ -84,3 +84,41 @@ def test_a_teacher_may_take_part_in_an_objective():
     optimizer.step(lambda: (model[0] - ema.teacher[0]).square().sum() / 2)
     assert model[0].tolist() == [1.0, 1.0]
     assert ema.teacher[0].tolist() == [2.5, 2.5]
+
+
+def test_a_decay_schedule_is_followed_and_refused_outside_its_range():
+    model = student(1)
+    ema = gk.EMA(model, decay=0.5)
+    optimizer = gk.wrap(torch.optim.SGD(model.parameters(), lr=1.0), ema, model=model)
+    (weight,), (average,) = model.parameters(), ema.teacher.parameters()
+    for decay in (0.5, 0.75, 1.0):
+        ema.decay = decay
+        before = average.item()
+        optimizer.step(lambda: -weight.sum())
+        assert average.item() == pytest.approx(decay * before + (1 - decay) * weight.item())
+    ema.decay = 1.0001
+    kept = weight.item(), average.item()
+    with pytest.raises(ValueError, match=r"decay is 1\.0001; a decay lies between 0 and 1"):
+        optimizer.step(lambda: -weight.sum())
+    assert (weight.item(), average.item()) == kept
+
+
+def test_a_teacher_that_the_model_holds_counts_each_step_once():
+    """Its forward pass in training mode, inside a closure that SAM evaluates twice."""
+    for holds, expected in ((False, 6), (True, 3)):
+        network = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+        ema = gk.EMA(network, decay=0.5, buffers="skip")
+        model = nn.ModuleList([network, ema.teacher]) if holds else network
+        base = torch.optim.SGD(network.parameters(), lr=0.1)
+        optimizer = gk.wrap(base, ema, gk.SAM(), model=model)
+        images = torch.rand(4, 2, generator=seeded(0))
+
+        def loss(network=network, teacher=ema.teacher, images=images):
+            with torch.no_grad():
+                target = teacher(images)
+            return (network(images) - target).square().mean()
+
+        for _ in range(3):
+            optimizer.step(loss)
+        assert ema.teacher[1].num_batches_tracked == expected
+        assert network[1].num_batches_tracked == 3

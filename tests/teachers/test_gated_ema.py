@@ -555,6 +555,96 @@ def test_what_the_gate_refuses():
     assert optimizer.transforms == (owned,)
 
 
+def test_gradients_that_are_the_same_memory_are_refused():
+    """Both losses' gradients read from .grad, which the second backward() adds to in place."""
+    model = nn.Linear(2, 1)
+    gated = gk.GatedEMA(model)
+    x = torch.tensor([[1.0, 2.0], [-3.0, -1.0]])
+    model(x[:1]).sum().backward()
+    a = [each.grad for each in model.parameters()]
+    kept = [each.clone() for each in a]
+    model(x[1:]).sum().backward()
+    b = [each.grad for each in model.parameters()]
+    with pytest.raises(ValueError, match=r"'source' and 'target' share memory.*clone \.grad"):
+        gated.gate(a, b)
+    vector = flat(b)
+    with pytest.raises(ValueError, match="share memory"):
+        gated.gate(vector, vector.view(3))
+    alone = [each - first for each, first in zip(b, kept, strict=True)]
+    assert float(gated.gate(kept, alone)) == 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_loop_without_wrap_resumes_with_the_same_bits(dtype, tmp_path):
+    """In bfloat16 the teacher's weights are roundings of averages, which must be saved, too."""
+
+    def made():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)).to(dtype)
+        return model, gk.GatedEMA(model, decay_aligned=0.99, warmup=False)
+
+    def steps(model, gated, numbers):
+        for t in numbers:
+            loss = model(torch.randn(5, 3, generator=seeded(t)).to(dtype)).float().square().mean()
+            losses = [loss, 0.5 * (-1) ** t * loss]  # aligned and in conflict, in turn
+            parameters = list(model.parameters())
+            rows = [torch.autograd.grad(each, parameters, retain_graph=True) for each in losses]
+            gate = gated.gate(*rows)
+            with torch.no_grad():
+                for parameter, one, other in zip(parameters, *rows, strict=True):
+                    parameter -= 0.1 * (one + other)
+            gated.update(gate)
+
+    model, gated = made()
+    steps(model, gated, range(8))
+    path = tmp_path / "state.pt"
+    torch.save({"student": model.state_dict(), "gated": gated.state_dict()}, path)
+    steps(model, gated, range(8, 16))
+    saved = torch.load(path, weights_only=True)
+    other, resumed = made()
+    other.load_state_dict(saved["student"])
+    resumed.load_state_dict(saved["gated"])
+    steps(other, resumed, range(8, 16))
+    for name, value in gated.teacher.state_dict().items():
+        assert torch.equal(resumed.teacher.state_dict()[name], value), name
+    assert resumed.state == gated.state
+    assert float(gated.state["aligned"]) == 8
+
+
+def test_what_loading_without_wrap_refuses():
+    model = nn.Linear(2, 1)
+    gated = gk.GatedEMA(model)
+    before = copy.deepcopy(gated.state_dict())
+    with pytest.raises(ValueError, match="'weight', 'bias' is no state of GatedEMA"):
+        gated.load_state_dict(gated.teacher.state_dict())
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        gated.load_state_dict(gk.GatedEMA(nn.Linear(3, 1)).state_dict())
+    assert gated.state == before["counters"]
+    owned = gk.GatedEMA(model)
+    _optimizer = gk.wrap(torch.optim.SGD(model.parameters(), lr=0.1), owned)
+    with pytest.raises(RuntimeError, match=r"belongs to an optimizer made by gk\.wrap"):
+        owned.load_state_dict(before)
+
+
+@pytest.mark.parametrize("name", ["decay_aligned", "decay_conflict"])
+def test_a_schedule_that_leaves_the_range_of_decays_is_refused_before_anything_moves(name):
+    model = student(1)
+    gated = gk.GatedEMA(model, warmup=False)
+    optimizer = gk.wrap(torch.optim.SGD(model.parameters(), lr=1.0), gated, model=model)
+    alone = gk.GatedEMA(model)
+    for each in (gated, alone):
+        setattr(each, name, 1.5)
+    with pytest.raises(ValueError, match=f"{name} is 1.5; a decay lies between 0 and 1"):
+        optimizer.step(named(model, [[1.0], [1.0]]))
+    with pytest.raises(ValueError, match=f"{name} is 1.5; a decay lies between 0 and 1"):
+        alone.update(torch.tensor(1.0))
+    assert torch.equal(flat(model.parameters()), flat(gated.teacher.parameters()))
+    assert gated.state["t"] == alone.state["t"] == 0
+    setattr(gated, name, 0.5)
+    optimizer.step(named(model, [[1.0], [1.0]]))
+    assert gated.state["t"] == 1
+
+
 def test_a_choice_of_no_trained_parameter_is_refused_before_anything_moves():
     model = nn.Sequential(nn.Linear(2, 1), nn.Linear(1, 1))
     with pytest.raises(ValueError, match="chooses none of the 4 parameters that are trained"):

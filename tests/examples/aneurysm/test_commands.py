@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -190,6 +191,19 @@ def one_volume(root):
     (root / "datalist.json").write_text(json.dumps({"training": rows[:3]}))
 
 
+def in_two_centres(root):
+    """The second volume of the held-out centre is a copy of a source's first."""
+    for kind in ("image", "label"):
+        copied = root / "centre_c" / f"000_{kind}.nii.gz"
+        shutil.copy(copied, root / "centre_a" / f"001_{kind}.nii.gz")
+
+
+def no_aneurysm(root):
+    for path in (root / "centre_c").glob("*_label.nii.gz"):
+        label = read(path)
+        write(path, Volume(np.minimum(label.voxels, 1).astype("u1"), label.affine))
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -197,17 +211,15 @@ def one_volume(root):
         (drop_file, "001_image.nii.gz does not exist"),
         (one_centre, "only the centre 'centre_a'"),
         (one_volume, "centre_c has 1 volume"),
+        (in_two_centres, "are the same volume"),
+        (no_aneurysm, "but those of centre_a, which is held out, shows an aneurysm (label 2)"),
     ],
 )
 def test_bad_data_end_with_one_line_before_anything_is_written(
     exported, spoil, message, tmp_path, capsys
 ):
     root = tmp_path / "data"
-    for path in exported.rglob("*"):
-        if path.is_file():
-            copy = root / path.relative_to(exported)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            copy.write_bytes(path.read_bytes())
+    shutil.copytree(exported, root)
     spoil(root)
     out = tmp_path / "out"
     words = ["train", *TINY, "--data-root", root, "--held-out", "centre_a", "--out", out]
@@ -215,6 +227,54 @@ def test_bad_data_end_with_one_line_before_anything_is_written(
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert message in line
     assert not out.exists()
+
+
+def test_the_centre_held_out_needs_no_labels_and_a_single_volume(exported, tmp_path, capsys):
+    root = tmp_path / "data"
+    shutil.copytree(exported, root)
+    rows = json.loads((root / "datalist.json").read_text())["training"]
+    del rows[2]["label"]
+    (root / "datalist.json").write_text(json.dumps({"training": rows[:3]}))
+    out = tmp_path / "out"
+    words = [*TINY, "--data-root", root, "--held-out", "centre_c"]
+    assert run("compare", *words, "--methods", "none", "--out", out) == 2
+    assert "volume 3 of" in capsys.readouterr().err
+    assert run("train", *words, "--method", "none", "--out", out) == 0
+    words = ["--checkpoint", out / "best.pt", "--data-root", root, "--save", "--out", out / "new"]
+    assert run("evaluate", *words) == 0
+    (result,) = results_of(out / "new")
+    assert result["n"] == 0
+    assert result["dsc"] is None
+    assert result["cases"] == [{"case": "centre_c/000_image.nii.gz"}]
+    (label,) = (out / "new" / "labels").iterdir()
+    assert read(label).voxels.shape == (16, 16, 16)
+    assert "| centre_c | 0 | - |" in capsys.readouterr().out
+
+
+def test_aneurysms_that_resampling_loses_are_told(exported, tmp_path, capsys):
+    root = tmp_path / "data"
+    shutil.copytree(exported, root)
+    path = root / "centre_c" / "000_label.nii.gz"
+    label = read(path)
+    voxels = np.minimum(label.voxels, 1).astype("u1")
+    voxels[0, 0, 0] = 2
+    write(path, Volume(voxels, label.affine))
+    # Voxels half as long along one axis: every second one of the others is left out.
+    for name in ("000_image", "000_label"):
+        path = root / "centre_c" / f"{name}.nii.gz"
+        found = read(path)
+        write(path, Volume(found.voxels, found.affine @ np.diag([4.0, 1, 1, 1])))
+    words = ["train", *TINY, "--data-root", root, "--held-out", "centre_a", "--method", "none"]
+    assert run(*words, "--out", tmp_path / "out") == 0
+    first = capsys.readouterr().err.splitlines()[0]
+    assert first.startswith("at size 16 the aneurysm of 1 of 4 volume(s), first centre_c/000_image")
+
+
+def test_other_numbers_of_iterations_are_named(tmp_path, capsys):
+    words = ["train", *TINY, "--method", "none", "--out", tmp_path]
+    assert run(*words) == 0
+    assert run(*words, "--resume", "--iterations", 4) == 2
+    assert "iterations per validation 2, not 4" in capsys.readouterr().err
 
 
 def test_the_published_network_trains(tmp_path):

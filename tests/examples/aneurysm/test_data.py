@@ -10,6 +10,7 @@ from examples.aneurysm.data import (
     DataError,
     available_centres,
     check,
+    lost,
     normalise,
     open_centre,
     resample,
@@ -55,7 +56,10 @@ def rows_of(root):
 
 def test_a_folder_is_read(root):
     assert available_centres(root) == ["A", "B"]
-    check(root, ["A", "B"])
+    found = check(root, ["A", "B"], 8)
+    assert [each.entry.name for each in found] == ["0.nii.gz", "2.nii.gz", "1.nii.gz", "3.nii.gz"]
+    assert all(each.labelled and each.shown for each in found)
+    assert lost(found, 8) is None
     samples = open_centre(root, "B", 8)
     assert [samples[index].name for index in range(len(samples))] == ["1.nii.gz", "3.nii.gz"]
     # The longest side is 8 mm, the second axis 6 mm and the first 4 mm; voxels are cubes of 1 mm.
@@ -140,19 +144,57 @@ SHIFTED = SPACING + np.array([[0, 0, 0, 0.5], *3 * [[0, 0, 0, 0]]])
         (put("0_label.nii", changed(1.5)), "unknown label 1.5"),
         (put("0.nii.gz", Volume(np.ones((8, 6, 4), "f4"), SPACING)), "constant"),
         (put("0.nii.gz", Volume(np.full((8, 6, 4), np.nan, "f4"), SPACING)), "not finite"),
+        (put("0.nii.gz", Volume(1e300 * volume().voxels.astype("f8"), SPACING)), "scale them down"),
+        (put("0.nii.gz", Volume(np.float32(1e-9) * volume().voxels, SPACING)), "spans only .*e-09"),
+        (put("0_label.nii", changed(np.float32(1.0000001))), "unknown label 1.0000001"),
+        (put("3.nii.gz", volume(0)), "3.nii.gz and .*0.nii.gz are the same volume"),
+        (edit("image", "3.nii.gz"), "the image of volume 4 .* is the image of volume 1, too"),
+        (edit("label", "3.nii.gz"), "the image of volume 4 .* is the label of volume 1, too"),
     ],
 )
 def test_faults_are_named(root, spoil, message):
     spoil(root)
     with pytest.raises((DataError, NiftiError), match=message):
-        check(root, ["A"])
+        check(root, ["A", "B"], 8)
+
+
+def test_a_misspelt_key_is_shown(root):
+    rows = rows_of(root)
+    rows[0]["center"] = rows[0].pop("centre")
+    save(root, rows)
+    with pytest.raises(DataError, match=r"has no 'centre' .but 'image', 'label', 'center'.; give"):
+        available_centres(root)
+
+
+def test_an_aneurysm_that_resampling_loses_is_told(root):
+    found = check(root, ["A", "B"], 2)
+    assert [(each.labelled, each.shown) for each in found] == 4 * [(True, False)]
+    assert lost(found, 2).startswith("at size 2 the aneurysm of 4 of 4 volume(s), first 0.nii.gz,")
+    write(root / "0_label.nii", Volume(np.zeros((8, 6, 4), "u1"), SPACING))
+    found = check(root, ["A"], 2)
+    assert [(each.labelled, each.shown) for each in found] == [(False, False), (True, False)]
+    assert lost(found, 2).startswith("at size 2 the aneurysm of 1 of 2 volume(s), first 2.nii.gz,")
+
+
+def test_a_volume_without_a_label_has_no_target(root):
+    rows = rows_of(root)
+    del rows[1]["label"]
+    save(root, rows)
+    with pytest.raises(DataError, match=r"volume 2 of .* has no 'label'.*only `evaluate`"):
+        check(root, ["A", "B"], 8)
+    check(root, ["A", "B"], 8, unlabelled=["B"])
+    with pytest.raises(DataError, match="no 'label'"):
+        open_centre(root, "B", 8)
+    samples = open_centre(root, "B", 8, labels=False)
+    assert [samples[index].has_labels for index in range(2)] == [False, True]
+    assert samples[0].target.shape == (2, *samples[0].image.shape[1:])
 
 
 def test_other_roots_and_centres(root, tmp_path):
     with pytest.raises(DataError, match=r"not a folder.*did you mean synthetic"):
         available_centres("sythetic")
     with pytest.raises(DataError, match="no centre 'C'; choose from A, B"):
-        check(root, ["C"])
+        check(root, ["C"], 8)
     with pytest.raises(DataError, match="no synthetic centre"):
         open_centre("synthetic", "A", 16)
-    check("synthetic", ["centre_a"])
+    assert check("synthetic", ["centre_a"], 8) == []

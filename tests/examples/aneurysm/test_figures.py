@@ -2,10 +2,20 @@
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 
-from examples.aneurysm.figures import overlay, pooled_latents, project, separation
+from examples.aneurysm.figures import (
+    Shown,
+    overlay,
+    pooled_latents,
+    project,
+    save_latents,
+    save_projections,
+    separation,
+)
 from examples.aneurysm.networks import Output
+from examples.common.datasets import Sample
 
 
 def test_projections_show_the_head_upwards():
@@ -61,3 +71,39 @@ def test_the_silhouette_by_its_definition():
         a, b = distance[i, own].mean(), distance[i, others].mean()
         values.append(float((b - a) / max(a, b)))
     assert separation(points, labels) == pytest.approx(sum(values) / len(values), abs=1e-6)
+
+
+def captured(monkeypatch):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **options: figures.append(figure))
+    return figures
+
+
+def test_every_centre_has_points_and_a_mark_of_its_own(monkeypatch, tmp_path):
+    """Nine centres, where there are seven colours."""
+    figures = captured(monkeypatch)
+    monkeypatch.setattr("examples.aneurysm.figures.embed", lambda features: features[:, :2])
+    names = [f"centre {k}" for k in range(9)]
+    features = torch.rand(18, 3, generator=torch.Generator().manual_seed(0))
+    save_latents(tmp_path / "x.png", {"gsema": features}, 2 * names, "centre 8")
+    (figure,) = figures
+    drawn = figure.axes[0].collections
+    assert len(drawn) == 9
+    assert sum(len(each.get_offsets()) for each in drawn) == 18
+    lines = figure.legends[0].get_lines()
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        *names[:8], "centre 8 (held out)",
+    ]  # fmt: skip
+    assert len({(line.get_color(), line.get_marker()) for line in lines}) == 9
+    assert lines[8].get_marker() == "x"
+
+
+def test_rows_of_flat_volumes_are_low(monkeypatch, tmp_path):
+    figures = captured(monkeypatch)
+    for depth in (8, 2, 32):
+        sample = Sample("a", torch.rand(1, depth, 8, 8), torch.zeros(2, depth, 8, 8))
+        label = torch.zeros(depth, 8, 8, dtype=torch.long)
+        rows = 2 * [Shown("centre_a", sample, {"none": (label, 50.0)})]
+        save_projections(tmp_path / "x.png", rows)
+    cube, flat, high = (figure.get_size_inches()[1] for figure in figures)
+    assert flat < 0.7 * cube < cube < high

@@ -191,7 +191,7 @@ def test_bad_arguments(arguments, message):
 
 def test_exported_volumes_are_read_as_the_generated_ones(tmp_path):
     export(tmp_path, ["centre_a", "centre_d"], 2, SIZE, seed=3)
-    check(tmp_path, ["centre_a", "centre_d"])
+    check(tmp_path, ["centre_a", "centre_d"], SIZE)
     assert [entry.centre for entry in read_list(tmp_path)] == 2 * ["centre_a"] + 2 * ["centre_d"]
     for centre in ("centre_a", "centre_d"):
         read = open_centre(tmp_path, centre, SIZE)

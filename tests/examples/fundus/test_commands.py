@@ -246,13 +246,47 @@ def test_a_named_mask_must_be_there_unless_the_user_says_so(
 
 
 @pytest.mark.parametrize("kind", ["no column", "empty cells", "no files"])
+def test_heads_need_no_masks(exported, checkpoint, tmp_path, monkeypatch, kind):
+    root = copy_tree(exported, tmp_path / "data")
+    unmask(root, kind)
+    larger = tmp_path / "larger.pt"  # heads need images of 128 pixels
+    content = load(checkpoint)
+    told = {"size": 128, "source": "centre_c"}
+    torch.save(content | {"architecture": content["architecture"] | told}, larger)
+    seen = []
+
+    def stop(samples, *arguments, **options):
+        seen.extend(samples[index].has_labels for index in range(len(samples)))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "train_heads", stop)
+    words = ["heads", "--checkpoint", larger, "--data-root", root, "--out", tmp_path / "out"]
+    assert run(*words) == 130
+    assert seen
+    assert not any(seen)
+
+
+def test_a_column_of_masks_of_another_name_is_told(
+    capsys, exported, checkpoint, tmp_path, nothing_is_computed
+):
+    root = copy_tree(exported, tmp_path / "data")
+    lists = [root / f"centre_c_{half}.csv" for half in ("train", "test")]
+    for path in lists:
+        path.write_text(path.read_text().replace("image,mask", "image,label"))
+    words = ["adapt", "--checkpoint", checkpoint, "--target", "centre_c", "--data-root", root]
+    message = complaint(capsys, *words, "--missing-masks", "--out", tmp_path / "out")
+    assert f"{lists[0]} has no column 'mask', but 'label' names files such as" in message
+    assert "call the masks' column mask" in message
+
+
+@pytest.mark.parametrize("kind", ["no column", "empty cells", "no files"])
 def test_compare_needs_masks(capsys, exported, tmp_path, nothing_is_computed, kind):
     root = copy_tree(exported, tmp_path / "data")
     unmask(root, kind)
     words = ["compare", "--data-root", root, "--targets", "centre_c", "--out", tmp_path / "out"]
     assert {
         "no column": f"{root / 'centre_c.csv'} has no column 'mask'",
-        "empty cells": "fill in both columns, image and mask (only `adapt` takes images without",
+        "empty cells": "fill in both columns, image and mask (only `adapt` and `heads` take",
         "no files": "does not exist; restore the file, or correct the list that names it",
     }[kind] in complaint(capsys, *words)
 
@@ -472,6 +506,17 @@ def test_unwritable_output(capsys, tmp_path, checkpoint, nothing_is_computed, co
     message = complaint(capsys, command, *words.get(command, []), "--out", blocked / "out")
     assert f"{blocked / 'out'} cannot be written to" in message
     assert "choose another --out" in message
+
+
+def test_a_checkpoint_tells_size_and_width(exported, checkpoint, tmp_path):
+    words = ["compare", "--checkpoint", checkpoint, "--data-root", exported, "--methods", "none"]
+    assert run(*words, "--targets", "centre_c", "--target-images", 2, "--out", tmp_path) == 0
+    kept = load(tmp_path / "centre_a.pt")["architecture"]
+    assert (kept["size"], kept["width"]) == (64, 2)
+    words = ["adapt", "--checkpoint", checkpoint, "--data-root", exported, "--method", "none"]
+    words += ["--target", "centre_c", "--target-images", 2, "--out", tmp_path / "adapted"]
+    assert run(*words) == 0
+    assert read(tmp_path / "adapted")[0]["images"] == read(tmp_path)[0]["images"]
 
 
 def test_other_checkpoints(capsys, tmp_path, checkpoint, nothing_is_computed):

@@ -309,12 +309,42 @@ class TestCheck:
         Image.fromarray(rings(shift=2)).save(root / "clinic/4_mask.png")  # a rim in one suffices
         check(root, ["clinic"])
 
-    @pytest.mark.parametrize("levels", [(255, 128), (255, 254), (255,)])
-    def test_masks_without_a_cup_pass(self, root: Path, levels: tuple[int, ...]) -> None:
-        for number in range(5):
-            mask = np.where(rings() < 255, levels[-1], 255).astype(np.uint8)
+    def masks(self, root: Path, *levels: int) -> None:
+        """Discs of a single level each."""
+        for number, level in enumerate(levels):
+            mask = np.where(rings() < 255, level, 255).astype(np.uint8)
             Image.fromarray(mask).save(root / f"clinic/{number}_mask.png")
+
+    @pytest.mark.parametrize("level", [128, 254])
+    def test_no_cup_in_all_masks(self, root: Path, level: int) -> None:
+        self.masks(root, *5 * [level])
+        pattern = rf"has no values but {level}, 255, and as in all masks of clinic the cup would be"
+        self.fails(root, f"{pattern} empty; a mask has 255")
+        Image.fromarray(rings()).save(root / "clinic/4_mask.png")  # a cup in one suffices
         check(root, ["clinic"])
+
+    def test_masks_of_the_disc_alone_of_two_kinds(self, root: Path) -> None:
+        self.masks(root, 0, 128, 0, 128, 255)
+        self.fails(root, r"the cup would (be empty or equal the disc|equal the disc or be empty);")
+
+    def test_empty_masks_pass(self, root: Path) -> None:
+        self.masks(root, *5 * [255])
+        check(root, ["clinic"])
+
+    def test_an_image_in_two_lists(self, root: Path) -> None:
+        names = sorted(path.name for path in root.glob("clinic_*.csv"))
+        assert names == ["clinic_test.csv", "clinic_train.csv"]
+        tested = (root / "clinic_test.csv").read_text().splitlines()
+        with (root / "clinic_train.csv").open("a") as file:
+            file.write(tested[1] + "\n")
+        self.fails(root, r"is in clinic_train.csv and in clinic_test.csv, .* remove it from one")
+        (root / "clinic_train.csv").unlink()
+        (root / "clinic_test.csv").rename(root / "clinic.csv")
+        check(root, ["clinic"])
+        write_list(root, "ward.csv", [tuple(tested[1].split(","))])
+        check(root, ["clinic"])
+        self.fails(root, r"is in clinic.csv and in ward.csv", ["clinic", "ward"])
+        check(root, ["clinic", "ward"], "present")  # nothing is trained, as in `adapt`
 
     def test_missing_root(self, tmp_path: Path) -> None:
         self.fails(tmp_path / "nowhere", r"nowhere is not a folder")
@@ -387,8 +417,8 @@ class TestCheck:
         self.fails(root, rf"clinic/{name} does not exist")
 
     def test_missing_tif_is_named_as_it_was_looked_for(self, root: Path) -> None:
-        write_list(root, "clinic_test.csv", [("clinic/0.png", "clinic/0_mask.tif")])
-        self.fails(root, r"clinic/0_mask-1\.tif does not exist")
+        write_list(root, "clinic_test.csv", [("clinic/2.png", "clinic/2_mask.tif")])
+        self.fails(root, r"clinic/2_mask-1\.tif does not exist")
 
     @pytest.mark.parametrize("name", ["0.png", "0_mask.png"])
     def test_folder_for_a_picture(self, root: Path, name: str) -> None:
@@ -485,7 +515,7 @@ class TestCheck:
         write_list(root, "clinic_test.csv", [(row[0], row[1])])
         self.fails(root, r"row 1 of .*clinic_test\.csv leads out of the root")
 
-    @pytest.mark.parametrize("path", ["clinic/../clinic/0.png", "..clinic/0.png"])
+    @pytest.mark.parametrize("path", ["clinic/../clinic/2.png", "..clinic/0.png"])
     def test_dots_within_the_root_are_fine(self, root: Path, path: str) -> None:
         (root / "..clinic").mkdir()
         Image.fromarray(noise(0)).save(root / "..clinic/0.png")

@@ -322,7 +322,7 @@ def test_the_command_keeps_the_segmentation_and_detta_runs(source, trained, tmp_
     different = {name for name in own if not torch.equal(own[name], best[name])}
     assert different == {"rotate_head.0.weight", "rotate_head.0.bias"}  # made to read raw features
     assert load_heads_statistics(path) == "test"
-    words = ["--targets", "centre_b", "--width", 2, "--target-images", 2, "--train-images", 2]
+    words = ["--targets", "centre_b", "--target-images", 2, "--train-images", 2]
     words += ["--checkpoint", path, "--methods", "none,diga,detta,detta-released"]
     assert run("compare", *words, "--out", tmp_path) == 0
     table = (tmp_path / "table.md").read_text()
