@@ -67,6 +67,9 @@ class AlignedMTL(GramRule):
         if self.scale_mode not in ("min", "median", "rmse"):
             raise ValueError(f"scale_mode is {self.scale_mode!r}; choose 'min', 'median' or 'rmse'")
 
+    def solves(self, count: int) -> bool:
+        return True
+
     def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:
         gram = inputs.gram
         wide, finite = widened(gram)

@@ -66,6 +66,9 @@ class CAGrad(GramRule):
         if self.rescale not in ("none", "square", "linear"):
             raise ValueError(f"rescale is {self.rescale!r}; choose one of none, square, linear")
 
+    def solves(self, count: int) -> bool:
+        return True
+
     def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:
         gram = inputs.gram
         count = gram.shape[-1]

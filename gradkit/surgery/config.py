@@ -51,6 +51,9 @@ class ConFIG(GramRule):
     def __post_init__(self) -> None:
         check_preference("preference", self.preference, least=0)
 
+    def solves(self, count: int) -> bool:
+        return count > 2 or self.preference is not None
+
     def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:
         gram = inputs.gram
         wide, finite = widened(gram)

@@ -78,6 +78,9 @@ class CRMOGM(GramRule):
             **{_INNER + key: value for key, value in inner.items()},
         }
 
+    def solves(self, count: int) -> bool:
+        return self.rule.solves(count)
+
     def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:
         of_rule = {
             key.removeprefix(_INNER): value

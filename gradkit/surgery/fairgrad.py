@@ -49,5 +49,8 @@ class FairGrad(GramRule):
         check_number("alpha", self.alpha, above=0)
         self.degree = (1 - self.alpha) / (1 + self.alpha)
 
+    def solves(self, count: int) -> bool:
+        return True
+
     def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:
         return fair_weights(inputs.gram, self.alpha), memory

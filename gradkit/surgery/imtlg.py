@@ -58,6 +58,9 @@ class IMTLG(GramRule):
 
     scope: Scope = "global"
 
+    def solves(self, count: int) -> bool:
+        return count > 2
+
     def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:
         gram = inputs.gram
         wide, finite = widened(gram)

@@ -60,6 +60,9 @@ class MGDA(GramRule):
         """Whether the gradients are divided by losses."""
         return self.normalization in ("loss", "loss+")
 
+    def solves(self, count: int) -> bool:
+        return count > 2
+
     def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:
         gram = inputs.gram
         if self.normalization == "none":

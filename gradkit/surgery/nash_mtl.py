@@ -61,6 +61,9 @@ class NashMTL(GramRule):
                     f"max_norm is {self.max_norm}; it must be positive, or None for no clipping"
                 )
 
+    def solves(self, count: int) -> bool:
+        return True
+
     def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:
         gram = inputs.gram
         weights = fair_weights(gram)

@@ -77,6 +77,9 @@ class PCD(GramRule):
     def init(self, count: int) -> dict[str, Tensor]:
         return {"squares": torch.zeros(count), "steps": torch.zeros(count)}
 
+    def solves(self, count: int) -> bool:
+        return True
+
     def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:
         gram = inputs.gram
         squares = gram.diagonal(dim1=-2, dim2=-1)

@@ -53,6 +53,9 @@ class SDMGrad(GramRule):
         check_number("lambda_", self.lambda_, least=0)
         check_preference("preference", self.preference, least=0)
 
+    def solves(self, count: int) -> bool:
+        return count > 2
+
     def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:
         gram = inputs.gram
         target = inputs.shares(self.preference, gram)

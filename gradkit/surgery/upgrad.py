@@ -55,6 +55,9 @@ class UPGrad(GramRule):
         check_number("reg", self.reg, least=0)
         check_preference("preference", self.preference, least=0)
 
+    def solves(self, count: int) -> bool:
+        return True
+
     def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:
         gram = inputs.gram
         bounds = torch.diag(inputs.shares(self.preference, gram)).expand(gram.shape)

@@ -127,6 +127,14 @@ class Weighting(Remembering, Reweighing):
         """Whether the weights depend on losses."""
         return False
 
+    def solves(self, count: int) -> bool:
+        """Whether the weights of so many objectives are found by a solver or a decomposition.
+
+        The rule is then given its inputs on the host. On an accelerator a solver is hundreds of
+        small operations, and the host waits for the results of many of them.
+        """
+        return False
+
     @abstractmethod
     def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:
         """The weights, and the new memory.
@@ -168,12 +176,15 @@ class Weighting(Remembering, Reweighing):
         """
         count = gram.shape[-1]
         names = tuple(map(str, range(count)))
+        given = gram
+        if self.solves(count):
+            gram, losses = gram.cpu(), None if losses is None else losses.cpu()
         with self.called_alone() as state:
             memory = self.recall(names, gram, gram.shape[:-2], state)
             inputs = RuleInputs(gram, names, losses, losses, self.draw(count))
             weights, learnt = self.checked_weights(inputs, memory.of_present())
             state.update(memory.with_present(learnt))
-        return weights
+        return uploaded(weights, given, weights.dtype)
 
     def checked_weights(self, inputs: RuleInputs, memory: Remembered) -> Weighed:
         """The result of `weigh`, checked.
@@ -227,7 +238,8 @@ class _Step:
         names = tuple(gradients.names[k] for k in active)
         losses = gradients.losses if every else gradients.losses[active]
         inputs = self._inputs(weighted, names, losses.detach(), old)
-        new = old * self._learn(inputs, gradients)
+        found = self._learn(inputs, gradients)
+        new = old * uploaded(found, old, found.dtype)
         self._evaluated.update(gradients.names)
         if not every:
             spread = new.new_zeros((*new.shape[:-1], len(gradients.names)))
@@ -257,10 +269,12 @@ class _Step:
         if count not in self._drawn:
             self._drawn[count] = rule.draw(count)
         draws, every = self._drawn[count], self._context.names or names
+        if rule.solves(count):
+            gram = gram.cpu()
         if not rule.needs_losses:
             return RuleInputs(gram, names, None, None, draws, every)
         self._context.require_losses(rule, names)
-        seen = rule.seen_losses(losses, weights)
+        seen = rule.seen_losses(losses, weights).to(gram.device)
         for name, loss in zip(names, seen, strict=True):
             self._first_losses.setdefault(name, loss)
         first = torch.stack([self._first_losses[name] for name in names])

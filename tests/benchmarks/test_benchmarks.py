@@ -390,7 +390,7 @@ def _count(patch: pytest.MonkeyPatch, counts: dict[str, int], network: type) -> 
 
 
 def test_memory_of_known_size() -> None:
-    rows = memory.measure_memory([], with_sam=False, width=512, device=CPU, threads=1)
+    rows = memory.measure_memory([], with_sam=False, width=1024, device=CPU, threads=1)
     assert [row["variant"] for row in rows] == [CONTROL]
     assert rows[0]["value"] == pytest.approx(3, abs=0.25)
     surgery = {"objectives": 2, "variant": gradkit_name("functional"), "width": 512}

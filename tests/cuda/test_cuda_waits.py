@@ -9,13 +9,26 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from on_device import CUDA, CUDA_ONLY, DEVICE, ENGINES, Chain, batches, losses, network
+from on_device import (
+    CUDA,
+    CUDA_ONLY,
+    DEVICE,
+    ENGINES,
+    METHODS,
+    Chain,
+    batches,
+    chain_of,
+    losses,
+    network,
+)
 from torch import Tensor, nn
 
 import gradkit as gk
+from gradkit.surgery import GramRule
 
 pytestmark = [*CUDA, CUDA_ONLY]
 
+THREE = ("source", "target", "third")
 # What reads nothing: no branch on a gradient.
 CHAINS: dict[str, Chain] = {
     "none": lambda model: (),
@@ -32,8 +45,12 @@ CHAINS: dict[str, Chain] = {
     "RLW": lambda model: (gk.RLW(),),
     "EMA": lambda model: (gk.EMA(model, decay=0.9),),
 }
-# What may read its inner products for itself, once.
-SOLVERS: dict[str, Chain] = {"UPGrad": lambda model: (gk.UPGrad(),)}
+# What reads its inner products for itself, once.
+SOLVERS = [
+    name
+    for name in METHODS
+    if isinstance((method := chain_of(name)(network())[0]), GramRule) and method.solves(3)
+]
 
 
 @contextmanager
@@ -59,7 +76,8 @@ def warmed_up(
     model = network(torch.float32).to(DEVICE)
     lr = torch.tensor(0.01, device=DEVICE)
     base = torch.optim.Adam(model.parameters(), lr=lr, capturable=True)
-    optimizer = gk.wrap(base, *CHAINS[chain](model), model=model, engine=engine, **options)
+    transforms = (CHAINS.get(chain) or chain_of(chain))(model)
+    optimizer = gk.wrap(base, *transforms, model=model, engine=engine, **options)
     (batch,) = batches(1, dtype=torch.float32)
 
     def closure() -> dict[str, Tensor]:
@@ -77,7 +95,7 @@ def test_the_count_sees_a_copy_to_the_host() -> None:
     assert len(places) == 1
 
 
-@pytest.mark.parametrize("names", [("source", "target"), ("source", "target", "third")], ids=len)
+@pytest.mark.parametrize("names", [("source", "target"), THREE], ids=len)
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("chain", CHAINS)
 def test_nothing_waits_with_nonfinite_ignore(
@@ -90,10 +108,18 @@ def test_nothing_waits_with_nonfinite_ignore(
     assert optimizer.last_step.applied
 
 
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_solver_waits_once(name: str) -> None:
+    optimizer, closure = warmed_up(name, "inplace", THREE, nonfinite="ignore")
+    with counted_waits() as places:
+        optimizer.step(closure)
+    assert len(places) == 1, places
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("chain", CHAINS)
 def test_a_step_that_checks_numbers_waits_once(chain: str, engine: str) -> None:
-    optimizer, closure = warmed_up(chain, engine, ("source", "target", "third"))
+    optimizer, closure = warmed_up(chain, engine, THREE)
     with counted_waits() as places:
         optimizer.step(closure)
     assert len(places) <= 1, places

@@ -13,6 +13,7 @@ from itertools import chain, compress
 import pytest
 import torch
 from helpers import as_users_run_it
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradkit as gk
 from surgery.methods import GRAM, METHODS, alone, made, matrices, normal, weights
@@ -321,3 +322,28 @@ def test_its_random_numbers_are_its_generators(name: str) -> None:
     assert torch.equal(torch.get_rng_state(), before)
     assert runs[0] == runs[1] != runs[2]
     assert runs[3] == runs[4]
+
+
+class WaitsSeen(TorchDispatchMode):
+    """Sees operations whose result the host of an accelerator would have to wait for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name().removeprefix("aten::").split(".")[0]
+        waits = {"_local_scalar_dense", "nonzero", "_linalg_eigh", "_linalg_svd", "linalg_lstsq"}
+        if name in waits:
+            self.found.add(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@every_rule
+def test_what_makes_the_host_wait_is_computed_on_the_host(name: str, count: int) -> None:
+    rule, gram = made(name, count), products(normal(count, 5))
+    seen = losses(count) if rule.needs_losses else None
+    with as_users_run_it(), WaitsSeen() as waits:
+        rule.weigh_alone(gram, seen)
+    assert bool(waits.found) == rule.solves(count), waits.found
