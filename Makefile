@@ -16,7 +16,7 @@ empty :=
 space := $(empty) $(empty)
 INSTALLED := $(subst $(space),\$(space),$(VENV))/.installed
 
-.PHONY: demo demo-aneurysm demo-prostate test lint coverage docs gpu gpu-wheels clean
+.PHONY: demo demo-aneurysm demo-prostate test test-simulated lint coverage docs gpu gpu-wheels clean
 
 demo: $(INSTALLED)
 	$(RUN) -m examples.fundus compare --statistics mixed:0.8 --lr 1e-3 --out "$(OUT)" $(RESUME)
@@ -34,6 +34,10 @@ demo-aneurysm: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(PYTEST)
+
+# The tests for CUDA devices, on an accelerator that is simulated; needs a C++ compiler.
+test-simulated: $(INSTALLED)
+	GRADKIT_TEST_DEVICE=simulated OMP_NUM_THREADS=1 $(RUN) -m pytest tests/cuda
 
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .

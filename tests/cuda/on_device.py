@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+import simulated
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +17,8 @@ import gradkit as gk
 from gradkit.surgery import ElementwiseRule
 
 NAME = os.environ.get("GRADKIT_TEST_DEVICE", "cuda")
-"""Another device than cuda, such as cpu, is for working on these tests where there is none."""
+"""Another device than cuda, such as cpu or simulated, is for machines that have none."""
+SIMULATED = simulated.start() if NAME == simulated.NAME else None
 DEVICE = torch.device(NAME)
 CPU = torch.device("cpu")
 ENGINES = ["functional", "inplace"]
@@ -29,6 +31,9 @@ CUDA = [
     ),
 ]
 """The marks of a module that runs on the device."""
+NOT_SIMULATED = pytest.mark.skipif(
+    SIMULATED is not None, reason="the simulated device has neither a compiler nor collectives"
+)
 CUDA_ONLY = pytest.mark.skipif(
     DEVICE.type != "cuda", reason=f"looks at what only CUDA has, and the device is {NAME}"
 )

@@ -8,13 +8,25 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from on_device import CUDA, DEVICE, Chain, assert_close, assert_equal, batches, losses, network, sgd
+from on_device import (
+    CUDA,
+    DEVICE,
+    NOT_SIMULATED,
+    Chain,
+    assert_close,
+    assert_equal,
+    batches,
+    losses,
+    network,
+    sgd,
+)
 from torch import Tensor, nn
 
 import gradkit as gk
 
 pytestmark = [
     *CUDA,
+    NOT_SIMULATED,
     # The compiler's own: its modules are loaded when something is first compiled.
     pytest.mark.filterwarnings("default"),
 ]

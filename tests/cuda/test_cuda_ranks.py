@@ -7,11 +7,11 @@ from functools import cache
 import pytest
 import torch
 from device_ranks import CASES, fail_on_one, train_on
-from on_device import CUDA, NAME
+from on_device import CUDA, NAME, NOT_SIMULATED
 from processes.ranks import on_ranks
 from torch import Tensor
 
-pytestmark = [*CUDA, pytest.mark.distributed]
+pytestmark = [*CUDA, NOT_SIMULATED, pytest.mark.distributed]
 
 Results = dict[str, dict[str, Tensor]]
 

@@ -15,6 +15,7 @@ from on_device import (
     DEVICE,
     ENGINES,
     METHODS,
+    SIMULATED,
     Chain,
     batches,
     chain_of,
@@ -26,7 +27,10 @@ from torch import Tensor, nn
 import gradkit as gk
 from gradkit.surgery import GramRule
 
-pytestmark = [*CUDA, CUDA_ONLY]
+pytestmark = [
+    *CUDA,
+    pytest.mark.skipif(DEVICE.type == "cpu", reason="the host is the device"),
+]
 
 THREE = ("source", "target", "third")
 # What reads nothing: no branch on a gradient.
@@ -57,6 +61,11 @@ SOLVERS = [
 def counted_waits() -> Iterator[list[str]]:
     """Where the host waits for the device, inside the block."""
     places: list[str] = []
+    if SIMULATED is not None:
+        before = SIMULATED.reads()
+        yield places
+        places += ["somewhere"] * (SIMULATED.reads() - before)
+        return
     torch.cuda.synchronize()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -130,7 +139,7 @@ def test_a_step_that_checks_numbers_waits_once(chain: str, engine: str) -> None:
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_loss_scale_waits_once(engine: str) -> None:
-    scaler = torch.amp.GradScaler("cuda", init_scale=2.0**8)
+    scaler = torch.amp.GradScaler(DEVICE.type, init_scale=2.0**8)
     optimizer, closure = warmed_up(
         "PCGrad+SAM", engine, ("source", "target"), scaler=scaler, nonfinite="raise"
     )
@@ -187,6 +196,7 @@ def plain_peak(linear: bool) -> float:
     return peak(step)
 
 
+@CUDA_ONLY
 @pytest.mark.parametrize(
     ("method", "count", "linear", "most"),
     [("PCGrad", 4, True, 5), ("SAM", 1, False, 1), ("SAM", 1, True, 1)],
