@@ -525,11 +525,13 @@ def _check_precision(base: Optimizer) -> None:
     """
     for group in base.param_groups:
         eps = group.get("eps")
-        for parameter in group["params"]:
-            if isinstance(eps, float) and eps > 0 and not parameter.new_tensor(eps).item():
+        if not isinstance(eps, float) or eps <= 0:
+            continue
+        for dtype in {parameter.dtype for parameter in group["params"]}:
+            if torch.tensor(eps, dtype=dtype, device="cpu") == 0:
                 raise ValueError(
                     f"{type(base).__name__} divides by a root plus eps={eps}, which is 0 in "
-                    f"{parameter.dtype}, so that a gradient of 0 would make a weight NaN: keep the "
+                    f"{dtype}, so that a gradient of 0 would make a weight NaN: keep the "
                     "model in float32 and adapt under torch.autocast, or pass an optimizer with a "
                     "larger eps, such as 1e-4"
                 )
