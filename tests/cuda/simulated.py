@@ -19,7 +19,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch.utils import cpp_extension
 
 SOURCE = Path(__file__).with_name("simulated.cpp")
 NAME = "simulated"
@@ -29,6 +28,8 @@ LIMIT = 600
 
 def built() -> Path:
     """The library, which is compiled if it is not there."""
+    from torch.utils import cpp_extension  # it needs setuptools, which GPU machines may not have
+
     kind = f"{torch.__version__} {sysconfig.get_config_var('EXT_SUFFIX')}"
     digest = hashlib.sha256(SOURCE.read_bytes() + kind.encode()).hexdigest()[:16]
     library = Path(__file__).parents[2] / "build" / f"simulated-{digest}.so"
