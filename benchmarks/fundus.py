@@ -19,7 +19,13 @@ from examples.common.adaptation import adapt_online
 from examples.common.bootstrap import bootstrap_interval
 from examples.common.datasets import length
 from examples.common.scores import mean_scores
-from examples.common.usage import check_writable, open_device, refuse_to_replace, require
+from examples.common.usage import (
+    UsageError,
+    check_writable,
+    open_device,
+    refuse_to_replace,
+    require,
+)
 from examples.fundus.data import open_domain
 from examples.fundus.methods import build_adapter
 from examples.fundus.sample import DICE
@@ -92,11 +98,11 @@ class Fundus(SourceModels):
         if not self.overwrite:
             files = self._files(sources)
             left = [name for name in sources if self.out / f"{name}.json" not in files]
-            require(
-                not (files and left),
-                f"{files and files[0]} is there from an earlier run; go on with the others by "
-                f"--sources {','.join(left)}, choose another --out, or replace it with --overwrite",
-            )
+            if files and left:
+                raise UsageError(
+                    f"{files[0]} is there from an earlier run; go on with the others by --sources "
+                    f"{','.join(left)}, choose another --out, or replace it with --overwrite"
+                )
             refuse_to_replace(files)
         for file in self._files(set(domains) - set(sources)):
             record = json.loads(file.read_text())

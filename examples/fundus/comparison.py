@@ -109,7 +109,11 @@ class Compare:
         targets = split_names("--targets", self.targets, others, source=self.source)
         methods = split_names("--methods", self.methods, list(METHODS))
         check_training(self.size, self.width, self.epochs)
-        size, width = self._geometry()
+        loaded = None
+        size, width = self.size or SIZE, self.width or WIDTH
+        if self.checkpoint is not None:
+            loaded = load_source_model(self.checkpoint, self.width, self.size, self.source)
+            size, width = loaded[1].size, loaded[1].width
         training = Train(
             self.data_root,
             self.source,
@@ -140,7 +144,7 @@ class Compare:
             ratio = require_cup_ratio(self.checkpoint, trained_on)
         device = open_device(self.device, self.threads)
         kept = self.out / f"{self.source}.pt"
-        if self.checkpoint is None:
+        if loaded is None:
             check_heads(methods, trained=False)
             epochs = training.check_earlier()
             check_writable(self.out)
@@ -151,7 +155,7 @@ class Compare:
                 "--resume continues a training, and --checkpoint takes the place of one; leave "
                 "one of them out",
             )
-            model, architecture = load_source_model(self.checkpoint, width, size, self.source)
+            model, architecture = loaded
             check_heads(methods, architecture.auxiliary_heads)
             if not self.overwrite:
                 refuse_to_replace_model(kept, model)
@@ -165,18 +169,6 @@ class Compare:
         # What was trained is kept: --resume goes on with the adaptation.
         with interruptible(RESUME, lambda: self.checkpoint is None):
             self._adapt(model.to(device), size, unseen, targets, methods, ratio, device)
-
-    def _geometry(self) -> tuple[int, int]:
-        """Side of the images and width of the network, by the options, the checkpoint or default.
-
-        Raises:
-            CheckpointError: the checkpoint is missing, unreadable, or of another size or width.
-        """
-        size, width = self.size, self.width
-        if self.checkpoint is not None:
-            _, found = load_source_model(self.checkpoint, width, size, self.source)
-            size, width = found.size, found.width
-        return SIZE if size is None else size, WIDTH if width is None else width
 
     def _adapt(
         self,
