@@ -1,6 +1,6 @@
 """gradkit: gradients bent before they are applied, round any torch optimizer."""
 
-from gradkit import divergence, losses, sharpness, testing, tta, weighting
+from gradkit import diagnostics, divergence, losses, sharpness, testing, tta, weighting
 from gradkit.alignment import CosineLR, LookAhead
 from gradkit.core.context import Context
 from gradkit.core.displacement import Displacement
@@ -155,6 +155,7 @@ __all__ = [
     "TrimmedMean",
     "UPGrad",
     "VaSSO",
+    "diagnostics",
     "divergence",
     "f_divergence",
     "losses",

@@ -19,7 +19,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 )
 @pytest.mark.filterwarnings(r"ignore:The '(train|test)_dataloader' does not have many workers")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_code_runs(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_runs(page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)  # some of it writes files
     module = types.ModuleType("page")  # a real one, so that what it defines can be pickled
     monkeypatch.setitem(sys.modules, "page", module)
     for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):

@@ -133,10 +133,13 @@ class Compare(TrainingOptions):
         (self.out / "table.md").write_text(table)
         save_projections(self.out / "projections.png", _shown(centres, predictions, methods))
         self._save_latents(centres, fitted, first, device)
-        histories = {name: each.gate.history for name, each in fitted.items()}
-        histories = {name: history for name, history in histories.items() if len(history)}
-        if histories:
-            save_gates(self.out / "gate.png", histories)
+        of_two = {
+            name: each.record
+            for name, each in fitted.items()
+            if {"source", "target"} <= set(each.record.names)
+        }
+        if of_two:
+            save_gates(self.out / "gate.png", of_two)
         print(table)
 
     def _save_latents(

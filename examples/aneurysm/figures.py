@@ -16,9 +16,9 @@ from sklearn.metrics import silhouette_score
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from examples.aneurysm.gate_log import COLUMNS
 from examples.common.datasets import Sample
 from examples.common.tsne import embed
+from gradkit.diagnostics import Recorder
 
 # Okabe and Ito's colours, told apart by colour-blind readers, https://jfly.uni-koeln.de/color/
 VESSEL_COLOUR, ANEURYSM_COLOUR = (0.34, 0.71, 0.91), (0.90, 0.62, 0.0)
@@ -135,20 +135,26 @@ def save_latents(
     figure.savefig(path, dpi=DPI)
 
 
-def save_gates(path: Path, histories: Mapping[str, Float[Tensor, "steps 4"]]) -> None:
-    """Saves cosine, share of aligned steps and decay over the training, a column by method."""
-    figure = Figure(figsize=(1.0 + 2.7 * len(histories), 5.4), layout="constrained")
-    grid = figure.subplots(3, len(histories), squeeze=False, sharex="col", sharey="row")
-    for column, (method, history) in zip(grid.T, histories.items(), strict=True):
-        steps = np.arange(1, len(history) + 1)
-        of = {name: history[:, k].numpy() for k, name in enumerate(COLUMNS)}
-        gate, decay = of["gate"], of["decay"]
+def save_gates(path: Path, records: Mapping[str, Recorder]) -> None:
+    """Saves cosine, share of aligned steps and decay over the training, a column by method.
+
+    Args:
+        path: of the PNG.
+        records: by method, of steps with the objectives "source" and "target".
+    """
+    figure = Figure(figsize=(1.0 + 2.7 * len(records), 5.4), layout="constrained")
+    grid = figure.subplots(3, len(records), squeeze=False, sharex="col", sharey="row")
+    for column, (method, record) in zip(grid.T, records.items(), strict=True):
+        of = record.columns()
+        steps = of["step"]
+        missing = np.full(len(steps), np.nan)
+        gate, decay = of.get("gate", missing), of.get("decay", missing)
         # What the gate compares, where there is one.
-        cosine = of["gate_cosine"] if np.isfinite(of["gate_cosine"]).all() else of["cosine"]
+        cosine = of.get("gate_cosine", record.cosine("source", "target"))
         column[0].set_title(method, fontsize=9)
         column[0].axhline(0, color="0.6", linewidth=0.8)
         column[0].plot(steps, cosine, ".", color=CENTRE_COLOURS[0], markersize=2.5)
-        if len(history) >= WINDOW:
+        if len(steps) >= WINDOW:
             smooth = np.convolve(cosine, np.ones(WINDOW) / WINDOW, mode="valid")
             column[0].plot(steps[WINDOW - 1 :], smooth, color=CENTRE_COLOURS[3], linewidth=1.4)
         for axes, values in ((column[1], np.cumsum(gate) / steps), (column[2], decay)):

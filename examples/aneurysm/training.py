@@ -15,7 +15,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
-from examples.aneurysm.gate_log import GateLog
 from examples.aneurysm.inference import score_volumes
 from examples.aneurysm.methods import Batch, Method, make_method
 from examples.aneurysm.networks import NetworkName, build_network
@@ -35,6 +34,7 @@ from examples.common.training import (
     restore,
     train,
 )
+from gradkit.diagnostics import Recorder
 
 FORMAT = "aneurysm"
 
@@ -74,14 +74,14 @@ class Fitted:
         training: As `examples.common.training` has it.
         method: That is trained.
         architecture: Of the network.
-        gate: What the gate did in each step.
+        record: Of every step: losses, cosines, and what the gate did.
         best: Path of the best validation's weights.
     """
 
     training: Training[Batch]
     method: Method
     architecture: Architecture
-    gate: GateLog
+    record: Recorder
     best: Path
 
 
@@ -174,7 +174,7 @@ def make_training(
     amp = device.type == "cuda" if settings.amp is None else settings.amp
     scaler = torch.amp.GradScaler(device.type, enabled=amp) if amp else None
     optimizer = method.wrap(student, scaler)
-    gate = GateLog(optimizer)
+    record = Recorder(optimizer)
     teacher = method.teacher
     deployed = network if teacher is None else teacher.eval()
     schedule = method.schedule()
@@ -202,7 +202,7 @@ def make_training(
     # Workers have no say in the result; names are what a message calls them.
     shared = {name: value for name, value in asdict(settings).items() if name != "workers"}
     shared["iterations per validation"] = shared.pop("interval")
-    extra: dict[str, Any] = {"gate_log": gate}
+    extra: dict[str, Any] = {"record": record}
     if teacher is not None:
         extra = {"teacher": teacher, **extra}
     training = Training(
@@ -220,7 +220,7 @@ def make_training(
         kept=() if teacher is None else ("teacher",),
         count=lambda batch: len(batch["label"]),
     )
-    return Fitted(training, method, architecture, gate, directory / "best.pt")
+    return Fitted(training, method, architecture, record, directory / "best.pt")
 
 
 def load_network(path: Path) -> tuple[nn.Module, Architecture]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import combinations
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -106,6 +109,77 @@ class StepRecord:
         i, j = self.names.index(a), self.names.index(b)
         return cosines(self._gram)[i, j].to(self.losses.dtype)
 
+    def scalars(self) -> dict[str, float]:
+        """The record as numbers by name, for a log; all are read by one copy from the device.
+
+        Names are `loss/a`, `norm/a` (the Euclidean norm of the gradient) and `weight/a` for each
+        objective `a`, `cosine/a/b` for each pair, `lr_scale` and `applied`, and, where a transform
+        has set them, `gate`, `gate_cosine`, `gate_rate` and `decay`.
+
+        Examples:
+            >>> import torch, gradkit as gk
+            >>> w = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+            >>> optimizer = gk.wrap(torch.optim.SGD([w], lr=0.1))
+            >>> _ = optimizer.step({"a": lambda: 3 * w[0], "b": lambda: w[1] - w[0]})
+            >>> for name, value in optimizer.last_step.scalars().items():
+            ...     print(name, round(value, 4))
+            loss/a 3.0
+            loss/b 1.0
+            norm/a 3.0
+            norm/b 1.4142
+            weight/a 1.0
+            weight/b 1.0
+            cosine/a/b -0.7071
+            lr_scale 1.0
+            applied 1.0
+        """
+        return scalars_of([self])[0]
+
     def __repr__(self) -> str:
         shown = ("names", "losses", "gram", "weights", "lr_scale", "gate", "decay", "applied")
         return f"StepRecord({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
+
+
+def scalars_of(records: Sequence[StepRecord]) -> list[dict[str, float]]:
+    """The numbers of several records, as `StepRecord.scalars`, by one copy for all of them."""
+    return [_scalars(record) for record in _on_host(records)]
+
+
+def _on_host(records: Sequence[StepRecord]) -> list[StepRecord]:
+    """Copies of records whose tensors are on the host."""
+    held = [
+        (number, field.name, value)
+        for number, record in enumerate(records)
+        for field in fields(record)
+        if isinstance(value := getattr(record, field.name), Tensor)
+    ]
+    if not held:
+        return []
+    read = torch.cat([value.detach().reshape(-1) for _, _, value in held]).cpu()
+    changed: list[dict[str, Any]] = [{} for _ in records]
+    parts = torch.split(read, [value.numel() for _, _, value in held])
+    for (number, name, value), part in zip(held, parts, strict=True):
+        changed[number][name] = part.reshape(value.shape)
+    return [replace(record, **changes) for record, changes in zip(records, changed, strict=True)]
+
+
+def _scalars(record: StepRecord) -> dict[str, float]:
+    """The numbers of a record that is on the host."""
+    by_objective = {
+        "loss": record.losses.tolist(),
+        "norm": record._gram.diagonal().sqrt().tolist(),
+        "weight": record.weights.tolist(),
+    }
+    found: dict[str, float] = {}
+    for kind, values in by_objective.items():
+        named = zip(record.names, values, strict=True)
+        found.update((f"{kind}/{name}", value) for name, value in named)
+    cosine = cosines(record._gram).tolist()
+    for (i, a), (j, b) in combinations(enumerate(record.names), 2):
+        found[f"cosine/{a}/{b}"] = cosine[i][j]
+    for name in ("lr_scale", "gate", "gate_cosine", "gate_rate", "decay"):
+        value = getattr(record, name)
+        if value is not None:
+            found[name] = float(value)
+    found["applied"] = float(record.applied)
+    return found

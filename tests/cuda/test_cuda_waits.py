@@ -137,6 +137,21 @@ def test_a_step_that_checks_numbers_waits_once(chain: str, engine: str) -> None:
     assert len(places) == 1  # the record is read when somebody asks
 
 
+def test_a_recorder_waits_when_it_is_asked() -> None:
+    optimizer, closure = warmed_up("GraTa's", "inplace", THREE, nonfinite="ignore")
+    recorder = gk.diagnostics.Recorder(optimizer)
+    with counted_waits() as places:
+        for _ in range(5):
+            optimizer.step(closure)
+    assert not places
+    with counted_waits() as places:
+        columns = recorder.columns()
+    assert len(places) == 1
+    last = optimizer.last_step
+    assert columns["loss/target"][-1] == float(last.losses[1])
+    assert columns["lr_scale"][-1] == pytest.approx(float(last.lr_scale))
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_loss_scale_waits_once(engine: str) -> None:
     scaler = torch.amp.GradScaler(DEVICE.type, init_scale=2.0**8)
