@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from itertools import combinations
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -142,44 +142,39 @@ class StepRecord:
 
 def scalars_of(records: Sequence[StepRecord]) -> list[dict[str, float]]:
     """The numbers of several records, as `StepRecord.scalars`, by one copy for all of them."""
-    return [_scalars(record) for record in _on_host(records)]
-
-
-def _on_host(records: Sequence[StepRecord]) -> list[StepRecord]:
-    """Copies of records whose tensors are on the host."""
-    held = [
+    tensors = [
         (number, field.name, value)
         for number, record in enumerate(records)
         for field in fields(record)
         if isinstance(value := getattr(record, field.name), Tensor)
     ]
-    if not held:
+    if not tensors:
         return []
-    read = torch.cat([value.detach().reshape(-1) for _, _, value in held]).cpu()
-    changed: list[dict[str, Any]] = [{} for _ in records]
-    parts = torch.split(read, [value.numel() for _, _, value in held])
-    for (number, name, value), part in zip(held, parts, strict=True):
-        changed[number][name] = part.reshape(value.shape)
-    return [replace(record, **changes) for record, changes in zip(records, changed, strict=True)]
+    read = torch.cat([value.detach().reshape(-1) for _, _, value in tensors]).tolist()
+    values: list[dict[str, list[float]]] = [{} for _ in records]
+    first = 0
+    for number, name, value in tensors:
+        values[number][name] = read[first : first + value.numel()]
+        first += value.numel()
+    return [_scalars(record, found) for record, found in zip(records, values, strict=True)]
 
 
-def _scalars(record: StepRecord) -> dict[str, float]:
-    """The numbers of a record that is on the host."""
-    by_objective = {
-        "loss": record.losses.tolist(),
-        "norm": record._gram.diagonal().sqrt().tolist(),
-        "weight": record.weights.tolist(),
-    }
+def _scalars(record: StepRecord, read: Mapping[str, list[float]]) -> dict[str, float]:
+    """A record's numbers by name, from those that were read of its tensors."""
+    names, gram = record.names, read["_gram"]
+    count = len(names)
+    norms = [math.sqrt(square) if square >= 0 else math.nan for square in gram[:: count + 1]]
+    weights = read.get("_weights", record._weights)
     found: dict[str, float] = {}
-    for kind, values in by_objective.items():
-        named = zip(record.names, values, strict=True)
-        found.update((f"{kind}/{name}", value) for name, value in named)
-    cosine = cosines(record._gram).tolist()
-    for (i, a), (j, b) in combinations(enumerate(record.names), 2):
-        found[f"cosine/{a}/{b}"] = cosine[i][j]
+    for kind, values in ("loss", read["losses"]), ("norm", norms), ("weight", weights):
+        found.update((f"{kind}/{name}", x) for name, x in zip(names, values, strict=True))
+    for (i, a), (j, b) in combinations(enumerate(names), 2):
+        product = norms[i] * norms[j]
+        cosine = gram[i * count + j] / product if product else 0.0
+        found[f"cosine/{a}/{b}"] = min(max(cosine, -1.0), 1.0)
     for name in ("lr_scale", "gate", "gate_cosine", "gate_rate", "decay"):
-        value = getattr(record, name)
+        value = getattr(record, f"_{name}")
         if value is not None:
-            found[name] = float(value)
+            found[name] = read[f"_{name}"][0] if isinstance(value, Tensor) else value
     found["applied"] = float(record.applied)
     return found
