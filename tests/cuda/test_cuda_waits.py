@@ -47,6 +47,9 @@ CHAINS: dict[str, Chain] = {
     "UW": lambda model: (gk.UW(),),
     "GLS": lambda model: (gk.GLS(),),
     "RLW": lambda model: (gk.RLW(),),
+    "IMTLL": lambda model: (gk.IMTLL(),),
+    "PBI": lambda model: (gk.PBI({"source": 1.0, "target": 2.0, "third": 0.5}),),
+    "COSMOS": lambda model: (gk.COSMOS({"source": 1.0, "target": 2.0, "third": 0.5}),),
     "EMA": lambda model: (gk.EMA(model, decay=0.9),),
 }
 # Rules by Gram matrix, and whether they read it, once.
