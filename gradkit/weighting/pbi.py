@@ -27,7 +27,8 @@ class PBI(LossWeighting):
     of the Pareto front on the ray, also where the front is concave and no weighted sum ends. On the
     way there, an objective whose loss is too small for the ray may have a negative weight, so that
     its loss rises. On the ray itself d₂ has no gradient, and w = u; the weights jump from one side
-    of the ray to the other, so that steps of constant size oscillate about it.
+    of the ray to the other, so that steps of constant size oscillate about it. With the default θ
+    this cost most of the progress where it was measured (docs/alignment.md).
 
     The formula is MOEA/D's for minimisation, and TorchJD's, which adds 1e-12 to d₂². The paper
     itself was not available.
