@@ -38,6 +38,7 @@ CHAINS: dict[str, Chain] = {
     "none": lambda model: (),
     "PCGrad": lambda model: (gk.PCGrad(),),
     "SAM": lambda model: (gk.SAM(rho=0.1),),
+    "DISAM": lambda model: (gk.DISAM(sizes={"source": 1.0, "target": 2.0, "third": 3.0}),),
     "PCGrad+SAM": lambda model: (gk.PCGrad(), gk.SAM(rho=0.1)),
     "LookAhead": lambda model: (gk.LookAhead("source", "target"),),
     "GraTa's": lambda model: (gk.LookAhead("source", "target"), gk.CosineLR("source", "target")),
