@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from benchmarks.machine import describe_machine
 from benchmarks.source_models import SourceModels
+from benchmarks.tables import with_ends
 from examples.common.adaptation import adapt_online
-from examples.common.bootstrap import bootstrap_interval
 from examples.common.datasets import length
 from examples.common.scores import mean_scores
 from examples.common.usage import (
@@ -143,9 +143,9 @@ class Fundus(SourceModels):
                     "n": length(samples),
                     **mean_scores(stream.scores),
                     "mean": sum(means) / len(means),
-                    "interval": bootstrap_interval(means, self.seed),
+                    "interval": pooled_interval([means], self.seed),
                     "difference": sum(difference) / len(difference),
-                    "difference_interval": bootstrap_interval(difference, self.seed),
+                    "difference_interval": pooled_interval([difference], self.seed),
                     "differences": [round(value, 4) for value in difference],
                     "cosine": _mean(stream.cosines),
                     "lr_scale": _mean(stream.lr_scales),
@@ -182,14 +182,14 @@ def make_table(files: Iterable[Path]) -> str:
     for name in names:
         group = [by_key[(*pair, name)] for pair in pairs]
         differences = [row["difference"] for row in group]
-        low, high = pooled_interval([row["differences"] for row in group], records[0]["seed"])
+        ends = pooled_interval([row["differences"] for row in group], records[0]["seed"])
         cosines = [row["cosine"] for row in group if row["cosine"] is not None]
         learns = name.startswith(("TENT", "GraTa"))
         lr = f"{group[0]['lr']:g}" if learns else "-"
         statistics = "source" if name == "No Adapt" else group[0]["statistics"]
         lines.append(
             f"| {name} | {statistics} | {lr} | {_average(row['mean'] for row in group):.2f} "
-            f"| {_average(differences):+.2f} [{low:+.2f}, {high:+.2f}] "
+            f"| {with_ends(_average(differences), ends, sign='+')} "
             f"| {min(differences):+.2f} to {max(differences):+.2f} "
             f"| {f'{_average(cosines):+.2f}' if cosines else '-'} |"
         )
@@ -202,8 +202,7 @@ def make_table(files: Iterable[Path]) -> str:
         cells = []
         for name in names:
             row = by_key[(*pair, name)]
-            low, high = row["interval"]
-            cells.append(f"{row['mean']:.1f} [{low:.1f}, {high:.1f}]")
+            cells.append(with_ends(row["mean"], row["interval"], 1))
         count = by_key[(*pair, names[0])]["n"]
         lines.append(f"| {pair[0]} → {pair[1]} | {count} | {' | '.join(cells)} |")
     machine = ", ".join(f"{key} {value}" for key, value in records[0]["machine"].items())
@@ -220,8 +219,13 @@ def make_table(files: Iterable[Path]) -> str:
 
 def pooled_interval(
     groups: Sequence[Sequence[float]], seed: int, resamples: int = 2000
-) -> tuple[float, float]:
-    """The 95% bootstrap interval of the mean of group means, resampling within each group."""
+) -> tuple[float, float] | None:
+    """The 95% bootstrap interval of the mean of group means, resampling within each group.
+
+    None if a group has one value only, which says nothing of how its values vary.
+    """
+    if any(len(group) < 2 for group in groups):
+        return None
     generator = torch.Generator().manual_seed(seed)
     total = torch.zeros(resamples, dtype=torch.float64)
     for group in groups:

@@ -61,8 +61,19 @@ def interval(row: Row, digits: int = 2) -> str:
         >>> interval({"value": 1.25, "low": 1.0, "high": 1.5})
         '1.25 [1.00, 1.50]'
     """
-    value, low, high = (row[key] for key in ("value", "low", "high"))
-    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    return with_ends(row["value"], (row["low"], row["high"]), digits)
+
+
+def with_ends(value: float, ends: Sequence[float] | None, digits: int = 2, sign: str = "") -> str:
+    """A value with the ends of its interval; with a dash where there is none.
+
+    Example:
+        >>> with_ends(1.25, (1.0, 1.5), 1, "+"), with_ends(1.25, None)
+        ('+1.2 [+1.0, +1.5]', '1.25 [-]')
+    """
+    form = f"{sign}.{digits}f"
+    inside = "-" if ends is None else ", ".join(f"{end:{form}}" for end in ends)
+    return f"{value:{form}} [{inside}]"
 
 
 def section(title: str, *parts: str) -> list[str]:

@@ -72,7 +72,7 @@ from gradkit.surgery import (
     UPGrad,
 )
 from gradkit.teachers import EMA, GatedEMA
-from gradkit.weighting import DWA, FAMO, GLS, RLW, STCH, UW
+from gradkit.weighting import COSMOS, DWA, FAMO, GLS, IMTLL, PBI, RLW, STCH, UW
 
 __version__ = "0.1.0"
 
@@ -80,6 +80,7 @@ __all__ = [
     "AESAM",
     "ASAM",
     "BSAM",
+    "COSMOS",
     "CRMOGM",
     "CRSAM",
     "DBMTL",
@@ -94,9 +95,11 @@ __all__ = [
     "GSEMA",
     "IDGM",
     "IMTLG",
+    "IMTLL",
     "MGDA",
     "MLDG",
     "MSAM",
+    "PBI",
     "PCD",
     "RLW",
     "SAGM",

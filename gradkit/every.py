@@ -81,6 +81,8 @@ def Every(k: int, transform: Transform) -> Transform:  # noqa: N802 # it stands 
             f"{transform!r} makes a step of its own out of the gradient, so that a plain step in "
             "between would not go with it; use it in every step"
         )
+    if isinstance(transform, _EveryWeighting):  # whose last weights would be kept twice
+        k, transform = k * transform.k, transform.transform
     return (
         _EveryWeighting(k, transform) if isinstance(transform, Weighting) else _Every(k, transform)
     )
@@ -114,11 +116,15 @@ class _Inside(Transform):
 
     def _is_due(self, context: Context | None = None) -> bool:
         """Whether the transform takes part in the present step."""
-        count: int = self.state[self._key]
-        return (count - (context is not None and context.committed)) % self.k == 0
+        return (self._steps - (context is not None and context.committed)) % self.k == 0
+
+    @property
+    def _steps(self) -> int:
+        steps: int | None = self.state[self._key]
+        return steps or 0  # None after a reset() of the transform inside
 
     def _count(self, context: Context) -> None:
-        context.propose(self, **{self._key: self.state[self._key] + 1})
+        context.propose(self, **{self._key: self._steps + 1})
 
     @property
     def needs_rows(self) -> bool:  # type: ignore[override]  # an attribute of most transforms
@@ -213,6 +219,9 @@ class _EveryWeighting(_Inside, Weighting):
     def __init__(self, k: int, transform: Weighting) -> None:
         super().__init__(k, transform)
         self.scope = transform.scope
+        if transform.state:  # one memory for both: `FAMO.update` changes it, and a user reads it
+            self.__dict__["_state"] = transform.state
+            self.state[_KEPT] = None
         self.state[self._key] = 0
 
     @property
@@ -229,10 +238,6 @@ class _EveryWeighting(_Inside, Weighting):
 
     def init(self, count: int) -> dict[str, Tensor]:
         return {**self.transform.init(count), _KEPT: torch.ones(count)}
-
-    def reset(self) -> None:
-        super().reset()
-        self.state[self._key] = 0
 
     def weigher(self, context: Context) -> Any:
         self._count(context)

@@ -237,6 +237,72 @@ def test_a_teacher_moves_in_every_kth_step_only() -> None:
     assert moved == [True, False, True, False]
 
 
+def test_the_teacher_inside_is_at_hand() -> None:
+    model = nn.Linear(2, 1)
+    for teacher in (gk.EMA(model, decay=0.5), gk.GatedEMA(model)):
+        every: Any = gk.Every(2, gk.Every(2, teacher))
+        assert every.teacher is teacher.teacher
+        assert every.student is model
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_famo_learns_from_losses_after_every_kth_step_on_its_batch(saved: bool) -> None:
+    model, famo = network(), gk.FAMO(lr=0.3)
+    optimizer = wrapped(model, gk.Every(3, famo))
+    xi = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    adam = torch.optim.Adam([xi], lr=0.3, weight_decay=1e-3)
+    for number, x in enumerate(batches(7)):
+        if saved and number == 4:
+            state = copy.deepcopy(optimizer.state_dict())
+            famo = gk.FAMO(lr=0.3)
+            optimizer = wrapped(model, gk.Every(3, famo))
+            optimizer.load_state_dict(state)
+        before = torch.stack([*together(model, x).values()]).detach()
+        if number % 3 == 0:
+            shares = xi.detach().softmax(0) / before
+            weights = shares / shares.sum()
+        optimizer.step(lambda x=x: together(model, x))
+        torch.testing.assert_close(optimizer.last_step.weights, weights, rtol=1e-7, atol=0)
+        with torch.no_grad():
+            after = together(model, x)
+        if number % 3 == 0:
+            fall = before.log() - torch.stack([*after.values()]).log()
+            (xi.grad,) = torch.autograd.grad(xi.softmax(0), xi, grad_outputs=fall)
+            adam.step()
+        famo.update(after)
+        torch.testing.assert_close(famo.state["xi"], xi.detach(), rtol=1e-6, atol=1e-9)
+    assert float(xi.detach().abs().min()) > 0.1
+
+
+def test_a_rule_that_is_reset_starts_its_count_anew() -> None:
+    model, uw = network(), gk.UW(lr=0.5)
+    every = gk.Every(3, uw)
+    uw(torch.ones(2))  # which an optimizer forgets
+    optimizer = wrapped(model, every)
+    found = []
+    for number, x in enumerate(batches(6)):
+        if number == 4:
+            uw.reset()
+        optimizer.step(lambda x=x: together(model, x))
+        found.append(optimizer.last_step.weights)
+    assert torch.equal(found[0], found[2])
+    assert not torch.equal(found[2], found[3])
+    assert torch.equal(found[4], found[0])
+    assert torch.equal(found[5], found[0])
+
+
+def test_of_two_numbers_of_steps_the_product_counts() -> None:
+    model, once = network(), network()
+    nested, plain = (
+        wrapped(model, gk.Every(2, gk.Every(3, gk.MGDA()))),
+        wrapped(once, gk.Every(6, gk.MGDA())),
+    )
+    for x in batches(7):
+        nested.step(lambda x=x: together(model, x))
+        plain.step(lambda x=x: together(once, x))
+        assert torch.equal(nested.last_step.weights, plain.last_step.weights)
+
+
 def test_the_auxiliary_objective_of_a_look_ahead_stays_an_observer() -> None:
     w = nn.Parameter(torch.tensor([1.0]))
     optimizer = gk.wrap(torch.optim.SGD([w], lr=0.5), gk.Every(2, gk.LookAhead()))

@@ -16,8 +16,12 @@ RULES: tuple[type[gk.Transform], ...] = (
     gk.CosineGate, gk.GradDrop, gk.AgrSum, gk.AgrRand, gk.ANDMask, gk.SANDMask, gk.GSMorph, gk.Krum,
     gk.TrimmedMean, gk.PCD, gk.CRMOGM, gk.MoDo, gk.ExcessMTL,
 )  # fmt: skip
-OTHERS: tuple[type[gk.Transform], ...] = (gk.GradNorm, gk.DBMTL, gk.Fish, gk.IDGM, gk.MLDG)
-WEIGHTINGS: tuple[type[gk.Transform], ...] = (gk.RLW, gk.UW, gk.DWA, gk.GLS, gk.FAMO, gk.STCH)
+OTHERS: tuple[type[gk.Transform], ...] = (
+    gk.GradNorm, gk.DBMTL, gk.MoCo, gk.Fish, gk.IDGM, gk.MLDG,
+)  # fmt: skip
+WEIGHTINGS: tuple[type[gk.Transform], ...] = (
+    gk.RLW, gk.UW, gk.IMTLL, gk.DWA, gk.GLS, gk.FAMO, gk.STCH, gk.PBI, gk.COSMOS,
+)  # fmt: skip
 
 STRATEGIES: dict[str, Callable[..., gk.Transform]] = {
     kind.__name__: kind for kind in (*RULES, *OTHERS, *WEIGHTINGS)

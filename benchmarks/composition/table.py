@@ -7,6 +7,7 @@ from benchmarks.composition.gates import all_gates, cues, cup_at, weights
 from benchmarks.composition.student import STUDENTS
 from benchmarks.composition.variants import VARIANTS
 from benchmarks.fundus import pooled_interval
+from benchmarks.tables import with_ends
 from examples.common.metrics import mean
 
 BASELINE, PTBN, FUSED, GATED = "No Adapt", "PTBN", "fused (fixed per class)", "gated"
@@ -40,14 +41,14 @@ def variant_row(name: str, records: Sequence[Record]) -> str:
     differences = [gains(record, name) for record in records]
     means = [[mean(image) for image in pair] for pair in differences]
     pairs = [mean(pair) for pair in means]
-    low, high = pooled_interval(means, records[0]["made_with"]["seed"])
+    ends = pooled_interval(means, records[0]["made_with"]["seed"])
     dice = mean([mean([mean(e["scores"][name]) for e in r["images"]]) for r in records])
     disc, cup = (mean([mean([image[c] for image in pair]) for pair in differences]) for c in (0, 1))
     worse = mean([mean([float(value < -WORSE) for value in pair]) for pair in means])
     variant = {**VARIANTS, **STUDENTS}[name]
     cost = f"{variant.passes}" + (f" + {variant.backwards} back" if variant.backwards else "")
     return (
-        f"| {name} | {cost} | {dice:.2f} | {mean(pairs):+.2f} [{low:+.2f}, {high:+.2f}] | "
+        f"| {name} | {cost} | {dice:.2f} | {with_ends(mean(pairs), ends, sign='+')} | "
         f"{disc:+.2f} | {cup:+.2f} | {min(pairs):+.2f} to {max(pairs):+.2f} | {100 * worse:.0f}% |"
     )
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import mean
 from typing import Any
 
-from benchmarks.tables import Column, table_of
+from benchmarks.tables import Column, table_of, with_ends
 from benchmarks.tta.published import DOMAINS, PAIRS, figures_of
 from benchmarks.tta.tables import PREDICTIONS
 from examples.fundus.objectives import OBJECTIVES
@@ -207,9 +207,8 @@ def _fourth_figure(record: Mapping[str, Any]) -> list[str]:
     ]
     average: Column = (
         "average [95% interval]",
-        lambda line: (
-            f"{mean(line['empirical_by_source'].values()):+.3f} "
-            f"[{line['empirical_interval'][0]:+.3f}, {line['empirical_interval'][1]:+.3f}]"
+        lambda line: with_ends(
+            mean(line["empirical_by_source"].values()), line["empirical_interval"], 3, "+"
         ),
     )
     above: Column = ("above 0, %", lambda line: f"{100 * line['empirical_positive']:.0f}")
@@ -231,9 +230,7 @@ def _scores(record: Mapping[str, Any]) -> list[Column]:
     columns.append(
         (
             "average [95% interval]",
-            lambda line: (
-                f"{line['mean']:.2f} [{line['interval'][0]:.2f}, {line['interval'][1]:.2f}]"
-            ),
+            lambda line: with_ends(line["mean"], line["interval"]),
         )
     )
     if record["seeds"] > 1:
@@ -267,8 +264,7 @@ def _against(name: str, title: str) -> list[Column]:
 
 def _difference(line: Line, name: str) -> str:
     found = line["against"][name]
-    low, high = found["interval"]
-    return f"{found['difference']:+.2f} [{low:+.2f}, {high:+.2f}]"
+    return with_ends(found["difference"], found["interval"], sign="+")
 
 
 def _probability(p: float) -> str:

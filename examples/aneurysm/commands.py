@@ -147,12 +147,15 @@ class Evaluate:
         centre = architecture.held_out if self.centre is None else self.centre
         split_names("--centre", centre, available_centres(self.data_root), single=True)
         size = architecture.size
-        note = lost(check(self.data_root, [centre], size, unlabelled=[centre]), size)
+        checked = check(self.data_root, [centre], size, unlabelled=[centre])
+        note = lost(checked, size)
         if note is not None:
             print(note, file=sys.stderr)
         device = open_device(self.device, self.threads)
         check_writable(self.out)
-        samples = open_centre(self.data_root, centre, size, length=self.volumes, labels=False)
+        samples = open_centre(
+            self.data_root, centre, size, length=self.volumes, labels=False, checked=checked
+        )
         cases, predictions = score_volumes(
             network.to(device), samples, architecture.patch, device, architecture.mirror
         )

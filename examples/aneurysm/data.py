@@ -70,12 +70,14 @@ class Checked:
 
     Attributes:
         entry: Of the list.
+        sample: As a network sees it; the target of a volume without a label is NaN.
         labelled: Whether its label has an aneurysm.
         shown: Whether it still has one at the size of training.
         digest: SHA-256 of the image's values.
     """
 
     entry: Entry
+    sample: Sample
     labelled: bool
     shown: bool
     digest: bytes
@@ -259,11 +261,11 @@ def to_label(target: Float[Tensor, "2 ..."]) -> Shaped[Tensor, "..."]:
     return (target[0] + 2 * target[1]).long()
 
 
-def read_sample(entry: Entry, size: int) -> tuple[Sample, Checked]:
+def read_sample(entry: Entry, size: int) -> Checked:
     """Reads a volume as a network sees it, and what is to be known of it.
 
     Args:
-        entry: Of the list; the target of a volume without a label is NaN.
+        entry: Of the list.
         size: Voxels along the longest side.
 
     Raises:
@@ -287,7 +289,8 @@ def read_sample(entry: Entry, size: int) -> tuple[Sample, Checked]:
         labelled = bool((label.voxels == ANEURYSM).any())
         shown = bool(target[ANEURYSM - 1].any())
     digest = hashlib.sha256(np.ascontiguousarray(volume.voxels)).digest()
-    return Sample(entry.name, normalise(image), target), Checked(entry, labelled, shown, digest)
+    sample = Sample(entry.name, normalise(image), target)
+    return Checked(entry, sample, labelled, shown, digest)
 
 
 class Angiograms(Dataset[Sample]):
@@ -298,15 +301,26 @@ class Angiograms(Dataset[Sample]):
         centre: Which volumes.
         size: Voxels along the longest side of a volume.
         labels: Whether all must have a label; targets of those without one are NaN.
+        checked: Volumes that `check` has read at this size, which are not read again.
 
     Raises:
         DataError: The list is missing or wrong, or has no such centre; on access, if a volume is.
     """
 
-    def __init__(self, root: str | Path, centre: str, size: int, labels: bool = True) -> None:
+    def __init__(
+        self,
+        root: str | Path,
+        centre: str,
+        size: int,
+        labels: bool = True,
+        checked: Iterable[Checked] = (),
+    ) -> None:
         self.entries = entries_of(root, centre, labels)
         self.size = size
-        self._read: dict[int, Sample] = {}
+        known = {each.entry: each.sample for each in checked}
+        self._read = {
+            index: known[entry] for index, entry in enumerate(self.entries) if entry in known
+        }
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -314,7 +328,7 @@ class Angiograms(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         index = range(len(self.entries))[index]  # counts from the end where negative
         if index not in self._read:
-            self._read[index], _ = read_sample(self.entries[index], self.size)
+            self._read[index] = read_sample(self.entries[index], self.size).sample
         return self._read[index]
 
 
@@ -342,6 +356,7 @@ def open_centre(
     seed: int = 0,
     length: int | None = None,
     labels: bool = True,
+    checked: Iterable[Checked] = (),
 ) -> Dataset[Sample]:
     """Opens a centre of a folder, or a synthetic one.
 
@@ -352,6 +367,7 @@ def open_centre(
         seed: Seed of a synthetic centre.
         length: Number of synthetic volumes; None is 10. A folder's are all used.
         labels: Whether all of a folder's must have a label; targets of those without one are NaN.
+        checked: A folder's volumes that `check` has read at this size, which are not read again.
 
     Raises:
         DataError: The folder, the list or the centre is missing or wrong.
@@ -360,7 +376,7 @@ def open_centre(
         if centre not in CENTRES:
             raise DataError(f"no synthetic centre {centre!r}; choose from {', '.join(CENTRES)}")
         return _Normalised(SyntheticAngiograms(centre, length or SYNTHETIC_LENGTH, size, seed))
-    return Angiograms(root, centre, size, labels)
+    return Angiograms(root, centre, size, labels, checked)
 
 
 def check(
@@ -396,7 +412,7 @@ def check(
     checked = []
     seen: dict[bytes, Entry] = {}
     for entry in entries:
-        _, found = read_sample(entry, size)
+        found = read_sample(entry, size)
         if found.digest in seen:
             raise DataError(
                 f"{entry.image} and {seen[found.digest].image} are the same volume; list it once, "
@@ -414,7 +430,8 @@ def lost(checked: Iterable[Checked], size: int) -> str | None:
 
     Example:
         >>> entry = Entry("a.nii", Path("a.nii"), Path("b.nii"), "a", "volume 1")
-        >>> found = [Checked(entry, True, shown, b"") for shown in (True, False)]
+        >>> sample = Sample("a.nii", torch.zeros(1, 2, 2, 2), torch.zeros(2, 2, 2, 2))
+        >>> found = [Checked(entry, sample, True, shown, b"") for shown in (True, False)]
         >>> print(lost(found, 32))
         at size 32 the aneurysm of 1 of 2 volume(s), first a.nii, has no voxel; choose a larger size
     """

@@ -154,7 +154,7 @@ class TrainingOptions:
         if note is not None:
             print(note, file=sys.stderr)
         centres = {
-            name: open_centre(self.data_root, name, self.size, length=self.volumes)
+            name: open_centre(self.data_root, name, self.size, length=self.volumes, checked=checked)
             for name in names
             if scored or name not in held_out
         }

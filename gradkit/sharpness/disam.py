@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from gradkit.core.arguments import check_number
 from gradkit.core.context import Context
@@ -19,24 +21,31 @@ from gradkit.sharpness.ascent import Ascent, check_one_step
 class DISAM(Ascent):
     """Domain-inspired SAM ([Zhang et al., ICLR 2024](https://arxiv.org/abs/2405.18861)).
 
-    With one objective for each of K domains:
+    With one objective for each of K domains, of n_k samples among N:
 
-        g = ∇[1/K·Σ_k L_k − λ·Var_k(L_k)] = Σ_k (1 − 2·λ·(L_k − L̄))/K·∇L_k
-        step on 1/K·Σ_k ∇L_k(θ + ρ·g/(‖g‖ + 1e-12))
+        g = ∇[Σ_k n_k/N·L_k − λ·Var_k(L_k)] = Σ_k (n_k/N − 2·λ·(L_k − L̄)/K)·∇L_k
+        step on Σ_k n_k/N·∇L_k(θ + ρ·g/(‖g‖ + 1e-12))
 
     Domains whose loss is above the mean have less say in the ascent, which otherwise follows those
-    that have converged least. The variance is the population's. The authors' code takes the mean
-    loss over all samples of a batch, which is the same for domains with equally many.
+    that have converged least. The variance, and the mean L̄ in it, are of the population of domains,
+    each of which counts once, whatever its size. So they are in the authors' code, whose first term
+    is the mean loss over all samples of the batch. By default all domains are of the same size.
 
     Cost: two gradients of each domain. Memory: K + 2 flat vectors. State: none.
 
     Args:
         rho: The ascent radius ρ ≥ 0.
-        lmbda: λ ≥ 0, the weight of the variance; 0 is SAM on the domains' mean.
+        lmbda: λ ≥ 0, the weight of the variance; 0 is SAM on the mean over samples.
+        sizes: n_k > 0 by the objectives' names, on all ranks together; None where all are equal.
+            Where batches differ, assign it before each step. It may hold domains that are absent.
         only: Which parameters are displaced; see `Ascent`.
         adaptive: Whether the ascent is scaled by the weights; see `Ascent`.
         eta: η ≥ 0, with `adaptive`.
         sync_perturbation: Whether all ranks displace their weights alike; see `Ascent`.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If an argument is outside its range; in `step`, if an objective has no size.
 
     Examples:
         >>> import torch, gradkit as gk
@@ -45,15 +54,30 @@ class DISAM(Ascent):
         >>> _ = optimizer.step({"a": lambda: w[0] ** 2, "b": lambda: 3 * w[1] ** 2})
         >>> w.grad  # weights 1.5/2 and 0.5/2, so that g = (1.5, 1.5): (1 + e) * (1, 3), e = 1.5811
         tensor([2.5811, 7.7434])
+        >>> disam = gk.DISAM(rho=0.0, sizes={"a": 10, "b": 30})
+        >>> optimizer = gk.wrap(torch.optim.SGD([w], lr=1.0), disam)
+        >>> w.data = torch.tensor([1.0, 1.0])
+        >>> _ = optimizer.step({"a": lambda: w[0] ** 2, "b": lambda: 3 * w[1] ** 2})
+        >>> w.grad  # 1/4 * 2 and 3/4 * 6
+        tensor([0.5000, 4.5000])
     """
 
     lmbda: float = 0.1
+    sizes: Mapping[str, int | float] | None = None
     needs_several = True
     joins = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number("lmbda", self.lmbda, least=0)
+        if self.sizes is not None:
+            if not isinstance(self.sizes, Mapping):
+                raise TypeError(
+                    f"sizes is {self.sizes!r}; pass a mapping from the objectives' names to their "
+                    "numbers of samples"
+                )
+            for name, size in self.sizes.items():
+                check_number(f"the size of {name!r}", size, above=0)
         check_one_step(self)
 
     def around(self, inner: Oracle, context: Context) -> Oracle:
@@ -66,11 +90,31 @@ class DISAM(Ascent):
             losses = first.losses.to(first.weights)
             every = len(active) == len(losses)  # indexing by a list makes the host wait for a GPU
             excess = losses - (losses if every else losses[active]).mean()
-            share = (1 - 2 * self.lmbda * excess) / len(active)
-            point = self.above(first.reweighted(share), at, context)
-            count = len(active)
+            shares = self._shares(first)
+            ascended = shares - 2 * self.lmbda * excess / len(active)
+            point = self.above(first.reweighted(ascended), at, context)
             del first  # and its rows, before the second evaluation
-            there = inner(point, only)
-            return there.reweighted(torch.full_like(there.weights, 1 / count))
+            return inner(point, only).reweighted(shares)
 
         return oracle
+
+    def _shares(self, gradients: Gradients) -> Float[Tensor, " K"]:
+        """n_k/N of each objective; 0 of observers.
+
+        Raises:
+            ValueError: If one has no size.
+        """
+        weights, active = gradients.weights, gradients.active
+        if self.sizes is None:
+            return torch.full_like(weights, 1 / len(active))
+        names = [gradients.names[k] for k in active]
+        for name in names:
+            if name not in self.sizes:
+                raise ValueError(
+                    f"sizes has no number for the objective {name!r}; it has numbers for "
+                    f"{', '.join(map(repr, self.sizes))}"
+                )
+        total = sum(self.sizes[name] for name in names)
+        numbers = [self.sizes[name] / total if name in names else 0.0 for name in gradients.names]
+        shares = torch.tensor(numbers, dtype=weights.dtype, device="cpu")
+        return shares.to(weights.device, non_blocking=True)  # so that the host does not wait

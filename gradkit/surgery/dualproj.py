@@ -21,8 +21,9 @@ class DualProj(GramRule):
 
         d = π(Σ_i p_i g_i),   π onto {d : ⟨d, g_j⟩ ≥ 0 for all j}
 
-    In terms of weights, d = vᵀJ with v = argmin vᵀGv over v ≥ p. Gradient episodic memory projects
-    the present task's gradient in this way; the name and the mean are those of [Quinton & Rey,
+    In terms of weights, d = vᵀJ with v = argmin vᵀGv over v ≥ p. Gradient episodic memory (GEM)
+    projects the present task's gradient in this way: p = 1 for it, 0 for the earlier tasks, and
+    reg = 0. The name and the mean are those of [Quinton & Rey,
     2024](https://arxiv.org/abs/2406.16232). With reg = 0 the result conflicts with no gradient;
     otherwise ⟨d, g_j⟩ ≥ −reg·trace(G)·w_j, w being the weights.
 

@@ -30,6 +30,9 @@ class GSMorph(GramRule):
     off one after the other, in their order (as PCGrad does for one gradient), so that only the last
     one is guaranteed not to conflict with d.
 
+    With scope "global" and the loss on stored samples of earlier tasks as the auxiliary one, this
+    is A-GEM ([Chaudhry et al., ICLR 2019](https://arxiv.org/abs/1812.00420)).
+
     Homogeneous of degree 1. Cost: none beyond the gradients. State: none.
 
     Args:

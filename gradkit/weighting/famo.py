@@ -104,8 +104,8 @@ class FAMO(LossWeighting):
 
         The next step then leaves ξ as it is. Losses of objectives that took no part in the last
         step change nothing, nor does a call after a step that was skipped. Where several ranks
-        train together, pass losses that are averaged over them. Inside `gk.Every`, which keeps the
-        memory itself, there is nothing to update.
+        train together, pass losses that are averaged over them. Inside `gk.Every(k, ...)` a call
+        after each step learns from every k-th only.
 
         Args:
             losses: The losses by the objectives' names.
@@ -131,7 +131,7 @@ class FAMO(LossWeighting):
             if name not in known:
                 raise ValueError(
                     f"there has been no step with the objective {name!r}; call update() after a "
-                    "step, with losses by the objectives' names, and not inside gk.Every()"
+                    "step, with losses by the objectives' names"
                 )
         numbers = {name: float(loss) for name, loss in losses.items()}
         wrong = self.objection(numbers) or next(

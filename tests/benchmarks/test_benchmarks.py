@@ -76,6 +76,7 @@ def test_fundus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_pooled_interval_resamples_within_groups() -> None:
     assert pooled_interval([[1.0] * 5, [3.0] * 9], seed=0) == (2.0, 2.0)
+    assert pooled_interval([[1.0], [3.0] * 9], seed=0) is None
     low, high = pooled_interval([[0.0, 1.0] * 50], seed=0)
     assert 0.38 < low < 0.44  # 0.5 ± 1.96·0.05
     assert 0.56 < high < 0.62

@@ -101,22 +101,34 @@ def test_the_sign_test_without_differences() -> None:
 
 def test_an_image_counts_once_whatever_the_number_of_sources() -> None:
     scores = {
-        ("a", "b"): [80.0, 90.0], ("a", "c"): [70.0], ("b", "a"): [60.0, 61.0],
-        ("b", "c"): [72.0], ("c", "a"): [62.0, 65.0], ("c", "b"): [78.0, 94.0],
+        ("a", "b"): [80.0, 90.0], ("a", "c"): [70.0, 74.0], ("b", "a"): [60.0, 61.0],
+        ("b", "c"): [72.0, 76.0], ("c", "a"): [62.0, 65.0], ("c", "b"): [78.0, 94.0],
     }  # fmt: skip
-    assert by_target(scores) == {"b": [79.0, 92.0], "c": [71.0], "a": [61.0, 63.0]}
+    assert by_target(scores) == {"b": [79.0, 92.0], "c": [71.0, 75.0], "a": [61.0, 63.0]}
     reference = {pair: [value - 2 for value in own] for pair, own in scores.items()}
     reference["c", "b"] = [80.0, 94.0]  # by hand: differences -2 and 0, with the other source 0, 1
     line = compare(scores, {"none": reference, "same": scores}, seed=1)
-    assert line["sources"] == {"a": 77.5, "b": (60.5 + 72) / 2, "c": (63.5 + 86) / 2}
-    assert line["mean"] == pytest.approx(mean([85, 70, 60.5, 72, 63.5, 86]))
+    assert line["sources"] == {"a": 78.5, "b": (60.5 + 74) / 2, "c": (63.5 + 86) / 2}
+    assert line["mean"] == pytest.approx(mean([85, 72, 60.5, 74, 63.5, 86]))
     against = line["against"]["none"]
-    assert (against["better"], against["worse"], against["p"]) == (4, 0, 0.125)
+    assert (against["better"], against["worse"], against["p"]) == (5, 0, 0.0625)
     assert against["difference"] == pytest.approx(mean([0.5, 2, 2]))
-    assert against["interval"] == pooled_interval([[0.0, 1.0], [2.0], [2.0, 2.0]], 1)
-    assert line["interval"] == pooled_interval([[79.0, 92.0], [71.0], [61.0, 63.0]], 1)
+    assert against["interval"] == pooled_interval([[0.0, 1.0], [2.0, 2.0], [2.0, 2.0]], 1)
+    assert line["interval"] == pooled_interval([[79.0, 92.0], [71.0, 75.0], [61.0, 63.0]], 1)
     assert line["worst"] == {"source": "c", "target": "b", "difference": -1.0}
     assert line["against"]["same"]["p"] == 1.0
+
+
+def test_of_one_image_there_is_no_interval() -> None:
+    scores = {("a", "b"): [80.0], ("b", "a"): [60.0, 61.0]}
+    plain = {pair: [70.0] * len(own) for pair, own in scores.items()}
+    found = compare(scores, {"none": plain, "ptbn": plain}, 1)
+    assert found["interval"] is None
+    assert found["against"]["none"]["interval"] is None
+    own = {name: found[name] for name in ("interval", "mean", "against")}
+    text = report(record("1", [{**line("x", "X", 70.0), **own}]))
+    assert "| 70.25 [-] |" in text
+    assert "| +0.25 [-] |" in text
 
 
 def test_choosing_leaves_the_target_out_in_both_roles() -> None:

@@ -38,6 +38,7 @@ CHAINS: dict[str, Chain] = {
     "none": lambda model: (),
     "PCGrad": lambda model: (gk.PCGrad(),),
     "SAM": lambda model: (gk.SAM(rho=0.1),),
+    "DISAM": lambda model: (gk.DISAM(sizes={"source": 1.0, "target": 2.0, "third": 3.0}),),
     "PCGrad+SAM": lambda model: (gk.PCGrad(), gk.SAM(rho=0.1)),
     "LookAhead": lambda model: (gk.LookAhead("source", "target"),),
     "GraTa's": lambda model: (gk.LookAhead("source", "target"), gk.CosineLR("source", "target")),
@@ -47,6 +48,9 @@ CHAINS: dict[str, Chain] = {
     "UW": lambda model: (gk.UW(),),
     "GLS": lambda model: (gk.GLS(),),
     "RLW": lambda model: (gk.RLW(),),
+    "IMTLL": lambda model: (gk.IMTLL(),),
+    "PBI": lambda model: (gk.PBI({"source": 1.0, "target": 2.0, "third": 0.5}),),
+    "COSMOS": lambda model: (gk.COSMOS({"source": 1.0, "target": 2.0, "third": 0.5}),),
     "EMA": lambda model: (gk.EMA(model, decay=0.9),),
 }
 # Rules by Gram matrix, and whether they read it, once.

@@ -342,7 +342,7 @@ def test_a_scripted_child_is_put_back_and_refused_by_the_functional_engine():
 # Tensor subclasses.
 
 
-BY_GRAM_OR_LOSS = [gk.PCGrad, gk.UW, gk.DWA, gk.FAMO, gk.STCH, gk.GLS, gk.RLW]
+BY_GRAM_OR_LOSS = [gk.PCGrad, gk.UW, gk.DWA, gk.FAMO, gk.STCH, gk.GLS, gk.RLW, gk.PBI, gk.COSMOS]
 
 
 class Tagged(torch.Tensor):

@@ -418,6 +418,73 @@ def test_disam_equals_its_reference() -> None:
     torch.testing.assert_close(flat(model.parameters()), w, rtol=1e-10, atol=1e-12)
 
 
+def test_disam_of_domains_of_different_sizes_is_its_authors_loop() -> None:
+    """The mean over all samples of a batch, minus the variance of the domains' means."""
+    model, hand, disam = network(), network(), gk.DISAM(rho=0.1, lmbda=0.3)
+    base = torch.optim.SGD(model.parameters(), lr=LR)
+    optimizer = gk.wrap(base, disam, model=model)
+
+    def errors(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return (model(x) - y).square().mean(1)
+
+    generator, seen = seeded(5), set()
+    for x, y in batches(6):
+        domain = torch.randint(3, (len(x),), generator=generator)
+        present = sorted(set(domain.tolist()))
+        seen.add(tuple(domain.bincount(minlength=3).tolist()))
+        disam.sizes = {str(k): int((domain == k).sum()) for k in present}
+        optimizer.step(
+            {
+                str(k): lambda x=x, y=y, k=k, domain=domain: errors(model, x, y)[domain == k].mean()
+                for k in present
+            }
+        )
+        losses = errors(hand, x, y)
+        means = torch.stack([losses[domain == k].mean() for k in present])
+        ascended = losses.mean() - 0.3 * means.var(correction=0)
+        w = flat(hand.parameters())
+        g = flat(torch.autograd.grad(ascended, [*hand.parameters()]))
+        nn.utils.vector_to_parameters(w + 0.1 * unit(g), hand.parameters())
+        d = flat(torch.autograd.grad(errors(hand, x, y).mean(), [*hand.parameters()]))
+        nn.utils.vector_to_parameters(w - LR * d, hand.parameters())
+        torch.testing.assert_close(
+            flat(model.parameters()), flat(hand.parameters()), rtol=1e-10, atol=1e-12
+        )
+    assert len(seen) > 3
+
+
+def test_observers_of_disam_have_no_size() -> None:
+    ends = []
+    for names in ("ab", "abc"):
+        model = network()
+        disam = gk.DISAM(sizes={"a": 1, "b": 3.0, "absent": 2})
+        around = [gk.Constant({"a": 1.0, "b": 1.0, "c": 0.0})]
+        optimizer = gk.wrap(torch.optim.SGD(model.parameters(), lr=LR), *around, disam)
+        for x, y in batches(2):
+            own = losses(model, x, y)
+            optimizer.step({name: own["b" if name == "c" else name] for name in names})
+        assert optimizer.last_step.weights[:2].tolist() == [0.25, 0.75]
+        ends.append(flat(model.parameters()))
+    assert torch.equal(*ends)
+
+
+def test_wrong_sizes_of_disam_are_refused() -> None:
+    with as_users_run_it():
+        for sizes, message in (
+            ([1, 2], r"sizes is \[1, 2\]; pass a mapping"),
+            ({"a": "1"}, "the size of 'a' is '1'; pass a number"),
+            ({"a": 1, "b": 0}, "the size of 'b' is 0; it must be positive"),
+        ):
+            with pytest.raises((TypeError, ValueError), match=message):
+                gk.DISAM(sizes=sizes)  # type: ignore[arg-type]  # that is the mistake
+    model = network()
+    optimizer = gk.wrap(torch.optim.SGD(model.parameters(), lr=LR), gk.DISAM(sizes={"a": 1}))
+    (x, y), before = next(iter(batches(1))), flat(model.parameters())
+    with pytest.raises(ValueError, match="no number for the objective 'b'; it has numbers for 'a'"):
+        optimizer.step(losses(model, x, y))
+    assert torch.equal(flat(model.parameters()), before)
+
+
 def test_disam_keeps_the_optimizer_contract() -> None:
     with as_users_run_it():
         gk.testing.check_optimizer_contract(

@@ -6,7 +6,7 @@ from helpers import seeded
 
 import gradkit as gk
 from surgery.main_objective import projected
-from surgery.rule_steps import in_blocks, step_with
+from surgery.rule_steps import in_blocks, series, step_with
 
 
 def test_several_auxiliary_gradients_are_projected_off_in_their_order():
@@ -18,6 +18,16 @@ def test_several_auxiliary_gradients_are_projected_off_in_their_order():
     # The last one is in no conflict with the result; the first may be again.
     assert torch.dot(direction, jacobian[2]) >= -1e-15
     assert torch.dot(direction, jacobian[1]) < -0.1
+
+
+def test_over_all_parameters_it_is_a_gem():
+    conflicts = 0
+    for g, r in series(2, steps=8, width=10):
+        expected = g - (g @ r) / (r @ r) * r if g @ r < 0 else g
+        conflicts += bool(g @ r < 0)
+        direction, _ = step_with(torch.stack([g, r]), gk.GSMorph(scope="global"))
+        torch.testing.assert_close(direction, expected, rtol=1e-12, atol=1e-12)
+    assert 0 < conflicts < 8
 
 
 def test_gsmorph_works_by_tensor_unless_told_otherwise():

@@ -28,6 +28,7 @@ LEARNERS = {
     "MoDo": gk.MoDo,
     "CRMOGM": gk.CRMOGM,
     "ExcessMTL": gk.ExcessMTL,
+    "MoCo": gk.MoCo,
     "GradVac": gk.GradVac,
     "PCD": gk.PCD,
 }
@@ -101,7 +102,10 @@ def test_what_only_objectives_of_weight_0_reach_has_no_gradient(rows, engine):
     assert torch.equal(model["b"].weight, before)
 
 
-@pytest.mark.parametrize("method", [gk.UW, gk.DWA, gk.GLS, gk.GradNorm, gk.DBMTL, gk.STCH])
+@pytest.mark.parametrize(
+    "method",
+    [gk.UW, gk.DWA, gk.GLS, gk.GradNorm, gk.DBMTL, gk.STCH, gk.IMTLL, gk.PBI, gk.COSMOS],
+)
 @pytest.mark.parametrize("nonfinite", ["raise", "skip", "ignore"])
 def test_a_loss_that_nobody_returned_is_asked_for(method, nonfinite):
     optimizer, closures = problem(method(), nonfinite=nonfinite, engine="inplace")

@@ -87,6 +87,54 @@ class UW(Equal):
         self.optimizer.step()
 
 
+class IMTLL(Equal):
+    """All in one scalar, as in LibMTL, with a parameter group for s."""
+
+    def __init__(self, lr: float = 0.025, initial: float = 0.0) -> None:
+        self.lr, self.initial = lr, initial
+        self.s: Tensor | None = None
+
+    def begin(self, losses: Tensor) -> None:
+        if self.s is None:
+            self.s = torch.full_like(losses, self.initial).requires_grad_()
+            self.optimizer = torch.optim.Adam([self.s], lr=self.lr)
+
+    def scalar(self, losses: Tensor) -> Tensor:
+        return (self.s.exp() * losses - self.s).sum()
+
+    def end(self, losses: Tensor) -> None:
+        self.optimizer.zero_grad()
+        self.scalar(losses).backward()
+        self.optimizer.step()
+
+
+class PBI(Equal):
+    def __init__(self, theta: float, preference: list[float], ideal: list[float]) -> None:
+        self.theta = theta
+        self.preference = torch.tensor(preference, dtype=torch.float64)
+        self.ideal = torch.tensor(ideal, dtype=torch.float64)
+
+    def scalar(self, losses: Tensor) -> Tensor:
+        f, p = losses - self.ideal[: len(losses)], self.preference[: len(losses)]
+        d1 = (f @ p) / p.square().sum().sqrt()
+        away = f - d1 * p / p.square().sum().sqrt()
+        d2 = away.square().sum().sqrt()
+        # On the ray it has no derivative.
+        return d1 + self.theta * d2 if d2.detach() > 1e-14 * f.detach().norm() else d1
+
+
+class COSMOS(Equal):
+    """With torch's cosine, as in the authors' code."""
+
+    def __init__(self, lmbda: float, preference: list[float] | None = None) -> None:
+        self.lmbda, self.preference = lmbda, preference
+
+    def scalar(self, losses: Tensor) -> Tensor:
+        count = len(losses)
+        r = torch.tensor(self.preference or [1 / count] * count, dtype=torch.float64)[:count]
+        return (r * losses).sum() - self.lmbda * F.cosine_similarity(r, losses, dim=0)
+
+
 class DWA(Equal):
     """Epoch by epoch."""
 
@@ -159,6 +207,15 @@ class STCH(Equal):
         self.history.append(losses)
 
 
+RAY = [1.0, 0.5, 2.0, 0.0]
+LOW = [0.1, -0.2, 0.05, 0.0]
+
+
+def by_name(numbers: list[float]) -> dict[str, float]:
+    """For the names in a step, and for those of a call alone."""
+    return {**dict(zip(NAMES, numbers, strict=False)), **dict(zip("0123", numbers, strict=True))}
+
+
 # Each weighting beside its reference.
 PAIRS: dict[str, tuple[Callable[[], gk.weighting.LossWeighting], Callable[[], Equal]]] = {
     "rlw": (gk.RLW, RLW),
@@ -174,6 +231,18 @@ PAIRS: dict[str, tuple[Callable[[], gk.weighting.LossWeighting], Callable[[], Eq
         lambda: gk.STCH(mu=0.1, warmup_steps=0, nadir_steps=1),
         lambda: STCH(0.1, 0, 1),
     ),
+    "imtll": (gk.IMTLL, IMTLL),
+    "imtll-other": (lambda: gk.IMTLL(lr=0.3, initial=1.0), lambda: IMTLL(0.3, 1.0)),
+    "pbi": (gk.PBI, lambda: PBI(5.0, [1.0] * 4, [0.0] * 4)),
+    "pbi-other": (
+        lambda: gk.PBI(by_name(RAY), 0.4, by_name(LOW)),
+        lambda: PBI(0.4, RAY, LOW),
+    ),
+    "cosmos": (gk.COSMOS, lambda: COSMOS(2.0)),
+    "cosmos-other": (
+        lambda: gk.COSMOS(by_name(RAY), 0.1),
+        lambda: COSMOS(0.1, RAY),
+    ),
 }
 
 # Each once, as short as it can be, for properties of all.
@@ -184,6 +253,9 @@ WEIGHTINGS: dict[str, Callable[[], gk.weighting.LossWeighting]] = {
     "gls": gk.GLS,
     "famo": gk.FAMO,
     "stch": lambda: gk.STCH(warmup_steps=1, nadir_steps=1),
+    "imtll": gk.IMTLL,
+    "pbi": gk.PBI,
+    "cosmos": gk.COSMOS,
 }
 
 

@@ -14,7 +14,8 @@ from gradkit.core.storage import Summed
 from weighting.references import PAIRS, WEIGHTINGS, batches, objectives, wrapped
 
 positive = st.floats(1e-3, 1e3)
-STATEFUL = ["uw", "dwa", "famo", "stch"]
+ALL = ("gls", "pbi", "cosmos")  # one loss that is unknown leaves no weight known
+STATEFUL = ["uw", "dwa", "famo", "stch", "imtll"]
 
 
 def run(weighting, histories):
@@ -61,10 +62,11 @@ HISTORY = [[1.0, 30.0, 0.2], [0.9, 31.0, 0.15], [0.7, 20.0, 0.16], [0.8, 15.0, 0
 @pytest.mark.parametrize("name", WEIGHTINGS)
 @pytest.mark.parametrize("factor", [1e-6, 3.0, 1e6])
 def test_the_scale_of_all_losses(name, factor):
-    """Weights do not depend on it, but STCH's are 1/L, and UW's learn it."""
+    """Weights do not depend on it, but STCH's are 1/L, and UW's and IMTL-L's learn it."""
     expected = run(WEIGHTINGS[name](), HISTORY)
-    scaled = run(WEIGHTINGS[name](), [[factor * loss for loss in step] for step in HISTORY])
-    if name == "uw":
+    other = gk.COSMOS(lmbda=2 * factor) if name == "cosmos" else WEIGHTINGS[name]()
+    scaled = run(other, [[factor * loss for loss in step] for step in HISTORY])
+    if name in ("uw", "imtll"):
         assert torch.equal(scaled[0], expected[0])
         assert not torch.allclose(scaled[-1], expected[-1])
         return
@@ -96,6 +98,8 @@ def test_one_objective(name):
         assert float(weights[0]) == pytest.approx(0.5 * torch.tensor(0.5).exp().item())
     elif name == "stch":
         assert weights.tolist() == pytest.approx([0.5, 1.0, 2.0])
+    elif name == "imtll":
+        assert float(weights[0]) == 1.0
     else:
         assert weights.tolist() == [1.0, 1.0, 1.0]
 
@@ -113,12 +117,12 @@ def test_weights_are_constants_in_the_losses_dtype(name, dtype):
     torch.testing.assert_close(losses.grad, weights)
 
 
-@pytest.mark.parametrize("name", ["uw", "dwa", "gls", "famo", "stch"])
+@pytest.mark.parametrize("name", ["uw", "dwa", "gls", "famo", "stch", "imtll", "pbi", "cosmos"])
 def test_a_nan_is_handed_on(name):
     weighting = WEIGHTINGS[name]()
     history = [[1.0, torch.nan, 2.0]] + [[1.0, 2.0, 3.0]] * 2
     weights = torch.stack(run(weighting, history))
-    assert bool(weights[:, 1].isnan().any() if name != "gls" else weights[0].isnan().all())
+    assert bool(weights[:, 1].isnan().any() if name not in ALL else weights[0].isnan().all())
 
 
 @pytest.mark.parametrize("name", ["gls", "famo", "stch"])
@@ -130,7 +134,7 @@ def test_a_negative_loss_gives_nan(name):
         assert bool(weighting(torch.tensor(losses)).isnan().any())
 
 
-@pytest.mark.parametrize("name", ["rlw", "uw", "famo", "stch"])
+@pytest.mark.parametrize("name", ["rlw", "uw", "famo", "stch", "imtll", "pbi", "cosmos"])
 def test_a_loss_of_zero_gives_finite_weights(name):
     for weights in run(WEIGHTINGS[name](), [[1.0, 2.0], [1.0, 2.0], [0.0, 1.0], [2.0, 0.0]]):
         assert bool(weights.isfinite().all())
@@ -318,7 +322,7 @@ def test_displaced_weights_see_the_same_draws_and_memory(name):
     for _ in range(4):
         optimizer.step(closures)
         first = alone(torch.full((2,), 2.0, dtype=torch.float64))
-    if name in ("rlw", "uw", "dwa"):
+    if name in ("rlw", "uw", "dwa", "imtll"):
         torch.testing.assert_close(optimizer.last_step.weights, first)
     else:
         assert not torch.allclose(optimizer.last_step.weights, first)

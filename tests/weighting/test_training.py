@@ -74,7 +74,7 @@ def test_with_one_batch_famo_is_the_authors_loop():
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("name", ["rlw", "uw", "dwa", "famo", "stch"])
+@pytest.mark.parametrize("name", ["rlw", "uw", "dwa", "famo", "stch", "imtll"])
 def test_a_saved_run_goes_on_bit_for_bit(name, engine):
     def make():
         model = Perceptron()

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from examples.aneurysm import data
+from examples.aneurysm.commands import Train
 from examples.aneurysm.data import (
     DataError,
     available_centres,
@@ -66,6 +68,29 @@ def test_a_folder_is_read(root):
     assert samples[0].image.shape == (1, 4, 6, 8)
     assert samples[0].target.shape == (2, 4, 6, 8)
     assert samples[0].target.flatten(1).sum(1).tolist() == [48, 8]  # 1×6×8 and 1×2×4
+
+
+def test_what_was_checked_is_not_read_again(root):
+    fresh = open_centre(root, "B", 8)
+    expected = [fresh[index] for index in range(2)]
+    found = check(root, ["A", "B"], 8)
+    for file in root.glob("*.nii*"):
+        file.unlink()
+    samples = open_centre(root, "B", 8, checked=found)
+    for index, sample in enumerate(expected):
+        assert samples[index].name == sample.name
+        assert torch.equal(samples[index].image, sample.image)
+        assert torch.equal(samples[index].target, sample.target)
+
+
+def test_a_command_reads_each_volume_once(root, monkeypatch):
+    read = []
+    whole = data.read_sample
+    monkeypatch.setattr(data, "read_sample", lambda *given: read.append(given) or whole(*given))
+    centres = Train(data_root=str(root), size=8).open_centres(["B"])
+    assert [len(samples) for samples in centres.values()] == [2, 2]
+    assert all(samples[index].has_labels for samples in centres.values() for index in range(2))
+    assert len(read) == 4
 
 
 def test_shrinking_averages_and_labels_keep_their_values():
