@@ -221,7 +221,7 @@ def test_a_displacement_of_another_type_is_refused() -> None:
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("numbers", ["tensors", "floats"])
 def test_weights_are_displaced_alike_in_batches_and_alone(kinds, missing, in_place, numbers):
-    sizes = ((1,), (40,), (), (2, 1), (0,), (3,), (1, 1))
+    sizes = ((1,), (40,), (), (2, 1), (0,), (3,), (1, 1), *(((2,),) * 20))
     half, wide = torch.bfloat16, torch.float64 if kinds == "mixed" else torch.float32
     chosen = {"alike": wide, "some half": wide, "all half": half, "mixed": torch.float32}[kinds]
     dtypes = [half if kinds == "some half" and t % 3 == 2 else chosen for t in range(len(sizes))]
