@@ -1,13 +1,17 @@
-"""The code in README and docs runs, and what they link to is there."""
+"""The code in README and docs runs, their commands parse, and what they link to is there."""
 
 from __future__ import annotations
 
+import importlib
 import re
+import shlex
 import sys
 import types
 from pathlib import Path
 
 import pytest
+
+from examples.common.command_line import parse
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -40,3 +44,27 @@ def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), target
+
+
+def commands_of(page: Path) -> list[list[str]]:
+    """The words of each call of a program or of `make` in a page's shell blocks."""
+    found = []
+    for block in re.findall(r"^```sh\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            program = words.index("-m") + 1 if "-m" in words else 0
+            if program or words[:1] == ["make"]:
+                found.append(words[program:])
+    return found
+
+
+@pytest.mark.parametrize("page", list(filter(commands_of, PAGES)), ids=lambda page: page.name)
+def test_commands_are_understood(page: Path) -> None:
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for program, *words in commands_of(page):
+        if program == "make":
+            assert words[0] in targets
+        elif "--help" not in words:
+            semi = program in ("examples.prostate", "examples.fundus.semi")
+            module = "examples.semi.command_line" if semi else f"{program}.__main__"
+            parse(importlib.import_module(module).COMMANDS, words, prog=program, description="")

@@ -35,7 +35,7 @@ def TENT(  # noqa: N802 # the method's name
     one-sided entropy (`gradkit.tta.entropy`). The authors of GraTa used TENT in this way for optic
     disc and cup, which are nested. If each pixel has exactly one class, pass
     `probabilities="softmax"`. The learning rate, Adam and test statistics are also those of GraTa's
-    authors.
+    authors. TENT's authors' code predicts by the forward pass before the step: `predict="before"`.
 
     Cost: 2 forward passes and 1 backward pass per batch. State: φ and Adam's moments.
 
