@@ -181,29 +181,61 @@ class Displacement:
         return self.layout.views(vector) if isinstance(vector, Tensor) else vector
 
     def add_to(self, weights: Sequence[Tensor], out: Sequence[Tensor]) -> None:
-        """Write weights plus displacement to `out`, one tensor at a time.
+        """Write weights plus displacement to `out`, one large tensor or some small ones at a time.
 
         Args:
             weights: One tensor per parameter.
             out: Memory for the results, which may be the weights themselves.
         """
         terms = [(self._views(vector), _Factor(factor)) for vector, factor in self.terms]
-        for t, (value, weight) in enumerate(zip(out, weights, strict=True)):
-            found = [(vector[t], factor) for vector, factor in terms]
-            there = [(part, factor) for part, factor in found if part is not None]
-            kinds = {value.dtype, weight.dtype, *(part.dtype for part, _ in there)}
-            if not there:
-                if value is not weight:
-                    value.copy_(weight)
-            elif len(kinds) == 1 and value.dtype == at_least_single(value.dtype):
-                for number, (part, factor) in enumerate(there):
-                    factor.add(weight if number == 0 else value, part, value)
-            else:  # in half precision each factor and each product would be rounded before the sum
-                wide = torch.promote_types(value.dtype, torch.float32)
-                total = weight.to(wide)
-                for part, factor in there:
-                    total = total + part.to(wide) * factor.value
-                value.copy_(total)
+        for batch in self.layout.batches:
+            if len(batch) > 1 and _add_together(batch, weights, terms, out):
+                continue
+            for t in batch:
+                found = [(vector[t], factor) for vector, factor in terms]
+                there = [(part, factor) for part, factor in found if part is not None]
+                _add_to_one(weights[t], there, out[t])
+
+
+def _add_to_one(weight: Tensor, terms: list[tuple[Tensor, _Factor]], out: Tensor) -> None:
+    """Write a weight plus tensors times factors to `out`."""
+    kinds = {out.dtype, weight.dtype, *(part.dtype for part, _ in terms)}
+    if not terms:
+        if out is not weight:
+            out.copy_(weight)
+    elif len(kinds) == 1 and out.dtype == at_least_single(out.dtype):
+        for number, (part, factor) in enumerate(terms):
+            factor.add(weight if number == 0 else out, part, out)
+    else:  # in half precision each factor and each product would be rounded before the sum
+        wide = torch.promote_types(out.dtype, torch.float32)
+        total = weight.to(wide)
+        for part, factor in terms:
+            total = total + part.to(wide) * factor.value
+        out.copy_(total)
+
+
+def _add_together(
+    batch: Sequence[int],
+    weights: Sequence[Tensor],
+    terms: list[tuple[Parts, _Factor]],
+    out: Sequence[Tensor],
+) -> bool:
+    """As `_add_to_one` for several weights at once; False, with nothing done, where they differ."""
+    own, sums = [weights[t] for t in batch], [out[t] for t in batch]
+    found: list[tuple[list[Tensor], _Factor]] = []
+    for vector, factor in terms:
+        there = [part for part in map(vector.__getitem__, batch) if part is not None]
+        if len(there) < len(batch):
+            return False
+        found.append((there, factor))
+    kinds = {each.dtype for each in (*own, *sums, *(part for some, _ in found for part in some))}
+    if len(kinds) > 1 or sums[0].dtype != at_least_single(sums[0].dtype):
+        return False
+    if sums[0] is not own[0]:
+        torch._foreach_copy_(sums, own)
+    for some, factor in found:
+        factor.add_all(some, sums)
+    return True
 
 
 class LazySum(Storage):
@@ -264,7 +296,9 @@ class _Factor:
     """The factor of a term, cast to each dtype once."""
 
     def __init__(self, value: Float[Tensor, ""] | float) -> None:
-        self.value = value
+        # Where the host has it, operations on lists take a number, and are faster.
+        on_host = isinstance(value, Tensor) and value.device.type == "cpu"
+        self.value = float(value) if on_host else value
         self._cast: dict[torch.dtype, Tensor] = {}
 
     @property
@@ -283,6 +317,13 @@ class _Factor:
             torch.addcmul(weight, part, self._in(out.dtype), out=out)
         else:
             torch.add(weight, part, alpha=self.value, out=out)
+
+    def add_all(self, parts: list[Tensor], out: list[Tensor]) -> None:
+        """Add `value * part` to each of `out`."""
+        if isinstance(self.value, Tensor):
+            torch._foreach_add_(out, torch._foreach_mul(parts, self._in(out[0].dtype)))
+        else:
+            torch._foreach_add_(out, parts, alpha=self.value)
 
     def multiply(self, part: Tensor, out: Tensor) -> None:
         """Write `value * part` to `out`."""

@@ -130,6 +130,26 @@ class Layout:
         """Whether a parameter is of this dtype."""
         return any(parameter.dtype == dtype for parameter in self.parameters)
 
+    @functools.cached_property
+    def batches(self) -> tuple[tuple[int, ...], ...]:
+        """The parameters in batches: large ones alone, and small ones together.
+
+        A batch takes one operation on a list. It has as many numbers as stay in the cache between
+        two operations; on an accelerator, whose kernels take microseconds to launch, it has more.
+        """
+        most = LARGE if self.device.type == "cpu" else 256 * LARGE
+        batches: list[list[int]] = []
+        left = 0
+        for t, (start, stop) in sorted(
+            enumerate(pairwise(self.offsets)), key=lambda item: item[1][1] - item[1][0]
+        ):
+            if left < stop - start or not batches:
+                batches.append([])
+                left = most
+            batches[-1].append(t)
+            left -= stop - start
+        return tuple(map(tuple, batches))
+
     @property
     def numel(self) -> int:
         """P, the length of the flat vector."""

@@ -103,10 +103,10 @@ def part_of(tensor: Tensor, whole: Tensor) -> Tensor:
     return part
 
 
-def reshard(module: nn.Module) -> None:
-    """Free gathered weights, which a forward pass without a backward pass leaves in the module."""
+def reshard(modules: Iterable[nn.Module]) -> None:
+    """Free gathered weights, which a forward pass without a backward pass leaves in modules."""
     if "torch.distributed.fsdp" in sys.modules:
-        for each in module.modules():
+        for each in modules:
             if isinstance(each, torch.distributed.fsdp.FSDPModule):
                 each.reshard()
 

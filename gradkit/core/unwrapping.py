@@ -33,6 +33,28 @@ def _is_compiled(module: nn.Module) -> bool:
     return dynamo is not None and isinstance(module, dynamo.OptimizedModule)
 
 
+def modules_by_path(module: nn.Module) -> dict[str, nn.Module]:
+    """A module and all modules inside it by path, one that is registered twice under both paths.
+
+    As `named_modules(remove_duplicate=False)`, which passes each module through as many generators
+    as it is deep.
+
+    Examples:
+        >>> layer = nn.ReLU()
+        >>> [*modules_by_path(nn.Sequential(layer, nn.Sequential(layer)))]
+        ['', '0', '1', '1.0']
+    """
+    found: dict[str, nn.Module] = {}
+    ahead = [("", module)]
+    while ahead:
+        path, each = ahead.pop()
+        found[path] = each
+        prefix = f"{path}." if path else ""
+        children = reversed(each._modules.items())
+        ahead += [(prefix + name, child) for name, child in children if child is not None]
+    return found
+
+
 def plainly_named(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """A module's parameters by the names that they have without wrappers.
 

@@ -676,7 +676,7 @@ class GradientOptimizer(Optimizer):
         if self._pool is not None and self._pool.layout.fits(self.base.param_groups):
             return self._pool.layout  # of plain tensors, of which nothing can be gathered
         if self.model is not None:
-            reshard(self.model)
+            reshard(self.model.modules())
         return self._new_layout(Layout.of(self.base.param_groups))
 
     def _new_layout(self, layout: Layout) -> Layout:

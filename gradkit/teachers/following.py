@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gradkit.core.ranks import is_sharded, local, reshard
-from gradkit.core.unwrapping import unwrapped
+from gradkit.core.unwrapping import modules_by_path, unwrapped
 from gradkit.teachers.copying import copied, is_writable, joined
 
 Share = Float[Tensor, ""] | float
@@ -85,6 +85,9 @@ class Plan:
         return next(moved, its.device)
 
 
+_WHOLE = (torch.float32, torch.float64)
+
+
 class Following:
     """The state of a teacher's updates.
 
@@ -118,7 +121,7 @@ class Following:
         # Buffers that only one of them had from the start are not changed.
         self._apart = dict(_buffers(teacher)).keys() ^ dict(_buffers(student)).keys()
         self._known: dict[str, tuple[tuple[Any, ...] | None, bool]] = {}
-        self._paths = {path for path, _ in student.named_modules(remove_duplicate=False)}
+        self._paths = {*modules_by_path(student)}
         self._dtypes = {
             name: buffer.dtype for name, buffer in _buffers(student) if buffer is not None
         }
@@ -138,9 +141,8 @@ class Following:
             ValueError: If a tensor cannot follow.
         """
         teacher, student = unwrapped(teacher), unwrapped(student)
-        reshard(student)
-        reshard(teacher)
-        here, there = (dict(m.named_modules(remove_duplicate=False)) for m in (teacher, student))
+        here, there = modules_by_path(teacher), modules_by_path(student)
+        reshard((*here.values(), *there.values()))
         mine, theirs = _parameters(here), _parameters(there)
         found: dict[int, Pair] = {}
         for name, own in mine.items():
@@ -210,8 +212,7 @@ class Following:
 
         All memory is allocated before the first change.
         """
-        reshard(plan.student)
-        reshard(plan.teacher)
+        reshard((*plan.here.values(), *plan.there.values()))
         if not isinstance(share, Tensor) and share == 0:
             return
         added = self._added(plan)
@@ -247,7 +248,12 @@ class Following:
         return True
 
     def _prepare(self, pair: Pair, writes: _Writes) -> None:
-        own, its = local(pair.own).detach(), local(pair.its).detach()
+        own, its = pair.own, pair.its
+        alike = own.dtype == its.dtype and own.device == its.device
+        if alike and own.dtype in _WHOLE and type(own) is type(its) is nn.Parameter:
+            writes.average(own, its)  # as most are, and without views of each
+            return
+        own, its = local(own).detach(), local(its).detach()
         if own.is_complex():
             own, its = torch.view_as_real(own), torch.view_as_real(its.to(own.dtype))
         if not own.is_floating_point():
@@ -525,6 +531,6 @@ def _fits(own: Tensor, its: Tensor, dtype: torch.dtype) -> bool:
 
 def _buffers(module: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
     """All buffers by name, including None; a buffer may have several names."""
-    for path, each in module.named_modules(remove_duplicate=False):
+    for path, each in modules_by_path(module).items():
         for key, buffer in each._buffers.items():
             yield joined(path, key), buffer

@@ -299,7 +299,7 @@ class GatedEMA(MeanTeacher):
             check_decay("decay_conflict", self.decay_conflict)
 
     def _trained(self) -> list[nn.Parameter]:
-        reshard(self.student)
+        reshard(self.student.modules())
         return [each for each in unwrapped(self.student).parameters() if each.requires_grad]
 
     def _spans(self, parameters: Sequence[Tensor]) -> tuple[tuple[int, int], ...]:
@@ -309,7 +309,7 @@ class GatedEMA(MeanTeacher):
             offsets.append(offsets[-1] + local(parameter).numel())
         if self.only is None:
             return ((0, offsets[-1]),)
-        reshard(self.student)
+        reshard(self.student.modules())
         named = unwrapped(self.student).named_parameters()
         chosen = {id(parameter) for name, parameter in named if self.only(name, parameter)}
         spans: list[tuple[int, int]] = []

@@ -13,7 +13,7 @@ from gradkit.core.caller import caller_level
 from gradkit.core.context import Context
 from gradkit.core.ranks import as_part_of, is_sharded, local, reshard
 from gradkit.core.transform import Transform
-from gradkit.core.unwrapping import unwrapped
+from gradkit.core.unwrapping import modules_by_path, unwrapped
 from gradkit.teachers.copying import make_teacher, saved_buffers
 from gradkit.teachers.decay import warmed_up
 from gradkit.teachers.following import Buffers, Following, Plan, Share, is_short, paired
@@ -92,7 +92,7 @@ class MeanTeacher(Transform):
         shadows = self._following.shadows
         if not (self.in_state or shadows):
             return found
-        reshard(self.teacher)
+        reshard(self.teacher.modules())
         for pair in paired(self.teacher, self.student):
             if self.in_state:
                 found[f"teacher.{pair.name}"] = (pair.its, pair.own.detach())
@@ -111,9 +111,9 @@ class MeanTeacher(Transform):
             ValueError: If they do not.
         """
         teacher = unwrapped(self.teacher)
-        reshard(teacher)
+        reshard(teacher.modules())
         own = dict(teacher.named_parameters())
-        modules = {path for path, _ in teacher.named_modules(remove_duplicate=False)}
+        modules = modules_by_path(teacher)
         for key, value in saved.items():
             kind, _, name = key.partition(".")
             if kind == "buffer" and name.rpartition(".")[0] in modules:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
-from helpers import as_users_run_it, flat
+from helpers import as_users_run_it, flat, seeded
 from torch import nn
 
 import gradkit as gk
@@ -212,3 +214,46 @@ def test_a_displacement_of_another_type_is_refused() -> None:
     optimizer = gk.wrap(torch.optim.SGD([weight], lr=0.1))
     with as_users_run_it(), pytest.raises(TypeError, match=r"at= is a float; .* shape \(3,\)"):
         optimizer.gradients(lambda: weight.sum(), at=0.1)
+
+
+@pytest.mark.parametrize("kinds", ["alike", "some half", "all half", "mixed"])
+@pytest.mark.parametrize("missing", [False, True])
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("numbers", ["tensors", "floats"])
+def test_weights_are_displaced_alike_in_batches_and_alone(kinds, missing, in_place, numbers):
+    sizes = ((1,), (40,), (), (2, 1), (0,), (3,), (1, 1), *(((2,),) * 20))
+    half, wide = torch.bfloat16, torch.float64 if kinds == "mixed" else torch.float32
+    chosen = {"alike": wide, "some half": wide, "all half": half, "mixed": torch.float32}[kinds]
+    dtypes = [half if kinds == "some half" and t % 3 == 2 else chosen for t in range(len(sizes))]
+    if kinds == "mixed":
+        dtypes[3] = wide
+    draw = functools.partial(torch.randn, generator=seeded(0))
+    weights = [
+        nn.Parameter(draw(size).to(dtype)) for size, dtype in zip(sizes, dtypes, strict=True)
+    ]
+    of = Layout.of([{"params": weights}])
+    assert any(len(batch) > 1 for batch in of.batches)
+    parts = [draw(size).to(dtype) for size, dtype in zip(sizes, dtypes, strict=True)]
+    whole = draw(of.numel).to(of.dtype)
+    if missing:
+        parts[2] = parts[6] = None
+    factors = (torch.tensor(0.3, dtype=torch.float64), -2.0)
+    if numbers == "floats":
+        factors = (0.3, -2.0)
+    at = gk.Displacement(((parts, factors[0]), (whole, factors[1])), of)
+    expected = [
+        weight.detach().double() + (0 if part is None else 0.3 * part.double()) - 2 * other.double()
+        for weight, part, other in zip(weights, parts, of.views(whole), strict=True)
+    ]
+    out = weights if in_place else [torch.full_like(weight, torch.nan) for weight in weights]
+    with torch.no_grad():
+        at.add_to(weights, out)
+    for found, right in zip(out, expected, strict=True):
+        # A sum in half precision is rounded once.
+        eps = torch.finfo(found.dtype).eps
+        bounds = (
+            {"rtol": 0.51 * eps, "atol": 0}
+            if found.dtype == half
+            else {"rtol": 0, "atol": 16 * eps}
+        )
+        torch.testing.assert_close(found.detach().double(), right, **bounds)
