@@ -212,8 +212,16 @@ def _fourth_figure(record: Mapping[str, Any]) -> list[str]:
         ),
     )
     above: Column = ("above 0, %", lambda line: f"{100 * line['empirical_positive']:.0f}")
+    gain: Column = (
+        "minus that at θ, paired",
+        lambda line: (
+            with_ends(line["empirical_gain"], line["empirical_gain_interval"], 3, "+")
+            if "empirical_gain" in line
+            else "-"
+        ),
+    )
     return [
-        table(record["lines"], [*columns, average, above]),
+        table(record["lines"], [*columns, average, gain, above]),
         "Cosine of the gradient that is applied and the gradient of the cross-entropy with the "
         "labels at the weights before the step, over scales and shifts, mean over images. The "
         "labels serve this measurement alone. Intervals are bootstraps over images, within "

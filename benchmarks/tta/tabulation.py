@@ -45,7 +45,11 @@ def tabulate(table: Table, jobs: Sequence[Job]) -> dict[str, Any]:
     whole = {name: found for name, found in done.items() if name not in incomplete}
     if table == "figure4":
         require(bool(whole), "every variant failed; see above")
-        lines = [_cosines(variant, records) for variant, records in whole.values()]
+        cosines = {name: _cosines_of_pairs(records) for name, (_, records) in whole.items()}
+        lines = [
+            _cosines(whole[name][0], own, cosines.get(_without_look_ahead(name)))
+            for name, own in cosines.items()
+        ]
         return {"images": _counts(whole), "lines": lines}
     missing = [name for name in REFERENCES if name not in whole]
     require(not missing, f"{' and '.join(missing)} failed, with which all others are compared")
@@ -124,24 +128,51 @@ def _choices(product: Mapping[str, Scores], references: Mapping[str, Scores]) ->
     }
 
 
-def _cosines(variant: Variant, records: Sequence[Record]) -> Line:
-    """The cosine with the gradient of the labels: by source, its interval, how often above 0."""
+def _without_look_ahead(name: str) -> str | None:
+    """The variant of the same objective at the weights themselves; None if this one is."""
+    for aligned, plain in (("ent-con-", "ent-"), ("con-ent-", "con-")):
+        if name.startswith(aligned):
+            return plain + name.removeprefix(aligned)
+    return None
+
+
+def _cosines_of_pairs(records: Sequence[Record]) -> Scores:
+    """The cosine with the gradient of the labels of each image of each pair, mean over seeds."""
     cosines: dict[Pair, list[list[float]]] = {}
     for record in records:
         values = [image["empirical"] for image in record["images"]]
         cosines.setdefault((record["source"], record["target"]), []).append(values)
-    over_seeds = {
+    return {
         pair: [mean(image) for image in zip(*own, strict=True)] for pair, own in cosines.items()
     }
-    sources = dict.fromkeys(source for source, _ in over_seeds)
-    every = [value for own in over_seeds.values() for value in own]
+
+
+def _cosines(variant: Variant, cosines: Scores, plain: Scores | None) -> Line:
+    """Cosines by source, their interval, how often above 0, and the gain on those of `plain`."""
+    sources = dict.fromkeys(source for source, _ in cosines)
+    every = [value for own in cosines.values() for value in own]
+    gain: dict[str, Any] = {}
+    if plain is not None:
+        gains = {
+            pair: [a - b for a, b in zip(own, plain[pair], strict=True)]
+            for pair, own in cosines.items()
+        }
+        gain = {
+            "empirical_gain": mean(mean(own) for own in gains.values()),
+            "empirical_gain_interval": _interval(gains),
+        }
     return {
         "variant": variant.name,
         "title": variant.title,
         "empirical_by_source": {
-            source: mean(mean(own) for (other, _), own in over_seeds.items() if other == source)
+            source: mean(mean(own) for (other, _), own in cosines.items() if other == source)
             for source in sources
         },
-        "empirical_interval": pooled_interval(list(by_target(over_seeds).values()), BOOTSTRAP_SEED),
+        "empirical_interval": _interval(cosines),
         "empirical_positive": mean(value > 0 for value in every),
+        **gain,
     }
+
+
+def _interval(values: Scores) -> tuple[float, float] | None:
+    return pooled_interval(list(by_target(values).values()), BOOTSTRAP_SEED)

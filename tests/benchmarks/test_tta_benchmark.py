@@ -681,7 +681,8 @@ def test_cosines_are_averaged_by_source_and_over_seeds(
     values = {"a": 0.5, "b": -0.1, "c": 0.2}
 
     def value(job: jobs.Job, prediction: str, place: int) -> float:
-        return values[job.source] + (0.1 if job.seed else -0.1) + (0.05 if place else -0.05)
+        ahead = (0.02 if place else 0.01) if job.variant.name.count("-") == 2 else 0.0
+        return values[job.source] + (0.1 if job.seed else -0.1) + (0.05 if place else -0.05) + ahead
 
     made = fabricated("figure4", tmp_path, monkeypatch, 2, value)
     lines = tabulate("figure4", made)["lines"]
@@ -689,10 +690,19 @@ def test_cosines_are_averaged_by_source_and_over_seeds(
         f"{name}-empirical" for name in ("ent", "ent-con", "con", "con-ent")
     ]
     for line in lines:
-        assert line["empirical_by_source"] == pytest.approx(values)
+        gain = line.get("empirical_gain", 0.0)
+        assert line["empirical_by_source"] == pytest.approx(
+            {source: cosine + gain for source, cosine in values.items()}
+        )
         assert line["empirical_positive"] == pytest.approx(2 / 3)
         low, high = line["empirical_interval"]
-        assert 0.14 < low < 0.2 < high < 0.26  # images are at 0.15 and 0.25
+        assert 0.14 < low < 0.2 + gain < high < 0.28  # images are at 0.15 and 0.25
+        if line["variant"].count("-") == 1:
+            assert "empirical_gain" not in line
+        else:  # of the same images, and not of others
+            assert gain == pytest.approx(0.015)
+            low, high = line["empirical_gain_interval"]
+            assert 0.0099 < low < 0.015 < high < 0.0201
 
 
 # Reports of the tables with a shape of their own
@@ -758,7 +768,7 @@ def test_cosines_as_a_table_and_a_picture(tmp_path: Path) -> None:
         for title, value in (("one", 0.2), ("two", 0.3), ("three", -0.1), ("four", 0.4))
     ]  # fmt: skip
     text = report(record("figure4", lines))
-    assert "| two | +0.300 | -0.300 | +0.000 [-0.100, +0.100] | 50 |" in text
+    assert "| two | +0.300 | -0.300 | +0.000 [-0.100, +0.100] | - | 50 |" in text
     plot_cosines(lines, tmp_path / "cosines.png")
     with Image.open(tmp_path / "cosines.png") as picture:
         assert min(picture.size) > 300
