@@ -116,10 +116,13 @@ class Layout:
         )
 
     @functools.cached_property
+    def _sizes(self) -> list[int]:
+        return [stop - start for start, stop in pairwise(self.offsets)]
+
+    @functools.cached_property
     def large(self) -> tuple[int, ...]:
         """The large parameters, which are worth one operation each."""
-        sizes = [stop - start for start, stop in pairwise(self.offsets)]
-        return tuple(t for t, size in enumerate(sizes) if size >= LARGE)
+        return tuple(t for t, size in enumerate(self._sizes) if size >= LARGE)
 
     @functools.cached_property
     def small(self) -> frozenset[int]:
@@ -192,13 +195,10 @@ class Layout:
     def views(self, vector: Shaped[Tensor, " P"]) -> list[Tensor]:
         """The vector's parts, each with its parameter's shape and memory format."""
         # Views made by split() cannot be written to outside no_grad, and some become `.grad`.
+        parts = torch.unsafe_split_with_sizes(vector, self._sizes)
         return [
-            vector[start:stop].view(shape)
-            if strides is None
-            else vector[start:stop].as_strided(shape, strides)
-            for (start, stop), shape, strides in zip(
-                pairwise(self.offsets), self.shapes, self.strides, strict=True
-            )
+            part.view(shape) if strides is None else part.as_strided(shape, strides)
+            for part, shape, strides in zip(parts, self.shapes, self.strides, strict=True)
         ]
 
     def segments(self, scope: Scope) -> tuple[tuple[int, int], ...]:
