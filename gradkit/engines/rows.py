@@ -271,7 +271,7 @@ def stacked(losses: Sequence[Tensor], device: torch.device) -> Float[Tensor, " K
     if not losses:
         return torch.zeros(0, dtype=torch.float32, device=device)
     dtype = torch.float32
-    for other in {loss.dtype for loss in losses}:
+    for other in {loss.dtype for loss in losses} - {dtype}:
         dtype = torch.promote_types(dtype, other)
     return torch.stack([loss if loss.dtype == dtype else loss.to(dtype) for loss in losses])
 
