@@ -100,7 +100,7 @@ class Evaluator:
         self._accumulation = AccumulationCheck(context.layout, accumulated)
         self._beside = beside
         self._had_gradient = {parameter for parameter in beside if parameter.grad is not None}
-        self._check = GraphCheck()
+        self._check: GraphCheck  # of the closure that is running
         self.found_gradient = False
         self._is_displaced = False
         self.is_local = False
