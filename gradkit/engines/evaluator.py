@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Container, Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -22,7 +22,7 @@ from gradkit.core.samples import takes_samples
 from gradkit.core.storage import Dense, Summed
 from gradkit.core.transform import Weigh
 from gradkit.engines.accumulation_check import AccumulationCheck
-from gradkit.engines.backward import Receivers, take_grads
+from gradkit.engines.backward import NO_CONTEXT, Receivers, take_grads
 from gradkit.engines.loss_scale import LossScale
 from gradkit.engines.objectives import (
     LOSS,
@@ -426,11 +426,11 @@ class Evaluator:
     def _drawing(self, key: str | None) -> AbstractContextManager[None]:
         """A context that replays the draws of a first evaluation if that was asked for."""
         if self._draws is None:
-            return nullcontext()
+            return NO_CONTEXT
         now = RandomState.capture(self._context.layout.device)
         if key not in self._draws:
             self._draws[key] = now
-            return nullcontext()
+            return NO_CONTEXT
         return self._replaying(self._draws[key], now)
 
     @staticmethod
