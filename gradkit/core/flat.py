@@ -196,10 +196,7 @@ class Layout:
         """The vector's parts, each with its parameter's shape and memory format."""
         # Views made by split() cannot be written to outside no_grad, and some become `.grad`.
         parts = torch.unsafe_split_with_sizes(vector, self._sizes)
-        return [
-            part.view(shape) if strides is None else part.as_strided(shape, strides)
-            for part, shape, strides in zip(parts, self.shapes, self.strides, strict=True)
-        ]
+        return list(map(_shaped, parts, self.shapes, self.strides))
 
     def segments(self, scope: Scope) -> tuple[tuple[int, int], ...]:
         """The half-open ranges of the flat vector that `scope` treats separately.
@@ -222,6 +219,12 @@ class Layout:
         vector = torch.empty(self.numel, dtype=self.dtype, device=self.device)
         copy_all(self.views(vector), [local(tensor) for tensor in tensors])
         return vector
+
+
+def _shaped(part: Tensor, shape: tuple[int, ...], strides: tuple[int, ...] | None) -> Tensor:
+    if strides is not None:
+        return part.as_strided(shape, strides)
+    return part if len(shape) == 1 else part.view(shape)
 
 
 def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:

@@ -80,7 +80,7 @@ def _local_products(
     if not signs and a.device.type == "cpu" and a.dtype != torch.float64:
         if a.shape[1] <= _SHORT:
             wide = a.double()
-            return wide @ (wide if b is a else b.double()).T
+            return torch.mm(wide, (wide if b is a else b.double()).T)
         if b is a and len(a) == 1 and a.dtype == torch.float32:
             square = squared_norm([a[0]])
             if square is not None:
