@@ -138,14 +138,14 @@ def check_finite(
     return FiniteCheck(problem, factor if float_lr else scale, weights)
 
 
-def _read(parts: Sequence[Tensor]) -> list[list[float]]:
+def _read(parts: list[Tensor]) -> list[list[float]]:
     """The elements of some vectors."""
     if parts[0].device.type == "cpu":  # where joining vectors takes longer than reading them
         return [part.tolist() for part in parts]
     return _read_at_once(parts)
 
 
-def _read_at_once(parts: Sequence[Tensor]) -> list[list[float]]:
+def _read_at_once(parts: list[Tensor]) -> list[list[float]]:
     """The elements of some vectors, in one copy from a device."""
     values = iter(torch.cat(parts).tolist())
     return [[*islice(values, len(part))] for part in parts]
