@@ -284,7 +284,7 @@ def _is_special(grad: Tensor | None) -> bool:
 
 def _as_local(grad: Tensor) -> Tensor:
     # A closure's own backward may have recorded the gradient's graph.
-    return local(as_plain(grad.detach()))
+    return local(as_plain(grad)).detach()
 
 
 def _chosen(parts: Sequence[Tensor | None], indices: Sequence[int]) -> list[Tensor]:
