@@ -116,10 +116,13 @@ class Layout:
         )
 
     @functools.cached_property
+    def _sizes(self) -> list[int]:
+        return [stop - start for start, stop in pairwise(self.offsets)]
+
+    @functools.cached_property
     def large(self) -> tuple[int, ...]:
         """The large parameters, which are worth one operation each."""
-        sizes = [stop - start for start, stop in pairwise(self.offsets)]
-        return tuple(t for t, size in enumerate(sizes) if size >= LARGE)
+        return tuple(t for t, size in enumerate(self._sizes) if size >= LARGE)
 
     @functools.cached_property
     def small(self) -> frozenset[int]:
@@ -212,14 +215,8 @@ class Layout:
     def views(self, vector: Shaped[Tensor, " P"]) -> list[Tensor]:
         """The vector's parts, each with its parameter's shape and memory format."""
         # Views made by split() cannot be written to outside no_grad, and some become `.grad`.
-        return [
-            vector[start:stop].view(shape)
-            if strides is None
-            else vector[start:stop].as_strided(shape, strides)
-            for (start, stop), shape, strides in zip(
-                pairwise(self.offsets), self.shapes, self.strides, strict=True
-            )
-        ]
+        parts = torch.unsafe_split_with_sizes(vector, self._sizes)
+        return list(map(_shaped, parts, self.shapes, self.strides))
 
     def segments(self, scope: Scope) -> tuple[tuple[int, int], ...]:
         """The half-open ranges of the flat vector that `scope` treats separately.
@@ -242,6 +239,12 @@ class Layout:
         vector = torch.empty(self.numel, dtype=self.dtype, device=self.device)
         copy_all(self.views(vector), [local(tensor) for tensor in tensors])
         return vector
+
+
+def _shaped(part: Tensor, shape: tuple[int, ...], strides: tuple[int, ...] | None) -> Tensor:
+    if strides is not None:
+        return part.as_strided(shape, strides)
+    return part if len(shape) == 1 else part.view(shape)
 
 
 def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:

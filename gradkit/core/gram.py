@@ -80,7 +80,7 @@ def _local_products(
     if not signs and a.device.type == "cpu" and a.dtype != torch.float64:
         if a.shape[1] <= _SHORT:
             wide = a.double()
-            return wide @ (wide if b is a else b.double()).T
+            return torch.mm(wide, (wide if b is a else b.double()).T)
         if b is a and len(a) == 1 and a.dtype == torch.float32:
             square = squared_norm([a[0]])
             if square is not None:
@@ -102,13 +102,16 @@ def _local_products(
 def squared_norm(parts: Sequence[Tensor]) -> Float[Tensor, ""] | None:
     """The squared norm, in float64, of a vector given in parts, on a CPU or CUDA device.
 
-    None if float32 on a CPU may have overflowed or lost digits; the vector must then be scaled.
+    None if float32 on a CPU may have overflowed or lost digits, so that the vector must be scaled,
+    or if there are no parts.
 
     Examples:
         >>> squared_norm([torch.tensor([3.0]), torch.tensor([[4.0]])])
         tensor(25., dtype=torch.float64)
     """
-    if parts and parts[0].device.type == "cuda":  # in pieces, whose conversion needs little memory
+    if not parts:
+        return None
+    if parts[0].device.type == "cuda":  # in pieces, whose conversion needs little memory
         pieces = [
             piece for part in parts for piece in torch.split(part.reshape(-1), _CONVERTED_ELEMENTS)
         ]
@@ -123,10 +126,9 @@ def squared_norm(parts: Sequence[Tensor]) -> Float[Tensor, ""] | None:
             norms.append(torch.linalg.vector_norm(blocks, dim=1, dtype=dtype))
             vector = vector[whole:]
         rest.append(vector)
-    none = torch.zeros(0, dtype=torch.float64, device="cpu")
-    wide = torch.cat([*norms, *rest]).double() if parts else none
+    wide = torch.cat([*norms, *rest]).double()
     total = torch.dot(wide, wide)
-    return total if (parts and not norms) or _in_range(total) else None
+    return total if not norms or _in_range(total) else None
 
 
 def product_of_parts(a: Sequence[Tensor], b: Sequence[Tensor]) -> Float[Tensor, ""] | None:

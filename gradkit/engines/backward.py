@@ -13,6 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 Receivers = Mapping[int, Callable[[Tensor], None]]
 """For some leaves, by position, the function that consumes their gradient."""
 
+NO_CONTEXT = nullcontext()
+"""A context without effect. It has no state, so that one object serves every block."""
+
 # The id of the current backward pass. Not part of torch's public interface; without it all
 # gradients are collected at the end.
 _current_pass: Callable[[], int] | None = getattr(torch._C, "_current_graph_task_id", None)
@@ -47,7 +50,7 @@ def backward(
         RuntimeError: If a compiled graph is differentiated again after its memory was reused.
     """
     try:
-        with handing_on(loss, leaves, receivers) if receivers else nullcontext():
+        with handing_on(loss, leaves, receivers) if receivers else NO_CONTEXT:
             torch.autograd.backward(loss, inputs=inputs, retain_graph=retain_graph)
     except RuntimeError as error:
         if "donated buffer" not in str(error):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Container, Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -21,7 +22,7 @@ from gradkit.core.samples import takes_samples
 from gradkit.core.storage import Dense, Summed
 from gradkit.core.transform import Weigh
 from gradkit.engines.accumulation_check import AccumulationCheck
-from gradkit.engines.backward import Receivers, take_grads
+from gradkit.engines.backward import NO_CONTEXT, Receivers, take_grads
 from gradkit.engines.loss_scale import LossScale
 from gradkit.engines.objectives import (
     LOSS,
@@ -51,6 +52,9 @@ _OWN_BACKWARD = (
 _OWN_SAMPLES = (
     "the closure called backward, so that no samples can be chosen; return the losses [N] only"
 )
+
+
+Result = TypeVar("Result")
 
 
 class Evaluator:
@@ -100,7 +104,7 @@ class Evaluator:
         self._accumulation = AccumulationCheck(context.layout, accumulated)
         self._beside = beside
         self._had_gradient = {parameter for parameter in beside if parameter.grad is not None}
-        self._check = GraphCheck()
+        self._check: GraphCheck  # of the closure that is running
         self.found_gradient = False
         self._is_displaced = False
         self.is_local = False
@@ -223,57 +227,63 @@ class Evaluator:
         names = tuple(name for name in self._closures if only is None or name in only)
         rows = Rows(names, leaves, self._context)
         for name in names:
-            with (
-                self._running(name, leaves),
-                micro_batches(self._call(self._closures[name], name)) as items,
-            ):
-                empty = True
-                for item in items:
-                    empty = False
-                    if isinstance(item, Mapping):
-                        raise ValueError(
-                            f"objective {name!r} returned a mapping; pass the closure itself "
-                            "to step() if it computes several objectives"
-                        )
-                    self._back_propagate(name, {name: item}, (name,), rows, leaves)
-                    del item  # and its graph, before the next micro-batch is computed
-                if empty:
-                    raise NoGradientError(
-                        f"the closure of objective {name!r} produced no gradient: its generator "
-                        "yielded nothing"
-                    )
+            self._run(name, leaves, functools.partial(self._take_one, name, leaves, rows))
         return rows
+
+    def _take_one(self, name: str, leaves: Sequence[Tensor], rows: Rows) -> None:
+        assert self._closures is not None
+        with micro_batches(self._call(self._closures[name], name)) as items:
+            empty = True
+            for item in items:
+                empty = False
+                if isinstance(item, Mapping):
+                    raise ValueError(
+                        f"objective {name!r} returned a mapping; pass the closure itself "
+                        "to step() if it computes several objectives"
+                    )
+                self._back_propagate(name, {name: item}, (name,), rows, leaves)
+                del item  # and its graph, before the next micro-batch is computed
+            if empty:
+                raise NoGradientError(
+                    f"the closure of objective {name!r} produced no gradient: its generator "
+                    "yielded nothing"
+                )
 
     def _evaluate_jointly(
         self, leaves: Sequence[Tensor], only: Container[str] | None
     ) -> tuple[Rows, Gradients | None]:
         """The rows and None; or a single row, of the weighted sum, and the weighted objectives."""
+        rows, weighed = self._run(None, leaves, functools.partial(self._take_jointly, leaves, only))
+        if rows is None:
+            raise NoGradientError("the closure produced no gradient: its generator yielded nothing")
+        return rows, weighed
+
+    def _take_jointly(
+        self, leaves: Sequence[Tensor], only: Container[str] | None
+    ) -> tuple[Rows | None, Gradients | None]:
         assert self._joint is not None
         rows: Rows | None = None
         weighed: Gradients | None = None
-        with self._running(None, leaves):
-            returned = self._call(self._joint, LOSS)
-            streams = self._streams != "no"
-            if streams and isinstance(returned, Generator):
-                if self._streams == "must":
-                    returned.close()
-                    raise ValueError(_NOT_JOINT)
-                streams = False
-            with micro_batches(returned) as items:
-                del returned  # so that no name holds on to the losses
-                for item in items:
-                    losses = item if isinstance(item, Mapping) else {LOSS: item}
-                    names = self._agree_on(tuple(losses), only)
-                    wanted = tuple(name for name in names if only is None or name in only)
-                    if streams and wanted and self._fits(losses):
-                        rows, weighed = self._stream(losses, wanted, leaves)
-                        continue
-                    if rows is None:
-                        rows = Rows(wanted, leaves, self._context, losses=names)
-                    self._back_propagate(None, losses, wanted, rows, leaves)
-                    del item, losses  # and their graphs, before the next micro-batch is computed
-        if rows is None:
-            raise NoGradientError("the closure produced no gradient: its generator yielded nothing")
+        returned = self._call(self._joint, LOSS)
+        streams = self._streams != "no"
+        if streams and isinstance(returned, Generator):
+            if self._streams == "must":
+                returned.close()
+                raise ValueError(_NOT_JOINT)
+            streams = False
+        with micro_batches(returned) as items:
+            del returned  # so that no name holds on to the losses
+            for item in items:
+                losses = item if isinstance(item, Mapping) else {LOSS: item}
+                names = self._agree_on(tuple(losses), only)
+                wanted = tuple(name for name in names if only is None or name in only)
+                if streams and wanted and self._fits(losses):
+                    rows, weighed = self._stream(losses, wanted, leaves)
+                    continue
+                if rows is None:
+                    rows = Rows(wanted, leaves, self._context, losses=names)
+                self._back_propagate(None, losses, wanted, rows, leaves)
+                del item, losses  # and their graphs, before the next micro-batch is computed
         return rows, weighed
 
     def _fits(self, losses: Mapping[str, object]) -> bool:
@@ -351,9 +361,8 @@ class Evaluator:
 
         return Gradients(names, values, Summed(self._context.layout, gram))
 
-    @contextmanager
-    def _running(self, key: str | None, leaves: Sequence[Tensor]) -> Iterator[None]:
-        """A context for a closure and its gradients; `key` is its objective, None if joint."""
+    def _run(self, key: str | None, leaves: Sequence[Tensor], body: Callable[[], Result]) -> Result:
+        """Run a body that calls a closure; `key` is its objective, None if joint."""
         first, known = key not in self._evaluated, self._outside.get(key)
         parameters = self._context.layout.parameters
         copied = leaves is not parameters
@@ -366,7 +375,7 @@ class Evaluator:
             with self._drawing(key), self._session.running(keep_buffers=first):
                 self._accumulation.place(leaves)
                 with torch.enable_grad(), self._interrupts.allowed():
-                    yield
+                    result = body()
         except RuntimeError as error:
             freed = "graph a second time" in str(error)
             if check.outside is not None and freed:
@@ -384,6 +393,7 @@ class Evaluator:
         if check.outside is not None:
             self._outside[key] = check.outside
         self._evaluated.add(key)
+        return result
 
     def _call(self, closure: Callable[..., Any], name: str) -> Any:
         """What a closure returns; on the chosen samples only, if it takes `samples`.
@@ -416,11 +426,11 @@ class Evaluator:
     def _drawing(self, key: str | None) -> AbstractContextManager[None]:
         """A context that replays the draws of a first evaluation if that was asked for."""
         if self._draws is None:
-            return nullcontext()
+            return NO_CONTEXT
         now = RandomState.capture(self._context.layout.device)
         if key not in self._draws:
             self._draws[key] = now
-            return nullcontext()
+            return NO_CONTEXT
         return self._replaying(self._draws[key], now)
 
     @staticmethod

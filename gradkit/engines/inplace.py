@@ -17,6 +17,7 @@ from gradkit.core.displacement import Displacement
 from gradkit.core.flat import Layout, Pool, copy_all, is_only_held_by, memory_uses
 from gradkit.core.ranks import is_expanded
 from gradkit.engines.backward import (
+    NO_CONTEXT,
     Receivers,
     backward,
     may_hand_on,
@@ -169,7 +170,7 @@ class InplaceSession:
             module.reshard()
 
     def running(self, *, keep_buffers: bool) -> AbstractContextManager[None]:
-        return nullcontext() if keep_buffers else self._discarding_buffers()
+        return NO_CONTEXT if keep_buffers else self._discarding_buffers()
 
     @contextmanager
     def _discarding_buffers(self) -> Iterator[None]:

@@ -191,7 +191,6 @@ class GraphCheck:
         """Drop the references to nodes and leaves; nothing is visited afterwards."""
         self._seen.clear()
         self._leaves = None
-        vars(self).pop("_ids", None)
 
     def visit(self, loss: Tensor, name: str, *, differentiated: bool = False) -> None:
         """Search a loss's graph.

@@ -124,9 +124,9 @@ class Rows:
         reached = self._reached[name]
         first = not any(reached)
         there = [t for t, grad in enumerate(grads) if grad is not None]
-        if any(_is_special(grad) for grad in grads if grad is not None):
+        if any(map(_is_special, grads)):
             grads = [
-                None if grad is None else local(as_plain(checked_grad(grad, name, parameter)))
+                None if grad is None else _as_local(checked_grad(grad, name, parameter))
                 for grad, parameter in zip(grads, self._layout.parameters, strict=True)
             ]
         if not there and first and not self.unfrozen.get(name):
@@ -137,14 +137,13 @@ class Rows:
             return
         views = self._flat()[1][self._names.index(name)]
         new = there if first else [t for t in there if not reached[t]]
-        with torch.no_grad():
-            if len(new) == len(views):
-                torch._foreach_copy_(views, _chosen(grads, new))
-            elif new:
-                torch._foreach_copy_(_chosen(views, new), _chosen(grads, new))
-            if len(new) < len(there):
-                more = [t for t in there if reached[t]]
-                torch._foreach_add_(_chosen(views, more), _chosen(grads, more))
+        if len(new) == len(views):
+            torch._foreach_copy_(views, [grad for grad in grads if grad is not None])
+        elif new:
+            torch._foreach_copy_(_chosen(views, new), _chosen(grads, new))
+        if len(new) < len(there):
+            more = [t for t in there if reached[t]]
+            torch._foreach_add_(_chosen(views, more), _chosen(grads, more))
         for t in new:
             reached[t] = True
 
@@ -272,13 +271,20 @@ def stacked(losses: Sequence[Tensor], device: torch.device) -> Float[Tensor, " K
     if not losses:
         return torch.zeros(0, dtype=torch.float32, device=device)
     dtype = torch.float32
-    for other in {loss.dtype for loss in losses}:
+    for other in {loss.dtype for loss in losses} - {dtype}:
         dtype = torch.promote_types(dtype, other)
     return torch.stack([loss if loss.dtype == dtype else loss.to(dtype) for loss in losses])
 
 
-def _is_special(grad: Tensor) -> bool:
-    return type(grad) is not Tensor or grad.layout != torch.strided
+def _is_special(grad: Tensor | None) -> bool:
+    return grad is not None and (
+        type(grad) is not Tensor or grad.requires_grad or grad.layout != torch.strided
+    )
+
+
+def _as_local(grad: Tensor) -> Tensor:
+    # A closure's own backward may have recorded the gradient's graph.
+    return local(as_plain(grad)).detach()
 
 
 def _chosen(parts: Sequence[Tensor | None], indices: Sequence[int]) -> list[Tensor]:

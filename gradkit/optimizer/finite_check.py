@@ -73,7 +73,6 @@ def check_finite(
     float_lr = any(not isinstance(rate, Tensor) or rate.device != device for rate in rates)
     if nonfinite == "ignore":
         return FiniteCheck(None, float(scale) if scale is not None and float_lr else scale, None)
-    count = len(gradients.names)
     # A joint closure may have computed a loss that nobody differentiated.
     others = [name for name in source.unmeasured if name not in source.without_loss]
     gram = None if gradients.has_update else gradients.gram()
@@ -89,20 +88,16 @@ def check_finite(
         parts.append(gradients.weights)
     if scale is not None:
         parts.append(scale[None])
-    values = iter(torch.cat(parts).tolist())
-
-    def take(length: int) -> list[float]:
-        return [*islice(values, length)]
-
-    found = [(one, take(len(one.names)), take(len(one.names))) for one in source.measured]
-    other_losses = take(len(others))
+    numbers = iter(_read(parts))
+    found = [(one, next(numbers), next(numbers)) for one in source.measured]
+    other_losses = [next(numbers)[0] for _ in others]
     if gram is None:
-        (bound,) = take(1)
+        (bound,) = next(numbers)
     else:
-        squares = take(count) if known is None else found[known][2]
+        squares = next(numbers) if known is None else found[known][2]
     if weights is None:
-        weights = take(count)
-    factor = None if scale is None else take(1)[0]
+        weights = next(numbers)
+    factor = None if scale is None else next(numbers)[0]
     if gram is not None:
         bound = sum(
             abs(weight) * math.sqrt(max(square, 0.0)) if square == square else math.nan
@@ -141,6 +136,19 @@ def check_finite(
             "learning rate, or pass nonfinite='skip' to gk.wrap() to pass over such steps"
         )
     return FiniteCheck(problem, factor if float_lr else scale, weights)
+
+
+def _read(parts: list[Tensor]) -> list[list[float]]:
+    """The elements of some vectors."""
+    if parts[0].device.type == "cpu":  # where joining vectors takes longer than reading them
+        return [part.tolist() for part in parts]
+    return _read_at_once(parts)
+
+
+def _read_at_once(parts: list[Tensor]) -> list[list[float]]:
+    """The elements of some vectors, in one copy from a device."""
+    values = iter(torch.cat(parts).tolist())
+    return [[*islice(values, len(part))] for part in parts]
 
 
 def _first_problem(

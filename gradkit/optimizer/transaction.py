@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from jaxtyping import Float
@@ -250,10 +250,16 @@ class Transaction:
         self.context.gradients = gradients
         self.context.commit(transforms)
         link_stepped(transforms, self.context.layout, self._base)
-        with ExitStack() as stack:
-            # They run in order, and all of them run even if one raises.
-            for transform in reversed(transforms):
-                stack.callback(transform.after_step, self.context)
+        self._after_step(transforms)
+
+    def _after_step(self, transforms: Sequence[Transform]) -> None:
+        """Call `after_step` of each transform in order, of all of them even if one raises."""
+        if not transforms:
+            return
+        try:
+            transforms[0].after_step(self.context)
+        finally:
+            self._after_step(transforms[1:])
 
     def _set_unfrozen_grads(self, gradients: Gradients) -> None:
         """Set the `.grad` of parameters that a closure has unfrozen to their weighted sum.

@@ -179,6 +179,27 @@ def test_a_closure_cannot_call_backward_on_several_losses(engine):
     assert torch.equal(flat(model.parameters()), before)
 
 
+@pytest.mark.filterwarnings("ignore:Using backward")
+@pytest.mark.parametrize("engine", ENGINES)
+def test_gradients_that_a_closure_recorded_are_detached(engine):
+    model = torch.nn.Linear(3, 1, bias=False).double()
+    optimizer = gk.wrap(torch.optim.SGD(model.parameters(), lr=0.1), model=model, engine=engine)
+
+    def cubic(factor):
+        def closure():
+            loss = factor * model.weight.pow(3).sum()
+            loss.backward(create_graph=True)
+            return loss
+
+        return closure
+
+    for _ in range(2):  # the second step takes the memory of the first
+        before = model.weight.detach().clone()
+        optimizer.step({"a": cubic(1.0), "b": cubic(2.0)})
+        assert torch.allclose(model.weight, before - 0.1 * 9 * before.square(), rtol=1e-14)
+        assert not model.weight.grad.requires_grad
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_only_the_named_objectives_are_evaluated(engine):
     model = network("linear")

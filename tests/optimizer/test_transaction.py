@@ -109,3 +109,24 @@ def test_signals_outside_the_main_thread() -> None:
     thread.start()
     thread.join()
     assert optimizer.last_step.applied
+
+
+def test_every_transform_is_told_of_a_step_though_one_raises() -> None:
+    told: list[str] = []
+
+    class Tells(gk.Transform):
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def after_step(self, context: gk.Context) -> None:
+            told.append(self.name)
+            if self.name != "second":
+                raise KeyError(self.name)
+
+    model = network()
+    chain = [Tells(name) for name in ("first", "second", "third")]
+    optimizer = gk.wrap(sgd(model), *chain, model=model)
+    with pytest.raises(KeyError, match="third") as raised:
+        optimizer.step(lambda: model(INPUT).sum())
+    assert told == ["first", "second", "third"]
+    assert str(raised.value.__context__) == "'first'"
