@@ -215,8 +215,10 @@ class GraphCheck:
             if node is None:
                 continue
             kind = type(node).__name__
-            if self._copied and kind == "AccumulateGrad" and hasattr(node.variable, OVER):
-                raise RuntimeError(kept_from_before(name))
+            if kind == "AccumulateGrad":  # a leaf, where the graph ends
+                if self._copied and hasattr(node.variable, OVER):
+                    raise RuntimeError(kept_from_before(name))
+                continue
             if not differentiated and "CheckpointFunction" in kind:
                 raise RuntimeError(
                     f"objective {name!r} uses torch.utils.checkpoint with use_reentrant=True, "
