@@ -68,9 +68,12 @@ class Recorder:
 
     def __init__(self, optimizer: GradientOptimizer, *, every: int = 1) -> None:
         if not isinstance(optimizer, GradientOptimizer):
+            if optimizer is None:
+                raise TypeError("there is no optimizer: an adapter that trains nothing has none")
+            holds = isinstance(getattr(optimizer, "optimizer", None), GradientOptimizer)
             raise TypeError(
-                f"a {type(optimizer).__name__} keeps no record of its steps; pass the optimizer "
-                "that gk.wrap() returned"
+                f"a {type(optimizer).__name__} keeps no record of its steps; pass "
+                + ("its attribute optimizer" if holds else "the optimizer that gk.wrap() returned")
             )
         check_count("every", every)
         self.every = every

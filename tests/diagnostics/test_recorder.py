@@ -324,6 +324,14 @@ def test_what_is_wrong_is_said() -> None:
     w, optimizer = problem()
     with as_users_run_it(), pytest.raises(TypeError, match="a SGD keeps no record of its steps"):
         Recorder(optimizer.base)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4))
+    with as_users_run_it():
+        with pytest.raises(
+            TypeError, match="keeps no record of its steps; pass its attribute opti"
+        ):
+            Recorder(gk.tta.TENT(model))
+        with pytest.raises(TypeError, match="no optimizer: an adapter that trains nothing has non"):
+            Recorder(gk.tta.PTBN(model).optimizer)
     with pytest.raises(ValueError, match="every is 0"):
         Recorder(optimizer, every=0)
     recorder = Recorder(optimizer)
