@@ -25,6 +25,9 @@ from gradkit.optimizer.record import scalars_of
 _PENDING = 256
 _PENDING_PRODUCTS = 2**20
 
+# An error names so many columns.
+_SHOWN = 40
+
 # Another thread may read what a training records. One lock for all recorders, which is held for
 # moments, so that a recorder can be copied and pickled.
 _LOCK = threading.RLock()
@@ -97,6 +100,8 @@ class Recorder:
 
     def _read(self) -> None:
         """Copy what is still on the device to the columns. Needs the lock."""
+        if not self._pending:
+            return
         names, number = list(self._names), {name: n for n, name in enumerate(self._names)}
         for _, record in self._pending:
             for name in record.names:
@@ -153,7 +158,9 @@ class Recorder:
         with _LOCK:
             self._read()
             if name not in self._columns:
-                raise KeyError(f"no column {name!r}; there are {', '.join(self._columns)}")
+                shown = [*self._columns][:_SHOWN]
+                rest = f" and {len(self._columns) - _SHOWN} more" * (len(self._columns) > _SHOWN)
+                raise KeyError(f"no column {name!r}; there are {', '.join(shown)}{rest}")
             return np.array(self._columns[name])
 
     def cosine(self, a: str, b: str) -> NDArray[np.float64]:
@@ -169,7 +176,7 @@ class Recorder:
         if a == b:
             raise ValueError(f"a cosine is of two objectives, and both are {a!r}")
         with _LOCK:
-            column = _column("cosine", *sorted((a, b), key=names.index))
+            column = column_name("cosine", *sorted((a, b), key=names.index))
             # It is missing if they never met in a step.
             return self[column] if column in self._columns else np.full(len(self), np.nan)
 
@@ -182,7 +189,7 @@ class Recorder:
             columns, names = self.columns(), self.names
         found = {}
         for a, b in combinations(names, 2):
-            cosines = columns.get(_column("cosine", a, b), np.zeros(0))
+            cosines = columns.get(column_name("cosine", a, b), np.zeros(0))
             known = cosines[~np.isnan(cosines) & (columns["applied"][: len(cosines)] == 1)]
             found[a, b] = float((known < 0).mean()) if len(known) else np.nan
         return found
@@ -239,7 +246,7 @@ class Recorder:
             self._columns = columns
 
 
-def _column(kind: str, *names: str) -> str:
+def column_name(kind: str, *names: str) -> str:
     """The name of a column of one objective, or of a pair, whose names "/" parts."""
     if len(names) > 1:
         names = tuple(name.replace("\\", "\\\\").replace("/", "\\/") for name in names)
@@ -251,5 +258,5 @@ def _named(found: Mapping[str, float], names: Sequence[str]) -> dict[str, float]
     row = {}
     for key, value in found.items():
         kind, *numbers = key.split("/")
-        row[_column(kind, *(names[number] for number in sorted(map(int, numbers))))] = value
+        row[column_name(kind, *(names[number] for number in sorted(map(int, numbers))))] = value
     return row

@@ -339,6 +339,12 @@ def test_what_is_wrong_is_said() -> None:
     optimizer.step(objectives(w))
     with pytest.raises(KeyError, match=r"no column 'lr'; there are step, loss/a"):
         recorder["lr"]
+    names = [str(number) for number in range(20)]
+    v, other = problem()
+    many = Recorder(other)
+    other.step(lambda: {name: v.sum() for name in names})
+    with pytest.raises(KeyError, match=r"norm/18 and 213 more"):
+        many["lr"]
     with pytest.raises(ValueError, match="no recorded step had an objective 'z'"):
         recorder.cosine("a", "z")
     with pytest.raises(ValueError, match="both are 'a'"):
