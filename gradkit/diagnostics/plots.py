@@ -87,9 +87,10 @@ def plot(recorder: Recorder, *, window: int | None = None) -> Figure:
         panels["weight"] = weights
     if _varies(columns["lr_scale"]):
         panels["factor of the learning rate"] = {"": columns["lr_scale"]}
-    for name, title in (("gate", "gate: 1 aligned, 0 conflict"), ("decay", "decay of the teacher")):
-        if name in columns:
-            panels[title] = {"": columns[name]}
+    if "gate" in columns:
+        panels["gate: 1 aligned, 0 conflict"] = {"": columns["gate"]}
+    if "decay" in columns and _varies(columns["decay"]):
+        panels["decay of the teacher"] = {"": columns["decay"]}
     panels = {title: lines for title, lines in panels.items() if title == "loss" or _known(lines)}
     below = 0.0
     if matrix and len(names) > _BESIDE:
@@ -198,6 +199,7 @@ def _draw(
     if not _known(lines):
         axes.text(0.5, 0.5, "no finite value", ha="center", transform=axes.transAxes, fontsize=8)
     axes.set_xlabel("step", fontsize=9)
+    axes.locator_params(axis="x", integer=True)
     axes.tick_params(labelsize=8)
     return drawn
 

@@ -146,6 +146,25 @@ def test_one_objective_and_steps_without_gradients() -> None:
         gk.diagnostics.plot(recorder, window=0)
 
 
+def test_a_decay_is_shown_where_it_varies_and_a_gate_always() -> None:
+    model = torch.nn.Linear(2, 1)
+    x = torch.randn(8, 2, generator=seeded(0))
+    gate, decay = "gate: 1 aligned, 0 conflict", "decay of the teacher"
+    for teacher, expected in (
+        (gk.EMA(model, decay=0.9), []),
+        (gk.EMA(model, decay=0.9, warmup=True), [decay]),
+        (gk.GatedEMA(model, between=("a", "a2"), warmup=False), [gate]),
+    ):
+        optimizer = gk.wrap(torch.optim.SGD(model.parameters(), lr=0.1), teacher, model=model)
+        recorder = gk.diagnostics.Recorder(optimizer)
+        for _ in range(3):
+            optimizer.step({name: lambda: model(x).square().mean() for name in ("a", "a2")})
+        figure = gk.diagnostics.plot(recorder)
+        assert [title for title in titles(figure) if title in (gate, decay)] == expected
+        ticks = figure.axes[0].get_xticks()
+        np.testing.assert_array_equal(ticks, ticks.round())
+
+
 def test_bars_are_the_cosines_by_parameter() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Tanh(), torch.nn.Linear(2, 2))
     optimizer = gk.wrap(torch.optim.SGD(model.parameters(), lr=0.1), model=model)
