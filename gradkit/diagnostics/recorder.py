@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import threading
 from array import array
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from types import TracebackType
@@ -15,25 +17,36 @@ import torch
 from numpy.typing import NDArray
 
 from gradkit.core.arguments import check_count
+from gradkit.core.interrupts import Interrupts
 from gradkit.optimizer import GradientOptimizer, StepRecord
 from gradkit.optimizer.record import scalars_of
 
-# After so many records the device is waited for.
+# After so many records, or inner products in them, the device is waited for.
 _PENDING = 256
+_PENDING_PRODUCTS = 2**20
+
+# An error names so many columns.
+_SHOWN = 40
+
+# Another thread may read what a training records. One lock for all recorders, which is held for
+# moments, so that a recorder can be copied and pickled.
+_LOCK = threading.RLock()
 
 
 class Recorder:
-    """Follows an optimizer and keeps what each step did: losses, norms, cosines, weights, factors.
+    r"""Follows an optimizer and keeps what each step did: losses, norms, cosines, weights, factors.
 
     It reads `optimizer.last_step` in a hook after the step. Tensors stay on the device, and are
     copied to the host together, for 256 steps at a time or when columns are asked for. A step that
     was skipped is kept with `applied` 0; one that raised is not.
 
     Columns are named as in `StepRecord.scalars`, with `step` before them, the number of the step,
-    counted from 1. Where an objective had no part in a step, its entries are NaN. Cosines and norms
-    are of the gradients that the step applied (with SAM, at the displaced weights) before rules
-    weighted them. They take eight bytes each, K losses, norms and weights and K(K - 1)/2 cosines
-    for each step; `every` keeps them few in long trainings.
+    counted from 1. In the names of cosines, a "/" of an objective's own name is written as "\/", so
+    that no two pairs share a column. Where an objective had no part in a step, its entries are NaN.
+    Cosines and norms are of the gradients that the step applied (with SAM, at the displaced
+    weights) before rules weighted them. They take eight bytes each, K losses, norms and weights and
+    K(K - 1)/2 cosines for each step; `every` keeps them few in long trainings. Another thread may
+    read columns while steps are recorded.
 
     Args:
         optimizer: The optimizer to follow.
@@ -58,60 +71,83 @@ class Recorder:
 
     def __init__(self, optimizer: GradientOptimizer, *, every: int = 1) -> None:
         if not isinstance(optimizer, GradientOptimizer):
+            if optimizer is None:
+                raise TypeError("there is no optimizer: an adapter that trains nothing has none")
+            holds = isinstance(getattr(optimizer, "optimizer", None), GradientOptimizer)
             raise TypeError(
-                f"a {type(optimizer).__name__} keeps no record of its steps; pass the optimizer "
-                "that gk.wrap() returned"
+                f"a {type(optimizer).__name__} keeps no record of its steps; pass "
+                + ("its attribute optimizer" if holds else "the optimizer that gk.wrap() returned")
             )
         check_count("every", every)
         self.every = every
         self._seen = 0
         self._pending: list[tuple[int, StepRecord]] = []
+        self._products = 0
         self._names: list[str] = []
         self._columns: dict[str, array[float]] = {"step": array("d")}
         self._handle = optimizer.register_step_post_hook(self._after_step)
 
     def _after_step(self, optimizer: Any, arguments: Any, named: Any) -> None:
-        self._seen += 1
-        if (self._seen - 1) % self.every == 0 and optimizer.last_step is not None:
-            self._pending.append((self._seen, optimizer.last_step))
-            if len(self._pending) >= _PENDING:
+        with _LOCK:
+            self._seen += 1
+            record = optimizer.last_step
+            if (self._seen - 1) % self.every != 0 or record is None:
+                return
+            self._pending.append((self._seen, record))
+            self._products += len(record.names) ** 2
+            if len(self._pending) >= _PENDING or self._products >= _PENDING_PRODUCTS:
                 self._read()
 
     def _read(self) -> None:
-        """Copy what is still on the device to the columns."""
-        pending, self._pending = self._pending, []
-        scalars = scalars_of([record for _, record in pending])
-        for (number, record), found in zip(pending, scalars, strict=True):
-            self._names += [name for name in record.names if name not in self._names]
-            row = {"step": float(number), **self._in_order(record.names, found)}
-            for name in row:
-                if name not in self._columns:
-                    self._columns[name] = array("d", [np.nan]) * len(self._columns["step"])
-            for name, column in self._columns.items():
-                column.append(row.get(name, np.nan))
-
-    def _in_order(self, names: Sequence[str], found: dict[str, float]) -> dict[str, float]:
-        """Numbers with pairs of objectives in the order in which those were first seen."""
-        order = self._names.index
-        for a, b in combinations(names, 2):
-            if order(a) > order(b):
-                found[f"cosine/{b}/{a}"] = found.pop(f"cosine/{a}/{b}")
-        return found
+        """Copy what is still on the device to the columns. Needs the lock."""
+        if not self._pending:
+            return
+        names, number = list(self._names), {name: n for n, name in enumerate(self._names)}
+        for _, record in self._pending:
+            for name in record.names:
+                if number.setdefault(name, len(names)) == len(names):
+                    names.append(name)
+        # Under the objectives' numbers, so that keys of cosines are those of one pair only.
+        scalars = scalars_of(
+            [
+                replace(record, names=tuple(str(number[name]) for name in record.names))
+                for _, record in self._pending
+            ]
+        )
+        rows = [
+            {"step": float(step), **_named(found, names)}
+            for (step, _), found in zip(self._pending, scalars, strict=True)
+        ]
+        interrupts = Interrupts()
+        interrupts.begin()  # a row is in all columns or in none
+        try:
+            self._names, self._pending, self._products = names, [], 0
+            for row in rows:
+                for name in row:
+                    if name not in self._columns:
+                        self._columns[name] = array("d", [np.nan]) * len(self._columns["step"])
+                for name, column in self._columns.items():
+                    column.append(row.get(name, np.nan))
+        finally:
+            interrupts.end()
 
     @property
     def names(self) -> tuple[str, ...]:
         """The objectives so far, in the order in which they were first seen."""
-        self._read()
-        return tuple(self._names)
+        with _LOCK:
+            self._read()
+            return tuple(self._names)
 
     def __len__(self) -> int:
         """How many steps are recorded."""
-        return len(self._columns["step"]) + len(self._pending)
+        with _LOCK:
+            return len(self._columns["step"]) + len(self._pending)
 
     def columns(self) -> dict[str, NDArray[np.float64]]:
         """The columns by name, one number [S] for each recorded step."""
-        self._read()
-        return {name: np.array(column) for name, column in self._columns.items()}
+        with _LOCK:
+            self._read()
+            return {name: np.array(column) for name, column in self._columns.items()}
 
     def __getitem__(self, name: str) -> NDArray[np.float64]:
         """A column [S].
@@ -119,10 +155,13 @@ class Recorder:
         Raises:
             KeyError: If there is no column of that name.
         """
-        self._read()
-        if name not in self._columns:
-            raise KeyError(f"no column {name!r}; there are {', '.join(self._columns)}")
-        return np.array(self._columns[name])
+        with _LOCK:
+            self._read()
+            if name not in self._columns:
+                shown = [*self._columns][:_SHOWN]
+                rest = f" and {len(self._columns) - _SHOWN} more" * (len(self._columns) > _SHOWN)
+                raise KeyError(f"no column {name!r}; there are {', '.join(shown)}{rest}")
+            return np.array(self._columns[name])
 
     def cosine(self, a: str, b: str) -> NDArray[np.float64]:
         """The cosine of two objectives' gradients in each recorded step [S].
@@ -136,20 +175,22 @@ class Recorder:
                 raise ValueError(f"no recorded step had an objective {name!r}; there were {names}")
         if a == b:
             raise ValueError(f"a cosine is of two objectives, and both are {a!r}")
-        first, second = sorted((a, b), key=names.index)
-        column = f"cosine/{first}/{second}"  # which may be missing: they never met in a step
-        return self[column] if column in self._columns else np.full(len(self), np.nan)
+        with _LOCK:
+            column = column_name("cosine", *sorted((a, b), key=names.index))
+            # It is missing if they never met in a step.
+            return self[column] if column in self._columns else np.full(len(self), np.nan)
 
     def conflicts(self) -> dict[tuple[str, str], float]:
         """For each pair of objectives, the share of steps in which their cosine was negative.
 
         Of applied steps only, and NaN where a pair's cosine is not known of any.
         """
+        with _LOCK:
+            columns, names = self.columns(), self.names
         found = {}
-        applied = self["applied"] == 1 if len(self) else np.zeros(0, dtype=bool)
-        for a, b in combinations(self.names, 2):
-            cosines = self.cosine(a, b)[applied]
-            known = cosines[~np.isnan(cosines)]
+        for a, b in combinations(names, 2):
+            cosines = columns.get(column_name("cosine", a, b), np.zeros(0))
+            known = cosines[~np.isnan(cosines) & (columns["applied"][: len(cosines)] == 1)]
             found[a, b] = float((known < 0).mean()) if len(known) else np.nan
         return found
 
@@ -179,8 +220,9 @@ class Recorder:
 
     def state_dict(self) -> dict[str, Any]:
         """What is recorded, as tensors and plain values, for a checkpoint beside the optimizer."""
-        columns = {name: torch.from_numpy(column) for name, column in self.columns().items()}
-        return {"seen": self._seen, "names": list(self._names), "columns": columns}
+        with _LOCK:
+            columns = {name: torch.from_numpy(column) for name, column in self.columns().items()}
+            return {"seen": self._seen, "names": list(self._names), "columns": columns}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over what another recorder has recorded, and go on counting from there.
@@ -195,8 +237,26 @@ class Recorder:
         lengths = {name: len(column) for name, column in state_dict["columns"].items()}
         if len(set(lengths.values())) > 1:
             raise ValueError(f"the saved columns have different lengths: {lengths}")
-        self._pending = []
-        self._seen, self._names = state_dict["seen"], list(state_dict["names"])
-        self._columns = {
+        columns = {
             name: array("d", column.tolist()) for name, column in state_dict["columns"].items()
         }
+        with _LOCK:
+            self._pending, self._products = [], 0
+            self._seen, self._names = state_dict["seen"], list(state_dict["names"])
+            self._columns = columns
+
+
+def column_name(kind: str, *names: str) -> str:
+    """The name of a column of one objective, or of a pair, whose names "/" parts."""
+    if len(names) > 1:
+        names = tuple(name.replace("\\", "\\\\").replace("/", "\\/") for name in names)
+    return "/".join([kind, *names])
+
+
+def _named(found: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
+    """Scalars under the objectives' names instead of their numbers, pairs in the numbers' order."""
+    row = {}
+    for key, value in found.items():
+        kind, *numbers = key.split("/")
+        row[column_name(kind, *(names[number] for number in sorted(map(int, numbers))))] = value
+    return row

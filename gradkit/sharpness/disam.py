@@ -70,17 +70,23 @@ class DISAM(Ascent):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number("lmbda", self.lmbda, least=0)
-        if self.sizes is not None:
-            if not isinstance(self.sizes, Mapping):
-                raise TypeError(
-                    f"sizes is {self.sizes!r}; pass a mapping from the objectives' names to their "
-                    "numbers of samples"
-                )
-            for name, size in self.sizes.items():
-                check_number(f"the size of {name!r}", size, above=0)
+        self._check_sizes()
         check_one_step(self)
 
+    def _check_sizes(self) -> None:
+        if self.sizes is None:
+            return
+        if not isinstance(self.sizes, Mapping):
+            raise TypeError(
+                f"sizes is {self.sizes!r}; pass a mapping from the objectives' names to their "
+                "numbers of samples"
+            )
+        for name, size in self.sizes.items():
+            check_number(f"the size of {name!r}", size, above=0)
+
     def around(self, inner: Oracle, context: Context) -> Oracle:
+        self._check_sizes()  # which may have been assigned since
+
         def oracle(at: Point | None = None, only: Container[str] | None = None) -> Gradients:
             first = inner(at, only)
             active = list(first.active)

@@ -59,6 +59,7 @@ class COSMOS(LossWeighting):
         check_number("lmbda", self.lmbda, least=0)
 
     def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:
+        check_ray(self.preference)  # which may have been assigned since
         losses = inputs.needed_losses(self)
         r = inputs.shares(self.preference, losses)
         ray, size = r / r.norm(), losses.norm()

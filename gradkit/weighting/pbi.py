@@ -65,6 +65,7 @@ class PBI(LossWeighting):
         check_numbers("ideal", self.ideal)
 
     def weigh(self, inputs: RuleInputs, memory: Remembered) -> Weighed:
+        check_ray(self.preference)  # which may have been assigned since
         losses = inputs.needed_losses(self)
         f = losses - inputs.numbers(self.ideal, losses)
         p = inputs.shares(self.preference, losses)

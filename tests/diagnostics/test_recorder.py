@@ -2,7 +2,13 @@
 
 import copy
 import csv
+import itertools
 import math
+import pickle
+import signal
+import sys
+import threading
+from array import array
 
 import numpy as np
 import pytest
@@ -92,6 +98,110 @@ def test_objectives_may_come_and_go() -> None:
     assert "cosine/c/a" not in recorder.columns()
     assert np.isnan(recorder.cosine("b", "c")).all()
     assert math.isnan(recorder.conflicts()["b", "c"])
+
+
+def test_names_with_slashes_share_no_column() -> None:
+    w, optimizer = problem()
+    recorder = Recorder(optimizer)
+    names = ("a", "b/c", "a/b", "c", "a\\/b", "")
+    targets = torch.randn(len(names), 3, generator=seeded(0), dtype=torch.float64)
+    closures = {
+        name: lambda target=target: (w - target).square().sum()
+        for name, target in zip(names, targets, strict=True)
+    }
+    optimizer.step(closures)
+    found = {}
+    for a, b in itertools.combinations(names, 2):
+        found[a, b] = optimizer.last_step.cosine(a, b)
+    optimizer.step(dict(reversed(closures.items())))
+    for (a, b), cosine in found.items():
+        expected = [cosine, optimizer.last_step.cosine(a, b)]
+        np.testing.assert_allclose(recorder.cosine(a, b), expected, rtol=1e-12)
+        assert recorder.conflicts()[a, b] == (np.array(expected) < 0).mean()
+    assert "loss/b/c" in recorder.columns()
+    assert r"cosine/a/b\/c" in recorder.columns()
+    assert len(recorder.columns()) == 1 + 3 * 6 + 15 + 2
+
+
+def test_many_objectives_are_read_sooner(monkeypatch) -> None:
+    monkeypatch.setattr("gradkit.diagnostics.recorder._PENDING_PRODUCTS", 13)
+    w, optimizer = problem()
+    recorder = Recorder(optimizer)
+    for names, pending in (("ab", 1), ("abc", 0), ("abc", 1), ("ab", 0)):
+        optimizer.step(objectives(w, names))
+        assert len(recorder._pending) == pending
+    assert len(recorder) == 4
+
+
+def test_ctrl_c_while_reading_loses_nothing(monkeypatch) -> None:
+    w, optimizer = problem()
+    recorder = Recorder(optimizer)
+    for _ in range(3):
+        optimizer.step(objectives(w))
+
+    def interrupted(records):
+        signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("gradkit.diagnostics.recorder.scalars_of", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            recorder.columns()
+
+    class Late(array):
+        def append(self, value):
+            super().append(value)
+            if len(self) == 2:
+                signal.raise_signal(signal.SIGINT)
+
+    recorder._columns["step"] = Late("d")
+    with pytest.raises(KeyboardInterrupt):  # once all columns are complete
+        recorder.columns()
+    assert {len(column) for column in recorder.columns().values()} == {3}
+    np.testing.assert_array_equal(recorder["step"], [1, 2, 3])
+
+
+def test_other_threads_may_read() -> None:
+    w, optimizer = problem()
+    recorder = Recorder(optimizer)
+    done = threading.Event()
+    lengths, errors = [], []
+
+    def read():
+        try:
+            while not done.is_set():
+                lengths.append({len(column) for column in recorder.columns().values()})
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=read) for _ in range(2)]
+    switching = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for thread in threads:
+            thread.start()
+        for _ in range(100):
+            optimizer.step(objectives(w))
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join(60)
+        sys.setswitchinterval(switching)
+    assert not errors
+    assert all(len(each) == 1 for each in lengths)
+    np.testing.assert_array_equal(recorder["step"], np.arange(1, 101))
+
+
+def test_it_can_be_copied_and_pickled() -> None:
+    w, optimizer = problem()
+    recorder = Recorder(optimizer)
+    optimizer.step(objectives(w))
+    twins = [copy.deepcopy(recorder), pickle.loads(pickle.dumps(recorder))]
+    optimizer.step(objectives(w))
+    for twin in twins:
+        twin.close()
+        np.testing.assert_array_equal(twin["step"], [1])  # it follows no optimizer
+    optimizer.step(objectives(w))
+    np.testing.assert_array_equal(recorder["step"], [1, 2, 3])
 
 
 def test_more_steps_than_are_read_at_once() -> None:
@@ -214,6 +324,14 @@ def test_what_is_wrong_is_said() -> None:
     w, optimizer = problem()
     with as_users_run_it(), pytest.raises(TypeError, match="a SGD keeps no record of its steps"):
         Recorder(optimizer.base)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4))
+    with as_users_run_it():
+        with pytest.raises(
+            TypeError, match="keeps no record of its steps; pass its attribute opti"
+        ):
+            Recorder(gk.tta.TENT(model))
+        with pytest.raises(TypeError, match="no optimizer: an adapter that trains nothing has non"):
+            Recorder(gk.tta.PTBN(model).optimizer)
     with pytest.raises(ValueError, match="every is 0"):
         Recorder(optimizer, every=0)
     recorder = Recorder(optimizer)
@@ -221,6 +339,12 @@ def test_what_is_wrong_is_said() -> None:
     optimizer.step(objectives(w))
     with pytest.raises(KeyError, match=r"no column 'lr'; there are step, loss/a"):
         recorder["lr"]
+    names = [str(number) for number in range(20)]
+    v, other = problem()
+    many = Recorder(other)
+    other.step(lambda: {name: v.sum() for name in names})
+    with pytest.raises(KeyError, match=r"norm/18 and 213 more"):
+        many["lr"]
     with pytest.raises(ValueError, match="no recorded step had an objective 'z'"):
         recorder.cosine("a", "z")
     with pytest.raises(ValueError, match="both are 'a'"):

@@ -482,6 +482,9 @@ def test_wrong_sizes_of_disam_are_refused() -> None:
     (x, y), before = next(iter(batches(1))), flat(model.parameters())
     with pytest.raises(ValueError, match="no number for the objective 'b'; it has numbers for 'a'"):
         optimizer.step(losses(model, x, y))
+    optimizer.transforms[0].sizes = {"a": 1, "b": -1}  # as for batches that differ
+    with pytest.raises(ValueError, match="the size of 'b' is -1; it must be positive"):
+        optimizer.step(losses(model, x, y))
     assert torch.equal(flat(model.parameters()), before)
 
 

@@ -67,3 +67,19 @@ def test_the_preference_may_change_from_step_to_step(make):
     weighting.preference = torch.tensor([0.2, 0.8])
     assert torch.equal(weighting(losses), make(torch.tensor([0.2, 0.8]))(losses))
     assert not torch.equal(weighting(losses), make([1.0, 1.0])(losses))
+
+
+@pytest.mark.parametrize("make", [gk.PBI, gk.COSMOS], ids=["PBI", "COSMOS"])
+def test_a_wrong_preference_is_refused_when_it_is_assigned_later_too(make):
+    parameter = nn.Parameter(torch.tensor(1.0))
+    weighting = make([1.0, 1.0])
+    optimizer = gk.wrap(torch.optim.SGD([parameter], lr=0.1), weighting)
+    for preference, message in (
+        ([-1.0, 2.0], "a number in preference is -1.0; it must be at least 0"),
+        ([0.0, 0.0], "which is no direction; make a number in it positive"),
+        ([math.nan, 1.0], "a number in preference is nan"),
+    ):
+        weighting.preference = preference
+        with pytest.raises(ValueError, match=message):
+            optimizer.step({"a": lambda: parameter * 1, "b": lambda: parameter * 2})
+    assert parameter.item() == 1
