@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from gradkit.core.arguments import check_count
 from gradkit.core.gradients import Gradients
-from gradkit.diagnostics.recorder import Recorder, column_name
+from gradkit.diagnostics.recorder import Recorder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -68,12 +68,8 @@ def plot(recorder: Recorder, *, window: int | None = None) -> Figure:
         window = max(1, len(recorder) // 50)
     check_count("window", window)
     names, steps = recorder.names, columns["step"]
-    cosines = {
-        pair: values
-        for pair in combinations(names, 2)
-        if (values := columns.get(column_name("cosine", *pair))) is not None
-        and np.isfinite(values).any()
-    }
+    cosines = {pair: recorder.cosine(*pair) for pair in combinations(names, 2)}
+    cosines = {pair: values for pair, values in cosines.items() if np.isfinite(values).any()}
     matrix = len(cosines) > _LINES
     labels = _labels(names)
     panels: dict[str, dict[str, NDArray[np.float64]]] = {

@@ -5,8 +5,7 @@ from __future__ import annotations
 import csv
 import threading
 from array import array
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from itertools import combinations
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +18,9 @@ from numpy.typing import NDArray
 from gradkit.core.arguments import check_count
 from gradkit.core.interrupts import Interrupts
 from gradkit.optimizer import GradientOptimizer, StepRecord
-from gradkit.optimizer.record import scalars_of
+from gradkit.optimizer.record import Key, numbers_of, scalar_name
+
+_STEP: Key = ("step",)
 
 # After so many records, or inner products in them, the device is waited for.
 _PENDING = 256
@@ -34,19 +35,18 @@ _LOCK = threading.RLock()
 
 
 class Recorder:
-    r"""Follows an optimizer and keeps what each step did: losses, norms, cosines, weights, factors.
+    """Follows an optimizer and keeps what each step did: losses, norms, cosines, weights, factors.
 
     It reads `optimizer.last_step` in a hook after the step. Tensors stay on the device, and are
     copied to the host together, for 256 steps at a time or when columns are asked for. A step that
     was skipped is kept with `applied` 0; one that raised is not.
 
     Columns are named as in `StepRecord.scalars`, with `step` before them, the number of the step,
-    counted from 1. In the names of cosines, a "/" of an objective's own name is written as "\/", so
-    that no two pairs share a column. Where an objective had no part in a step, its entries are NaN.
-    Cosines and norms are of the gradients that the step applied (with SAM, at the displaced
-    weights) before rules weighted them. They take eight bytes each, K losses, norms and weights and
-    K(K - 1)/2 cosines for each step; `every` keeps them few in long trainings. Another thread may
-    read columns while steps are recorded.
+    counted from 1. Where an objective had no part in a step, its entries are NaN. Cosines and norms
+    are of the gradients that the step applied (with SAM, at the displaced weights) before rules
+    weighted them. They take eight bytes each, K losses, norms and weights and K(K - 1)/2 cosines
+    for each step; `every` keeps them few in long trainings. Another thread may read columns while
+    steps are recorded.
 
     Args:
         optimizer: The optimizer to follow.
@@ -84,7 +84,7 @@ class Recorder:
         self._pending: list[tuple[int, StepRecord]] = []
         self._products = 0
         self._names: list[str] = []
-        self._columns: dict[str, array[float]] = {"step": array("d")}
+        self._columns: dict[Key, array[float]] = {_STEP: array("d")}
         self._handle = optimizer.register_step_post_hook(self._after_step)
 
     def _after_step(self, optimizer: Any, arguments: Any, named: Any) -> None:
@@ -102,32 +102,27 @@ class Recorder:
         """Copy what is still on the device to the columns. Needs the lock."""
         if not self._pending:
             return
-        names, number = list(self._names), {name: n for n, name in enumerate(self._names)}
+        names, place = list(self._names), {name: n for n, name in enumerate(self._names)}
         for _, record in self._pending:
             for name in record.names:
-                if number.setdefault(name, len(names)) == len(names):
+                if place.setdefault(name, len(names)) == len(names):
                     names.append(name)
-        # Under the objectives' numbers, so that keys of cosines are those of one pair only.
-        scalars = scalars_of(
-            [
-                replace(record, names=tuple(str(number[name]) for name in record.names))
-                for _, record in self._pending
-            ]
-        )
-        rows = [
-            {"step": float(step), **_named(found, names)}
-            for (step, _), found in zip(self._pending, scalars, strict=True)
-        ]
+        rows: list[dict[Key, float]] = []
+        numbers = numbers_of([record for _, record in self._pending])
+        for (step, _), found in zip(self._pending, numbers, strict=True):
+            rows.append({_STEP: float(step)})
+            for (kind, *of), value in found.items():
+                rows[-1][(kind, *sorted(of, key=place.__getitem__))] = value
         interrupts = Interrupts()
         interrupts.begin()  # a row is in all columns or in none
         try:
             self._names, self._pending, self._products = names, [], 0
             for row in rows:
-                for name in row:
-                    if name not in self._columns:
-                        self._columns[name] = array("d", [np.nan]) * len(self._columns["step"])
-                for name, column in self._columns.items():
-                    column.append(row.get(name, np.nan))
+                for key in row:
+                    if key not in self._columns:
+                        self._columns[key] = array("d", [np.nan]) * len(self._columns[_STEP])
+                for key, column in self._columns.items():
+                    column.append(row.get(key, np.nan))
         finally:
             interrupts.end()
 
@@ -141,13 +136,13 @@ class Recorder:
     def __len__(self) -> int:
         """How many steps are recorded."""
         with _LOCK:
-            return len(self._columns["step"]) + len(self._pending)
+            return len(self._columns[_STEP]) + len(self._pending)
 
     def columns(self) -> dict[str, NDArray[np.float64]]:
         """The columns by name, one number [S] for each recorded step."""
         with _LOCK:
             self._read()
-            return {name: np.array(column) for name, column in self._columns.items()}
+            return {scalar_name(key): np.array(column) for key, column in self._columns.items()}
 
     def __getitem__(self, name: str) -> NDArray[np.float64]:
         """A column [S].
@@ -157,11 +152,11 @@ class Recorder:
         """
         with _LOCK:
             self._read()
-            if name not in self._columns:
-                shown = [*self._columns][:_SHOWN]
-                rest = f" and {len(self._columns) - _SHOWN} more" * (len(self._columns) > _SHOWN)
-                raise KeyError(f"no column {name!r}; there are {', '.join(shown)}{rest}")
-            return np.array(self._columns[name])
+            keys = {scalar_name(key): key for key in self._columns}
+            if name not in keys:
+                rest = f" and {len(keys) - _SHOWN} more" * (len(keys) > _SHOWN)
+                raise KeyError(f"no column {name!r}; there are {', '.join([*keys][:_SHOWN])}{rest}")
+            return np.array(self._columns[keys[name]])
 
     def cosine(self, a: str, b: str) -> NDArray[np.float64]:
         """The cosine of two objectives' gradients in each recorded step [S].
@@ -176,22 +171,23 @@ class Recorder:
         if a == b:
             raise ValueError(f"a cosine is of two objectives, and both are {a!r}")
         with _LOCK:
-            column = column_name("cosine", *sorted((a, b), key=names.index))
+            column = self._columns.get(("cosine", *sorted((a, b), key=names.index)))
             # It is missing if they never met in a step.
-            return self[column] if column in self._columns else np.full(len(self), np.nan)
+            return np.full(len(self), np.nan) if column is None else np.array(column)
 
     def conflicts(self) -> dict[tuple[str, str], float]:
         """For each pair of objectives, the share of steps in which their cosine was negative.
 
         Of applied steps only, and NaN where a pair's cosine is not known of any.
         """
+        found = dict.fromkeys(combinations(self.names, 2), np.nan)
         with _LOCK:
-            columns, names = self.columns(), self.names
-        found = {}
-        for a, b in combinations(names, 2):
-            cosines = columns.get(column_name("cosine", a, b), np.zeros(0))
-            known = cosines[~np.isnan(cosines) & (columns["applied"][: len(cosines)] == 1)]
-            found[a, b] = float((known < 0).mean()) if len(known) else np.nan
+            applied = np.array(self._columns.get(("applied",), [])) == 1
+            for (kind, *pair), column in self._columns.items():
+                cosines = np.array(column)
+                known = cosines[~np.isnan(cosines) & applied] if kind == "cosine" else cosines[:0]
+                if len(known):
+                    found[pair[0], pair[1]] = float((known < 0).mean())
         return found
 
     def to_csv(self, path: str | Path) -> None:
@@ -221,8 +217,13 @@ class Recorder:
     def state_dict(self) -> dict[str, Any]:
         """What is recorded, as tensors and plain values, for a checkpoint beside the optimizer."""
         with _LOCK:
-            columns = {name: torch.from_numpy(column) for name, column in self.columns().items()}
-            return {"seen": self._seen, "names": list(self._names), "columns": columns}
+            self._read()
+            return {
+                "seen": self._seen,
+                "names": list(self._names),
+                "keys": [list(key) for key in self._columns],
+                "columns": [torch.from_numpy(np.array(each)) for each in self._columns.values()],
+            }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over what another recorder has recorded, and go on counting from there.
@@ -230,33 +231,21 @@ class Recorder:
         Raises:
             ValueError: If it is not what `state_dict` returned; nothing is changed then.
         """
-        missing = {"seen", "names", "columns"} - set(state_dict)
-        if missing or "step" not in state_dict["columns"]:
-            lacks = ", ".join(map(repr, sorted(missing))) or "the column 'step'"
-            raise ValueError(f"the saved record lacks {lacks}; pass what state_dict() returned")
-        lengths = {name: len(column) for name, column in state_dict["columns"].items()}
-        if len(set(lengths.values())) > 1:
-            raise ValueError(f"the saved columns have different lengths: {lengths}")
-        columns = {
-            name: array("d", column.tolist()) for name, column in state_dict["columns"].items()
-        }
+        missing = {"seen", "names", "keys", "columns"} - set(state_dict)
+        if missing:
+            raise ValueError(
+                f"the saved record lacks {', '.join(map(repr, sorted(missing)))}; pass what "
+                "state_dict() returned"
+            )
+        keys = [tuple(key) for key in state_dict["keys"]]
+        lengths = [len(column) for column in state_dict["columns"]]
+        if _STEP not in keys or len(keys) != len(lengths) or len(set(lengths)) > 1:
+            raise ValueError(
+                f"the saved record has the columns {keys}, of {lengths} steps; pass what "
+                "state_dict() returned"
+            )
+        columns = [array("d", column.tolist()) for column in state_dict["columns"]]
         with _LOCK:
             self._pending, self._products = [], 0
             self._seen, self._names = state_dict["seen"], list(state_dict["names"])
-            self._columns = columns
-
-
-def column_name(kind: str, *names: str) -> str:
-    """The name of a column of one objective, or of a pair, whose names "/" parts."""
-    if len(names) > 1:
-        names = tuple(name.replace("\\", "\\\\").replace("/", "\\/") for name in names)
-    return "/".join([kind, *names])
-
-
-def _named(found: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
-    """Scalars under the objectives' names instead of their numbers, pairs in the numbers' order."""
-    row = {}
-    for key, value in found.items():
-        kind, *numbers = key.split("/")
-        row[column_name(kind, *(names[number] for number in sorted(map(int, numbers))))] = value
-    return row
+            self._columns = dict(zip(keys, columns, strict=True))

@@ -285,10 +285,10 @@ class GradientOptimizer(Optimizer):
         """
         closure = self._after_pre_hooks(closure)
         loss, warning = self._step(closure)
-        if warning is not None:
-            self._warn(*warning)
         for after in [*self._optimizer_step_post_hooks.values(), *global_post_hooks()]:
             after(self, (self, closure), {})
+        if warning is not None:  # last, since it may be an error where warnings are
+            self._warn(*warning)
         return loss
 
     def _after_pre_hooks(self, closure: Objectives | None) -> Objectives | None:

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from gradkit.core.gram import cosines
 
+Key = tuple[str, ...]
+"""The kind of a number, and the objectives that it is of."""
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class StepRecord:
@@ -113,7 +116,7 @@ class StepRecord:
         """The record as numbers by name, for a log; all are read by one copy from the device.
 
         Names are `loss/a`, `norm/a` (the Euclidean norm of the gradient) and `weight/a` for each
-        objective `a`, `cosine/a/b` for each pair, `lr_scale` and `applied`, and, where a transform
+        objective `a`, `cosine/a,b` for each pair, `lr_scale` and `applied`, and, where a transform
         has set them, `gate`, `gate_cosine`, `gate_rate` and `decay`.
 
         Examples:
@@ -129,19 +132,38 @@ class StepRecord:
             norm/b 1.4142
             weight/a 1.0
             weight/b 1.0
-            cosine/a/b -0.7071
+            cosine/a,b -0.7071
             lr_scale 1.0
             applied 1.0
         """
-        return scalars_of([self])[0]
+        (found,) = numbers_of([self])
+        return {scalar_name(key): value for key, value in found.items()}
 
     def __repr__(self) -> str:
         shown = ("names", "losses", "gram", "weights", "lr_scale", "gate", "decay", "applied")
         return f"StepRecord({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
 
 
-def scalars_of(records: Sequence[StepRecord]) -> list[dict[str, float]]:
-    """The numbers of several records, as `StepRecord.scalars`, by one copy for all of them."""
+def scalar_name(key: Key) -> str:
+    r"""The name of a number in a log.
+
+    A comma in an objective's own name is written as "\,", so that no two pairs have one name.
+
+    Examples:
+        >>> scalar_name(("gate",)), scalar_name(("loss", "a")), scalar_name(("cosine", "a", "b/c"))
+        ('gate', 'loss/a', 'cosine/a,b/c')
+    """
+    kind, *names = key
+    if len(names) > 1:
+        names = [name.replace("\\", "\\\\").replace(",", "\\,") for name in names]
+    return "/".join([kind, ",".join(names)]) if names else kind
+
+
+def numbers_of(records: Sequence[StepRecord]) -> list[dict[Key, float]]:
+    """The numbers of several records, read by one copy for all of them.
+
+    Keys are the kind of a number and the objectives that it is of.
+    """
     tensors = [
         (number, field.name, value)
         for number, record in enumerate(records)
@@ -156,25 +178,25 @@ def scalars_of(records: Sequence[StepRecord]) -> list[dict[str, float]]:
     for number, name, value in tensors:
         values[number][name] = read[first : first + value.numel()]
         first += value.numel()
-    return [_scalars(record, found) for record, found in zip(records, values, strict=True)]
+    return [_numbers(record, found) for record, found in zip(records, values, strict=True)]
 
 
-def _scalars(record: StepRecord, read: Mapping[str, list[float]]) -> dict[str, float]:
-    """A record's numbers by name, from those that were read of its tensors."""
+def _numbers(record: StepRecord, read: Mapping[str, list[float]]) -> dict[Key, float]:
+    """A record's numbers, from those that were read of its tensors."""
     names, gram = record.names, read["_gram"]
     count = len(names)
     norms = [math.sqrt(square) if square >= 0 else math.nan for square in gram[:: count + 1]]
     weights = read.get("_weights", record._weights)
-    found: dict[str, float] = {}
+    found: dict[Key, float] = {}
     for kind, values in ("loss", read["losses"]), ("norm", norms), ("weight", weights):
-        found.update((f"{kind}/{name}", x) for name, x in zip(names, values, strict=True))
+        found.update(((kind, name), x) for name, x in zip(names, values, strict=True))
     for (i, a), (j, b) in combinations(enumerate(names), 2):
         product = norms[i] * norms[j]
         cosine = gram[i * count + j] / product if product else 0.0
-        found[f"cosine/{a}/{b}"] = min(max(cosine, -1.0), 1.0)
+        found["cosine", a, b] = min(max(cosine, -1.0), 1.0)
     for name in ("lr_scale", "gate", "gate_cosine", "gate_rate", "decay"):
         value = getattr(record, f"_{name}")
         if value is not None:
-            found[name] = read[f"_{name}"][0] if isinstance(value, Tensor) else value
-    found["applied"] = float(record.applied)
+            found[(name,)] = read[f"_{name}"][0] if isinstance(value, Tensor) else value
+    found[("applied",)] = float(record.applied)
     return found

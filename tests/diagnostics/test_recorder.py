@@ -8,6 +8,7 @@ import pickle
 import signal
 import sys
 import threading
+import warnings
 from array import array
 
 import numpy as np
@@ -17,6 +18,7 @@ from helpers import as_users_run_it, seeded
 
 import gradkit as gk
 from gradkit.diagnostics import Recorder
+from gradkit.optimizer.record import scalar_name
 from gradkit.testing import bits
 
 TARGETS = {"a": (1.0, 0.0, 2.0), "b": (-1.0, 1.0, 0.5), "c": (0.0, -2.0, 1.0)}
@@ -45,7 +47,7 @@ def by_hand(w, names):
         for b in names:
             if a < b:
                 product = (grads[a] * grads[b]).sum()
-                found[f"cosine/{a}/{b}"] = product / found[f"norm/{a}"] / found[f"norm/{b}"]
+                found[f"cosine/{a},{b}"] = product / found[f"norm/{a}"] / found[f"norm/{b}"]
     return found
 
 
@@ -68,9 +70,9 @@ def test_columns_are_what_the_steps_did() -> None:
         np.testing.assert_array_equal(recorder[f"weight/{name}"], [row[k] for row in weights])
     np.testing.assert_array_equal(recorder["lr_scale"], 1)
     np.testing.assert_array_equal(recorder["applied"], 1)
-    np.testing.assert_array_equal(recorder.cosine("c", "a"), columns["cosine/a/c"])
+    np.testing.assert_array_equal(recorder.cosine("c", "a"), columns["cosine/a,c"])
     for (a, b), share in recorder.conflicts().items():
-        assert share == (columns[f"cosine/{a}/{b}"] < 0).mean()
+        assert share == (columns[f"cosine/{a},{b}"] < 0).mean()
 
 
 def test_recording_changes_nothing() -> None:
@@ -95,15 +97,15 @@ def test_objectives_may_come_and_go() -> None:
     np.testing.assert_array_equal(np.isnan(recorder["loss/c"]), [True, False, True])
     # In the second step "c" came before "a".
     np.testing.assert_array_equal(np.isnan(recorder.cosine("a", "c")), [True, False, True])
-    assert "cosine/c/a" not in recorder.columns()
+    assert "cosine/c,a" not in recorder.columns()
     assert np.isnan(recorder.cosine("b", "c")).all()
     assert math.isnan(recorder.conflicts()["b", "c"])
 
 
-def test_names_with_slashes_share_no_column() -> None:
+def test_names_with_commas_and_slashes_share_no_column() -> None:
     w, optimizer = problem()
     recorder = Recorder(optimizer)
-    names = ("a", "b/c", "a/b", "c", "a\\/b", "")
+    names = ("a", "b,c", "a,b", "c", "a\\,b", "b/c")
     targets = torch.randn(len(names), 3, generator=seeded(0), dtype=torch.float64)
     closures = {
         name: lambda target=target: (w - target).square().sum()
@@ -118,8 +120,10 @@ def test_names_with_slashes_share_no_column() -> None:
         expected = [cosine, optimizer.last_step.cosine(a, b)]
         np.testing.assert_allclose(recorder.cosine(a, b), expected, rtol=1e-12)
         assert recorder.conflicts()[a, b] == (np.array(expected) < 0).mean()
-    assert "loss/b/c" in recorder.columns()
-    assert r"cosine/a/b\/c" in recorder.columns()
+    assert {"loss/b,c", "cosine/a,b/c", r"cosine/a,b\,c"} < recorder.columns().keys()
+    assert optimizer.last_step.scalars().keys() <= recorder.columns().keys() | {
+        scalar_name(("cosine", b, a)) for a, b in found
+    }
     assert len(recorder.columns()) == 1 + 3 * 6 + 15 + 2
 
 
@@ -143,7 +147,7 @@ def test_ctrl_c_while_reading_loses_nothing(monkeypatch) -> None:
         signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr("gradkit.diagnostics.recorder.scalars_of", interrupted)
+        patch.setattr("gradkit.diagnostics.recorder.numbers_of", interrupted)
         with pytest.raises(KeyboardInterrupt):
             recorder.columns()
 
@@ -153,7 +157,7 @@ def test_ctrl_c_while_reading_loses_nothing(monkeypatch) -> None:
             if len(self) == 2:
                 signal.raise_signal(signal.SIGINT)
 
-    recorder._columns["step"] = Late("d")
+    recorder._columns["step",] = Late("d")
     with pytest.raises(KeyboardInterrupt):  # once all columns are complete
         recorder.columns()
     assert {len(column) for column in recorder.columns().values()} == {3}
@@ -295,7 +299,7 @@ def test_a_file_of_the_columns(tmp_path) -> None:
     with (tmp_path / "steps.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["step"] for row in rows] == ["1", "2"]
-    assert rows[0]["loss/b"] == rows[0]["cosine/a/b"] == ""
+    assert rows[0]["loss/b"] == rows[0]["cosine/a,b"] == ""
     for name, column in recorder.columns().items():
         assert float(rows[1][name]) == pytest.approx(column[1], rel=1e-8)
 
@@ -351,10 +355,22 @@ def test_what_is_wrong_is_said() -> None:
         recorder.cosine("a", "a")
     state = recorder.state_dict()
     for broken, text in (
-        ({"seen": 1}, "lacks 'columns', 'names'"),
-        ({**state, "columns": {}}, "lacks the column 'step'"),
-        ({**state, "columns": {**state["columns"], "step": torch.ones(2)}}, "different lengths"),
+        ({"seen": 1}, "lacks 'columns', 'keys', 'names'"),
+        ({**state, "columns": []}, r"has the columns \[\('step',\), .*\], of \[\] steps"),
+        ({**state, "keys": [["x"], *state["keys"][1:]]}, r"has the columns \[\('x',\), "),
+        ({**state, "columns": [torch.ones(2), *state["columns"][1:]]}, r"of \[2, 1, "),
     ):
         with pytest.raises(ValueError, match=text):
             recorder.load_state_dict(broken)
     np.testing.assert_array_equal(recorder["step"], [1])
+
+
+def test_a_warning_that_is_an_error_comes_after_the_hooks() -> None:
+    w, optimizer = problem(gk.PCGrad())
+    recorder = Recorder(optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="acts between objectives"):
+            optimizer.step(objectives(w, "a"))
+    optimizer.step(objectives(w))
+    np.testing.assert_array_equal(recorder["step"], [1, 2])

@@ -117,7 +117,7 @@ def test_the_teacher_is_kept_and_validated(centres, tmp_path):
     assert_equal_content(dict(kept), dict(teacher))
     assert any(not torch.equal(kept[name], student[name]) for name in kept)
     assert len(fitted.record) == 2
-    for name in ("cosine/source/target", "gate_cosine", "gate", "decay"):
+    for name in ("cosine/source,target", "gate_cosine", "gate", "decay"):
         assert np.isfinite(fitted.record[name]).all()
     network, architecture = load_network(fitted.best)
     assert architecture.held_out == "centre_d"
