@@ -132,8 +132,7 @@ class InplaceSession:
         finally:
             for parameter, data in zip(parameters, self._data, strict=True):
                 parameter.data = data
-            shared = any(data.is_shared() for data in self._data)  # type: ignore[no-untyped-call]  # untyped in torch
-            if memory_uses(rows) != uses and not shared:
+            if memory_uses(rows) != uses and not self._is_shared():
                 # A closure has kept a view of the weights, which stays one of the live weights.
                 with torch.no_grad():
                     copy_all(views, self._data)
@@ -145,8 +144,11 @@ class InplaceSession:
 
     def _count_write(self) -> None:
         """Let autograd notice that the weights have changed, as after a write in place."""
-        for parameter in self._layout.parameters:
-            torch.autograd.graph.increment_version(parameter)
+        torch.autograd.graph.increment_version(self._layout.parameters)
+
+    def _is_shared(self) -> bool:
+        """Whether other processes may share memory of the weights."""
+        return any(data.is_shared() for data in self._data)  # type: ignore[no-untyped-call]  # untyped in torch
 
     def _put_data_back(self) -> None:
         """Undo a closure's `parameter.data = ...`."""
