@@ -6,6 +6,7 @@ import gc
 import os
 import signal
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 from checked import begin_test, check_quickly
@@ -37,6 +38,21 @@ def _a_few_numbers_are_many() -> Iterator[None]:
     before, flat.LARGE = flat.LARGE, 4
     yield
     flat.LARGE = before
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _seeding_keeps_no_stacks() -> Iterator[None]:
+    """For each kind of accelerator, torch notes the stack of a seed that waits for its start.
+
+    That is most of the time of `torch.manual_seed`, which the tests call often.
+    """
+    import torch
+
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in (torch.cuda, torch.xpu, torch.mtia):
+            if hasattr(kind, "traceback"):
+                patch.setattr(kind, "traceback", SimpleNamespace(format_stack=list))
+        yield
 
 
 @pytest.fixture
