@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
+from itertools import cycle
 from typing import Any
 
 import pytest
@@ -18,7 +19,6 @@ from integrations.references import assert_close, assert_equal, data, error, gra
 # Older versions of SequentialLR pass their own schedulers what torch deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step:UserWarning")
 
-ENGINES = ["functional", "inplace"]
 BATCHES = data(8)
 
 MakeScheduler = Callable[[Optimizer], Any]
@@ -92,9 +92,16 @@ def train(optimizer: Optimizer, scheduler: Any, step: Callable[[Any], Tensor]) -
     return [*seen, settings(optimizer)]
 
 
-@pytest.mark.parametrize("made_on", ["wrapped", "base"])
-@pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("name", SCHEDULERS)
+# Every scheduler is made on both; one that also writes momentum, with every base.
+MADE_ON = ("wrapped", "base")
+CASES = {
+    (name, [*BASES][(n + k) % len(BASES)], made_on)
+    for n, name in enumerate(SCHEDULERS)
+    for k, made_on in enumerate(MADE_ON)
+} | {("OneCycleLR", base, made_on) for base in BASES for made_on in MADE_ON}
+
+
+@pytest.mark.parametrize(("name", "base", "made_on"), sorted(CASES))
 def test_rates_and_weights_equal_the_bare_optimizers(name: str, base: str, made_on: str) -> None:
     bare_net, net = network(), network()
     bare = BASES[base](bare_net)
@@ -120,8 +127,9 @@ def pair(net: nn.Module, batch: tuple) -> dict[str, Tensor]:
     return {"error": (scores - batch[1]).square().mean(), "sign": scores[:, 0].tanh().mean()}
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize(
+    ("name", "engine"), [*zip(SCHEDULERS, cycle(["functional", "inplace"]), strict=False)]
+)
 def test_a_rate_scaled_for_one_step_does_not_disturb_the_schedule(name: str, engine: str) -> None:
     plain_net, net = network(), network()
     plain = BASES["SGD"](plain_net)
