@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import inspect
 import warnings
@@ -726,27 +727,43 @@ class GradientOptimizer(Optimizer):
             pre(self)
         text = saved_state.encode(self.transforms, marks=True)
         self.base.param_groups[0][saved_state.KEY] = text
+        layout = self._layout_of_state()
         # Other code may have replaced the base's state by copies, as moving it to a device does.
-        if self._vector_layout is None:
+        if layout is None:
             saved_state.renew_tensors(self.transforms, self.base)
         else:
-            saved_state.relink(self.transforms, self._vector_layout, self.base)
+            saved_state.relink(self.transforms, layout, self.base)
         state: dict[str, Any] = self.base.state_dict()
         self.base.param_groups[0][saved_state.KEY] = saved_state.encode(self.transforms)
         if self._beside is not None:
-            own = saved_state.beside(self.transforms, self._vector_layout, self.base)
+            own = saved_state.beside(self.transforms, layout, self.base)
             state = {**state, saved_state.KEY: own}
         else:
             saved_state.add_unlinked_tensors(state, self.transforms, self.base.param_groups)
-            if self._vector_layout is not None:
+            if layout is not None:
                 saved_state.add_unlinked_vectors(
-                    state, self.transforms, self._vector_layout, self.base.param_groups
+                    state, self.transforms, layout, self.base.param_groups
                 )
         for post in list(self._optimizer_state_dict_post_hooks.values()):
             changed = post(self, state)
             if changed is not None:
                 state = changed
         return state
+
+    def _layout_of_state(self) -> Layout | None:
+        """The layout of the transforms' vectors, of the parameters that are in the groups now.
+
+        In a closure those are the functional engine's copies.
+        """
+        layout = self._vector_layout
+        if layout is None or not self._stepping:
+            return layout
+        grouped = (p for group in self.base.param_groups for p in group["params"])
+        present = tuple(p for p in grouped if p.requires_grad)
+        copied = [p.shape for p in present] == [p.shape for p in layout.parameters]
+        if not copied or not set(present).isdisjoint(layout.parameters):
+            return layout
+        return dataclasses.replace(layout, parameters=present)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load what `state_dict` returned, or the state dict of a bare base optimizer.

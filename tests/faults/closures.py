@@ -252,18 +252,6 @@ KINDS = [
         KeyError,
         "after doing something",
         but=frozenset({"text in the groups"}),  # the text in them is brought up to date
-        # With vectors it fails on the functional engine's copies, by a KeyError that names a
-        # parameter; nothing is lost.
-        fits=lambda shape: shape.chain != "own",
-    ),
-    Kind(
-        "state_dict() with vectors in a closure that then raises",
-        doing(lambda world: world.optimizer.state_dict()),
-        KeyError,
-        "after doing something",
-        but=frozenset({"text in the groups"}),
-        fits=lambda shape: shape.chain == "own",
-        fixed={"engine": ("inplace",)},
     ),
     Kind(
         "another gradkit optimizer steps in a closure",

@@ -131,3 +131,29 @@ def test_state_keeps_every_bit() -> None:
     transform.state["bad"] = object()
     with pytest.raises(TypeError, match="may hold numbers"):
         optimizer.state_dict()
+
+
+@pytest.mark.parametrize("engine", ["inplace", "functional"])
+@pytest.mark.parametrize("make_base", [torch.optim.SGD, torch.optim.Adam])
+def test_a_closure_may_save_the_state_from_before_the_step(make_base, engine) -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+    model[0].bias.requires_grad_(False)
+    base = make_base(model.parameters(), lr=0.1)
+    optimizer = gk.wrap(base, Mean(), gk.SAM(), model=model, engine=engine)
+    saved = []
+
+    def closure():
+        saved.append(copy.deepcopy(optimizer.state_dict()))
+        return model(torch.ones(1, 2)).square().mean()
+
+    states = []
+    for _ in range(3):
+        states.append(copy.deepcopy(optimizer.state_dict()))
+        optimizer.step(closure)
+    for number, state in enumerate(saved[2:], 2):  # SAM evaluates twice
+        assert plain(state) == plain(states[number // 2]), number
+    assert len(saved) == 6
+    # Before the first step the vectors, made meanwhile, have their initial values.
+    vectors = [v for held in saved[0]["state"].values() for v in held.values()]
+    assert vectors
+    assert all((vector == 10).all() for vector in vectors)
