@@ -292,13 +292,16 @@ def _flattened(value: Any) -> Any:
     return value.flat() if isinstance(value, Displacement) else value
 
 
+def _on_host(value: Float[Tensor, ""] | float) -> Float[Tensor, ""] | float:
+    """A number in place of a tensor on the CPU: with it, operations on lists are faster."""
+    return float(value) if isinstance(value, Tensor) and value.device.type == "cpu" else value
+
+
 class _Factor:
     """The factor of a term, cast to each dtype once."""
 
     def __init__(self, value: Float[Tensor, ""] | float) -> None:
-        # Where the host has it, operations on lists take a number, and are faster.
-        on_host = isinstance(value, Tensor) and value.device.type == "cpu"
-        self.value = float(value) if on_host else value
+        self.value = _on_host(value)
         self._cast: dict[torch.dtype, Tensor] = {}
 
     @property

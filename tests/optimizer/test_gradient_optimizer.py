@@ -306,6 +306,7 @@ def test_host_traffic(
     )
     # On the CPU results are looked at, which costs nothing there and is left out elsewhere.
     monkeypatch.setattr("gradkit.core.gram._in_range", lambda products: True)
+    monkeypatch.setattr("gradkit.core.displacement._on_host", lambda value: value)
     monkeypatch.setattr(finite_check, "_read", finite_check._read_at_once)
     counter = HostReads()
     tolist = torch.Tensor.tolist
