@@ -53,8 +53,9 @@ class Recorder:
         every: Record one step in so many, beginning with the first.
 
     Raises:
-        TypeError: If the optimizer was not made by `gk.wrap` or a recipe.
-        ValueError: If `every` is not a positive whole number.
+        TypeError: If the optimizer was not made by `gk.wrap` or a recipe, or if `every` is no
+            whole number.
+        ValueError: If `every` is less than 1.
 
     Examples:
         >>> import torch, gradkit as gk

@@ -311,7 +311,7 @@ def fails_among_collectives() -> dict[str, Any]:
     start = time.monotonic()
     message = outcome(lambda: optimizer.step(closure))
     seconds = time.monotonic() - start
-    time.sleep(8 - seconds if dist.get_rank() == 1 else 0)  # the others wait for a living rank
+    time.sleep(12 - seconds if dist.get_rank() == 1 else 0)  # the others wait for a living rank
     return {
         "message": message,
         "seconds": seconds,

@@ -210,10 +210,10 @@ def test_every_rank_finds_gradients_that_were_not_cleared() -> None:
 
 
 def test_a_failure_among_collectives_ends_by_the_groups_timeout() -> None:
-    first, second = on_ranks(2, fails_among_collectives, timeout=6, shards=True)
+    first, second = on_ranks(2, fails_among_collectives, timeout=10, shards=True)
     assert second["message"] == "ValueError: bad data"
-    assert second["seconds"] < 3
+    assert second["seconds"] < 5
     assert first["message"].startswith("RuntimeError")
-    assert 3 < first["seconds"] < 60
+    assert 5 < first["seconds"] < 60
     for rank in (first, second):
         assert rank["kept"]
